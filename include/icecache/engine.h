@@ -1,0 +1,114 @@
+// Engine: the KV cache of one model for many sequences, and attention over it.
+//
+// Threads: calls are serialised by one mutex; an Engine may be called from any thread. Building and
+// inserting run on the engine's own threads behind the caller and are waited for by the next call that
+// touches the same (sequence, layer), at a point that does not depend on timing: the same calls give
+// bitwise the same results.
+// Failure: a call that throws leaves every sequence as it was before the call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "icecache/config.h"
+#include "icecache/semantic_index.h"
+#include "icecache/types.h"
+
+namespace icecache {
+
+// Sums since the start (or reset_stats) for one layer and KV head, over all sequences.
+struct HeadStats {
+  std::int64_t steps = 0;            // decode queries answered with an index
+  std::int64_t dense_steps = 0;      // decode queries that attended to everything
+  std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
+  std::int64_t pages_selected = 0;
+  std::int64_t hits = 0, misses = 0; // device page cache; both 0 where pages are attended in place
+  std::int64_t bytes_read = 0;       // sketches, summaries, candidates, attended K and V
+  std::int64_t bytes_moved = 0;      // host to device
+  double mass = 0.0;                 // sum over steps and heads of the exactly attended share
+  double worst_mass = 1.0;
+  double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;
+};
+
+struct MemoryStats {
+  std::int64_t pool_bytes = 0;      // pages in use x page size
+  std::int64_t pool_capacity = 0;
+  std::int64_t index_bytes = 0;     // sketches, summaries, tables
+  std::int64_t device_bytes = 0;    // what the device holds (or would hold) for these sequences
+  std::int64_t sequences = 0;
+};
+
+// What one decode step looked at, recorded with telemetry = "trace"; one per layer and KV head.
+struct StepTrace {
+  std::vector<std::int32_t> sink, window, selected;  // positions
+  std::vector<PageInfo> pages;                       // the whole map of pages
+  std::vector<FarNodeInfo> far_nodes;                // indexed by PageInfo::node
+  std::vector<float> near_lse;                       // [G] log weight attended exactly
+  std::vector<float> total_lse;                      // [G] with the rest
+};
+
+class Engine {
+ public:
+  // Throws InvalidArgument for shapes and configurations that are not supported.
+  Engine(const CacheShape& shape, const Config& config);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  SeqId new_sequence();
+  // A sequence with the same tokens; pages are shared until one side writes.
+  SeqId fork(SeqId sequence);
+  // Keeps the first `length` tokens of every layer. Throws InvalidArgument if length exceeds the
+  // number of tokens.
+  void truncate(SeqId sequence, std::int64_t length);
+  void release(SeqId sequence);
+  std::int64_t length(SeqId sequence, int layer) const;
+
+  // Appends T tokens to each of B sequences: keys[b], values[b] are [Hkv, T, D] in the cache's dtype.
+  // T may differ between sequences. Throws InvalidArgument for NaN or Inf (naming sequence, head and
+  // position) and OutOfPages; then no sequence is changed.
+  void append(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
+              std::span<const TensorView> values);
+
+  // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands at
+  // position length - T + t. Within the token budget where the sequence is indexed and
+  // T <= decode_tokens, exact else.
+  void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
+              std::span<const TensorView> outputs);
+
+  // For callers that computed the attention of a first chunk themselves: the chunk's last queries
+  // [Hq, T, D] shape the metric, and clustering starts behind the caller.
+  void observe(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries);
+
+  // Waits for all background work; rethrows nothing (a failed insert is retried by the next step).
+  void synchronize();
+
+  // Copies all tokens in order of position: keys, values [Hkv, L, D], contiguous.
+  void gather(SeqId sequence, int layer, const TensorView& keys, const TensorView& values) const;
+
+  HeadStats stats(int layer, int kv_head) const;
+  void reset_stats();
+  MemoryStats memory() const;
+  // The last decode step of (sequence, layer, KV head); empty where there was none.
+  StepTrace trace(SeqId sequence, int layer, int kv_head) const;
+  void check_integrity() const;
+
+  const CacheShape& shape() const;
+  const Config& config() const;  // resolved
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Versions, SIMD level, what was built in; for `icecache doctor`.
+struct BuildInfo {
+  std::string version, compiler, simd_level, cuda_version, faiss_version;
+  bool cuda = false, faiss = false, debug = false;
+};
+BuildInfo build_info();
+
+}  // namespace icecache

@@ -1,0 +1,133 @@
+// SemanticIndex: which tokens of one (sequence, layer, KV head) a query needs, and what the rest weighs.
+//
+// It owns the tokens that have left the window, stored in pages of similar keys, and answers each
+// decode step with picks within a token budget and with a far field over everything that was not
+// picked. Sink and window tokens are not its concern.
+//
+// Invariants (check_integrity)
+//  1. Every token given to build() or insert() is in exactly one page, until truncate() removes it.
+//  2. A summary equals the sum over its members to rounding, after any sequence of calls.
+//  3. Deterministic: the same calls give bitwise the same picks.
+//  4. Any finite keys are accepted: equal keys, zero keys, huge norms.
+// Strong guarantee: a method that throws OutOfPages leaves the index as it was.
+//
+// Threads: one call at a time per index; different indexes are independent. select() and
+// far_field() are const and do not allocate after their buffers have grown once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "icecache/attention_state.h"
+#include "icecache/config.h"
+#include "icecache/page_pool.h"
+#include "icecache/types.h"
+
+namespace icecache {
+
+// n tokens at consecutive positions, contiguous rows [n, D] in the cache's dtype; not owning.
+struct TokenBlock {
+  const std::byte* keys = nullptr;
+  const std::byte* values = nullptr;
+  std::int32_t count = 0;
+  std::int32_t first_position = 0;
+};
+
+// First and second moments of the group's recent queries (post-RoPE, unscaled), over all its heads.
+// They define the metric in which keys are compared: distances that queries cannot see do not count.
+struct QueryMoments {
+  std::vector<float> second;  // [D, D] sum of q q^T
+  std::vector<float> first;   // [D] sum of q
+  double count = 0.0;         // weight of the queries seen
+
+  void reset(int head_dim);
+  // Adds n rows; what was there is forgotten by n / kHorizon (all of it for n >= kHorizon).
+  void observe(const float* queries, int n, int head_dim);
+  static constexpr int kHorizon = 256;
+};
+
+// Tokens of one page that were picked. Bit s of `slots` stands for slot s.
+struct PagePick {
+  PageId page = kNoPage;
+  std::uint64_t epoch = 0;      // the content that was meant; see PagePool::verify
+  std::uint32_t slots = 0;
+  std::int32_t local_page = 0;  // the index's own number of the page
+};
+
+struct SelectRequest {
+  const float* queries = nullptr;   // [G, D], already multiplied by the softmax scale
+  int group = 0;                    // G
+  const float* near_lse = nullptr;  // [G] log weight of sink + window, -inf where there is none
+  int budget = 0;                   // tokens to pick at most (sink and window already deducted)
+  int max_budget = 0;               // with mass_target; >= budget
+  double mass_target = 0.0;         // 0: off
+};
+
+struct Selection {
+  std::vector<PagePick> picks;    // ascending local_page, each page once
+  int tokens = 0;                 // picked tokens, over all pages
+  std::vector<float> rest_lse;    // [G] estimated log weight of the index's tokens not picked
+  std::int64_t bytes_scanned = 0; // sketches, summaries, candidate keys read by this call
+};
+
+// What the HTML report and the tests look at; positions are token positions in the sequence.
+struct PageInfo {
+  PageId page = kNoPage;
+  std::int32_t node = -1;                // far-field node, -1 where there is none
+  std::vector<std::int32_t> positions;   // in slot order
+};
+struct FarNodeInfo {
+  std::vector<float> weight;             // [G] log weight of its unpicked tokens for the query
+  std::int32_t tokens = 0;               // members, picked ones included
+};
+
+class SemanticIndex {
+ public:
+  virtual ~SemanticIndex() = default;
+
+  // Replaces the whole content by `tokens`. Builds from nothing: previous pages are released after
+  // the new ones are complete.
+  virtual void build(const TokenBlock& tokens, const QueryMoments& queries) = 0;
+  // Adds tokens that follow the ones already there, in order.
+  virtual void insert(const TokenBlock& tokens) = 0;
+  // Picks tokens for one step of the group.
+  virtual void select(const SelectRequest& request, Selection& selection) const = 0;
+  // Merges all tokens that `selection` did not pick into `state` (queries as in SelectRequest).
+  // Does nothing where the far field is off. Fills `nodes` when it is not null.
+  virtual void far_field(const SelectRequest& request, const Selection& selection,
+                         const AttentionState& state, std::vector<FarNodeInfo>* nodes) const = 0;
+
+  // A copy that shares pages by reference count (copied on first write of either side).
+  virtual std::unique_ptr<SemanticIndex> fork() const = 0;
+  // Removes every token with position >= `position`. Shared pages are copied before.
+  virtual void truncate(std::int32_t position) = 0;
+  // Gathers K and V of all tokens, ordered by position, as rows [N, D] in the cache's dtype.
+  virtual void gather(std::byte* keys, std::byte* values) const = 0;
+
+  virtual std::int32_t size() const = 0;          // N
+  virtual std::int32_t end_position() const = 0;  // one past the last token's position; 0 when empty
+  // All pages with the mask of the slots in use, for attention over everything.
+  virtual void all_pages(std::vector<PagePick>& picks) const = 0;
+  virtual std::vector<PageInfo> pages() const = 0;
+  // Bytes of sketches, summaries and tables (not of pages).
+  virtual std::size_t memory_bytes() const = 0;
+  virtual void check_integrity() const = 0;
+};
+
+struct IndexContext {
+  PagePool* pool = nullptr;  // outlives the index
+  PageOwner owner;
+  const Config* config = nullptr;  // resolved; outlives the index
+  int head_dim = 0;
+  int group = 0;
+  DType dtype = DType::kFloat32;
+  float scale = 0.0f;  // softmax scale
+};
+
+// The implementation named by context.config->index. Throws Unavailable for "faiss" where FAISS was
+// left out of the build.
+std::unique_ptr<SemanticIndex> make_index(const IndexContext& context);
+
+}  // namespace icecache
