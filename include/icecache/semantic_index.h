@@ -9,7 +9,8 @@
 //  2. A summary equals the sum over its members to rounding, after any sequence of calls.
 //  3. Deterministic: the same calls give bitwise the same picks.
 //  4. Any finite keys are accepted: equal keys, zero keys, huge norms.
-// Strong guarantee: a method that throws OutOfPages leaves the index as it was.
+// Running out of pages: build() leaves the index empty; insert() leaves the tokens before the one that
+// did not fit (size() tells how many); nothing else takes pages.
 //
 // Threads: one call at a time per index; different indexes are independent. select() and
 // far_field() are const and do not allocate after their buffers have grown once.
@@ -87,8 +88,7 @@ class SemanticIndex {
  public:
   virtual ~SemanticIndex() = default;
 
-  // Replaces the whole content by `tokens`. Builds from nothing: previous pages are released after
-  // the new ones are complete.
+  // Fills an empty index; at least one token. To rebuild, build a new index and swap.
   virtual void build(const TokenBlock& tokens, const QueryMoments& queries) = 0;
   // Adds tokens that follow the ones already there, in order.
   virtual void insert(const TokenBlock& tokens) = 0;
@@ -101,7 +101,7 @@ class SemanticIndex {
 
   // A copy that shares pages by reference count (copied on first write of either side).
   virtual std::unique_ptr<SemanticIndex> fork() const = 0;
-  // Removes every token with position >= `position`. Shared pages are copied before.
+  // Removes every token with position >= `position`. Takes no pages.
   virtual void truncate(std::int32_t position) = 0;
   // Gathers K and V of all tokens, ordered by position, as rows [N, D] in the cache's dtype.
   virtual void gather(std::byte* keys, std::byte* values) const = 0;

@@ -1,0 +1,99 @@
+// PagedIndex: what all indexes share. It owns the pages and the far field, inserts with splits,
+// truncates, forks, rescores candidates with exact keys and spends the budget on them. An
+// implementation says how tokens are arranged into pages and how candidates are found.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "icecache/semantic_index.h"
+#include "index/far_field.h"
+#include "index/page_table.h"
+
+namespace icecache {
+
+class PagedIndex : public SemanticIndex {
+ public:
+  explicit PagedIndex(const IndexContext& context);
+
+  void build(const TokenBlock& tokens, const QueryMoments& queries) final;
+  void insert(const TokenBlock& tokens) final;
+  void select(const SelectRequest& request, Selection& selection) const override;
+  void far_field(const SelectRequest& request, const Selection& selection,
+                 const AttentionState& state, std::vector<FarNodeInfo>* nodes) const final;
+  void truncate(std::int32_t position) final;
+  void gather(std::byte* keys, std::byte* values) const final { table_.gather(keys, values); }
+  std::int32_t size() const final { return table_.size(); }
+  std::int32_t end_position() const final { return end_position_; }
+  void all_pages(std::vector<PagePick>& picks) const final;
+  std::vector<PageInfo> pages() const final;
+  std::size_t memory_bytes() const override;
+  void check_integrity() const override;
+
+ protected:
+  PagedIndex(const PagedIndex&) = default;
+
+  // Rows of the block in page order; page p holds order[bounds[p]..bounds[p + 1]), 1..S of them, and
+  // belongs to far-field node nodes[p]; nodes are numbered from 0 without gaps.
+  struct Arrangement {
+    std::vector<std::int32_t> order, bounds, nodes;
+  };
+  // Tokens worth an exact score, and what the others weigh.
+  struct Candidates {
+    std::vector<std::int32_t> slots;  // slot ids, ascending, each once
+    std::vector<float> rest_lse;      // [G] estimated log weight of all tokens that are not in slots
+    std::int64_t bytes = 0;           // read to find them
+  };
+
+  // keys: [N, D] fp32. Called once, before the pages are taken.
+  virtual Arrangement arrange(const float* keys, std::int32_t count,
+                              const QueryMoments& queries) = 0;
+  // Called once, when page p of the arrangement is local page p.
+  virtual void built(const float* keys, const Arrangement& arrangement) = 0;
+  virtual void find(const SelectRequest& request, Candidates& candidates) const = 0;
+
+  // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
+  virtual int choose_page(const float* key) = 0;
+  // Which tokens of a full page move to a new one; neither none nor all.
+  virtual std::uint32_t split_mask(int page) const = 0;
+  // Which pages of a node that has grown too large move to a new node; neither none nor all.
+  virtual std::vector<int> split_node(int node) const;
+
+  // Bookkeeping hooks, called after the change.
+  virtual void token_added(int page, int slot, const float* key) = 0;
+  virtual void page_split(int page, int other, std::uint32_t moved) = 0;
+  virtual void page_opened(int page) = 0;
+  virtual void node_was_split(int node, int other) { (void)node, (void)other; }
+  virtual void tokens_removed(int page, std::uint32_t slots) { (void)page, (void)slots; }
+
+  const PageTable& table() const { return table_; }
+  const Config& config() const { return *context_.config; }
+  const IndexContext& context() const { return context_; }
+  int node_of(int page) const { return node_of_page_[page]; }
+  int node_count() const { return static_cast<int>(pages_of_node_.size()); }
+  const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
+  // Pages per far-field node as built.
+  int node_pages() const;
+
+  // Exact logits of slots (ascending slot ids): logits[g * stride + i]. Returns the bytes read.
+  std::int64_t exact_logits(const SelectRequest& request, std::span<const std::int32_t> slots,
+                            float* logits, std::int64_t stride) const;
+
+ private:
+  void attach(int page, int node);
+  void shrink_node(int node);
+  void pick(const SelectRequest& request, const Candidates& candidates, const float* logits,
+            Selection& selection) const;
+
+  IndexContext context_;
+  PageTable table_;
+  FarField far_;
+  bool has_far_field_;
+  std::int32_t end_position_ = 0;
+  std::vector<int> node_of_page_;               // [P]
+  std::vector<std::vector<int>> pages_of_node_;  // [C]
+};
+
+}  // namespace icecache
