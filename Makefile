@@ -1,0 +1,98 @@
+# make demo | test: the two commands. Everything they need is made on the way (scripts/setup.sh).
+# Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_PYTHON.
+JOBS ?= $(shell nproc)
+ICECACHE_CUDA ?= AUTO
+ICECACHE_FAISS ?= AUTO
+ARGS ?=
+, := ,
+
+# Read when a recipe runs: setup has written it by then.
+PYTHON = $(shell cat build/python)
+# The environment's tools (cmake, ninja, ruff, ...) come first.
+TOOLS = PATH="$(dir $(PYTHON)):$$PATH"
+IN_TREE = $(TOOLS) PYTHONPATH="$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}"
+
+# $(call cmake_build,FOLDER,OPTIONS): configures (a second when nothing changed) and builds.
+define cmake_build
+	@$(TOOLS) cmake -S . -B $(1) -G Ninja --log-level=NOTICE -DPython_EXECUTABLE=$(PYTHON) $(2)
+	@$(TOOLS) cmake --build $(1) -j $(JOBS)
+endef
+RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS)
+# Warnings of the optimiser are not reliable in instrumented code. OpenMP, which FAISS brings, is not
+# instrumented, and looks like races to the thread sanitizer.
+CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_BINDINGS=OFF \
+  -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF -DICECACHE_WERROR=OFF
+# The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
+FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.PHONY: help demo test build build-test install lint format test-cpp test-python sanitize sanitize-address \
+  sanitize-thread bench-cpp bench-quality setup setup-test clean
+
+help:
+	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
+	@echo "make test            build and run all tests (test-cpp, test-python)"
+	@echo "make build           build into python/icecache, for PYTHONPATH=python"
+	@echo "make install         install the wheel into the environment"
+	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
+	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
+	@echo "make bench-cpp | bench-quality    benchmarks"
+
+setup:
+	@scripts/setup.sh run
+
+setup-test:
+	@scripts/setup.sh test
+
+build: setup
+	$(call cmake_build,build/release,$(RELEASE))
+
+install: setup
+	$(TOOLS) $(PYTHON) -m pip install --no-build-isolation --no-deps .
+
+demo: build
+	$(IN_TREE) $(PYTHON) -c "from icecache.cli import app; app()" demo $(ARGS)
+
+test: test-cpp test-python
+
+build-test: setup-test
+	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_TESTS=ON)
+
+test-cpp: build-test
+	$(TOOLS) ctest --test-dir build/release -j $(JOBS) --output-on-failure --no-tests=error
+
+test-python: build-test
+	$(IN_TREE) $(PYTHON) -m pytest $(ARGS)
+
+lint: setup-test
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror
+	$(TOOLS) ruff check
+	$(TOOLS) ruff format --check
+	$(TOOLS) mypy
+	$(IN_TREE) $(PYTHON) -m pytest -q tests/python/test_layering.py
+
+format: setup-test
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format -i
+	$(TOOLS) ruff check --fix
+	$(TOOLS) ruff format
+
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: setup-test
+	$(call cmake_build,build/address,$(CHECKED) -DICECACHE_SANITIZE=address$(,)undefined)
+	$(TOOLS) ctest --test-dir build/address -j $(JOBS) --output-on-failure --no-tests=error
+
+sanitize-thread: setup-test
+	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
+	$(TOOLS) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) --output-on-failure \
+	  --no-tests=error
+
+bench-cpp: setup
+	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)
+	build/release/icecache_benchmarks $(ARGS)
+
+bench-quality: build
+	$(IN_TREE) $(PYTHON) benchmarks/python/bench_quality.py \
+	  --json benchmarks/results/quality.json $(ARGS)
+
+clean:
+	rm -rf build python/icecache/*.so

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Builds the wheel, and uses it from an empty folder apart from the source tree.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(cat build/python)
+export PATH="$(dirname "$python"):$PATH"
+rm -rf build/wheel-check
+"$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check
+"$python" -m pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl
+cd build/wheel-check
+for library in libicecache _core _ops; do
+  compgen -G "site/icecache/$library*.so" >/dev/null || { echo "the wheel lacks $library"; exit 1; }
+done
+PYTHONPATH=site "$python" - <<'PY'
+from pathlib import Path
+
+import torch
+
+import icecache
+
+assert Path(icecache.__file__).is_relative_to(Path("site").resolve()), icecache.__file__
+engine = icecache.Engine(
+    num_layers=1, num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=torch.float32, exact=True
+)
+sequence = engine.new_sequence()
+keys, values, queries = torch.randn(3, 1, 2, 300, 64)
+engine.append([sequence], 0, keys[:, :1], values[:, :1])
+attended = engine.attend([sequence], 0, queries[:, :, -1:])
+expected = torch.nn.functional.scaled_dot_product_attention(
+    queries[:, :, -1:], keys[:, :1], values[:, :1], enable_gqa=True
+)
+torch.testing.assert_close(attended, expected)
+print("wheel:", icecache.__version__)
+PY
+PYTHONPATH=site "$python" -c "from icecache.cli import app; app()" doctor
+
+# A wheel without its extensions must not come into being.
+cd ../..
+if "$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check/none \
+  -C cmake.define.ICECACHE_BINDINGS=OFF >build/wheel-check/none.log 2>&1; then
+  echo "a wheel was built without its extensions"
+  exit 1
+fi
+grep -q "A wheel needs ICECACHE_BINDINGS=ON" build/wheel-check/none.log

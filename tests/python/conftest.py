@@ -1,0 +1,32 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _require_folder(folder: Path) -> Path:
+    """`folder`; skips where it is absent, fails there with ICECACHE_REQUIRE_SHARED=1."""
+    if not folder.is_dir():
+        reason = f"{folder} is absent: test data that is not part of the repository"
+        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
+            pytest.fail(f"{reason}, but ICECACHE_REQUIRE_SHARED=1")
+        pytest.skip(f"{reason} (ICECACHE_SHARED names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Test data beside the checkout: `../shared`, or the folder that ICECACHE_SHARED names."""
+    return _require_folder(Path(os.environ.get("ICECACHE_SHARED", REPOSITORY.parent / "shared")))
