@@ -131,7 +131,7 @@ void PagedIndex::truncate(std::int32_t position) {
       std::erase(pages_of_node_[node], page);
       node_of_page_[page] = -1;
     }
-    tokens_removed(page, gone);
+    tokens_removed(page, node);
   }
   if (has_far_field_) {
     std::sort(touched.begin(), touched.end());

@@ -66,7 +66,8 @@ class PagedIndex : public SemanticIndex {
   virtual void page_split(int page, int other, std::uint32_t moved) = 0;
   virtual void page_opened(int page) = 0;
   virtual void node_was_split(int node, int other) { (void)node, (void)other; }
-  virtual void tokens_removed(int page, std::uint32_t slots) { (void)page, (void)slots; }
+  // `page` may have been dropped; it belonged to `node`.
+  virtual void tokens_removed(int page, int node) { (void)page, (void)node; }
 
   const PageTable& table() const { return table_; }
   const Config& config() const { return *context_.config; }

@@ -1,0 +1,150 @@
+#include "index/centroid_tree.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "icecache/error.h"
+#include "index/bisect.h"
+
+namespace icecache {
+
+int CentroidTree::add_node(int leaf) {
+  nodes_.emplace_back();
+  nodes_.back().leaf = leaf;
+  nodes_.back().sum.assign(rank_, 0.0);
+  return static_cast<int>(nodes_.size()) - 1;
+}
+
+void CentroidTree::attach(int child, int parent) {
+  nodes_[child].parent = parent;
+  nodes_[parent].children.push_back(child);
+}
+
+void CentroidTree::recompute(int node) {
+  Node& target = nodes_[node];
+  target.count = 0;
+  std::fill(target.sum.begin(), target.sum.end(), 0.0);
+  for (int child : target.children) {
+    target.count += nodes_[child].count;
+    for (int j = 0; j < rank_; ++j) target.sum[j] += nodes_[child].sum[j];
+  }
+}
+
+void CentroidTree::add_leaf(int near) {
+  const int leaf = add_node(leaf_count());
+  leaves_.push_back(leaf);
+  if (root_ < 0) {
+    root_ = add_node(-1);
+    attach(leaf, root_);
+    return;
+  }
+  int parent = near >= 0 ? nodes_[leaves_[near]].parent : root_;
+  while (near < 0 && nodes_[nodes_[parent].children.back()].leaf < 0) {
+    parent = nodes_[parent].children.back();
+  }
+  attach(leaf, parent);
+  while (parent >= 0 && static_cast<int>(nodes_[parent].children.size()) > 2 * kFanout) {
+    split(parent);
+    parent = nodes_[parent].parent;
+  }
+}
+
+void CentroidTree::split(int node) {
+  if (nodes_[node].parent < 0) {
+    root_ = add_node(-1);
+    attach(node, root_);
+    recompute(root_);
+  }
+  const std::vector<int> children = nodes_[node].children;
+  std::vector<float> centroids(children.size() * rank_);
+  for (std::size_t c = 0; c < children.size(); ++c) {
+    const Node& child = nodes_[children[c]];
+    for (int j = 0; j < rank_; ++j) {
+      centroids[c * rank_ + j] =
+          static_cast<float>(child.sum[j] / std::max<std::int32_t>(1, child.count));
+    }
+  }
+  const std::uint32_t moved =
+      upper_half(centroids.data(), rank_, static_cast<int>(children.size()));
+  const int other = add_node(-1);
+  attach(other, nodes_[node].parent);
+  nodes_[node].children.clear();
+  for (std::size_t c = 0; c < children.size(); ++c) {
+    attach(children[c], moved >> c & 1u ? other : node);
+  }
+  recompute(node);
+  recompute(other);
+}
+
+void CentroidTree::set(int leaf, const float* sum, std::int32_t count) {
+  Node& target = nodes_[leaves_[leaf]];
+  for (int j = 0; j < rank_; ++j) target.sum[j] = sum[j];
+  target.count = count;
+  for (int node = target.parent; node >= 0; node = nodes_[node].parent) recompute(node);
+}
+
+void CentroidTree::add(int leaf, const float* coordinates) {
+  for (int node = leaves_[leaf]; node >= 0; node = nodes_[node].parent) {
+    ++nodes_[node].count;
+    for (int j = 0; j < rank_; ++j) nodes_[node].sum[j] += coordinates[j];
+  }
+}
+
+int CentroidTree::nearest(const float* coordinates) const {
+  if (root_ < 0 || nodes_[root_].count == 0) return -1;
+  int node = root_;
+  while (nodes_[node].leaf < 0) {
+    double best = std::numeric_limits<double>::infinity();
+    int next = -1;
+    for (int child : nodes_[node].children) {
+      const Node& candidate = nodes_[child];
+      if (candidate.count == 0) continue;
+      double distance = 0.0;
+      for (int j = 0; j < rank_; ++j) {
+        const double delta = coordinates[j] - candidate.sum[j] / candidate.count;
+        distance += delta * delta;
+      }
+      if (next < 0 || distance < best) {
+        best = distance;
+        next = child;
+      }
+    }
+    node = next;
+  }
+  return nodes_[node].leaf;
+}
+
+std::size_t CentroidTree::memory_bytes() const {
+  std::size_t bytes = leaves_.capacity() * sizeof(int);
+  for (const Node& node : nodes_) {
+    bytes += sizeof(Node) + node.sum.capacity() * sizeof(double) +
+             node.children.capacity() * sizeof(int);
+  }
+  return bytes;
+}
+
+void CentroidTree::check_integrity() const {
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    const Node& node = nodes_[n];
+    if (node.leaf >= 0) continue;
+    if (static_cast<int>(node.children.size()) > 2 * kFanout)
+      throw IntegrityError(message("tree node ", n, " has ", node.children.size(), " children"));
+    std::int32_t count = 0;
+    std::vector<double> sum(rank_, 0.0);
+    for (int child : node.children) {
+      if (nodes_[child].parent != static_cast<int>(n))
+        throw IntegrityError(message("tree node ", child, " does not know its parent ", n));
+      count += nodes_[child].count;
+      for (int j = 0; j < rank_; ++j) sum[j] += nodes_[child].sum[j];
+    }
+    if (count != node.count)
+      throw IntegrityError(message("tree node ", n, " counts ", node.count, ", has ", count));
+    for (int j = 0; j < rank_; ++j) {
+      if (std::abs(sum[j] - node.sum[j]) > 1e-3 * (1.0 + std::abs(sum[j])))
+        throw IntegrityError(message("tree node ", n, " differs from the sum of its children"));
+    }
+  }
+}
+
+}  // namespace icecache

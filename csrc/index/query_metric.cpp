@@ -1,0 +1,112 @@
+#include "index/query_metric.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "index/symmetric_eigen.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+// Directions that no query was seen in keep this share of the mean variance, so that a new kind of
+// query still finds its keys.
+constexpr double kFloor = 1e-4;
+// Rows that estimate the keys' covariance; more change it by less than the quantisation does.
+constexpr std::int64_t kSampleRows = 4096;
+
+std::vector<double> covariance(const float* keys, std::int64_t count, int d,
+                               const std::vector<float>& mean) {
+  const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
+  const std::int64_t rows = (count + stride - 1) / stride;
+  std::vector<float> transposed(static_cast<std::size_t>(rows) * d);
+  std::vector<float> centred(static_cast<std::size_t>(rows) * d);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (int i = 0; i < d; ++i) {
+      const float x = keys[r * stride * d + i] - mean[i];
+      centred[r * d + i] = x;
+      transposed[i * rows + r] = x;
+    }
+  }
+  std::vector<float> product(static_cast<std::size_t>(d) * d);
+  simd::kernels().matmul(transposed.data(), centred.data(), product.data(), d, rows, d);
+  std::vector<double> result(product.begin(), product.end());
+  for (double& x : result) x /= static_cast<double>(rows);
+  return result;
+}
+
+}  // namespace
+
+QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim,
+                             const QueryMoments& queries, int rank) {
+  const int d = head_dim;
+  QueryMetric metric;
+  metric.head_dim = d;
+  metric.rank = rank;
+  std::vector<double> sum(d, 0.0);
+  for (std::int64_t n = 0; n < count; ++n) {
+    for (int i = 0; i < d; ++i) sum[i] += keys[n * d + i];
+  }
+  for (double x : sum) metric.mean.push_back(static_cast<float>(x / static_cast<double>(count)));
+
+  // root = U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
+  std::vector<double> root(static_cast<std::size_t>(d) * d, 0.0), inverse(root);
+  if (queries.count > 0.0) {
+    std::vector<double> second(queries.second.begin(), queries.second.end());
+    for (double& x : second) x /= queries.count;
+    const SymmetricEigen eigen = symmetric_eigen(second, d);
+    double trace = 0.0;
+    for (double x : eigen.values) trace += std::max(0.0, x);
+    const double floor = std::max(kFloor * trace / d, 1e-30);
+    for (int j = 0; j < d; ++j) {
+      const double scale = std::sqrt(std::max(eigen.values[j], floor));
+      for (int i = 0; i < d; ++i) {
+        root[i * d + j] = eigen.vectors[i * d + j] * scale;
+        inverse[i * d + j] = eigen.vectors[i * d + j] / scale;
+      }
+    }
+  } else {
+    for (int i = 0; i < d; ++i) root[i * d + i] = inverse[i * d + i] = 1.0;
+  }
+
+  const std::vector<double> spread = covariance(keys, count, d, metric.mean);
+  std::vector<double> half(root.size(), 0.0), seen(root.size(), 0.0);
+  for (int i = 0; i < d; ++i) {
+    for (int k = 0; k < d; ++k) {
+      const double x = spread[i * d + k];
+      for (int j = 0; j < d; ++j) half[i * d + j] += x * root[k * d + j];
+    }
+  }
+  for (int k = 0; k < d; ++k) {
+    for (int i = 0; i < d; ++i) {
+      const double x = root[k * d + i];
+      for (int j = 0; j < d; ++j) seen[i * d + j] += x * half[k * d + j];
+    }
+  }
+  const SymmetricEigen main = symmetric_eigen(seen, d);
+  metric.from_key.assign(static_cast<std::size_t>(d) * rank, 0.0f);
+  metric.from_query.assign(static_cast<std::size_t>(d) * rank, 0.0f);
+  for (int i = 0; i < d; ++i) {
+    for (int j = 0; j < rank; ++j) {
+      double key = 0.0, query = 0.0;
+      for (int k = 0; k < d; ++k) {
+        key += root[i * d + k] * main.vectors[k * d + j];
+        query += inverse[i * d + k] * main.vectors[k * d + j];
+      }
+      metric.from_key[i * rank + j] = static_cast<float>(key);
+      metric.from_query[i * rank + j] = static_cast<float>(query);
+    }
+  }
+  return metric;
+}
+
+void QueryMetric::coordinates(const float* keys, std::int64_t n, float* out) const {
+  simd::kernels().matmul(keys, from_key.data(), out, n, head_dim, rank);
+  std::vector<float> shift(rank, 0.0f);
+  simd::kernels().matmul(mean.data(), from_key.data(), shift.data(), 1, head_dim, rank);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (int j = 0; j < rank; ++j) out[i * rank + j] -= shift[j];
+  }
+}
+
+}  // namespace icecache

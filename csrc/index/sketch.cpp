@@ -1,0 +1,74 @@
+#include "index/sketch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "icecache/types.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+
+void Sketch::fit(const float* coordinates, std::int64_t n) {
+  std::vector<float> high(rank_, -INFINITY);
+  low_.assign(rank_, INFINITY);
+  step_.resize(rank_);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (int j = 0; j < rank_; ++j) {
+      low_[j] = std::min(low_[j], coordinates[i * rank_ + j]);
+      high[j] = std::max(high[j], coordinates[i * rank_ + j]);
+    }
+  }
+  const float levels = static_cast<float>((1 << bits_) - 1);
+  for (int j = 0; j < rank_; ++j) {
+    step_[j] = std::max(high[j] - low_[j], 1e-9f) / levels;
+  }
+}
+
+void Sketch::resize(int pages) {
+  codes_.resize(std::max(codes_.size(), static_cast<std::size_t>(pages) * page_bytes()), 0);
+}
+
+void Sketch::write(int page, int slot, const float* coordinates) {
+  std::uint8_t* codes = codes_.data() + static_cast<std::size_t>(page) * page_bytes();
+  const int levels = (1 << bits_) - 1;
+  const auto code = [&](int j) {
+    const float x = std::nearbyint((coordinates[j] - low_[j]) / step_[j]);
+    return static_cast<std::uint8_t>(std::clamp(x, 0.0f, static_cast<float>(levels)));
+  };
+  const int dims = 32 / bits_;  // of one 4-byte cell
+  for (int g = 0; g < rank_ / dims; ++g) {
+    std::uint8_t* cell = codes + (g * page_size_ + slot) * 4;
+    for (int j = 0; j < 4; ++j) {
+      cell[j] = bits_ == 4 ? static_cast<std::uint8_t>(code(8 * g + j) | code(8 * g + 4 + j) << 4)
+                           : code(4 * g + j);
+    }
+  }
+}
+
+void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
+  std::uint8_t* to = codes_.data() + static_cast<std::size_t>(to_page) * page_bytes();
+  const std::uint8_t* from = codes_.data() + static_cast<std::size_t>(from_page) * page_bytes();
+  for (int g = 0; g < rank_ * bits_ / 32; ++g) {
+    std::memcpy(to + (g * page_size_ + to_slot) * 4, from + (g * page_size_ + from_slot) * 4, 4);
+  }
+}
+
+std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int group, int pages,
+                          float* scores, std::int64_t stride) const {
+  float projected[kMaxGroup * kMaxHeadDim], bias[kMaxGroup];
+  simd::kernels().matmul(queries, metric.from_query.data(), projected, group, metric.head_dim,
+                         rank_);
+  for (int g = 0; g < group; ++g) {
+    float* q = projected + g * rank_;
+    bias[g] = simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(),
+                                  metric.head_dim) +
+              simd::kernels().dot(q, low_.data(), rank_);
+    for (int j = 0; j < rank_; ++j) q[j] *= step_[j];
+  }
+  simd::kernels().sketch_scan({codes_.data(), projected, bias, scores, stride, pages, group, rank_,
+                               page_size_, bits_});
+  return static_cast<std::int64_t>(pages) * page_bytes();
+}
+
+}  // namespace icecache

@@ -1,0 +1,139 @@
+#include "index/symmetric_eigen.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace icecache {
+namespace {
+
+// Reduces a (in place, row-major) to tridiagonal form with diagonal d and subdiagonal e[1..n-1];
+// leaves the orthogonal transform Q with A = Q T Q^T in a.
+void tridiagonalise(std::vector<double>& a, int n, std::vector<double>& d, std::vector<double>& e) {
+  std::vector<double> v(n), w(n);
+  std::vector<double> q(static_cast<std::size_t>(n) * n, 0.0);
+  for (int i = 0; i < n; ++i) q[i * n + i] = 1.0;
+  for (int k = 0; k + 2 < n; ++k) {
+    double norm = 0.0;
+    for (int i = k + 1; i < n; ++i) norm += a[i * n + k] * a[i * n + k];
+    norm = std::sqrt(norm);
+    if (norm == 0.0) continue;
+    const double alpha = a[(k + 1) * n + k] > 0.0 ? -norm : norm;
+    double length = 0.0;
+    for (int i = k + 1; i < n; ++i) {
+      v[i] = a[i * n + k] - (i == k + 1 ? alpha : 0.0);
+      length += v[i] * v[i];
+    }
+    if (length == 0.0) continue;
+    const double beta = 2.0 / length;
+    // A <- H A H with H = I - beta v v^T, by the symmetric rank-two update.
+    double inner = 0.0;
+    for (int i = k; i < n; ++i) {
+      double sum = 0.0;
+      for (int j = k + 1; j < n; ++j) sum += a[i * n + j] * v[j];
+      w[i] = beta * sum;
+      if (i > k) inner += w[i] * v[i];
+    }
+    for (int i = k + 1; i < n; ++i) w[i] -= 0.5 * beta * inner * v[i];
+    for (int i = k + 1; i < n; ++i) {
+      for (int j = k + 1; j < n; ++j) a[i * n + j] -= v[i] * w[j] + w[i] * v[j];
+    }
+    a[(k + 1) * n + k] = a[k * n + k + 1] = alpha;
+    for (int i = k + 2; i < n; ++i) a[i * n + k] = a[k * n + i] = 0.0;
+    for (int i = 0; i < n; ++i) {
+      double sum = 0.0;
+      for (int j = k + 1; j < n; ++j) sum += q[i * n + j] * v[j];
+      for (int j = k + 1; j < n; ++j) q[i * n + j] -= beta * sum * v[j];
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    d[i] = a[i * n + i];
+    e[i] = i > 0 ? a[i * n + i - 1] : 0.0;
+  }
+  a = std::move(q);
+}
+
+// QL with implicit shifts on (d, e); the rotations are applied to the rows of qt [n, n].
+void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<double>& qt, int n) {
+  for (int i = 1; i < n; ++i) e[i - 1] = e[i];
+  e[n - 1] = 0.0;
+  for (int l = 0; l < n; ++l) {
+    for (int sweep = 0; sweep < 60; ++sweep) {
+      int m = l;
+      for (; m + 1 < n; ++m) {
+        const double scale = std::abs(d[m]) + std::abs(d[m + 1]);
+        if (std::abs(e[m]) <= std::numeric_limits<double>::epsilon() * scale) break;
+      }
+      if (m == l) break;
+      double g = (d[l + 1] - d[l]) / (2.0 * e[l]);
+      double r = std::hypot(g, 1.0);
+      g = d[m] - d[l] + e[l] / (g + std::copysign(r, g));
+      double s = 1.0, c = 1.0, p = 0.0;
+      int i = m - 1;
+      for (; i >= l; --i) {
+        double f = s * e[i];
+        const double b = c * e[i];
+        r = std::hypot(f, g);
+        e[i + 1] = r;
+        if (r == 0.0) {
+          d[i + 1] -= p;
+          e[m] = 0.0;
+          break;
+        }
+        s = f / r;
+        c = g / r;
+        g = d[i + 1] - p;
+        r = (d[i] - g) * s + 2.0 * c * b;
+        p = s * r;
+        d[i + 1] = g + p;
+        g = c * r - b;
+        double* low = qt.data() + static_cast<std::size_t>(i) * n;
+        double* high = low + n;
+        for (int k = 0; k < n; ++k) {
+          const double x = high[k];
+          high[k] = s * low[k] + c * x;
+          low[k] = c * low[k] - s * x;
+        }
+      }
+      if (r == 0.0 && i >= l) continue;
+      d[l] -= p;
+      e[l] = g;
+      e[m] = 0.0;
+    }
+  }
+}
+
+}  // namespace
+
+SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int n) {
+  std::vector<double> a(matrix);
+  for (int i = 0; i < n; ++i) {
+    for (int j = i + 1; j < n; ++j) a[i * n + j] = a[j * n + i];
+  }
+  std::vector<double> d(n), e(n);
+  tridiagonalise(a, n, d, e);
+  std::vector<double> qt(a.size());  // eigenvectors as rows: rotations then touch contiguous memory
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) qt[j * n + i] = a[i * n + j];
+  }
+  implicit_ql(d, e, qt, n);
+
+  std::vector<int> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return d[x] > d[y]; });
+  SymmetricEigen result;
+  result.values.resize(n);
+  result.vectors.resize(a.size());
+  for (int j = 0; j < n; ++j) {
+    const double* row = qt.data() + static_cast<std::size_t>(order[j]) * n;
+    const double* peak = std::max_element(
+        row, row + n, [](double x, double y) { return std::abs(x) < std::abs(y); });
+    const double sign = *peak < 0.0 ? -1.0 : 1.0;
+    result.values[j] = d[order[j]];
+    for (int i = 0; i < n; ++i) result.vectors[i * n + j] = sign * row[i];
+  }
+  return result;
+}
+
+}  // namespace icecache
