@@ -1,0 +1,224 @@
+"""IceCache: transformers' cache interface over one engine."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from icecache import InvalidArgument
+from icecache.hf.engine_handle import EngineFactory, EngineHandle
+from icecache.hf.new_tokens import NewTokens
+from icecache.hf.rows import Rows
+from icecache.hf.support import check_config, full_attention_layers
+
+
+class IceLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A full-attention layer whose tokens live in the engine.
+
+    `update` only passes the new tokens on; the attention function appends them and attends.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, cache: IceCache, model_layer: int, engine_layer: int) -> None:
+        super().__init__()
+        # Weak: a cycle would keep the pages of a dropped cache until the garbage collector runs.
+        self._cache = weakref.ref(cache)
+        self.model_layer = model_layer
+        self.engine_layer = engine_layer
+        self.seen = 0  # columns of the batch, padding included
+
+    @property
+    def cache(self) -> IceCache:
+        """The cache this layer is part of."""
+        cache = self._cache()
+        if cache is None:
+            raise InvalidArgument("past_key_values: the IceCache of this layer is gone")
+        return cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tags keys and values `[B, Hkv, T, D]` of the new tokens with this layer."""
+        self.cache.check_usable()
+        self.is_initialized = True
+        self.seen += key_states.shape[-2]
+        return NewTokens.wrap(key_states, self), NewTokens.wrap(value_states, self)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The tokens belong to the cache as a whole, which moves them once for all layers.
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise InvalidArgument("reorder_cache: call it on the IceCache, not on one of its layers")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise InvalidArgument("crop: call it on the IceCache, not on one of its layers")
+
+
+class IceCache(Cache):  # type: ignore[misc]
+    """KV cache for `past_key_values` of a model that runs IceCache attention.
+
+    Full-attention layers share one engine; sliding, chunked and recurrent layers keep transformers'
+    own. A batch row is one engine sequence without its padding. Sequences are released with the
+    cache. `copy.deepcopy` forks: both sides share pages until one of them writes.
+    Threads: one forward call at a time, as for any Cache; caches that share an engine are
+    independent.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        engine_class: EngineFactory | None = None,
+        handle: EngineHandle | None = None,
+        **config_fields: Any,
+    ) -> None:
+        """`config` is the model's; `config_fields` are those of `icecache.Config`.
+
+        With `handle` the cache shares that engine and takes no fields. Raises InvalidArgument for
+        models that are not supported and for unknown fields.
+        """
+        text_config = config.get_text_config(decoder=True)
+        check_config(config)
+        model_layers = full_attention_layers(text_config)
+        if handle is None:
+            handle = EngineHandle(model_layers, config_fields, engine_class)
+        elif config_fields or engine_class is not None:
+            raise InvalidArgument(
+                "handle: an engine that is shared is already configured, got "
+                f"{', '.join(sorted(config_fields)) or 'engine_class'} too"
+            )
+        self.handle = handle
+        self.rows = Rows()
+        self.failed: str | None = None
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(text_config)
+        super().__init__(
+            layers=[
+                IceLayer(self, index, model_layers.index(index))
+                if index in model_layers
+                else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
+                for index, (layer_type, kwargs) in enumerate(
+                    zip(layer_types, layer_kwargs, strict=True)
+                )
+            ]
+        )
+
+    @property
+    def ice_layers(self) -> list[IceLayer]:
+        """The layers whose tokens live in the engine."""
+        return [layer for layer in self.layers if isinstance(layer, IceLayer)]
+
+    def check_usable(self) -> None:
+        """Raises InvalidArgument after a failure that could not be undone."""
+        if self.failed is not None:
+            raise InvalidArgument(
+                f"past_key_values: an earlier forward call failed ({self.failed}) and the stock "
+                "layers of this cache cannot be rolled back; call reset() and start again"
+            )
+
+    def undo(self, error: BaseException) -> None:
+        """Takes back the tokens of a forward call that failed with `error`."""
+        self.rows.undo()
+        for layer in self.ice_layers:
+            layer.seen = self.rows.seen
+        if len(self.ice_layers) != len(self.layers):
+            self.failed = str(error)
+
+    def reset(self) -> None:
+        """Forgets all tokens; the engine and its settings stay."""
+        self.rows.clear()
+        self.failed = None
+        for layer in self.layers:
+            if isinstance(layer, IceLayer):
+                layer.seen = 0
+            else:
+                layer.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i continues old row `beam_idx[i]`."""
+        self._arrange(beam_idx.tolist())
+        for layer in self._stock_layers():
+            layer.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens of every row (a count below 1, as in stock)."""
+        if tokens_to_remove > 0:
+            raise InvalidArgument(
+                f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
+            )
+        for layer in self._stock_layers():
+            layer.crop(tokens_to_remove)
+        self.rows.crop(-tokens_to_remove)
+        for layer in self.ice_layers:
+            layer.seen += tokens_to_remove
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, next to each other."""
+        self._arrange([row for row in range(len(self.rows.sequences)) for _ in range(repeats)])
+        for layer in self._stock_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` (integers or a bool mask over rows)."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._arrange(rows.tolist())
+        for layer in self._stock_layers():
+            layer.batch_select_indices(indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IceCache:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other.rows = self.rows.copy()
+        other.layers = []
+        for layer in self.layers:
+            if isinstance(layer, IceLayer):
+                twin = IceLayer(other, layer.model_layer, layer.engine_layer)
+                twin.seen, twin.is_initialized = layer.seen, layer.is_initialized
+                other.layers.append(twin)
+            else:
+                other.layers.append(copy.deepcopy(layer, memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidArgument(
+            "past_key_values: an IceCache cannot be pickled; its tokens live in the engine"
+        )
+
+    def __copy__(self) -> IceCache:
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def _arrange(self, order: Sequence[int]) -> None:
+        self.check_usable()
+        self.rows.arrange(order)
+
+    def _stock_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, IceLayer)]

@@ -1,0 +1,236 @@
+"""Switches a transformers model to IceCache and back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from icecache import InvalidArgument
+from icecache.hf.attention import IMPLEMENTATION
+from icecache.hf.cache import IceCache
+from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
+from icecache.hf.stats import ModelStats
+from icecache.hf.support import (
+    check_forward,
+    check_generation,
+    check_model,
+    full_attention_layers,
+)
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+_PREPARE_CACHE = "_prepare_cache_for_generation"
+_CONTINUOUS_BATCHING = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
+
+@dataclass
+class _Enabled:
+    """What `enable` changed on a model, for `disable`."""
+
+    handle: EngineHandle
+    attention: str | dict[str, str]
+    hook: torch.utils.hooks.RemovableHandle
+    methods: tuple[str, ...]
+
+
+_enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable(
+    model: ModelT,
+    token_budget: int = 256,
+    *,
+    engine_class: EngineFactory | None = None,
+    **config_fields: Any,
+) -> ModelT:
+    """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
+
+    `token_budget` counts the tokens attended exactly per KV head and step; `config_fields` are the
+    other fields of `icecache.Config`. `dense_layers` counts in layers of the model. All caches of
+    the model share one engine, hence one bound on host memory. Enabling again starts afresh with
+    the new settings. Raises InvalidArgument for models and settings that are not supported; the
+    model is then as it was.
+    """
+    check_model(model)
+    text_config = model.config.get_text_config(decoder=True)
+    handle = EngineHandle(
+        full_attention_layers(text_config),
+        {"token_budget": token_budget, **config_fields},
+        engine_class,
+    )
+    handle.bind(_expected_shape(model))  # refuses settings now and not at the first token
+    disable(model)
+
+    before = text_config._attn_implementation or "sdpa"
+    part = _text_part(model)
+    model.set_attn_implementation(IMPLEMENTATION if part is None else {part: IMPLEMENTATION})
+    restore: str | dict[str, str] = before
+    if part is not None:
+        restore = {part: before}
+    hook = model.register_forward_pre_hook(
+        functools.partial(_before_forward, handle), with_kwargs=True
+    )
+    methods: dict[str, Callable[..., Any]] = {
+        _PREPARE_CACHE: functools.partial(_prepare_cache, weakref.ref(model), handle)
+    }
+    methods |= {
+        name: functools.partial(_refuse_continuous_batching, name)
+        for name in _CONTINUOUS_BATCHING
+        if hasattr(model, name)
+    }
+    for name, method in methods.items():
+        model.__dict__[name] = method
+    _enabled[model] = _Enabled(handle, restore, hook, tuple(methods))
+    return model
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Gives `model` its former attention back; no effect where it is not enabled.
+
+    Caches made by the model until now cannot be used with it any more.
+    """
+    state = _enabled.pop(model, None)
+    if state is None:
+        return
+    state.hook.remove()
+    for name in state.methods:
+        model.__dict__.pop(name, None)
+    model.set_attn_implementation(state.attention)
+
+
+def stats(model: PreTrainedModel) -> ModelStats:
+    """What the engine of an enabled model did since `enable`. Raises InvalidArgument else."""
+    state = _enabled.get(model)
+    engine = None if state is None else state.handle.engine
+    shape = None if state is None else state.handle.shape
+    if state is None or engine is None or shape is None:
+        raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
+    return ModelStats(
+        layers={
+            model_layer: [engine.stats(layer, head) for head in range(shape.num_kv_heads)]
+            for layer, model_layer in enumerate(state.handle.model_layers)
+        },
+        memory=engine.memory(),
+    )
+
+
+@torch.compiler.disable(  # type: ignore[misc, unused-ignore]
+    reason="IceCache keeps tokens in its own engine; compile without fullgraph=True"
+)
+def _before_forward(
+    handle: EngineHandle, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: refuses what cannot be served, and supplies a cache where none is given."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind_partial(*args, **kwargs)
+    arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    check_forward(model, arguments)
+    _check_attention_implementation(model)
+    cache = arguments.get("past_key_values")
+    if cache is None:
+        use_cache = arguments.get("use_cache")
+        text_config = model.config.get_text_config(decoder=True)
+        if getattr(text_config, "use_cache", True) if use_cache is None else use_cache:
+            if "past_key_values" in bound.arguments:
+                bound.arguments["past_key_values"] = IceCache(model.config, handle=handle)
+                return bound.args, bound.kwargs
+            kwargs = {**kwargs, "past_key_values": IceCache(model.config, handle=handle)}
+    else:
+        _check_cache(cache)
+    return args, kwargs
+
+
+def _prepare_cache(
+    model_ref: weakref.ref[PreTrainedModel],
+    handle: EngineHandle,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Stands in for the model's own step of `generate` that makes the cache."""
+    model = model_ref()
+    if model is None:  # the bound method outlived its model
+        raise InvalidArgument("model: it is gone")
+    check_generation(generation_config)
+    check_forward(model, {})
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        _check_cache(cache)
+        cache._is_user_defined = True
+    elif generation_config.use_cache is not False:
+        cache = IceCache(model.config, handle=handle)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+
+def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise InvalidArgument(
+        f"{name}: continuous batching brings its own paged cache and is not supported with "
+        "IceCache; use model.generate on a padded batch, or call icecache.disable(model)"
+    )
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, IceCache):
+        raise InvalidArgument(
+            f"past_key_values: expected an IceCache or none on an enabled model, got "
+            f"{type(cache).__name__}; leave it out, or call icecache.disable(model)"
+        )
+
+
+def _check_attention_implementation(model: PreTrainedModel) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config._attn_implementation != IMPLEMENTATION:
+        raise InvalidArgument(
+            f"attn_implementation: {text_config._attn_implementation!r} was set after "
+            "icecache.enable(model); call icecache.enable again, or icecache.disable first"
+        )
+
+
+def _text_part(model: PreTrainedModel) -> str | None:
+    """Name of the sub-config that describes the language model; None where it is the whole."""
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is model.config:
+        return None
+    for name in model.config.sub_configs:
+        if getattr(model.config, name, None) is text_config:
+            return name
+    raise InvalidArgument(
+        f"model: cannot find the language model within {type(model).__name__}; pass the language "
+        "model itself"
+    )
+
+
+def _expected_shape(model: PreTrainedModel) -> AttentionShape:
+    """The attention shape the configuration promises; the first forward call corrects it."""
+    config = model.config.get_text_config(decoder=True)
+    num_q_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_q_heads
+    scale = next(
+        (
+            float(module.scaling)
+            for module in model.modules()
+            if hasattr(module, "layer_idx") and isinstance(getattr(module, "scaling", None), float)
+        ),
+        head_dim**-0.5,
+    )
+    return AttentionShape(
+        num_q_heads=num_q_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
+        head_dim=head_dim,
+        dtype=model.dtype,
+        scale=scale,
+    )

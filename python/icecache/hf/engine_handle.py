@@ -1,0 +1,138 @@
+"""The engine behind one model or one cache, made when the shape of the attention is known."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+import icecache
+from icecache import InvalidArgument
+
+Tensors = torch.Tensor | list[torch.Tensor]
+
+
+class EngineLike(Protocol):
+    """What this front end needs of `icecache.Engine`; `icecache.reference.ReferenceEngine` has it."""
+
+    def new_sequence(self) -> int: ...
+    def fork(self, seq: int) -> int: ...
+    def truncate(self, seq: int, length: int) -> None: ...
+    def release(self, seq: int) -> None: ...
+    def append(self, seqs: Sequence[int], layer: int, keys: Any, values: Any) -> None: ...
+    def attend(self, seqs: Sequence[int], layer: int, queries: Any) -> Any: ...
+    def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None: ...
+    def stats(self, layer: int, kv_head: int) -> Any: ...
+    def memory(self) -> Any: ...
+
+
+class EngineFactory(Protocol):
+    """Called with num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, **config_fields."""
+
+    def __call__(self, **arguments: Any) -> EngineLike: ...
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Form of one full-attention layer; equal for all layers that share an engine."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_q_heads} query heads, {self.num_kv_heads} KV heads, "
+            f"head_dim {self.head_dim}, {self.dtype}, scale {self.scale:g}"
+        )
+
+
+class EngineHandle:
+    """Owns one engine for the full-attention layers of a model. Thread-safe."""
+
+    def __init__(
+        self,
+        model_layers: Sequence[int],
+        config_fields: Mapping[str, Any],
+        engine_class: EngineFactory | None = None,
+    ) -> None:
+        """`model_layers[i]` is the model's index of engine layer i.
+
+        Raises InvalidArgument where `dense_layers` names a layer that is not among them.
+        """
+        self.model_layers = tuple(model_layers)
+        self._fields = dict(config_fields)
+        if "dense_layers" in self._fields:
+            self._fields["dense_layers"] = self._engine_layers(self._fields["dense_layers"])
+        self._engine_class: EngineFactory = engine_class or icecache.Engine
+        self._engine: EngineLike | None = None
+        self._shape: AttentionShape | None = None
+        self._lock = threading.Lock()  # guards _engine and _shape
+
+    @property
+    def engine(self) -> EngineLike | None:
+        """None until `bind` was called."""
+        return self._engine
+
+    @property
+    def shape(self) -> AttentionShape | None:
+        """None until `bind` was called."""
+        return self._shape
+
+    def bind(self, shape: AttentionShape) -> EngineLike:
+        """The engine for `shape`, made on the first call.
+
+        Raises InvalidArgument where the engine holds sequences of another shape: all
+        full-attention layers of a model must be alike.
+        """
+        with self._lock:
+            if self._engine is not None and self._shape == shape:
+                return self._engine
+            if self._engine is not None and self._engine.memory().sequences:
+                raise InvalidArgument(
+                    f"past_key_values: a full-attention layer has {shape}, but this cache holds "
+                    f"tokens of layers with {self._shape}. IceCache needs full-attention layers "
+                    "that are alike; run such a model without icecache.enable"
+                )
+            self._engine = self._engine_class(
+                num_layers=len(self.model_layers),
+                num_q_heads=shape.num_q_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                dtype=shape.dtype,
+                scale=shape.scale,
+                **self._fields,
+            )
+            self._shape = shape
+            return self._engine
+
+    def _engine_layers(self, dense_layers: str | Sequence[int]) -> str:
+        if isinstance(dense_layers, str):
+            names = [name.strip() for name in dense_layers.split(",") if name.strip()]
+        else:
+            names = [str(layer) for layer in dense_layers]
+        mapped = []
+        for name in names:
+            if not name.isdigit() or int(name) not in self.model_layers:
+                raise InvalidArgument(
+                    f"dense_layers: expected full-attention layers of the model "
+                    f"({_ranges(self.model_layers)}), got {name!r}"
+                )
+            mapped.append(str(self.model_layers.index(int(name))))
+        return ",".join(mapped)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """"0-3, 5" for (0, 1, 2, 3, 5)."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,0 +1,219 @@
+"""What this front end can serve; everything else is refused with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+
+from icecache import InvalidArgument, Unavailable
+from icecache.hf.mask import LazyMask
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Layers that keep transformers' own cache: their memory does not grow with the context.
+_STOCK_LAYERS = frozenset(
+    ["sliding_attention", "chunked_attention", "conv", "linear_attention", "dummy"]
+)
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def check_transformers() -> None:
+    """Raises Unavailable where transformers is too old for this front end."""
+    if not hasattr(Cache, "get_query_offset"):
+        import transformers
+
+        raise Unavailable(
+            f"transformers: icecache needs the cache interface of transformers 5.23, found "
+            f"{transformers.__version__}; run pip install -U transformers"
+        )
+
+
+def full_attention_layers(text_config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers that attend to the whole context.
+
+    Raises InvalidArgument for layer types that are not supported, and where there is none.
+    """
+    layer_types, _ = get_layer_types_and_kwargs(text_config)
+    for index, layer_type in enumerate(layer_types):
+        if layer_type != "full_attention" and layer_type not in _STOCK_LAYERS:
+            raise InvalidArgument(
+                f"model: layer {index} is of type {layer_type!r}; IceCache serves full_attention "
+                f"and leaves {', '.join(sorted(_STOCK_LAYERS - {'dummy'}))} to transformers. Use "
+                "the model without icecache.enable"
+            )
+    layers = [i for i, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+    if not layers:
+        raise InvalidArgument(
+            "model: no layer attends to the whole context "
+            f"({', '.join(sorted(set(layer_types)))} only), so its cache is bounded already. Use "
+            "the model without icecache.enable"
+        )
+    return layers
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raises InvalidArgument for models whose attention the engine cannot compute."""
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise InvalidArgument(
+            f"model: {name} is an encoder-decoder model; IceCache serves decoder-only models. Use "
+            "the model without icecache.enable"
+        )
+    text = config.get_text_config(decoder=True)
+    for field in ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping"):
+        if getattr(text, field, None):
+            raise InvalidArgument(
+                f"model: {name} caps its attention logits ({field} = {getattr(text, field)}), "
+                "which the engine does not compute. Use the model without icecache.enable, or one "
+                "without soft-capping"
+            )
+    if any(getattr(text, "kv_sharing_modes", None) or ()):
+        raise InvalidArgument(
+            f"model: layers of {name} share their keys and values (kv_sharing_modes), which "
+            "IceCache does not support. Use the model without icecache.enable"
+        )
+    if not getattr(text, "is_causal", True):
+        raise InvalidArgument(
+            f"model: {name} attends in both directions (is_causal = False); IceCache serves causal "
+            "models. Use the model without icecache.enable"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises InvalidArgument where `icecache.enable` cannot serve `model`."""
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgument(
+            f"model: expected a transformers model, got {type(model).__name__}; pass the wrapped "
+            "transformers model itself"
+        )
+    check_config(model.config)
+    if not model._can_set_attn_implementation():
+        raise InvalidArgument(
+            f"model: {type(model).__name__} does not use transformers' attention interface, so its "
+            "attention cannot be replaced. Use the model without icecache.enable"
+        )
+    check_placement(model)
+    if model.dtype not in _DTYPES:
+        raise InvalidArgument(
+            f"model: expected dtype float32, bfloat16 or float16, got {model.dtype}; load it with "
+            "dtype=torch.float32"
+        )
+
+
+def check_placement(model: PreTrainedModel) -> None:
+    """Raises InvalidArgument where parameters are not on the CPU."""
+    devices = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
+    if devices:
+        raise InvalidArgument(
+            f"model: expected all parameters on the CPU, found some on {', '.join(sorted(devices))}"
+            '; call model.to("cpu")'
+        )
+
+
+def check_forward(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Raises InvalidArgument where a forward call of an enabled model asks for what we cannot do."""
+    if model.training:
+        raise InvalidArgument(
+            "model: IceCache serves inference only, but the model is in training mode; call "
+            "model.eval(), or icecache.disable(model) to train"
+        )
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise InvalidArgument(
+            "model: IceCache computes no gradients; run under torch.inference_mode(), or call "
+            "icecache.disable(model)"
+        )
+    check_placement(model)
+    if arguments.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise InvalidArgument(
+            "output_attentions: IceCache keeps no attention matrices; drop the argument, or call "
+            "icecache.disable(model) and use eager attention"
+        )
+    packed = [name for name in _PACKED if arguments.get(name) is not None]
+    if packed:
+        raise InvalidArgument(
+            f"{', '.join(packed)}: packed sequences (flash attention arguments) are not supported; "
+            "pass a padded batch with attention_mask"
+        )
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        form = f"{mask.ndim}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InvalidArgument(
+            f"attention_mask: expected a 2-D padding mask [batch, tokens], got {form}; IceCache "
+            "serves causal attention with padding only"
+        )
+
+
+def check_generation(generation_config: Any) -> None:
+    """Raises InvalidArgument for `generate` settings that exclude IceCache."""
+    implementation = generation_config.cache_implementation
+    if implementation not in (None, "dynamic"):
+        raise InvalidArgument(
+            f"cache_implementation: {implementation!r} replaces IceCache; leave it out, or call "
+            "icecache.disable(model)"
+        )
+    if getattr(generation_config, "output_attentions", False):
+        raise InvalidArgument(
+            "output_attentions: IceCache keeps no attention matrices; drop the argument, or call "
+            "icecache.disable(model) and use eager attention"
+        )
+
+
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    dropout: float,
+    arguments: Mapping[str, Any],
+) -> LazyMask:
+    """The mask, where one attention call over cached tokens is one that the engine computes.
+
+    Raises InvalidArgument else; the shapes are query `[B, Hq, T, D]`, key and value
+    `[B, Hkv, T, D]`.
+    """
+    for name in ("softcap", "position_bias", "sliding_window", "cache", *_PACKED):
+        if arguments.get(name) is not None:
+            raise InvalidArgument(
+                f"{name}: the attention of a cached layer was called with it, which the engine does "
+                "not compute. Use the model without icecache.enable"
+            )
+    if dropout or (torch.is_grad_enabled() and query.requires_grad):
+        raise InvalidArgument(
+            "model: IceCache computes no dropout and no gradients; call model.eval() and run under "
+            "torch.inference_mode()"
+        )
+    if key.shape[-1] != value.shape[-1]:
+        raise InvalidArgument(
+            f"model: expected keys and values of one head_dim, got {key.shape[-1]} and "
+            f"{value.shape[-1]}. Use the model without icecache.enable"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InvalidArgument(
+            f"model: expected queries, keys and values of one dtype, got {query.dtype}, "
+            f"{key.dtype} and {value.dtype}"
+        )
+    if query.device.type != "cpu":
+        raise InvalidArgument(
+            f'model: expected tensors on the CPU, got {query.device}; call model.to("cpu")'
+        )
+    if not isinstance(mask, LazyMask):
+        form = "none" if mask is None else f"a {type(mask).__name__}"
+        raise InvalidArgument(
+            f"attention_mask: expected a 2-D padding mask or none for the model, and attention got "
+            f"{form} of its own; IceCache serves causal attention with padding only"
+        )
+    if not mask.is_causal or arguments.get("is_causal") is False:
+        raise InvalidArgument(
+            "attention_mask: the model asked for a mask that is not causal-with-padding (for "
+            "example bidirectional image tokens); IceCache serves causal attention with padding "
+            "only. Use the model without icecache.enable for such inputs"
+        )
+    if mask.q_length != query.shape[2]:
+        raise InvalidArgument(
+            f"attention_mask: expected a mask for {query.shape[2]} new tokens, got one for "
+            f"{mask.q_length}"
+        )
+    return mask

@@ -1,0 +1,356 @@
+"""Pure torch oracle: exact attention behind the engine's API, and the sparse decode step's formulas.
+
+Everything here is computed plainly, in double precision, to be read and compared with; nothing is
+fast. `ReferenceEngine` attends to every token. `sketch_scores`, `pick_tokens`, `far_field` and
+`sparse_attention` are the steps of one decode query of one KV head with `index="tree"` on explicit
+tensors; node and page assignments are given and not made here.
+
+Letters: G query heads that share a KV head, N tokens of a sequence, C far-field nodes, D head_dim,
+R sketch rank. Queries of these functions are already multiplied by the attention scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from icecache import InvalidArgument
+
+Tensors = torch.Tensor | list[torch.Tensor]
+
+
+@dataclass
+class ReferenceHeadStats:
+    """The fields of the engine's HeadStats that exact attention has."""
+
+    steps: int = 0
+    dense_steps: int = 0
+    bytes_read: int = 0
+    bytes_moved: int = 0
+    tokens_selected: int = 0
+    mass: float = 0.0
+    worst_mass: float = 1.0
+
+
+@dataclass(frozen=True)
+class ReferenceMemoryStats:
+    """The fields of the engine's MemoryStats; shared tokens are counted once per sequence."""
+
+    pool_bytes: int
+    index_bytes: int
+    device_bytes: int
+    sequences: int
+
+
+@dataclass
+class _Sequence:
+    """Keys and values per layer, each [Hkv, L, D]. Tensors are never written to: forks share."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    observed: list[int] = field(default_factory=list)
+
+
+class ReferenceEngine:
+    """`icecache.Engine` with exact attention in double precision, in torch alone.
+
+    The configuration is kept and not used: whatever the budget, every token is attended.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        config: Any = None,
+        **config_fields: Any,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.config = config
+        self.config_fields = config_fields
+        self._sequences: dict[int, _Sequence] = {}
+        self._ids = itertools.count()
+        self._stats: list[ReferenceHeadStats] = []
+        self.reset_stats()
+
+    def new_sequence(self) -> int:
+        empty = torch.zeros(self.num_kv_heads, 0, self.head_dim, dtype=self.dtype)
+        sequence = _Sequence(keys=[empty] * self.num_layers, values=[empty] * self.num_layers)
+        return self._add(sequence)
+
+    def fork(self, seq: int) -> int:
+        """A sequence with the same tokens."""
+        source = self._get(seq)
+        return self._add(_Sequence(list(source.keys), list(source.values)))
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Keeps the first `length` tokens of every layer."""
+        sequence = self._get(seq)
+        longest = max(keys.shape[1] for keys in sequence.keys)
+        if not 0 <= length <= longest:
+            raise InvalidArgument(
+                f"length: expected 0 to {longest} (tokens of sequence {seq}), got {length}"
+            )
+        sequence.keys = [keys[:, :length] for keys in sequence.keys]
+        sequence.values = [values[:, :length] for values in sequence.values]
+
+    def release(self, seq: int) -> None:
+        self._get(seq)
+        del self._sequences[seq]
+
+    def length(self, seq: int, layer: int = 0) -> int:
+        return self._get(seq).keys[layer].shape[1]
+
+    def append(self, seqs: Sequence[int], layer: int, keys: Tensors, values: Tensors) -> None:
+        """Tensor [B, Hkv, T, D] or a list of [Hkv, T_b, D]; changes nothing where it raises."""
+        form = (self.num_kv_heads, self.head_dim)
+        key_rows, value_rows = self._rows(seqs, keys, form), self._rows(seqs, values, form)
+        for seq, key, value in zip(seqs, key_rows, value_rows, strict=True):
+            if key.shape != value.shape:
+                raise InvalidArgument(
+                    f"values: expected the shape of keys {tuple(key.shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+            finite = torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1)
+            if not bool(finite.all()):
+                head, token = (~finite).nonzero()[0].tolist()
+                position = self.length(seq, layer) + token
+                raise InvalidArgument(
+                    f"keys: NaN or Inf in sequence {seq}, head {head}, position {position}"
+                )
+        for seq, key, value in zip(seqs, key_rows, value_rows, strict=True):
+            sequence = self._get(seq)
+            sequence.keys[layer] = torch.cat([sequence.keys[layer], key], 1)
+            sequence.values[layer] = torch.cat([sequence.values[layer], value], 1)
+
+    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors) -> Any:
+        """Causal attention of the last T tokens; the result has the form of `queries`."""
+        rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
+        outputs = []
+        for seq, query in zip(seqs, rows, strict=True):
+            keys, values = self._get(seq).keys[layer], self._get(seq).values[layer]
+            if query.shape[1] > keys.shape[1]:
+                raise InvalidArgument(
+                    f"queries: expected at most {keys.shape[1]} (tokens of sequence {seq}), got "
+                    f"{query.shape[1]}"
+                )
+            outputs.append(dense_attention(query, keys, values, self.scale))
+            for head in range(self.num_kv_heads):
+                stats = self._stats[layer * self.num_kv_heads + head]
+                stats.dense_steps += query.shape[1]
+                stats.bytes_read += 2 * keys[0].numel() * keys.element_size()
+        if isinstance(queries, torch.Tensor):
+            return torch.stack(outputs) if outputs else torch.empty_like(queries)
+        return outputs
+
+    def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
+        """Checks the form; exact attention needs no metric."""
+        rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
+        for seq, query in zip(seqs, rows, strict=True):
+            self._get(seq).observed.append(query.shape[1])
+
+    def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, L, D]."""
+        sequence = self._get(seq)
+        return sequence.keys[layer].clone(), sequence.values[layer].clone()
+
+    def stats(self, layer: int, kv_head: int) -> ReferenceHeadStats:
+        return self._stats[layer * self.num_kv_heads + kv_head]
+
+    def reset_stats(self) -> None:
+        self._stats = [ReferenceHeadStats() for _ in range(self.num_layers * self.num_kv_heads)]
+
+    def memory(self) -> ReferenceMemoryStats:
+        tensors = [t for s in self._sequences.values() for t in (*s.keys, *s.values)]
+        used = sum(t.numel() * t.element_size() for t in tensors)
+        return ReferenceMemoryStats(
+            pool_bytes=used, index_bytes=0, device_bytes=used, sequences=len(self._sequences)
+        )
+
+    def synchronize(self) -> None:
+        """Nothing runs in the background."""
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where keys and values of a layer differ in length."""
+        for sequence in self._sequences.values():
+            for keys, values in zip(sequence.keys, sequence.values, strict=True):
+                assert keys.shape == values.shape
+
+    def _add(self, sequence: _Sequence) -> int:
+        seq = next(self._ids)
+        self._sequences[seq] = sequence
+        return seq
+
+    def _get(self, seq: int) -> _Sequence:
+        if seq not in self._sequences:
+            raise InvalidArgument(f"sequence: {seq} is not open")
+        return self._sequences[seq]
+
+    def _rows(
+        self, seqs: Sequence[int], tensors: Tensors, form: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        rows = list(tensors)
+        if len(rows) != len(seqs):
+            raise InvalidArgument(f"sequences: expected {len(rows)} (one a row), got {len(seqs)}")
+        heads, head_dim = form
+        for seq, row in zip(seqs, rows, strict=True):
+            self._get(seq)
+            if row.ndim != 3 or row.shape[0] != heads or row.shape[2] != head_dim:
+                raise InvalidArgument(
+                    f"tensor: expected [{heads}, T, {head_dim}] a row, got {tuple(row.shape)}"
+                )
+            if row.dtype != self.dtype:
+                raise InvalidArgument(f"tensor: expected {self.dtype}, got {row.dtype}")
+        return rows
+
+
+def dense_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of the last T tokens. [Hq, T, D], [Hkv, L, D] -> [Hq, T, D]."""
+    groups = queries.shape[0] // keys.shape[0]
+    new, length = queries.shape[1], keys.shape[1]
+    k = keys.double().repeat_interleave(groups, 0)
+    v = values.double().repeat_interleave(groups, 0)
+    scores = scale * queries.double() @ k.transpose(1, 2)
+    visible = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
+    return (weights @ v).to(queries.dtype)
+
+
+def query_metric(queries: torch.Tensor) -> torch.Tensor:
+    """M = E[q q^T]^(1/2) of queries [..., D] (not scaled): the symmetric root, [D, D]."""
+    rows = queries.reshape(-1, queries.shape[-1]).double()
+    eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / rows.shape[0])
+    return vectors @ torch.diag(eigenvalues.clamp_min(1e-6).sqrt()) @ vectors.T
+
+
+def sketch_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    metric: torch.Tensor,
+    *,
+    rank: int = 32,
+    bits: int = 4,
+    basis_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Estimates of q.k from the sketch of every key. [G, D], [N, D], M [D, D] -> [G, N].
+
+    The basis holds the `rank` leading directions U of (K - mean) M. A key is stored as
+    y = (k - mean) M U, rounded to `bits` bits between the least and greatest coordinate in each
+    direction; a query meets it as q M^-1 U, and q.mean is added. `basis_keys` are the keys that
+    basis and ranges are taken from (the prompt's; default all); later keys are clamped to them.
+    """
+    k, m = keys.double(), metric.double()
+    basis = k if basis_keys is None else basis_keys.double()
+    mean = basis.mean(0)
+    centred = (basis - mean) @ m
+    directions = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :rank]
+    project = m @ directions
+    reference = (basis - mean) @ project
+    low, levels = reference.amin(0), 2**bits - 1
+    step = (reference.amax(0) - low).clamp_min(1e-9) / levels
+    codes = (((k - mean) @ project - low) / step).round().clamp(0, levels)
+    q = queries.double()
+    return (q @ torch.linalg.inv(m).T @ directions) @ (codes * step + low).T + (q @ mean)[:, None]
+
+
+def pick_tokens(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scores: torch.Tensor,
+    always: torch.Tensor,
+    *,
+    count: int,
+    candidates: int,
+) -> torch.Tensor:
+    """Tokens to attend besides those of `always`. Positions in ascending order, at most `count`.
+
+    queries [G, D], keys [N, D], scores [G, N] (sketch), always [N] bool (sink and window).
+    The `candidates` tokens of largest estimated mass are rescored with their exact keys; the mass
+    of a token is its softmax weight per head (over `always`, exact, and the other tokens in
+    question), summed over the group.
+    """
+    exact = queries.double() @ keys.double().T
+    weights = torch.softmax(torch.where(always, exact, scores.double()), -1).sum(0)
+    weights = weights.masked_fill(always, -1.0)
+    free = int((~always).sum())
+    found = torch.topk(weights, min(candidates, free)).indices
+    if found.numel() > count:
+        seen = always.clone()
+        seen[found] = True
+        rescored = torch.softmax(exact.masked_fill(~seen, -torch.inf), -1).sum(0)
+        found = found[torch.topk(rescored[found], count).indices]
+    return found.sort().values
+
+
+def far_field(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    nodes: torch.Tensor,
+    attended: torch.Tensor,
+    mean_query: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the tokens that are not attended weigh together, by node.
+
+    queries [G, D], keys and values [N, D], nodes [N] int64 (-1: in no node), attended [N] bool,
+    mean_query mu [D] (scaled, mean of the group). Returns log weights [G, C] (-inf for a node with
+    nothing left) and values [C, D]: with w_i = exp(mu.k_i) over a node's tokens that are not
+    attended, Z = sum w, k~ and v~ the w-weighted means, var~ the w-weighted diagonal variance,
+    log weight = log Z + (q - mu).k~ + min(1, (q - mu)^2.var~ / 2). A node whose Z is at most 1e-10
+    of its total (all tokens taken along) counts as empty.
+    """
+    q, k, v, mu = (t.double() for t in (queries, keys, values, mean_query))
+    inside = nodes >= 0
+    size = int(nodes.max()) + 1 if bool(inside.any()) else 0
+    if not size:
+        return q.new_zeros(q.shape[0], 0), v.new_zeros(0, v.shape[1])
+    logits = k @ mu
+    offset = logits[inside].max()
+    everything = torch.where(inside, (logits - offset).exp(), torch.zeros_like(logits))
+    weights = everything.masked_fill(attended, 0.0)
+    target = nodes.clamp_min(0)
+
+    def node_sums(x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(size, *x.shape[1:]).index_add_(0, target, x)
+
+    z = node_sums(weights)
+    has_tokens = z > 1e-10 * node_sums(everything)
+    divisor = torch.where(has_tokens, z, torch.ones_like(z))[:, None]
+    mean_key = node_sums(weights[:, None] * k) / divisor
+    mean_value = node_sums(weights[:, None] * v) / divisor
+    variance = (node_sums(weights[:, None] * k**2) / divisor - mean_key**2).clamp_min(0)
+    difference = q - mu
+    curvature = (0.5 * difference**2 @ variance.T).clamp_max(1.0)
+    log_weights = divisor[:, 0].log() + offset + difference @ mean_key.T + curvature
+    return log_weights.masked_fill(~has_tokens, -torch.inf), mean_value
+
+
+def sparse_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attended: torch.Tensor,
+    far: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Exact attention over `attended` [N] bool merged with a far field. [G, D], [N, D] -> [G, D]."""
+    q, k, v = queries.double(), keys.double(), values.double()
+    logits = (q @ k.T).masked_fill(~attended, -torch.inf)
+    if far is not None:
+        logits = torch.cat([logits, far[0]], 1)
+        v = torch.cat([v, far[1]], 0)
+    return cast(torch.Tensor, torch.softmax(logits, -1) @ v)
