@@ -14,17 +14,11 @@ target_link_libraries(icecache PRIVATE icecache_flags Threads::Threads)
 target_link_options(icecache PRIVATE -Wl,--exclude-libs,ALL)
 icecache_package_library(icecache)
 
-# One ISA level per source file, told by its name; the choice between them is made at run time.
+# One ISA level per source file, told by its name; the choice between them is made at run time by
+# csrc/simd/dispatch.cpp, which asks the CPU for exactly these extensions.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  include(CheckCXXCompilerFlag)
   set(avx2_flags -mavx2 -mfma -mf16c)
   set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
-  foreach(extension avx512vnni avx512bf16)
-    check_cxx_compiler_flag(-m${extension} ICECACHE_HAVE_${extension})
-    if(ICECACHE_HAVE_${extension})
-      list(APPEND avx512_flags -m${extension})
-    endif()
-  endforeach()
   foreach(level avx2 avx512)
     set(sources ${icecache_sources})
     list(FILTER sources INCLUDE REGEX "/csrc/simd/[^/]*${level}[^/]*$")

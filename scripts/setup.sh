@@ -30,10 +30,9 @@ install_debian() {
   return 1
 }
 compiler=${CXX:-c++}
-compiles() { "$compiler" -std=c++20 -x c++ -fsyntax-only "$@" - >/dev/null 2>&1; }
-has_header() { echo "#include <$1>" | compiles "${@:2}"; }
+has_header() { echo "#include <$1>" | "$compiler" -std=c++20 -x c++ -E - >/dev/null 2>&1; }
 
-# --- compiler and C++ libraries
+# --- compiler and C++ libraries (<span> is of C++20; its absence or no compiler look the same)
 if ! has_header span; then
   install_debian "a C++20 compiler is missing" g++ || exit 1
   compiler=c++
