@@ -1,9 +1,9 @@
 // The inner loops of the engine, one table of functions per ISA level, chosen once at run time.
 //
-// Every level computes the same function; levels differ in rounding only (each is tested against the
-// scalar one). ICECACHE_SIMD=scalar|avx2|avx512 overrides the choice; a level that the CPU lacks is
-// refused with its name. All pointers are non-null unless said otherwise, unaligned, not aliased.
-// No function allocates, throws or keeps state; all may be called from any thread.
+// Every level computes the same function; levels differ in rounding only (each is tested against
+// the scalar one). ICECACHE_SIMD=scalar|avx2|avx512 overrides the choice; a level that the CPU
+// lacks is refused with its name. All pointers are non-null unless said otherwise, unaligned, not
+// aliased. No function allocates, throws or keeps state; all may be called from any thread.
 #pragma once
 
 #include <cstddef>
@@ -19,26 +19,26 @@ namespace icecache::simd {
 
 // Slots of one page against a group of queries.
 struct PageArgs {
-  const float* queries = nullptr;   // [rows, D], scaled
-  const void* keys = nullptr;       // [S, D]
-  const void* values = nullptr;     // [S, D]; unused by page_logits
+  const float* queries = nullptr;  // [rows, D], scaled
+  const void* keys = nullptr;      // [S, D]
+  const void* values = nullptr;    // [S, D]; unused by page_logits
   DType dtype = DType::kFloat32;
-  int rows = 0;                     // queries: G, or G x T in prefill; any number
-  int head_dim = 0;                 // D, a multiple of 8, at most 256
-  int page_size = 0;                // S: 8, 16 or 32
-  std::uint32_t slots = 0;          // bit s: slot s takes part
+  int rows = 0;             // queries: G, or G x T in prefill; any number
+  int head_dim = 0;         // D, a multiple of 8, at most 256
+  int page_size = 0;        // S: 8, 16 or 32
+  std::uint32_t slots = 0;  // bit s: slot s takes part
 };
 
 // Quantised keys of P pages; see csrc/index/sketch.h for the layout.
-//   bits = 4: codes[P][R / 8][S][4], byte j of a slot: dim 8 g + j low nibble, 8 g + 4 + j high nibble
-//   bits = 8: codes[P][R / 4][S][4], byte j of a slot: dim 4 g + j
+//   bits = 4: codes[P][R / 8][S][4], byte j of a slot: dim 8 g + j low nibble, 8 g + 4 + j high
+//   nibble bits = 8: codes[P][R / 4][S][4], byte j of a slot: dim 4 g + j
 struct SketchScanArgs {
   const std::uint8_t* codes = nullptr;
   const float* queries = nullptr;  // [G, R] per-dim code step already multiplied in
   const float* bias = nullptr;     // [G]
   float* scores = nullptr;         // out [G, score_stride >= P * S]
   std::int64_t score_stride = 0;
-  std::int64_t pages = 0;          // P
+  std::int64_t pages = 0;  // P
   int group = 0, rank = 0, page_size = 0, bits = 0;
 };
 
@@ -70,7 +70,8 @@ struct Kernels {
   void (*matmul)(const float* a, const float* b, float* c, std::int64_t n, std::int64_t k,
                  std::int64_t m);
 
-  // logits[row, s] = queries[row] . keys[s] for set slots, row stride S; others are left as they are.
+  // logits[row, s] = queries[row] . keys[s] for set slots, row stride S; others are left as they
+  // are.
   void (*page_logits)(const PageArgs& args, float* logits);
   // Merges the set slots into the state of `rows` queries (state.group == rows).
   void (*attend_page)(const PageArgs& args, const AttentionState& state);
@@ -92,9 +93,11 @@ const Kernels& scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// The best level of this CPU, or the one ICECACHE_SIMD names. Throws InvalidArgument for a name that
-// is unknown or not available here. The choice is made at the first call.
+// The best level of this CPU, or the one ICECACHE_SIMD names. Throws InvalidArgument for a name
+// that is unknown or not available here. The choice is made at the first call.
 const Kernels& kernels();
+// The level of that name, the best one for "". Throws InvalidArgument as kernels() does.
+const Kernels& find_kernels(std::string_view name);
 // Names of the levels that run here, best first.
 std::vector<std::string> available_levels();
 

@@ -1,0 +1,224 @@
+// Attention over the slots of a page: page_logits, attend_page, attend_logits.
+//
+// Slots that take no part are never read: a page's free slots may hold anything, NaN included. The
+// pointers of the others are gathered first, so that the work is that of the set slots.
+#pragma once
+
+#include "simd/body/softmax.h"
+#include "simd/body/tile.h"
+
+namespace icecache::simd {
+namespace {
+
+constexpr int kFewRows = 4;       // rows that are cheaper served from the page's own element type
+constexpr int kDecodeRows = 16;   // rows up to which keys are not transposed
+constexpr int kPrefillRows = 96;  // rows whose logits are held at once
+constexpr int kRowStride = kMaxPageSize;
+
+// The set slots of one page: pointers to their rows, K and V.
+template <typename E>
+struct Rows {
+  const typename E::Element* keys[kMaxPageSize];
+  const typename E::Element* values[kMaxPageSize];
+  int count = 0;   // set slots
+  int padded = 0;  // count rounded up to 4; the pointers behind count repeat the last one
+
+  explicit ICECACHE_INLINE Rows(const PageArgs& args) {
+    const typename E::Element* k = static_cast<const typename E::Element*>(args.keys);
+    const typename E::Element* v = static_cast<const typename E::Element*>(args.values);
+    for (int s = 0; s < args.page_size; ++s) {
+      if ((args.slots >> s & 1u) == 0) continue;
+      keys[count] = k + static_cast<std::ptrdiff_t>(s) * args.head_dim;
+      values[count] = v == nullptr ? nullptr : v + static_cast<std::ptrdiff_t>(s) * args.head_dim;
+      ++count;
+    }
+    pad();
+  }
+  Rows() = default;
+
+  void pad() {
+    padded = count;
+    while (padded % 4 != 0) {
+      keys[padded] = keys[count - 1];
+      ++padded;
+    }
+  }
+};
+
+// The rows of a page as floats, in a buffer of its own where they are stored otherwise.
+template <typename E>
+struct FloatRows {
+  Rows<F32> rows;
+  alignas(64) float keys[kMaxPageSize * kMaxHeadDim];
+  alignas(64) float values[kMaxPageSize * kMaxHeadDim];
+
+  ICECACHE_INLINE FloatRows(const Rows<E>& page, int dim, bool with_values) {
+    for (int s = 0; s < page.count; ++s) {
+      convert_row<E>(page.keys[s], keys + s * dim, static_cast<std::size_t>(dim));
+      rows.keys[s] = keys + s * dim;
+      if (!with_values) continue;
+      convert_row<E>(page.values[s], values + s * dim, static_cast<std::size_t>(dim));
+      rows.values[s] = values + s * dim;
+    }
+    rows.count = page.count;
+    rows.pad();
+  }
+};
+template <>
+struct FloatRows<F32> {
+  const Rows<F32>& rows;
+  ICECACHE_INLINE FloatRows(const Rows<F32>& page, int, bool) : rows(page) {}
+};
+
+// Logits [rows, kRowStride] to weights, then state = merge(state, weights x values). At most
+// kPrefillRows rows; count <= kMaxPageSize values.
+template <typename E>
+ICECACHE_INLINE void merge_logits(float* logits, int rows, const typename E::Element* const* values,
+                                  int count, const AttentionState& state, int first_row) {
+  const int dim = state.head_dim;
+  const int vectors = (count + kWidth - 1) / kWidth * kWidth;
+  float factor[kPrefillRows];
+  for (int r = 0; r < rows; ++r) {
+    float* row = logits + r * kRowStride;
+    for (int s = count; s < vectors; ++s) row[s] = -kInfinity;
+    factor[r] = online_softmax(row, vectors, state.max + first_row + r, state.sum + first_row + r);
+  }
+  TileArgs tile;
+  tile.a = logits;
+  tile.lda = kRowStride;
+  tile.depth = count;
+  tile.c = state.out + static_cast<std::ptrdiff_t>(first_row) * dim;
+  tile.ldc = dim;
+  tile.scale = factor;
+  outer_product<E>(
+      tile, rows, dim, [&](int s, int d) __attribute__((always_inline)) { return values[s] + d; },
+      Into::kScale);
+}
+
+// At most kDecodeRows rows from `first_row` on.
+template <typename E>
+void attend_few(const PageArgs& args, const Rows<E>& page, const AttentionState& state,
+                int first_row, int rows) {
+  alignas(64) float logits[kDecodeRows * kRowStride];
+  const float* queries = args.queries + static_cast<std::ptrdiff_t>(first_row) * args.head_dim;
+  dot_rows<E>(queries, rows, page.keys, page.padded, args.head_dim, logits, kRowStride);
+  merge_logits<E>(logits, rows, page.values, page.count, state, first_row);
+}
+
+// Any number of rows: keys are transposed once, then logits are outer products over head_dim, which
+// need no sums across lanes.
+void attend_many(const PageArgs& args, const Rows<F32>& page, const AttentionState& state) {
+  const int dim = args.head_dim;
+  const int columns = (page.count + kWidth - 1) / kWidth * kWidth;
+  alignas(64) float transposed[kMaxHeadDim * kMaxPageSize];
+  alignas(64) float logits[kPrefillRows * kRowStride];
+  for (int s = 0; s < columns; s += 4) {
+    for (int d = 0; d < dim; d += 4) {
+      Vec4F block[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        block[i] = load4(page.keys[smaller(s + i, page.count - 1)] + d);
+      }
+      transpose4(block);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store4(transposed + (d + i) * columns + s, block[i]);
+    }
+  }
+  for (int first = 0; first < args.rows; first += kPrefillRows) {
+    const int rows = smaller(kPrefillRows, args.rows - first);
+    TileArgs tile;
+    tile.a = args.queries + static_cast<std::ptrdiff_t>(first) * dim;
+    tile.lda = dim;
+    tile.depth = dim;
+    tile.c = logits;
+    tile.ldc = kRowStride;
+    outer_product<F32>(
+        tile, rows, columns,
+        [&](int d, int s) __attribute__((always_inline)) { return transposed + d * columns + s; },
+        Into::kOverwrite);
+    merge_logits<F32>(logits, rows, page.values, page.count, state, first);
+  }
+}
+
+template <typename E>
+void attend_page_of(const PageArgs& args, const AttentionState& state) {
+  const Rows<E> page(args);
+  if (page.count == 0) return;
+  if (args.rows <= kFewRows) {
+    attend_few<E>(args, page, state, 0, args.rows);
+    return;
+  }
+  const FloatRows<E> converted(page, args.head_dim, true);
+  if (args.rows <= kDecodeRows) {
+    attend_few<F32>(args, converted.rows, state, 0, args.rows);
+  } else {
+    attend_many(args, converted.rows, state);
+  }
+}
+
+void attend_page(const PageArgs& args, const AttentionState& state) {
+  with_element(args.dtype, [&](auto e) { attend_page_of<decltype(e)>(args, state); });
+}
+
+template <typename E>
+void scatter_logits(const PageArgs& args, const Rows<E>& page, float* logits) {
+  float block[kDotRows * kRowStride];
+  for (int first = 0; first < args.rows; first += kDotRows) {
+    const int rows = smaller(kDotRows, args.rows - first);
+    const float* queries = args.queries + static_cast<std::ptrdiff_t>(first) * args.head_dim;
+    dot_rows<E>(queries, rows, page.keys, page.padded, args.head_dim, block, kRowStride);
+    for (int r = 0; r < rows; ++r) {
+      float* out = logits + static_cast<std::ptrdiff_t>(first + r) * args.page_size;
+      int i = 0;
+      for (int s = 0; s < args.page_size; ++s) {
+        if ((args.slots >> s & 1u) != 0) out[s] = block[r * kRowStride + i++];
+      }
+    }
+  }
+}
+
+template <typename E>
+void page_logits_of(const PageArgs& args, float* logits) {
+  PageArgs keys_only = args;
+  keys_only.values = nullptr;
+  const Rows<E> page(keys_only);
+  if (page.count == 0) return;
+  if (args.rows <= kFewRows) {
+    scatter_logits<E>(args, page, logits);
+  } else {
+    const FloatRows<E> converted(page, args.head_dim, false);
+    scatter_logits<F32>(args, converted.rows, logits);
+  }
+}
+
+void page_logits(const PageArgs& args, float* logits) {
+  with_element(args.dtype, [&](auto e) { page_logits_of<decltype(e)>(args, logits); });
+}
+
+// In blocks of kMaxPageSize values that at least one query takes part in.
+void attend_logits(const float* logits, const float* values, std::int64_t count,
+                   const AttentionState& state) {
+  alignas(64) float block[kDecodeRows * kRowStride];
+  const float* rows_of[kMaxPageSize];
+  for (int first = 0; first < state.group; first += kDecodeRows) {
+    const int rows = smaller(kDecodeRows, state.group - first);
+    const float* group_logits = logits + first * count;
+    for (std::int64_t i = 0; i < count;) {
+      int taken = 0;
+      for (; i < count && taken < kMaxPageSize; ++i) {
+        bool used = false;
+        for (int r = 0; r < rows; ++r) {
+          const float x = group_logits[r * count + i];
+          block[r * kRowStride + taken] = x;
+          used |= x != -kInfinity;
+        }
+        rows_of[taken] = values + i * state.head_dim;
+        taken += used ? 1 : 0;
+      }
+      if (taken > 0) merge_logits<F32>(block, rows, rows_of, taken, state, first);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace icecache::simd

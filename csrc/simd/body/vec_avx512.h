@@ -1,0 +1,114 @@
+// The AVX-512 level (F, BW, DQ, VL): vectors of sixteen.
+#pragma once
+
+// GCC 12's own intrinsics read a variable that they leave undefined on purpose (GCC bug 105593),
+// and are reported where they are inlined. The same kernels keep these warnings at the other
+// levels.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "simd/body/half.h"
+#include "simd/body/vec.h"
+
+namespace icecache::simd {
+namespace {
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
+constexpr int kDotRows = 4;
+constexpr int kScanQueries = 4;
+constexpr int kScanVectors = 2;
+
+ICECACHE_INLINE VecF splat(float x) {
+  return _mm512_set1_ps(x);
+}
+
+ICECACHE_INLINE __mmask16 lanes_below(int n) {
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
+
+ICECACHE_INLINE VecF load_part(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(lanes_below(n), p);
+}
+
+ICECACHE_INLINE void store_part(float* p, VecF v, int n) {
+  _mm512_mask_storeu_ps(p, lanes_below(n), v);
+}
+
+ICECACHE_INLINE VecF widen_bf16(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+ICECACHE_INLINE VecF load_bf16(const std::uint16_t* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+ICECACHE_INLINE VecF load_f16(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+ICECACHE_INLINE VecF load_bf16_part(const std::uint16_t* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+}
+
+ICECACHE_INLINE VecF load_f16_part(const std::uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+}
+
+ICECACHE_INLINE void store_bf16(std::uint16_t* p, VecF v) {
+  const VecU u = reinterpret_cast<VecU>(v);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU quiet = (u >> 16) | 0x40u;
+  const __m512i bits = reinterpret_cast<__m512i>(v == v ? rounded : quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+}
+
+ICECACHE_INLINE void store_f16(std::uint16_t* p, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+ICECACHE_INLINE float reduce_add(VecF v) {
+  return _mm512_reduce_add_ps(v);
+}
+
+ICECACHE_INLINE float reduce_max(VecF v) {
+  return _mm512_reduce_max_ps(v);
+}
+
+ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+  const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+  const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+  // Each 128-bit lane: its part of the four sums, in order.
+  const __m512 lanes =
+      _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  const __m256 half = _mm512_castps512_ps256(lanes) + _mm512_extractf32x8_ps(lanes, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+
+ICECACHE_INLINE bool any(VecI mask) {
+  const __m512i m = reinterpret_cast<__m512i>(mask);
+  return _mm512_test_epi32_mask(m, m) != 0;
+}
+
+// See vec_scalar.h. A permutation of the table 0..15 converts a nibble: it reads 4 bits and no
+// more.
+struct Codes {
+  VecU bits;
+  ICECACHE_INLINE explicit Codes(VecU x) : bits(x) {}
+  ICECACHE_INLINE VecF nibble(int j) const {
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const VecU shifted = bits >> (j < 4 ? 8 * j : 8 * (j - 4) + 4);
+    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), values);
+  }
+  ICECACHE_INLINE VecF byte(int j) const {
+    const VecU widened = (bits >> (8 * j)) & 255u;
+    return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(widened));
+  }
+};
+
+}  // namespace
+}  // namespace icecache::simd

@@ -1,0 +1,116 @@
+// The baseline level: vectors of four that the compiler lowers to what every CPU of the target has
+// (SSE2, NEON, or single instructions). No intrinsics.
+#pragma once
+
+#include "simd/body/half.h"
+#include "simd/body/vec.h"
+
+namespace icecache::simd {
+namespace {
+
+typedef std::uint16_t Vec4H __attribute__((vector_size(8)));
+
+constexpr int kTileRows = 4;  // rows x vectors of accumulators in tile.h
+constexpr int kTileVectors = 2;
+constexpr int kDotRows = 2;      // rows x 4 accumulators in dot_rows.h
+constexpr int kScanQueries = 3;  // queries per pass of sketch_scan
+constexpr int kScanVectors = 2;  // slot vectors per pass
+
+ICECACHE_INLINE VecF splat(float x) {
+  return VecF{x, x, x, x};
+}
+
+ICECACHE_INLINE VecF load_part(const float* p, int n) {
+  VecF v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+ICECACHE_INLINE void store_part(float* p, VecF v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+ICECACHE_INLINE VecU load_u16(const std::uint16_t* p) {
+  Vec4H h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, VecU);
+}
+
+ICECACHE_INLINE VecF load_bf16(const std::uint16_t* p) {
+  return reinterpret_cast<VecF>(load_u16(p) << 16);
+}
+
+ICECACHE_INLINE VecF load_f16(const std::uint16_t* p) {
+  const VecU h = load_u16(p);
+  const VecU exponent = h & 0x7c00u;
+  const VecU mantissa = h & 0x3ffu;
+  const VecF tiny = __builtin_convertvector(reinterpret_cast<VecI>(mantissa), VecF) * 0x1p-24f;
+  VecU magnitude = ((h & 0x7fffu) << 13) + (112u << 23);
+  const VecU special =
+      ((h & 0x7fffu) << 13) | 0x7f800000u | (mantissa != 0u ? VecU{} + 0x400000u : VecU{});
+  magnitude = exponent == 0x7c00u ? special : magnitude;
+  magnitude = exponent == 0u ? reinterpret_cast<VecU>(tiny) : magnitude;
+  return reinterpret_cast<VecF>(magnitude | ((h & 0x8000u) << 16));
+}
+
+ICECACHE_INLINE VecF load_bf16_part(const std::uint16_t* p, int n) {
+  VecF v = {};
+  for (int i = 0; i < n; ++i) v[i] = bf16_to_float(p[i]);
+  return v;
+}
+
+ICECACHE_INLINE VecF load_f16_part(const std::uint16_t* p, int n) {
+  VecF v = {};
+  for (int i = 0; i < n; ++i) v[i] = f16_to_float(p[i]);
+  return v;
+}
+
+ICECACHE_INLINE void store_bf16(std::uint16_t* p, VecF v) {
+  const VecU u = reinterpret_cast<VecU>(v);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU quiet = (u >> 16) | 0x40u;
+  const VecU bits = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  const Vec4H h = __builtin_convertvector(bits, Vec4H);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+ICECACHE_INLINE void store_f16(std::uint16_t* p, VecF v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = float_to_f16(v[i]);
+}
+
+ICECACHE_INLINE float reduce_add(VecF v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
+ICECACHE_INLINE float reduce_max(VecF v) {
+  float m = v[0];
+  for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// The four sums, in order.
+ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+  Vec4F rows[4] = {a, b, c, d};
+  transpose4(rows);
+  return (rows[0] + rows[2]) + (rows[1] + rows[3]);
+}
+
+ICECACHE_INLINE bool any(VecI mask) {
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+}
+
+// Sketch codes of W slots, 4 bytes each. nibble(j): dims 0..3 low, 4..7 high nibbles of bytes 0..3.
+struct Codes {
+  VecU bits;
+  ICECACHE_INLINE explicit Codes(VecU x) : bits(x) {}
+  ICECACHE_INLINE VecF nibble(int j) const {
+    return __builtin_convertvector(
+        reinterpret_cast<VecI>((bits >> (j < 4 ? 8 * j : 8 * (j - 4) + 4)) & 15u), VecF);
+  }
+  ICECACHE_INLINE VecF byte(int j) const {
+    return __builtin_convertvector(reinterpret_cast<VecI>((bits >> (8 * j)) & 255u), VecF);
+  }
+};
+
+}  // namespace
+}  // namespace icecache::simd

@@ -1,0 +1,62 @@
+// Test parameter: every SIMD level by name; a level that the CPU or the build lacks is skipped.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "simd/kernels.h"
+
+namespace icecache::simd {
+
+class SimdLevel : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    const std::string name = GetParam();
+    const Kernels* level = name == "scalar" ? &scalar_kernels()
+                           : name == "avx2" ? avx2_kernels()
+                                            : avx512_kernels();
+    if (level == nullptr) GTEST_SKIP() << "SIMD level " << name << " is not available here";
+    kernels_ = level;
+  }
+  const Kernels& k() const { return *kernels_; }
+
+  std::vector<float> normal(std::size_t n, float scale = 1.0f) {
+    std::normal_distribution<float> distribution(0.0f, scale);
+    std::vector<float> x(n);
+    for (float& value : x) value = distribution(random_);
+    return x;
+  }
+
+  std::mt19937 random_{7};
+
+ private:
+  const Kernels* kernels_ = nullptr;
+};
+
+inline std::string level_name(const testing::TestParamInfo<const char*>& info) {
+  return info.param;
+}
+
+// `values` in `dtype`, as bytes; decode() gives back what those bytes mean.
+inline std::vector<std::byte> encode(const std::vector<float>& values, DType dtype) {
+  std::vector<std::byte> bytes(values.size() * size_of(dtype));
+  scalar_kernels().from_float(values.data(), bytes.data(), dtype, values.size());
+  return bytes;
+}
+
+inline std::vector<float> decode(const std::vector<std::byte>& bytes, DType dtype) {
+  std::vector<float> values(bytes.size() / size_of(dtype));
+  scalar_kernels().to_float(bytes.data(), dtype, values.data(), values.size());
+  return values;
+}
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+}  // namespace icecache::simd

@@ -1,0 +1,240 @@
+// page_logits, attend_page, attend_logits against softmax attention in double.
+#include <algorithm>
+
+#include "icecache/attention_state.h"
+#include "simd/kernels.h"
+#include "simd_levels.h"
+
+namespace icecache::simd {
+namespace {
+
+class SimdPageTest : public SimdLevel {
+ protected:
+  struct Case {
+    int rows, dim, page_size;
+    DType dtype;
+    std::uint32_t slots;
+  };
+
+  // A page whose free slots hold NaN, and queries for it.
+  void make(const Case& c) {
+    queries = normal(static_cast<std::size_t>(c.rows) * c.dim, 1.0f / std::sqrt(c.dim));
+    for (std::vector<float>* part : {&keys, &values}) {
+      *part = normal(static_cast<std::size_t>(c.page_size) * c.dim);
+      for (int s = 0; s < c.page_size; ++s) {
+        if ((c.slots >> s & 1) != 0) continue;
+        std::fill_n(part->begin() + s * c.dim, c.dim, kNan);
+      }
+    }
+    key_bytes = encode(keys, c.dtype);
+    value_bytes = encode(values, c.dtype);
+    keys = decode(key_bytes, c.dtype);
+    values = decode(value_bytes, c.dtype);
+    args = PageArgs{queries.data(), key_bytes.data(), value_bytes.data(), c.dtype, c.rows, c.dim,
+                    c.page_size,    c.slots};
+  }
+
+  double logit(const Case& c, int row, int slot) const {
+    double sum = 0.0;
+    for (int d = 0; d < c.dim; ++d) {
+      sum += static_cast<double>(queries[row * c.dim + d]) * keys[slot * c.dim + d];
+    }
+    return sum;
+  }
+
+  void check_logits(const Case& c) {
+    std::vector<float> logits(static_cast<std::size_t>(c.rows) * c.page_size, 77.0f);
+    PageArgs keys_only = args;
+    keys_only.values = nullptr;
+    k().page_logits(keys_only, logits.data());
+    for (int r = 0; r < c.rows; ++r) {
+      for (int s = 0; s < c.page_size; ++s) {
+        const double expected = (c.slots >> s & 1) != 0 ? logit(c, r, s) : 77.0;
+        ASSERT_NEAR(logits[r * c.page_size + s], expected, 1e-5) << describe(c) << " slot " << s;
+      }
+    }
+  }
+
+  // Two merges: into the empty state, then into one with weight far above, beside and below.
+  void check_attend(const Case& c) {
+    std::vector<float> out(static_cast<std::size_t>(c.rows) * c.dim), max(c.rows), sum(c.rows);
+    const AttentionState state{out.data(), max.data(), sum.data(), c.rows, c.dim};
+    state.clear();
+    k().attend_page(args, state);
+    check_state(c, state, {}, {}, {});
+
+    std::vector<double> out0(out.size()), max0(c.rows), sum0(c.rows);
+    for (int r = 0; r < c.rows; ++r) {
+      max[r] = static_cast<float>(max0[r] = r % 3 == 0 ? 6.0 : r % 3 == 1 ? 0.25 : -30.0);
+      sum[r] = static_cast<float>(sum0[r] = 1.5);
+      for (int d = 0; d < c.dim; ++d) {
+        out[r * c.dim + d] = static_cast<float>(out0[r * c.dim + d] = 0.125 * d - r);
+      }
+    }
+    k().attend_page(args, state);
+    check_state(c, state, out0, max0, sum0);
+  }
+
+  void check_state(const Case& c, const AttentionState& state, const std::vector<double>& out0,
+                   const std::vector<double>& max0, const std::vector<double>& sum0) {
+    for (int r = 0; r < c.rows; ++r) {
+      double best = max0.empty() ? -kInf : max0[r];
+      for (int s = 0; s < c.page_size; ++s) {
+        if ((c.slots >> s & 1) != 0) best = std::max(best, logit(c, r, s));
+      }
+      if (best == -kInf) {
+        ASSERT_EQ(state.max[r], -kInf);
+        ASSERT_EQ(state.sum[r], 0.0f);
+        ASSERT_EQ(state.out[r * c.dim], 0.0f);
+        continue;
+      }
+      const double before = max0.empty() ? 0.0 : std::exp(max0[r] - best);
+      double total = before * (sum0.empty() ? 0.0 : sum0[r]);
+      std::vector<double> expected(c.dim, 0.0);
+      for (int d = 0; d < c.dim && before > 0.0; ++d) expected[d] = before * out0[r * c.dim + d];
+      for (int s = 0; s < c.page_size; ++s) {
+        if ((c.slots >> s & 1) == 0) continue;
+        const double weight = std::exp(logit(c, r, s) - best);
+        total += weight;
+        for (int d = 0; d < c.dim; ++d) expected[d] += weight * values[s * c.dim + d];
+      }
+      ASSERT_NEAR(state.max[r], best, 1e-5) << describe(c);
+      ASSERT_NEAR(state.sum[r], total, 2e-5 * total) << describe(c);
+      for (int d = 0; d < c.dim; ++d) {
+        ASSERT_NEAR(state.out[r * c.dim + d], expected[d], 3e-5 * (8.0 + std::abs(expected[d])))
+            << describe(c) << " row " << r << " dim " << d;
+      }
+    }
+  }
+
+  static std::string describe(const Case& c) {
+    return testing::PrintToString(c.rows) + " rows, D " + testing::PrintToString(c.dim) + ", S " +
+           testing::PrintToString(c.page_size) + ", " + name_of(c.dtype) + ", slots " +
+           testing::PrintToString(c.slots);
+  }
+
+  static std::uint32_t all(int page_size) {
+    return page_size == 32 ? 0xffffffffu : (1u << page_size) - 1u;
+  }
+
+  void check(const Case& c) {
+    make(c);
+    check_logits(c);
+    check_attend(c);
+  }
+
+  std::vector<float> queries, keys, values;
+  std::vector<std::byte> key_bytes, value_bytes;
+  PageArgs args;
+};
+INSTANTIATE_TEST_SUITE_P(Levels, SimdPageTest, testing::Values("scalar", "avx2", "avx512"),
+                         level_name);
+
+TEST_P(SimdPageTest, EveryHeadDimPageSizeGroupAndType) {
+  for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {
+    for (const int page_size : {8, 16, 32}) {
+      for (const int group : {1, 3, 4, 8, 16}) {
+        for (const DType dtype : kDTypes) {
+          check({group, dim, page_size, dtype, all(page_size)});
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SimdPageTest, PartialPagesReadOnlyTheirSlots) {
+  for (const int page_size : {8, 16, 32}) {
+    std::vector<std::uint32_t> masks = {
+        0u, 1u, 1u << (page_size - 1), 3u, 0x55555555u, all(page_size) >> 1, all(page_size) & ~1u};
+    for (int i = 0; i < 8; ++i) masks.push_back(static_cast<std::uint32_t>(random_()));
+    for (const std::uint32_t mask : masks) {
+      for (const int rows : {1, 3, 5, 16, 17}) {
+        for (const int dim : {8, 40, 64, 80}) {
+          for (const DType dtype : kDTypes) {
+            check({rows, dim, page_size, dtype, mask & all(page_size)});
+            if (HasFatalFailure()) return;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SimdPageTest, ManyRows) {
+  for (const int rows : {17, 47, 95, 96, 97, 129, 512}) {
+    for (const int dim : {8, 24, 64, 136, 256}) {
+      for (const int page_size : {8, 16, 32}) {
+        check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3], all(page_size) & 0xfffffffdu});
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(SimdPageTest, HugeLogitsDoNotOverflow) {
+  const Case c{3, 16, 16, DType::kFloat32, 0xffffu};
+  make(c);
+  for (float& q : queries) q *= 3000.0f;
+  std::vector<float> out(c.rows * c.dim), max(c.rows), sum(c.rows);
+  const AttentionState state{out.data(), max.data(), sum.data(), c.rows, c.dim};
+  state.clear();
+  k().attend_page(args, state);
+  for (int r = 0; r < c.rows; ++r) {
+    int best = 0;
+    for (int s = 1; s < c.page_size; ++s) {
+      if (logit(c, r, s) > logit(c, r, best)) best = s;
+    }
+    EXPECT_GE(sum[r], 1.0f);
+    EXPECT_LE(sum[r], 1.001f) << "one key outweighs the others";
+    EXPECT_NEAR(out[r * c.dim], values[best * c.dim], 1e-3);
+  }
+}
+
+class SimdLogitsTest : public SimdLevel {};
+INSTANTIATE_TEST_SUITE_P(Levels, SimdLogitsTest, testing::Values("scalar", "avx2", "avx512"),
+                         level_name);
+
+TEST_P(SimdLogitsTest, AttendLogitsLeavesOutMinusInfinity) {
+  for (const int group : {1, 3, 4, 8, 16, 21}) {
+    for (const std::int64_t count : {0, 1, 2, 31, 32, 33, 100, 515}) {
+      for (const int dim : {8, 56, 128}) {
+        std::vector<float> logits = normal(static_cast<std::size_t>(group * count), 3.0f);
+        std::vector<float> values = normal(static_cast<std::size_t>(count * dim));
+        for (std::int64_t i = 0; i < count; ++i) {
+          if (i % 4 == 1) {  // an empty node: out for everyone, value undefined
+            for (int g = 0; g < group; ++g) logits[g * count + i] = -kInf;
+            std::fill_n(values.begin() + i * dim, dim, kNan);
+          } else if (i % 4 == 2) {
+            logits[(i % group) * count + i] = -kInf;
+          }
+        }
+        std::vector<float> out(group * dim), max(group), sum(group);
+        const AttentionState state{out.data(), max.data(), sum.data(), group, dim};
+        state.clear();
+        k().attend_logits(logits.data(), values.data(), count, state);
+        for (int g = 0; g < group; ++g) {
+          double best = -kInf, total = 0.0;
+          std::vector<double> expected(dim, 0.0);
+          for (std::int64_t i = 0; i < count; ++i) {
+            best = std::max(best, static_cast<double>(logits[g * count + i]));
+          }
+          for (std::int64_t i = 0; i < count; ++i) {
+            if (logits[g * count + i] == -kInf) continue;
+            const double weight = std::exp(logits[g * count + i] - best);
+            total += weight;
+            for (int d = 0; d < dim; ++d) expected[d] += weight * values[i * dim + d];
+          }
+          ASSERT_EQ(max[g], best) << group << " x " << count;
+          ASSERT_NEAR(sum[g], total, 1e-5 * total) << group << " x " << count;
+          for (int d = 0; d < dim; ++d) {
+            ASSERT_NEAR(out[g * dim + d], expected[d], 2e-5 * (1.0 + total)) << count;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace icecache::simd
