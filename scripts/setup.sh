@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${1:?usage: scripts/setup.sh run|test}
-groups="build run dev"
+groups="build run"
+if [ "$profile" = test ]; then groups+=" dev"; fi
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
