@@ -1,5 +1,5 @@
-// A device with its own host memory and a copy thread: the same states, copies, waits and evictions as
-// a GPU, without one. Copies are late by design: nothing arrives before its event is waited for.
+// A device with its own host memory and a copy thread: the same states, copies, waits and evictions
+// as a GPU, without one. Copies are late by design: nothing arrives before its event is waited for.
 #pragma once
 
 #include <memory>

@@ -1,11 +1,13 @@
 // Residency: which pages are on the device.
 //
-// A page is absent, loading or resident; a pinned page is not evicted. There are more slots than one
-// step selects, so that adjacent steps, which share about two thirds of their pages, find them there.
+// A page is absent, loading or resident; a pinned page is not evicted. There are more slots than
+// one step selects, so that adjacent steps, which share about two thirds of their pages, find them
+// there.
 //
 // Invariants
 //  1. A slot holds at most one (page, epoch); a page that was written since (new epoch) is a miss.
-//  2. Pinned slots are never evicted; unpinned resident slots are evicted least recently used first.
+//  2. Pinned slots are never evicted; unpinned resident slots are evicted least recently used
+//  first.
 //  3. Every pointer handed out is valid until its lease is released.
 //
 // Threads: all methods from any thread, one mutex (guards every field). Waiting for copies happens

@@ -1,4 +1,5 @@
-// ThreadPool: the engine's own threads. Foreground work (attend) goes before background work (index).
+// ThreadPool: the engine's own threads. Foreground work (attend) goes before background work
+// (index).
 //
 // Invariants
 //  1. parallel_for runs on the caller and on idle workers; it never waits for a background job that
@@ -21,7 +22,8 @@ namespace icecache {
 
 class ThreadPool;
 
-// Background jobs that are waited for together. Copyable handle to shared state; empty when default.
+// Background jobs that are waited for together. Copyable handle to shared state; empty when
+// default.
 class JobGroup {
  public:
   JobGroup() = default;
@@ -41,8 +43,8 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // body(i, thread) for i in [0, count); thread in [0, num_threads()), each index used by one thread
-  // at a time (for scratch memory). Items are handed out one by one, in order.
+  // body(i, thread) for i in [0, count); thread in [0, num_threads()), each index used by one
+  // thread at a time (for scratch memory). Items are handed out one by one, in order.
   void parallel_for(std::int64_t count, const std::function<void(std::int64_t, int)>& body);
   int num_threads() const;
 

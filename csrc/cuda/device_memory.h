@@ -39,10 +39,10 @@ std::byte* allocate_pinned(std::size_t bytes) noexcept;
 void free_pinned(std::byte* memory) noexcept;
 
 struct CudaInfo {
-  bool built = false;             // compiled in
-  int devices = 0;                // 0 where there is no driver or no device
-  std::string runtime_version;    // "13.0"
-  std::string message;            // why there is no device
+  bool built = false;           // compiled in
+  int devices = 0;              // 0 where there is no driver or no device
+  std::string runtime_version;  // "13.0"
+  std::string message;          // why there is no device
 };
 CudaInfo cuda_info() noexcept;
 

@@ -7,8 +7,8 @@
 
 namespace icecache {
 
-// Projections of rows[i] (rows of x [*, R]) on the principal direction of the set, by power iteration
-// from the row farthest from the mean. `out` gets one value per row.
+// Projections of rows[i] (rows of x [*, R]) on the principal direction of the set, by power
+// iteration from the row farthest from the mean. `out` gets one value per row.
 void principal_projection(const float* x, int rank, std::span<const std::int32_t> rows,
                           std::vector<float>& out);
 

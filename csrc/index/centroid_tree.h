@@ -1,8 +1,8 @@
 // CentroidTree: the levels above the far-field nodes, for finding where a new token belongs.
 //
-// A B-tree-like hierarchy over leaves numbered 0, 1, .. (the far-field nodes): every inner node has 2
-// to 2 * kFanout children and keeps the sum of its members' coordinates, so its centroid is exact to
-// rounding. A leaf without members is passed over.
+// A B-tree-like hierarchy over leaves numbered 0, 1, .. (the far-field nodes): every inner node has
+// 2 to 2 * kFanout children and keeps the sum of its members' coordinates, so its centroid is exact
+// to rounding. A leaf without members is passed over.
 //
 // Threads: none of its own.
 #pragma once

@@ -142,8 +142,8 @@ bool FarField::open(int node, const Query& query, std::span<const PagePick> pick
       const int slot = std::countr_zero(slots);
       query.table->key(pick.local_page, slot, key);
       query.table->value(pick.local_page, slot, value);
-      const double share = std::exp(
-          static_cast<double>(simd::kernels().dot(mu_.data(), key, d)) - log_weight_[node]);
+      const double share = std::exp(static_cast<double>(simd::kernels().dot(mu_.data(), key, d)) -
+                                    log_weight_[node]);
       picked += share;
       for (int i = 0; i < d; ++i) {
         const double delta = static_cast<double>(key[i]) - mean[i];
@@ -173,8 +173,8 @@ bool FarField::open(int node, const Query& query, std::span<const PagePick> pick
       if (pick.local_page == page) slots = ~pick.slots;
     }
     accumulate(sums, *query.table, page, slots);
-    rest.bytes += 2 * query.table->page_size() * d *
-                  static_cast<std::int64_t>(size_of(query.table->dtype()));
+    rest.bytes +=
+        2 * query.table->page_size() * d * static_cast<std::int64_t>(size_of(query.table->dtype()));
   }
   rest.log_weight = sums.max + std::log(sums.weight);
   for (int i = 0; i < d; ++i) {

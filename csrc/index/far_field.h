@@ -1,14 +1,15 @@
-// FarField: one summary per node of tokens, so that what is not picked is still seen, only coarsely.
+// FarField: one summary per node of tokens, so that what is not picked is still seen, only
+// coarsely.
 //
 // Every node is expanded around the group's mean query mu (already scaled). With w_i = exp(mu.k_i):
 //   log_weight = log sum w_i,   mean = sum w_i k_i / Z,   value = sum w_i v_i / Z,
 //   variance = sum w_i (k_i - mean)^2 / Z  (per dimension)
 // For a query q the node stands for its tokens with logit
 //   log_weight + (q - mu).mean + min(1, ((q - mu)^2 . variance) / 2)   and value `value`:
-// the second-order cumulant expansion of log sum exp(q.k_i) in q - mu. Expanding around mu and not 0,
-// and clamping the second-order term, are what keep it from diverging (docs/index.md).
-// Stored normalised, hence free of overflow for any key norm. Picked tokens are taken out of their
-// node exactly, from the central moments; where nearly all of a node's weight was picked, the rest is
+// the second-order cumulant expansion of log sum exp(q.k_i) in q - mu. Expanding around mu and not
+// 0, and clamping the second-order term, are what keep it from diverging (docs/index.md). Stored
+// normalised, hence free of overflow for any key norm. Picked tokens are taken out of their node
+// exactly, from the central moments; where nearly all of a node's weight was picked, the rest is
 // summed anew from its members instead, since the difference would be rounding noise.
 //
 // Threads: const methods any number, others one caller.
@@ -43,7 +44,7 @@ class FarField {
     const float* queries = nullptr;  // [G, D], scaled
     int group = 0;
     const PageTable* table = nullptr;
-    std::span<const int> node_of_page;              // [page_count]
+    std::span<const int> node_of_page;                // [page_count]
     std::span<const std::vector<int>> pages_of_node;  // [C]
     std::span<const PagePick> picks;
   };
@@ -64,10 +65,10 @@ class FarField {
   void store(int node, const Sums& sums);
 
   int head_dim_;
-  std::vector<float> mu_;                        // [D]
-  std::vector<float> log_weight_;                // [C]
-  std::vector<float> mean_, variance_, value_;   // [C, D]
-  std::vector<std::int32_t> counts_;             // [C]
+  std::vector<float> mu_;                       // [D]
+  std::vector<float> log_weight_;               // [C]
+  std::vector<float> mean_, variance_, value_;  // [C, D]
+  std::vector<std::int32_t> counts_;            // [C]
 };
 
 }  // namespace icecache

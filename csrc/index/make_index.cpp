@@ -13,7 +13,8 @@ std::unique_ptr<SemanticIndex> make_index(const IndexContext& context) {
   if (name == "dci") return make_dci_index(context);
   if (name == "positional") return make_positional_index(context);
   if (name == "faiss") return make_faiss_index(context);
-  throw InvalidArgument(message("index must be tree, dci, positional or faiss, got \"", name, "\""));
+  throw InvalidArgument(
+      message("index must be tree, dci, positional or faiss, got \"", name, "\""));
 }
 
 }  // namespace icecache

@@ -13,7 +13,9 @@ namespace icecache {
 namespace {
 
 // The mask of slots 0..count-1.
-std::uint32_t slot_mask(int count) { return count == 32 ? 0xffffffffu : (1u << count) - 1; }
+std::uint32_t slot_mask(int count) {
+  return count == 32 ? 0xffffffffu : (1u << count) - 1;
+}
 
 }  // namespace
 
@@ -243,8 +245,7 @@ void PageTable::check_integrity() const {
     throw IntegrityError(message("pages hold ", tokens, " tokens, the table says ", tokens_));
   std::sort(seen.begin(), seen.end());
   const auto twice = std::adjacent_find(seen.begin(), seen.end());
-  if (twice != seen.end())
-    throw IntegrityError(message("position ", *twice, " is in two slots"));
+  if (twice != seen.end()) throw IntegrityError(message("position ", *twice, " is in two slots"));
 }
 
 }  // namespace icecache

@@ -1,12 +1,12 @@
 // PageTable: the pages of one index and the token in each slot.
 //
 // Pages have local numbers 0..page_count()-1 that stay valid until the page is dropped; a dropped
-// number is used again. A mask tells which slots of a page hold a token; removing tokens and splitting
-// clear bits and leave the bytes, so neither writes to a page that is shared. A slot id is
-// local_page * S + slot.
+// number is used again. A mask tells which slots of a page hold a token; removing tokens and
+// splitting clear bits and leave the bytes, so neither writes to a page that is shared. A slot id
+// is local_page * S + slot.
 //
-// Copying a PageTable shares its pages by reference count; the first write to a shared page copies it.
-// Every write method either completes or throws OutOfPages and changes nothing.
+// Copying a PageTable shares its pages by reference count; the first write to a shared page copies
+// it. Every write method either completes or throws OutOfPages and changes nothing.
 //
 // Threads: none of its own; one caller at a time (const methods: any number).
 #pragma once
@@ -58,8 +58,8 @@ class PageTable {
   void value(int local, int slot, float* out) const;
   PagePick pick(int local, std::uint32_t slots) const;
 
-  // For an empty table: new pages numbered page_count().. in order: page p takes the rows order[bounds[p]..bounds[p+1])
-  // of the block. All or nothing.
+  // For an empty table: new pages numbered page_count().. in order: page p takes the rows
+  // order[bounds[p]..bounds[p+1]) of the block. All or nothing.
   void add_pages(const TokenBlock& tokens, std::span<const std::int32_t> order,
                  std::span<const std::int32_t> bounds);
   // A new page with one token, in slot 0; returns its number.

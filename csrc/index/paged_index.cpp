@@ -171,17 +171,18 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
   find(request, candidates);
   const std::size_t count = candidates.slots.size();
   logits.resize(count * request.group);
-  candidates.bytes += exact_logits(request, candidates.slots, logits.data(),
-                                   static_cast<std::int64_t>(count));
+  candidates.bytes +=
+      exact_logits(request, candidates.slots, logits.data(), static_cast<std::int64_t>(count));
   pick(request, candidates, logits.data(), selection);
 }
 
-void PagedIndex::far_field(const SelectRequest& request, const Selection& selection,
-                           const AttentionState& state, std::vector<FarNodeInfo>* nodes) const {
-  if (!has_far_field_) return;
-  far_.merge_into({request.queries, request.group, &table_, node_of_page_, pages_of_node_,
-                   selection.picks},
-                  state, nodes);
+std::int64_t PagedIndex::far_field(const SelectRequest& request, const Selection& selection,
+                                   const AttentionState& state,
+                                   std::vector<FarNodeInfo>* nodes) const {
+  if (!has_far_field_) return 0;
+  return far_.merge_into(
+      {request.queries, request.group, &table_, node_of_page_, pages_of_node_, selection.picks},
+      state, nodes);
 }
 
 void PagedIndex::all_pages(std::vector<PagePick>& picks) const {
@@ -205,9 +206,20 @@ std::vector<PageInfo> PagedIndex::pages() const {
   return result;
 }
 
+void PagedIndex::selected_positions(const Selection& selection,
+                                    std::vector<std::int32_t>& positions) const {
+  positions.clear();
+  for (const PagePick& pick : selection.picks) {
+    for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+      positions.push_back(table_.position(pick.local_page, std::countr_zero(slots)));
+    }
+  }
+  std::sort(positions.begin(), positions.end());
+}
+
 std::size_t PagedIndex::memory_bytes() const {
-  std::size_t bytes = table_.memory_bytes() + far_.memory_bytes() +
-                      node_of_page_.capacity() * sizeof(int);
+  std::size_t bytes =
+      table_.memory_bytes() + far_.memory_bytes() + node_of_page_.capacity() * sizeof(int);
   for (const auto& pages : pages_of_node_) bytes += pages.capacity() * sizeof(int);
   return bytes;
 }

@@ -21,30 +21,32 @@ class PagedIndex : public SemanticIndex {
   void build(const TokenBlock& tokens, const QueryMoments& queries) final;
   void insert(const TokenBlock& tokens) final;
   void select(const SelectRequest& request, Selection& selection) const override;
-  void far_field(const SelectRequest& request, const Selection& selection,
-                 const AttentionState& state, std::vector<FarNodeInfo>* nodes) const final;
+  std::int64_t far_field(const SelectRequest& request, const Selection& selection,
+                         const AttentionState& state, std::vector<FarNodeInfo>* nodes) const final;
   void truncate(std::int32_t position) final;
   void gather(std::byte* keys, std::byte* values) const final { table_.gather(keys, values); }
   std::int32_t size() const final { return table_.size(); }
   std::int32_t end_position() const final { return end_position_; }
   void all_pages(std::vector<PagePick>& picks) const final;
   std::vector<PageInfo> pages() const final;
+  void selected_positions(const Selection& selection,
+                          std::vector<std::int32_t>& positions) const final;
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
   PagedIndex(const PagedIndex&) = default;
 
-  // Rows of the block in page order; page p holds order[bounds[p]..bounds[p + 1]), 1..S of them, and
-  // belongs to far-field node nodes[p]; nodes are numbered from 0 without gaps.
+  // Rows of the block in page order; page p holds order[bounds[p]..bounds[p + 1]), 1..S of them,
+  // and belongs to far-field node nodes[p]; nodes are numbered from 0 without gaps.
   struct Arrangement {
     std::vector<std::int32_t> order, bounds, nodes;
   };
   // Tokens worth an exact score, and what the others weigh.
   struct Candidates {
     std::vector<std::int32_t> slots;  // slot ids, ascending, each once
-    std::vector<float> rest_lse;      // [G] estimated log weight of all tokens that are not in slots
-    std::int64_t bytes = 0;           // read to find them
+    std::vector<float> rest_lse;  // [G] estimated log weight of all tokens that are not in slots
+    std::int64_t bytes = 0;       // read to find them
   };
 
   // keys: [N, D] fp32. Called once, before the pages are taken.
@@ -93,7 +95,7 @@ class PagedIndex : public SemanticIndex {
   FarField far_;
   bool has_far_field_;
   std::int32_t end_position_ = 0;
-  std::vector<int> node_of_page_;               // [P]
+  std::vector<int> node_of_page_;                // [P]
   std::vector<std::vector<int>> pages_of_node_;  // [C]
 };
 

@@ -25,8 +25,8 @@ float log_sum(const float* x, std::int64_t n) {
 }  // namespace
 
 // Candidates are ranked by attention mass, normalised per head over sink, window and candidates and
-// summed over the group. A page is worth its best member. With mass_target the ranking is followed past
-// the budget until every head's estimated share is reached.
+// summed over the group. A page is worth its best member. With mass_target the ranking is followed
+// past the budget until every head's estimated share is reached.
 void PagedIndex::pick(const SelectRequest& request, const Candidates& candidates,
                       const float* logits, Selection& selection) const {
   const int group = request.group, s = table_.page_size();
@@ -55,13 +55,12 @@ void PagedIndex::pick(const SelectRequest& request, const Candidates& candidates
   for (std::int32_t i : ranking) {
     if (tokens >= limit) break;
     if (tokens >= request.budget) {
-      const bool reached = std::all_of(share, share + group,
-                                       [&](float x) { return x >= request.mass_target; });
+      const bool reached =
+          std::all_of(share, share + group, [&](float x) { return x >= request.mass_target; });
       if (reached) break;
     }
     const int page = candidates.slots[i] / s;
-    const std::uint32_t wanted =
-        by_page ? table_.page(page).mask : 1u << (candidates.slots[i] % s);
+    const std::uint32_t wanted = by_page ? table_.page(page).mask : 1u << (candidates.slots[i] % s);
     if ((taken[page] & wanted) == 0) {
       if (tokens + std::popcount(wanted) > limit) continue;
       taken[page] |= wanted;

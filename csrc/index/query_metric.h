@@ -1,8 +1,9 @@
 // QueryMetric: the basis in which keys are compared, and the few directions that a sketch keeps.
 //
-// Two keys are as far apart as recent queries tell them apart: |k - k'|^2 = E[(q.(k - k'))^2], that is
-// the Euclidean distance of k M with M = E[q q^T]^(1/2). The sketch keeps the R directions in which the
-// keys vary most in that metric, so q.k is well approximated for queries like the recent ones.
+// Two keys are as far apart as recent queries tell them apart: |k - k'|^2 = E[(q.(k - k'))^2], that
+// is the Euclidean distance of k M with M = E[q q^T]^(1/2). The sketch keeps the R directions in
+// which the keys vary most in that metric, so q.k is well approximated for queries like the recent
+// ones.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,11 @@
 namespace icecache {
 
 struct QueryMetric {
-  int head_dim = 0;              // D
-  int rank = 0;                  // R
-  std::vector<float> mean;       // [D] of the keys
-  std::vector<float> from_key;   // [D, R]: coordinates y = (k - mean) from_key
-  std::vector<float> from_query; // [D, R]: q.k ~ q.mean + (q from_query).y
+  int head_dim = 0;               // D
+  int rank = 0;                   // R
+  std::vector<float> mean;        // [D] of the keys
+  std::vector<float> from_key;    // [D, R]: coordinates y = (k - mean) from_key
+  std::vector<float> from_query;  // [D, R]: q.k ~ q.mean + (q from_query).y
 
   // keys [N, D] fp32. Without queries the metric is the Euclidean one.
   static QueryMetric fit(const float* keys, std::int64_t count, int head_dim,

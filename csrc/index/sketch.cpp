@@ -61,13 +61,13 @@ std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int g
                          rank_);
   for (int g = 0; g < group; ++g) {
     float* q = projected + g * rank_;
-    bias[g] = simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(),
-                                  metric.head_dim) +
-              simd::kernels().dot(q, low_.data(), rank_);
+    bias[g] =
+        simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim) +
+        simd::kernels().dot(q, low_.data(), rank_);
     for (int j = 0; j < rank_; ++j) q[j] *= step_[j];
   }
-  simd::kernels().sketch_scan({codes_.data(), projected, bias, scores, stride, pages, group, rank_,
-                               page_size_, bits_});
+  simd::kernels().sketch_scan(
+      {codes_.data(), projected, bias, scores, stride, pages, group, rank_, page_size_, bits_});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

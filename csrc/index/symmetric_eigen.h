@@ -9,8 +9,8 @@ namespace icecache {
 
 struct SymmetricEigen {
   std::vector<double> values;   // [n], descending
-  std::vector<double> vectors;  // [n, n] row-major; column j belongs to values[j]; signs: the entry of
-                                // largest magnitude of each column is positive
+  std::vector<double> vectors;  // [n, n] row-major; column j belongs to values[j]; signs: the entry
+                                // of largest magnitude of each column is positive
 };
 
 // matrix: [n, n] row-major, finite; only the lower triangle is read.

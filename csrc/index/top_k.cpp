@@ -11,7 +11,9 @@ namespace {
 constexpr int kShift = 19;
 constexpr std::size_t kBuckets = 1u << (31 - kShift);
 
-std::uint32_t bucket(float score) { return std::bit_cast<std::uint32_t>(score) >> kShift; }
+std::uint32_t bucket(float score) {
+  return std::bit_cast<std::uint32_t>(score) >> kShift;
+}
 
 }  // namespace
 

@@ -51,8 +51,7 @@ void TreeIndex::built(const float* keys, const Arrangement& arrangement) {
   page_sums_.assign(static_cast<std::size_t>(table().page_count()) * rank, 0.0f);
   for (int page = 0; page < table().page_count(); ++page) {
     for (int i = arrangement.bounds[page]; i < arrangement.bounds[page + 1]; ++i) {
-      const float* y =
-          coordinates_.data() + static_cast<std::size_t>(arrangement.order[i]) * rank;
+      const float* y = coordinates_.data() + static_cast<std::size_t>(arrangement.order[i]) * rank;
       sketch_.write(page, i - arrangement.bounds[page], y);
       for (int j = 0; j < rank; ++j) page_sums_[page * rank + j] += y[j];
     }
@@ -77,8 +76,7 @@ void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const
   }
   thread_local std::vector<float> scores, mass;
   scores.resize(static_cast<std::size_t>(group) * slots);
-  candidates.bytes =
-      sketch_.scan(metric_, request.queries, group, pages, scores.data(), slots);
+  candidates.bytes = sketch_.scan(metric_, request.queries, group, pages, scores.data(), slots);
   for (int page = 0; page < pages; ++page) {
     if (table().page(page).count() == s) continue;
     for (int slot = 0; slot < s; ++slot) {
@@ -92,8 +90,8 @@ void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const
     simd::kernels().softmax_stats(scores.data() + g * slots, slots, &max[g], &sum[g]);
     const float index_lse = max[g] + std::log(sum[g]);
     const float high = std::max(index_lse, request.near_lse[g]);
-    const float total = high + std::log(std::exp(index_lse - high) +
-                                        std::exp(request.near_lse[g] - high));
+    const float total =
+        high + std::log(std::exp(index_lse - high) + std::exp(request.near_lse[g] - high));
     simd::kernels().add_exp(scores.data() + g * slots, total, mass.data(), slots);
   }
   top_k(mass.data(), slots, wanted, candidates.slots);
@@ -148,8 +146,8 @@ std::vector<int> TreeIndex::split_node(int node) const {
   std::vector<float> centroids(pages.size() * rank);
   for (std::size_t p = 0; p < pages.size(); ++p) {
     for (int j = 0; j < rank; ++j) {
-      centroids[p * rank + j] = page_sums_[pages[p] * rank + j] /
-                                static_cast<float>(table().page(pages[p]).count());
+      centroids[p * rank + j] =
+          page_sums_[pages[p] * rank + j] / static_cast<float>(table().page(pages[p]).count());
     }
   }
   const std::uint32_t upper = upper_half(centroids.data(), rank, static_cast<int>(pages.size()));
@@ -204,7 +202,8 @@ void TreeIndex::page_split(int page, int other, std::uint32_t moved) {
 void TreeIndex::page_opened(int page) {
   sketch_.resize(table().page_count());
   page_sums_.resize(static_cast<std::size_t>(table().page_count()) * metric_.rank);
-  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, metric_.rank, 0.0f);
+  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, metric_.rank,
+              0.0f);
   if (node_of(page) == tree_.leaf_count()) tree_.add_leaf(-1);
 }
 

@@ -1,5 +1,5 @@
-// TreeIndex (index = "tree"): pages from balanced bisection in the query metric, candidates from a flat
-// scan of key sketches. design: docs/index.md.
+// TreeIndex (index = "tree"): pages from balanced bisection in the query metric, candidates from a
+// flat scan of key sketches. design: docs/index.md.
 #pragma once
 
 #include <memory>

@@ -30,8 +30,9 @@ struct PageArgs {
 };
 
 // Quantised keys of P pages; see csrc/index/sketch.h for the layout.
-//   bits = 4: codes[P][R / 8][S][4], byte j of a slot: dim 8 g + j low nibble, 8 g + 4 + j high
-//   nibble bits = 8: codes[P][R / 4][S][4], byte j of a slot: dim 4 g + j
+//   bits = 4: codes[P][R / 8][S][4]; byte j of a slot in block b: dim 8 b + j in the low nibble,
+//             dim 8 b + 4 + j in the high one
+//   bits = 8: codes[P][R / 4][S][4]; byte j of a slot in block b: dim 4 b + j
 struct SketchScanArgs {
   const std::uint8_t* codes = nullptr;
   const float* queries = nullptr;  // [G, R] per-dim code step already multiplied in

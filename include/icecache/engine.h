@@ -1,10 +1,10 @@
 // Engine: the KV cache of one model for many sequences, and attention over it.
 //
 // Threads: calls are serialised by one mutex; an Engine may be called from any thread. Building and
-// inserting run on the engine's own threads behind the caller and are waited for by the next call that
-// touches the same (sequence, layer), at a point that does not depend on timing: the same calls give
-// bitwise the same results.
-// Failure: a call that throws leaves every sequence as it was before the call.
+// inserting run on the engine's own threads behind the caller and are waited for by the next call
+// that touches the same (sequence, layer), at a point that does not depend on timing: the same
+// calls give bitwise the same results. Failure: a call that throws leaves every sequence as it was
+// before the call.
 #pragma once
 
 #include <cstdint>
@@ -25,19 +25,19 @@ struct HeadStats {
   std::int64_t dense_steps = 0;      // decode queries that attended to everything
   std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
   std::int64_t pages_selected = 0;
-  std::int64_t hits = 0, misses = 0; // device page cache; both 0 where pages are attended in place
-  std::int64_t bytes_read = 0;       // sketches, summaries, candidates, attended K and V
-  std::int64_t bytes_moved = 0;      // host to device
-  double mass = 0.0;                 // sum over steps and heads of the exactly attended share
+  std::int64_t hits = 0, misses = 0;  // device page cache; both 0 where pages are attended in place
+  std::int64_t bytes_read = 0;        // sketches, summaries, candidates, attended K and V
+  std::int64_t bytes_moved = 0;       // host to device
+  double mass = 0.0;                  // sum over steps and heads of the exactly attended share
   double worst_mass = 1.0;
   double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;
 };
 
 struct MemoryStats {
-  std::int64_t pool_bytes = 0;      // pages in use x page size
+  std::int64_t pool_bytes = 0;  // pages in use x page size
   std::int64_t pool_capacity = 0;
-  std::int64_t index_bytes = 0;     // sketches, summaries, tables
-  std::int64_t device_bytes = 0;    // what the device holds (or would hold) for these sequences
+  std::int64_t index_bytes = 0;   // sketches, summaries, tables
+  std::int64_t device_bytes = 0;  // what the device holds (or would hold) for these sequences
   std::int64_t sequences = 0;
 };
 
@@ -67,15 +67,15 @@ class Engine {
   void release(SeqId sequence);
   std::int64_t length(SeqId sequence, int layer) const;
 
-  // Appends T tokens to each of B sequences: keys[b], values[b] are [Hkv, T, D] in the cache's dtype.
-  // T may differ between sequences. Throws InvalidArgument for NaN or Inf (naming sequence, head and
-  // position) and OutOfPages; then no sequence is changed.
+  // Appends T tokens to each of B sequences: keys[b], values[b] are [Hkv, T, D] in the cache's
+  // dtype. T may differ between sequences. Throws InvalidArgument for NaN or Inf (naming sequence,
+  // head and position) and OutOfPages; then no sequence is changed.
   void append(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
               std::span<const TensorView> values);
 
-  // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands at
-  // position length - T + t. Within the token budget where the sequence is indexed and
-  // T <= decode_tokens, exact else.
+  // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands
+  // at position length - T + t. Within the token budget where the sequence is indexed and T <=
+  // decode_tokens, exact else.
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
               std::span<const TensorView> outputs);
 

@@ -1,15 +1,18 @@
 // PagePool: fixed-size pages of host memory with reference counts, shared by all sequences.
 //
-// A page holds S tokens of one (sequence, layer, KV head): [2][S][D] in the cache's dtype, the K rows
-// and then the V rows, contiguous, so that a page moves to a device in one copy.
+// A page holds S tokens of one (sequence, layer, KV head): [2][S][D] in the cache's dtype, the K
+// rows and then the V rows, contiguous, so that a page moves to a device in one copy.
 //
 // Invariants
 //  1. A page is free or has a reference count >= 1; free pages are on the free list exactly once.
 //  2. Memory never exceeds `capacity_bytes`; slabs are taken on demand and kept until destruction.
-//  3. A page with reference count > 1 is never written (copy on write is the caller's duty: unique()).
-//  4. `epoch` strictly increases over all writes of the pool, so (id, epoch) names one content for ever.
+//  3. A page with reference count > 1 is never written (copy on write is the caller's duty:
+//  unique()).
+//  4. `epoch` strictly increases over all writes of the pool, so (id, epoch) names one content for
+//  ever.
 //
-// Threads: every method may be called from any thread. The content of a page is guarded by its owner.
+// Threads: every method may be called from any thread. The content of a page is guarded by its
+// owner.
 #pragma once
 
 #include <atomic>
@@ -27,9 +30,9 @@ namespace icecache {
 struct PageHeader {
   SeqId sequence = -1;  // the sequence that wrote it; forks share it
   std::int32_t layer = -1;
-  std::int32_t head = -1;       // KV head
-  std::uint64_t epoch = 0;      // of the last seal()
-  std::uint64_t checksum = 0;   // of the page's bytes at the last seal(); 0 where integrity is off
+  std::int32_t head = -1;      // KV head
+  std::uint64_t epoch = 0;     // of the last seal()
+  std::uint64_t checksum = 0;  // of the page's bytes at the last seal(); 0 where integrity is off
   std::atomic<std::uint32_t> references{0};
 };
 
@@ -74,8 +77,8 @@ class PagePool {
   // Ends a write: stamps a new epoch, and a checksum unless integrity is off. Returns the epoch.
   std::uint64_t seal(PageId page);
   // Throws IntegrityError naming page, sequence, layer, head and what differs, when the header does
-  // not carry `epoch`, `layer`, `head`, or the bytes do not match. kOff: never; kSampled: the header
-  // always, the bytes on every 64th call; kAlways: both.
+  // not carry `epoch`, `layer`, `head`, or the bytes do not match. kOff: never; kSampled: the
+  // header always, the bytes on every 64th call; kAlways: both.
   void verify(PageId page, std::uint64_t epoch, std::int32_t layer, std::int32_t head) const;
 
   std::size_t page_bytes() const { return options_.page_bytes; }

@@ -1,4 +1,5 @@
-// SemanticIndex: which tokens of one (sequence, layer, KV head) a query needs, and what the rest weighs.
+// SemanticIndex: which tokens of one (sequence, layer, KV head) a query needs, and what the rest
+// weighs.
 //
 // It owns the tokens that have left the window, stored in pages of similar keys, and answers each
 // decode step with picks within a token budget and with a far field over everything that was not
@@ -9,8 +10,8 @@
 //  2. A summary equals the sum over its members to rounding, after any sequence of calls.
 //  3. Deterministic: the same calls give bitwise the same picks.
 //  4. Any finite keys are accepted: equal keys, zero keys, huge norms.
-// Running out of pages: build() leaves the index empty; insert() leaves the tokens before the one that
-// did not fit (size() tells how many); nothing else takes pages.
+// Running out of pages: build() leaves the index empty; insert() leaves the tokens before the one
+// that did not fit (size() tells how many); nothing else takes pages.
 //
 // Threads: one call at a time per index; different indexes are independent. select() and
 // far_field() are const and do not allocate after their buffers have grown once.
@@ -37,7 +38,8 @@ struct TokenBlock {
 };
 
 // First and second moments of the group's recent queries (post-RoPE, unscaled), over all its heads.
-// They define the metric in which keys are compared: distances that queries cannot see do not count.
+// They define the metric in which keys are compared: distances that queries cannot see do not
+// count.
 struct QueryMoments {
   std::vector<float> second;  // [D, D] sum of q q^T
   std::vector<float> first;   // [D] sum of q
@@ -52,7 +54,7 @@ struct QueryMoments {
 // Tokens of one page that were picked. Bit s of `slots` stands for slot s.
 struct PagePick {
   PageId page = kNoPage;
-  std::uint64_t epoch = 0;      // the content that was meant; see PagePool::verify
+  std::uint64_t epoch = 0;  // the content that was meant; see PagePool::verify
   std::uint32_t slots = 0;
   std::int32_t local_page = 0;  // the index's own number of the page
 };
@@ -67,21 +69,21 @@ struct SelectRequest {
 };
 
 struct Selection {
-  std::vector<PagePick> picks;    // ascending local_page, each page once
-  int tokens = 0;                 // picked tokens, over all pages
-  std::vector<float> rest_lse;    // [G] estimated log weight of the index's tokens not picked
-  std::int64_t bytes_scanned = 0; // sketches, summaries, candidate keys read by this call
+  std::vector<PagePick> picks;     // ascending local_page, each page once
+  int tokens = 0;                  // picked tokens, over all pages
+  std::vector<float> rest_lse;     // [G] estimated log weight of the index's tokens not picked
+  std::int64_t bytes_scanned = 0;  // sketches, summaries, candidate keys read by this call
 };
 
 // What the HTML report and the tests look at; positions are token positions in the sequence.
 struct PageInfo {
   PageId page = kNoPage;
-  std::int32_t node = -1;                // far-field node, -1 where there is none
-  std::vector<std::int32_t> positions;   // in slot order
+  std::int32_t node = -1;               // far-field node, -1 where there is none
+  std::vector<std::int32_t> positions;  // in slot order
 };
 struct FarNodeInfo {
-  std::vector<float> weight;             // [G] log weight of its unpicked tokens for the query
-  std::int32_t tokens = 0;               // members, picked ones included
+  std::vector<float> weight;  // [G] log weight of its unpicked tokens for the query
+  std::int32_t tokens = 0;    // members, picked ones included
 };
 
 class SemanticIndex {
@@ -95,9 +97,11 @@ class SemanticIndex {
   // Picks tokens for one step of the group.
   virtual void select(const SelectRequest& request, Selection& selection) const = 0;
   // Merges all tokens that `selection` did not pick into `state` (queries as in SelectRequest).
-  // Does nothing where the far field is off. Fills `nodes` when it is not null.
-  virtual void far_field(const SelectRequest& request, const Selection& selection,
-                         const AttentionState& state, std::vector<FarNodeInfo>* nodes) const = 0;
+  // Does nothing where the far field is off. Fills `nodes` when it is not null. Returns the bytes
+  // read.
+  virtual std::int64_t far_field(const SelectRequest& request, const Selection& selection,
+                                 const AttentionState& state,
+                                 std::vector<FarNodeInfo>* nodes) const = 0;
 
   // A copy that shares pages by reference count (copied on first write of either side).
   virtual std::unique_ptr<SemanticIndex> fork() const = 0;
@@ -106,11 +110,15 @@ class SemanticIndex {
   // Gathers K and V of all tokens, ordered by position, as rows [N, D] in the cache's dtype.
   virtual void gather(std::byte* keys, std::byte* values) const = 0;
 
-  virtual std::int32_t size() const = 0;          // N
-  virtual std::int32_t end_position() const = 0;  // one past the last token's position; 0 when empty
+  virtual std::int32_t size() const = 0;  // N
+  virtual std::int32_t end_position()
+      const = 0;  // one past the last token's position; 0 when empty
   // All pages with the mask of the slots in use, for attention over everything.
   virtual void all_pages(std::vector<PagePick>& picks) const = 0;
   virtual std::vector<PageInfo> pages() const = 0;
+  // Positions of the picked tokens, ascending.
+  virtual void selected_positions(const Selection& selection,
+                                  std::vector<std::int32_t>& positions) const = 0;
   // Bytes of sketches, summaries and tables (not of pages).
   virtual std::size_t memory_bytes() const = 0;
   virtual void check_integrity() const = 0;

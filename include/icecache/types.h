@@ -15,7 +15,9 @@ namespace icecache {
 // Element type of keys, values, queries and outputs as they are stored. All arithmetic is in fp32.
 enum class DType : std::uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-constexpr std::size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr std::size_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 const char* name_of(DType dtype);  // "float32", "bfloat16", "float16"
 
 // A page of the PagePool. Ids are reused after release; `epoch` in PageHeader tells uses apart.

@@ -1,0 +1,261 @@
+#include "icecache/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "core/emulated_device.h"
+#include "core/engine_impl.h"
+#include "cuda/device_memory.h"
+#include "icecache/error.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+Integrity parse_integrity(const std::string& text) {
+  if (text == "always") return Integrity::kAlways;
+  return text == "sampled" ? Integrity::kSampled : Integrity::kOff;
+}
+
+PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
+  PagePool::Options options;
+  options.page_bytes =
+      2 * static_cast<std::size_t>(config.page_size) * shape.head_dim * size_of(shape.dtype);
+  options.capacity_bytes = static_cast<std::size_t>(config.host_memory);
+  options.integrity = parse_integrity(config.integrity);
+  options.poison_freed = config.integrity == "always";
+  options.pinned = config.device == "cuda";
+  return options;
+}
+
+std::unique_ptr<DeviceMemory> make_device(const Config& config) {
+  if (config.device == "emulated") return make_emulated_device();
+  if (config.device == "cuda") return make_cuda_memory(0);
+  return nullptr;
+}
+
+const CacheShape& validated(const CacheShape& shape) {
+  shape.validate();
+  return shape;
+}
+
+}  // namespace
+
+Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
+    : shape(validated(cache_shape)),
+      config(user_config.resolved(shape)),
+      pool(pool_options(shape, config)),
+      residency(pool, make_device(config), static_cast<std::size_t>(config.device_pages)),
+      stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
+      threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
+
+SequenceCache& Engine::Impl::sequence(SeqId id) {
+  const auto found = sequences.find(id);
+  if (found == sequences.end()) {
+    throw InvalidArgument(message("sequence must be one of this engine's ", sequences.size(),
+                                  " live sequences, got ", id));
+  }
+  return found->second;
+}
+
+LayerCache& Engine::Impl::layer_of(SeqId id, int layer) {
+  if (layer < 0 || layer >= shape.num_layers) {
+    throw InvalidArgument(
+        message("layer must be from 0 to ", shape.num_layers - 1, ", got ", layer));
+  }
+  LayerCache& cache = sequence(id).layers[layer];
+  settle(cache, layer);
+  return cache;
+}
+
+void Engine::Impl::settle(LayerCache& layer, int number) {
+  threads.wait(layer.jobs);
+  for (std::size_t h = 0; h < layer.job_stats.size(); ++h) {
+    collect(number, static_cast<int>(h), layer.job_stats[h]);
+    layer.job_stats[h] = {};
+  }
+}
+
+void Engine::Impl::settle(SequenceCache& sequence) {
+  for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
+    settle(sequence.layers[l], static_cast<int>(l));
+  }
+}
+
+void Engine::Impl::collect(int layer, int head, const HeadStats& add) {
+  HeadStats& total = stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head];
+  total.steps += add.steps;
+  total.dense_steps += add.dense_steps;
+  total.tokens_selected += add.tokens_selected;
+  total.pages_selected += add.pages_selected;
+  total.hits += add.hits;
+  total.misses += add.misses;
+  total.bytes_read += add.bytes_read;
+  total.bytes_moved += add.bytes_moved;
+  total.mass += add.mass;
+  total.worst_mass = std::min(total.worst_mass, add.worst_mass);
+  total.select_seconds += add.select_seconds;
+  total.attend_seconds += add.attend_seconds;
+  total.index_seconds += add.index_seconds;
+}
+
+Engine::Engine(const CacheShape& shape, const Config& config)
+    : impl_(std::make_unique<Impl>(shape, config)) {}
+Engine::~Engine() = default;
+
+SeqId Engine::new_sequence() {
+  const std::lock_guard lock(impl_->mutex);
+  const SeqId id = impl_->next_sequence++;
+  SequenceCache cache;
+  for (int l = 0; l < impl_->shape.num_layers; ++l) {
+    LayerCache layer;
+    for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
+      IndexContext context;
+      context.pool = &impl_->pool;
+      context.owner = {id, l, h};
+      context.config = &impl_->config;
+      context.head_dim = impl_->shape.head_dim;
+      context.group = impl_->shape.group();
+      context.dtype = impl_->shape.dtype;
+      context.scale = impl_->shape.softmax_scale();
+      layer.heads.emplace_back(context, impl_->residency,
+                               impl_->config.exact || impl_->config.is_dense_layer(l));
+    }
+    layer.job_stats.resize(layer.heads.size());
+    cache.layers.push_back(std::move(layer));
+  }
+  impl_->sequences.emplace(id, std::move(cache));
+  return id;
+}
+
+SeqId Engine::fork(SeqId sequence) {
+  const std::lock_guard lock(impl_->mutex);
+  SequenceCache& source = impl_->sequence(sequence);
+  impl_->settle(source);
+  const SeqId id = impl_->next_sequence++;
+  impl_->sequences.emplace(id, source);
+  return id;
+}
+
+void Engine::truncate(SeqId sequence, std::int64_t length) {
+  const std::lock_guard lock(impl_->mutex);
+  SequenceCache& cache = impl_->sequence(sequence);
+  impl_->settle(cache);
+  std::int64_t longest = 0;
+  for (const LayerCache& layer : cache.layers) {
+    longest = std::max<std::int64_t>(longest, layer.length());
+  }
+  if (length < 0 || length > longest) {
+    throw InvalidArgument(message("length must be from 0 to ", longest, " (the tokens of sequence ",
+                                  sequence, "), got ", length));
+  }
+  for (LayerCache& layer : cache.layers) {
+    for (HeadCache& head : layer.heads) head.truncate(static_cast<std::int32_t>(length));
+  }
+}
+
+void Engine::release(SeqId sequence) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->settle(impl_->sequence(sequence));
+  impl_->sequences.erase(sequence);
+}
+
+std::int64_t Engine::length(SeqId sequence, int layer) const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->layer_of(sequence, layer).length();
+}
+
+void Engine::synchronize() {
+  const std::lock_guard lock(impl_->mutex);
+  for (auto& [id, sequence] : impl_->sequences) impl_->settle(sequence);
+}
+
+void Engine::gather(SeqId sequence, int layer, const TensorView& keys,
+                    const TensorView& values) const {
+  const std::lock_guard lock(impl_->mutex);
+  const LayerCache& cache = impl_->layer_of(sequence, layer);
+  impl_->check_view("keys", keys, impl_->shape.num_kv_heads);
+  impl_->check_view("values", values, impl_->shape.num_kv_heads);
+  for (const TensorView* view : {&keys, &values}) {
+    if (view->tokens != cache.length() || view->token_stride != view->dim) {
+      throw InvalidArgument(message("keys and values must be contiguous rows of ", cache.length(),
+                                    " tokens, got ", view->tokens, " tokens with stride ",
+                                    view->token_stride));
+    }
+  }
+  for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
+    cache.heads[h].gather(keys.at(h, 0), values.at(h, 0));
+  }
+}
+
+HeadStats Engine::stats(int layer, int kv_head) const {
+  const std::lock_guard lock(impl_->mutex);
+  if (layer < 0 || layer >= impl_->shape.num_layers || kv_head < 0 ||
+      kv_head >= impl_->shape.num_kv_heads) {
+    throw InvalidArgument(message("layer and kv_head must be below ", impl_->shape.num_layers,
+                                  " and ", impl_->shape.num_kv_heads, ", got ", layer, " and ",
+                                  kv_head));
+  }
+  return impl_->stats[static_cast<std::size_t>(layer) * impl_->shape.num_kv_heads + kv_head];
+}
+
+void Engine::reset_stats() {
+  const std::lock_guard lock(impl_->mutex);
+  std::fill(impl_->stats.begin(), impl_->stats.end(), HeadStats{});
+}
+
+MemoryStats Engine::memory() const {
+  const std::lock_guard lock(impl_->mutex);
+  MemoryStats memory;
+  const std::int64_t page_bytes = static_cast<std::int64_t>(impl_->pool.page_bytes());
+  std::int64_t run_pages = 0;
+  for (auto& [id, sequence] : impl_->sequences) {
+    impl_->settle(sequence);
+    for (const LayerCache& layer : sequence.layers) {
+      for (const HeadCache& head : layer.heads) {
+        memory.index_bytes += static_cast<std::int64_t>(head.index_bytes());
+        run_pages += static_cast<std::int64_t>(head.run_pages());
+      }
+    }
+  }
+  const std::int64_t used = static_cast<std::int64_t>(impl_->pool.used_pages());
+  memory.pool_bytes = used * page_bytes;
+  memory.pool_capacity = static_cast<std::int64_t>(impl_->pool.capacity_pages()) * page_bytes;
+  const std::int64_t cached =
+      std::clamp<std::int64_t>(used - run_pages, 0, impl_->config.device_pages);
+  memory.device_bytes = memory.index_bytes + (run_pages + cached) * page_bytes;
+  memory.sequences = static_cast<std::int64_t>(impl_->sequences.size());
+  return memory;
+}
+
+StepTrace Engine::trace(SeqId sequence, int layer, int kv_head) const {
+  const std::lock_guard lock(impl_->mutex);
+  const LayerCache& cache = impl_->layer_of(sequence, layer);
+  if (kv_head < 0 || kv_head >= impl_->shape.num_kv_heads) {
+    throw InvalidArgument(
+        message("kv_head must be from 0 to ", impl_->shape.num_kv_heads - 1, ", got ", kv_head));
+  }
+  return cache.heads[kv_head].trace();
+}
+
+void Engine::check_integrity() const {
+  const std::lock_guard lock(impl_->mutex);
+  for (auto& [id, sequence] : impl_->sequences) {
+    impl_->settle(sequence);
+    for (const LayerCache& layer : sequence.layers) {
+      for (const HeadCache& head : layer.heads) head.check_integrity();
+    }
+  }
+  impl_->pool.check_integrity();
+  impl_->residency.check_integrity();
+}
+
+const CacheShape& Engine::shape() const {
+  return impl_->shape;
+}
+const Config& Engine::config() const {
+  return impl_->config;
+}
+
+}  // namespace icecache

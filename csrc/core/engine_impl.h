@@ -1,0 +1,45 @@
+// What Engine's translation units share; see include/icecache/engine.h for the contract.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "core/layer_cache.h"
+#include "core/residency.h"
+#include "core/thread_pool.h"
+#include "icecache/engine.h"
+
+namespace icecache {
+
+struct Engine::Impl {
+  Impl(const CacheShape& shape, const Config& config);
+
+  // Throw InvalidArgument for ids, layers and views that are not this engine's.
+  SequenceCache& sequence(SeqId id);
+  LayerCache& layer_of(SeqId id, int layer);  // settled
+  void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
+  void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
+
+  // Waits for the background work on a layer or a sequence and takes over its statistics.
+  void settle(LayerCache& layer, int number);
+  void settle(SequenceCache& sequence);
+  void collect(int layer, int head, const HeadStats& add);
+
+  // Hands the layer's new queries and due tokens to the background.
+  void schedule_update(LayerCache& layer, const TensorView& queries);
+
+  const CacheShape shape;
+  const Config config;  // resolved
+  std::mutex mutex;     // guards everything below but what jobs own
+  PagePool pool;
+  Residency residency;
+  std::map<SeqId, SequenceCache> sequences;
+  SeqId next_sequence = 0;
+  std::vector<HeadStats> stats;  // [num_layers, Hkv]
+  ThreadPool threads;  // last, so that it is the first to go: its jobs use the members above
+};
+
+}  // namespace icecache

@@ -1,0 +1,307 @@
+#include "core/head_cache.h"
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cmath>
+
+#include "icecache/error.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+HeadCache::HeadCache(const IndexContext& context, Residency& residency, bool dense)
+    : context_(context),
+      residency_(&residency),
+      dense_(dense),
+      sink_(context, 0),
+      tail_(context, static_cast<std::int32_t>(context.config->sink_tokens)) {}
+
+HeadCache::HeadCache(const HeadCache& other)
+    : context_(other.context_),
+      residency_(other.residency_),
+      dense_(other.dense_),
+      sink_(other.sink_),
+      tail_(other.tail_),
+      index_(other.index_ ? other.index_->fork() : nullptr),
+      built_tokens_(other.built_tokens_),
+      moments_(other.moments_) {}
+
+std::int32_t HeadCache::length() const {
+  return sink_.count() < context_.config->sink_tokens ? sink_.count() : tail_.end_position();
+}
+
+std::size_t HeadCache::pages_for(std::int64_t tokens) const {
+  const std::int64_t to_sink =
+      std::min(tokens, context_.config->sink_tokens - static_cast<std::int64_t>(sink_.count()));
+  return sink_.pages_for(to_sink) + tail_.pages_for(tokens - std::max<std::int64_t>(0, to_sink));
+}
+
+void HeadCache::append(const TensorView& keys, const TensorView& values, std::int64_t head) {
+  const std::int32_t before = sink_.count();
+  const std::int64_t to_sink =
+      std::clamp<std::int64_t>(context_.config->sink_tokens - before, 0, keys.tokens);
+  sink_.append(keys, values, head, 0, to_sink);
+  try {
+    tail_.append(keys, values, head, to_sink, keys.tokens - to_sink);
+  } catch (...) {
+    sink_.truncate(before);
+    throw;
+  }
+}
+
+void HeadCache::truncate(std::int32_t length) noexcept {
+  const std::int32_t sink_end = static_cast<std::int32_t>(context_.config->sink_tokens);
+  sink_.truncate(length);
+  tail_.truncate(std::max(length, sink_end));
+  if (index_) {
+    index_->truncate(length);
+    if (index_->size() == 0) index_.reset();
+  }
+  trace_ = {};
+}
+
+bool HeadCache::sparse() const {
+  return index_ != nullptr && length() > context_.config->token_budget;
+}
+
+void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queries, int rows,
+                             const AttentionState& state, HeadStats& stats) const {
+  const int d = context_.head_dim, s = static_cast<int>(context_.config->page_size);
+  const std::size_t row_bytes = d * size_of(context_.dtype);
+  if (context_.config->integrity != "off") {
+    for (const PagePick& pick : picks) {
+      context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
+    }
+  }
+  const Residency::Lease lease = residency_->acquire(picks);
+  for (std::size_t i = 0; i < picks.size(); ++i) {
+    const std::byte* page = lease.page(i);
+    simd::kernels().attend_page(
+        {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, picks[i].slots}, state);
+    stats.bytes_read += static_cast<std::int64_t>(2 * row_bytes) * std::popcount(picks[i].slots);
+  }
+  stats.hits += lease.hits;
+  stats.misses += lease.misses;
+  stats.bytes_moved += lease.bytes_moved;
+}
+
+void HeadCache::attend_run(const PageRun& run, const float* queries, int tokens,
+                           std::int32_t first_position, const AttentionState& state,
+                           HeadStats& stats) const {
+  const int group = context_.group, d = context_.head_dim;
+  thread_local std::vector<PagePick> picks;
+  picks.clear();
+  run.picks(first_position + 1, picks);
+  attend_picks(picks, queries, tokens * group, state, stats);
+  // What the first query may not see, one query token at a time.
+  for (int t = 1; t < tokens; ++t) {
+    picks.clear();
+    run.picks(first_position + t + 1, picks);
+    std::erase_if(picks, [&](PagePick& pick) {
+      const std::int32_t base = run.page_position(pick.local_page);
+      for (std::int32_t s = 0; s < context_.config->page_size; ++s) {
+        if (base + s <= first_position) pick.slots &= ~(1u << s);
+      }
+      return pick.slots == 0;
+    });
+    const AttentionState one{state.out + static_cast<std::ptrdiff_t>(t) * group * d,
+                             state.max + t * group, state.sum + t * group, group, d};
+    attend_picks(picks, queries + static_cast<std::ptrdiff_t>(t) * group * d, group, one, stats);
+  }
+}
+
+void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
+                             const AttentionState& state, HeadStats& stats) const {
+  attend_run(sink_, queries, tokens, first_position, state, stats);
+  if (index_) {
+    std::vector<PagePick> picks;
+    index_->all_pages(picks);
+    // In bounded batches: a device has room for a few pages of one attention.
+    constexpr std::size_t kBatch = 64;
+    for (std::size_t begin = 0; begin < picks.size(); begin += kBatch) {
+      attend_picks(std::span(picks).subspan(begin, std::min(kBatch, picks.size() - begin)), queries,
+                   tokens * context_.group, state, stats);
+    }
+  }
+  attend_run(tail_, queries, tokens, first_position, state, stats);
+}
+
+void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats) {
+  const auto start = std::chrono::steady_clock::now();
+  const Config& config = *context_.config;
+  const int group = context_.group, d = context_.head_dim;
+  update_index(position - static_cast<std::int32_t>(config.window_tokens) + 1, stats);
+
+  float state_out[kMaxGroup * kMaxHeadDim], max[kMaxGroup], sum[kMaxGroup];
+  const AttentionState state{state_out, max, sum, group, d};
+  state.clear();
+  thread_local std::vector<PagePick> picks;
+  picks.clear();
+  sink_.picks(position + 1, picks);
+  tail_.picks(position + 1, picks);
+  attend_picks(picks, queries, group, state, stats);
+  float lse[kMaxGroup];
+  for (int g = 0; g < group; ++g) lse[g] = state.lse(g);
+
+  const auto near = [](const std::vector<PagePick>& pages) {
+    int tokens = 0;
+    for (const PagePick& pick : pages) tokens += std::popcount(pick.slots);
+    return tokens;
+  };
+  const int used = near(picks);
+  SelectRequest request;
+  request.queries = queries;
+  request.group = group;
+  request.near_lse = lse;
+  request.budget = std::max(0, static_cast<int>(config.token_budget) - used);
+  request.mass_target = config.mass_target;
+  request.max_budget = config.mass_target > 0.0
+                           ? std::max(0, static_cast<int>(config.max_token_budget) - used)
+                           : request.budget;
+  thread_local Selection selection;
+  const auto select_start = std::chrono::steady_clock::now();
+  index_->select(request, selection);
+  stats.select_seconds += seconds_since(select_start);
+  attend_picks(selection.picks, queries, group, state, stats);
+
+  float exact[kMaxGroup];
+  for (int g = 0; g < group; ++g) exact[g] = state.lse(g);
+  const bool tracing = config.telemetry == "trace";
+  std::vector<FarNodeInfo> far_nodes;
+  stats.bytes_read += selection.bytes_scanned +
+                      index_->far_field(request, selection, state, tracing ? &far_nodes : nullptr);
+  finish(state, out);
+
+  if (config.telemetry != "off") {
+    double mass = 0.0;
+    for (int g = 0; g < group; ++g) {
+      const double share = 1.0 / (1.0 + std::exp(selection.rest_lse[g] - exact[g]));
+      mass += share / group;
+      stats.worst_mass = std::min(stats.worst_mass, share);
+    }
+    stats.mass += mass;
+    ++stats.steps;
+    stats.tokens_selected += selection.tokens;
+    stats.pages_selected += static_cast<std::int64_t>(selection.picks.size());
+    stats.attend_seconds += seconds_since(start);
+  }
+  if (tracing) record(request, selection, position, exact, std::move(far_nodes));
+}
+
+void HeadCache::record(const SelectRequest& request, const Selection& selection,
+                       std::int32_t position, const float* near_lse,
+                       std::vector<FarNodeInfo> far_nodes) {
+  trace_ = {};
+  const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
+    for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
+      out.push_back(p);
+  };
+  add(sink_, trace_.sink);
+  add(tail_, trace_.window);
+  trace_.pages = index_->pages();
+  index_->selected_positions(selection, trace_.selected);
+  trace_.far_nodes = std::move(far_nodes);
+  for (int g = 0; g < request.group; ++g) {
+    const float rest = selection.rest_lse[g], high = std::max(rest, near_lse[g]);
+    trace_.near_lse.push_back(near_lse[g]);
+    trace_.total_lse.push_back(high +
+                               std::log(std::exp(rest - high) + std::exp(near_lse[g] - high)));
+  }
+}
+
+void HeadCache::observe(const float* queries, int n) {
+  if (!dense_) moments_.observe(queries, n, context_.head_dim);
+}
+
+std::int32_t HeadCache::next_window_start() const {
+  return length() - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
+}
+
+// Built anew when most of the index is not from the last build: the basis, the tree and mu are then
+// older than the tokens they serve. Doubling keeps the cost per token constant.
+bool HeadCache::rebuild_is_due(std::int32_t due) const {
+  return index_ != nullptr && index_->size() + due >= 2 * built_tokens_;
+}
+
+bool HeadCache::build_is_due() const {
+  const std::int32_t due = next_window_start() - tail_.first_position();
+  if (dense_ || due <= 0 || length() + 1 <= context_.config->token_budget) return false;
+  return index_ == nullptr || rebuild_is_due(due);
+}
+
+void HeadCache::rebuild(std::int32_t due) {
+  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  const std::int32_t old = indexed_tokens();
+  std::vector<std::byte> keys((old + due) * row), values((old + due) * row);
+  if (old > 0) index_->gather(keys.data(), values.data());
+  tail_.gather(due, keys.data() + old * row, values.data() + old * row);
+  std::unique_ptr<SemanticIndex> fresh = make_index(context_);
+  fresh->build({keys.data(), values.data(), old + due,
+                static_cast<std::int32_t>(context_.config->sink_tokens)},
+               moments_);
+  index_ = std::move(fresh);
+  built_tokens_ = old + due;
+  tail_.pop_front(due);
+}
+
+void HeadCache::update_index(std::int32_t window_start, HeadStats& stats) {
+  const std::int32_t due = std::min(window_start - tail_.first_position(), tail_.count());
+  if (dense_ || due <= 0) return;
+  if (index_ == nullptr && length() + 1 <= context_.config->token_budget) return;
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    if (index_ == nullptr || rebuild_is_due(due)) {
+      rebuild(due);
+    } else {
+      const std::size_t row = context_.head_dim * size_of(context_.dtype);
+      std::vector<std::byte> keys(due * row), values(due * row);
+      tail_.gather(due, keys.data(), values.data());
+      const std::int32_t before = index_->size();
+      try {
+        index_->insert({keys.data(), values.data(), due, tail_.first_position()});
+      } catch (const OutOfPages&) {
+        tail_.pop_front(index_->size() - before);
+        throw;
+      }
+      tail_.pop_front(due);
+    }
+  } catch (const OutOfPages&) {
+    // The tail still holds what the index could not take; the next step tries again.
+  }
+  stats.index_seconds += seconds_since(start);
+}
+
+void HeadCache::gather(std::byte* keys, std::byte* values) const {
+  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  sink_.gather(sink_.count(), keys, values);
+  std::size_t at = sink_.count() * row;
+  if (index_) index_->gather(keys + at, values + at);
+  at += indexed_tokens() * row;
+  tail_.gather(tail_.count(), keys + at, values + at);
+}
+
+void HeadCache::check_integrity() const {
+  sink_.check_integrity();
+  tail_.check_integrity();
+  if (sink_.first_position() != 0 || sink_.count() > context_.config->sink_tokens)
+    throw IntegrityError(
+        message("sink starts at ", sink_.first_position(), " with ", sink_.count(), " tokens"));
+  if (!index_) return;
+  index_->check_integrity();
+  if (index_->end_position() != tail_.first_position())
+    throw IntegrityError(message("index ends at ", index_->end_position(), ", tail starts at ",
+                                 tail_.first_position()));
+  if (index_->size() != index_->end_position() - context_.config->sink_tokens)
+    throw IntegrityError(
+        message("index holds ", index_->size(), " tokens up to position ", index_->end_position()));
+}
+
+}  // namespace icecache
