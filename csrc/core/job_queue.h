@@ -1,0 +1,68 @@
+// JobQueue: background jobs in the order of their submission, and groups of them to wait for.
+//
+// Threads: all methods from any thread; one mutex guards the queue and the groups. Jobs run outside
+// it. The threads yield to the program's other threads: they run at a lower scheduling priority.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/worker_threads.h"
+
+namespace icecache {
+
+class JobQueue {
+ public:
+  struct Group {
+    std::atomic<std::int64_t> pending{0};  // jobs not ended; 0 is stored after all their effects
+    std::exception_ptr error;              // of the earliest job that threw
+    std::uint64_t error_number = std::numeric_limits<std::uint64_t>::max();
+  };
+
+  explicit JobQueue(int threads);  // 0: jobs run in wait() and in the destructor
+  ~JobQueue();                     // runs all jobs to their end
+
+  void submit(std::shared_ptr<Group> group, std::function<void()> job);
+  // See ThreadPool::wait.
+  void wait(const std::shared_ptr<Group>& group);
+
+  // See ForkGuard. In the child, jobs that had not started can be waited for; those that ran in the
+  // parent at that moment have failed.
+  void before_fork();
+  void after_fork_in_parent();
+  void after_fork_in_child();
+
+ private:
+  struct Job {
+    std::shared_ptr<Group> group;
+    std::function<void()> run;
+    std::uint64_t number = 0;
+  };
+
+  void worker();
+  void run(std::unique_lock<std::mutex>& lock, Job job);
+  void end_locked(Group& group, std::uint64_t number, const std::exception_ptr& error);
+  void stop();
+
+  std::mutex mutex_;
+  std::condition_variable submitted_, ended_;
+  std::deque<Job> queue_;
+  struct Running {
+    Group* group;  // kept alive by the job
+    std::uint64_t number;
+  };
+  std::vector<Running> running_;
+  std::uint64_t next_number_ = 0;
+  bool stopping_ = false;
+  std::unique_ptr<WorkerThreads> workers_;  // last: its threads use all of the above
+};
+
+}  // namespace icecache
