@@ -209,6 +209,8 @@ void HeadCache::record(const SelectRequest& request, const Selection& selection,
   trace_.pages = index_->pages();
   index_->selected_positions(selection, trace_.selected);
   trace_.far_nodes = std::move(far_nodes);
+  const std::span<const float> center = index_->far_center();
+  trace_.far_center.assign(center.begin(), center.end());
   for (int g = 0; g < request.group; ++g) {
     const float rest = selection.rest_lse[g], high = std::max(rest, near_lse[g]);
     trace_.near_lse.push_back(near_lse[g]);

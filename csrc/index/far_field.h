@@ -31,6 +31,7 @@ class FarField {
 
   // Drops all nodes; mu [D] is the mean query times the softmax scale.
   void reset(std::span<const float> mu);
+  std::span<const float> center() const { return mu_; }
   int node_count() const { return static_cast<int>(counts_.size()); }
   int add_node();
   // Sums over the tokens in `pages`, replacing what the node held.

@@ -29,6 +29,7 @@ class PagedIndex : public SemanticIndex {
   std::int32_t end_position() const final { return end_position_; }
   void all_pages(std::vector<PagePick>& picks) const final;
   std::vector<PageInfo> pages() const final;
+  std::span<const float> far_center() const final { return far_.center(); }
   void selected_positions(const Selection& selection,
                           std::vector<std::int32_t>& positions) const final;
   std::size_t memory_bytes() const override;

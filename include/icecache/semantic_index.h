@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -116,6 +117,8 @@ class SemanticIndex {
   // All pages with the mask of the slots in use, for attention over everything.
   virtual void all_pages(std::vector<PagePick>& picks) const = 0;
   virtual std::vector<PageInfo> pages() const = 0;
+  // The scaled query [D] around which the far field is expanded; empty where it is off.
+  virtual std::span<const float> far_center() const = 0;
   // Positions of the picked tokens, ascending.
   virtual void selected_positions(const Selection& selection,
                                   std::vector<std::int32_t>& positions) const = 0;

@@ -1,0 +1,273 @@
+// A random trace of append, attend, fork, truncate and release over many sequences in a tiny pool, for
+// every index: each attend is compared with the oracle, and no step may lose a token or a page.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <random>
+#include <string>
+
+#include "engine_oracle.h"
+#include "icecache/error.h"
+
+namespace icecache {
+namespace {
+
+using testing::OracleHead;
+using testing::OracleResult;
+
+struct Setup {
+  const char* name;
+  const char* index;
+  const char* select;
+  const char* tail;
+  const char* device;
+  int layers, q_heads, kv_heads, head_dim, page_size;
+  int memory_pages;  // per layer and KV head
+};
+
+std::string setup_name(const ::testing::TestParamInfo<Setup>& info) { return info.param.name; }
+
+// 20,000 steps over all setups; ICECACHE_TRACE_STEPS overrides (sanitizer builds run fewer).
+int steps_per_setup(int setups) {
+  const char* text = std::getenv("ICECACHE_TRACE_STEPS");
+  return (text != nullptr ? std::atoi(text) : 20000) / setups;
+}
+
+class Trace {
+ public:
+  Trace(const Setup& setup, std::uint64_t seed) : setup_(setup), random_(seed) {
+    shape_.num_layers = setup.layers;
+    shape_.num_q_heads = setup.q_heads;
+    shape_.num_kv_heads = setup.kv_heads;
+    shape_.head_dim = setup.head_dim;
+    Config config;
+    config.index = setup.index;
+    config.select = setup.select;
+    config.tail = setup.tail;
+    config.device = setup.device;
+    config.page_size = setup.page_size;
+    config.token_budget = 3 * setup.page_size + 8;
+    config.sink_tokens = 5;
+    config.window_tokens = 9;
+    config.decode_tokens = 6;
+    config.far_node_tokens = 2 * setup.page_size;
+    config.candidates = 64;
+    config.num_threads = 2;
+    config.telemetry = "trace";
+    config.integrity = "always";
+    const std::int64_t page = 2 * setup.page_size * setup.head_dim * 4;
+    config.host_memory = page * setup.memory_pages * setup.layers * setup.kv_heads;
+    engine_ = std::make_unique<Engine>(shape_, config);
+    modes_.resize(4);
+    for (auto& mode : modes_) mode = vector(setup.head_dim, 2.0f);
+  }
+
+  void run(int steps) {
+    for (int step = 0; step < steps; ++step) {
+      const int what = uniform(0, 99);
+      if (sequences_.empty() || (what < 4 && sequences_.size() < 6)) {
+        sequences_[engine_->new_sequence()].resize(setup_.layers * setup_.kv_heads);
+      } else if (what < 8 && sequences_.size() < 6) {
+        const SeqId source = any();
+        sequences_[engine_->fork(source)] = sequences_[source];
+      } else if (what < 13) {
+        const SeqId id = any();
+        // Mostly a few rejected draft tokens, at times far back.
+        const int length = tokens(id);
+        truncate(id, uniform(0, 3) == 0 ? uniform(0, length)
+                                        : std::max(0, length - uniform(0, 5)));
+      } else if (what < 16 && sequences_.size() > 1) {
+        const SeqId id = any();
+        engine_->release(id);
+        sequences_.erase(id);
+      } else {
+        forward();
+      }
+      if (step % 50 == 0) engine_->check_integrity();
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+    engine_->check_integrity();
+    for (const auto& [id, heads] : sequences_) engine_->release(id);
+    EXPECT_EQ(engine_->memory().pool_bytes, 0) << "a page leaked";
+    EXPECT_GT(sparse_, steps / 20) << "the trace did not reach sparse steps";
+    EXPECT_GT(refused_, 0) << "the trace did not exhaust the pool";
+  }
+
+ private:
+  int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
+  std::vector<float> vector(int n, float scale) {
+    std::normal_distribution<float> normal(0.0f, scale);
+    std::vector<float> v(n);
+    for (float& x : v) x = normal(random_);
+    return v;
+  }
+  SeqId any() {
+    return std::next(sequences_.begin(), uniform(0, static_cast<int>(sequences_.size()) - 1))
+        ->first;
+  }
+  int tokens(SeqId id) { return static_cast<int>(sequences_[id][0].keys.size()); }
+
+  void truncate(SeqId id, int length) {
+    engine_->truncate(id, length);
+    for (OracleHead& head : sequences_[id]) {
+      head.keys.resize(length);
+      head.values.resize(length);
+    }
+  }
+
+  // One forward pass of a batch: all layers, append and attend.
+  void forward() {
+    std::vector<SeqId> ids;
+    for (const auto& [id, heads] : sequences_) {
+      if (uniform(0, 1) == 0) ids.push_back(id);
+    }
+    if (ids.empty()) ids.push_back(any());
+    std::vector<int> counts;
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      const int kind = uniform(0, 9);
+      counts.push_back(kind < 7 ? 1 : kind < 9 ? uniform(0, 6) : uniform(7, 60));
+    }
+    for (int layer = 0; layer < setup_.layers; ++layer) {
+      if (!forward_layer(ids, counts, layer)) {
+        // Refused: nothing of this layer was taken; earlier layers give their tokens back.
+        ++refused_;
+        for (const SeqId id : ids) {
+          const int length = tokens_before(id);
+          if (layer > 0) engine_->truncate(id, length);
+          for (OracleHead& head : sequences_[id]) {
+            head.keys.resize(std::min<std::size_t>(head.keys.size(), length));
+            head.values.resize(head.keys.size());
+          }
+          for (int l = 0; l < setup_.layers; ++l) ASSERT_EQ(engine_->length(id, l), length);
+        }
+        return;
+      }
+    }
+  }
+
+  int tokens_before(SeqId id) {
+    // The last head of the last layer has not been given the tokens of an unfinished pass.
+    return static_cast<int>(sequences_[id].back().keys.size());
+  }
+
+  bool forward_layer(const std::vector<SeqId>& ids, const std::vector<int>& counts, int layer) {
+    const int d = setup_.head_dim, hkv = setup_.kv_heads, hq = setup_.q_heads;
+    std::vector<std::vector<float>> keys, values, queries, outputs;
+    std::vector<TensorView> key_views, value_views, query_views, output_views;
+    const auto view = [&](std::vector<float>& data, int heads, int count) {
+      return TensorView{data.data(), DType::kFloat32, heads, count, d,
+                        static_cast<std::int64_t>(count) * d, d};
+    };
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      keys.push_back(vector(hkv * counts[b] * d, 0.7f));
+      // Keys come in clusters, so that pages, splits and the far field have something to find.
+      for (int i = 0; i < hkv * counts[b]; ++i) {
+        const auto& mode = modes_[uniform(0, 3)];
+        for (int x = 0; x < d; ++x) keys[b][i * d + x] += mode[x];
+      }
+      values.push_back(vector(hkv * counts[b] * d, 1.0f));
+      queries.push_back(vector(hq * counts[b] * d, 0.8f));
+      outputs.emplace_back(hq * counts[b] * d, 0.0f);
+    }
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      key_views.push_back(view(keys[b], hkv, counts[b]));
+      value_views.push_back(view(values[b], hkv, counts[b]));
+      query_views.push_back(view(queries[b], hq, counts[b]));
+      output_views.push_back(view(outputs[b], hq, counts[b]));
+    }
+    try {
+      engine_->append(ids, layer, key_views, value_views);
+    } catch (const OutOfPages&) {
+      return false;
+    }
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      for (int h = 0; h < hkv; ++h) {
+        OracleHead& head = sequences_[ids[b]][layer * hkv + h];
+        for (int t = 0; t < counts[b]; ++t) {
+          const auto row = [&](const std::vector<float>& from) {
+            const auto at = from.begin() + (h * counts[b] + t) * d;
+            return std::vector<float>(at, at + d);
+          };
+          head.keys.push_back(row(keys[b]));
+          head.values.push_back(row(values[b]));
+        }
+      }
+    }
+    engine_->attend(ids, layer, query_views, output_views);
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      for (int h = 0; h < hq; ++h) compare(ids[b], layer, h, counts[b], queries[b], outputs[b]);
+    }
+    return true;
+  }
+
+  void compare(SeqId id, int layer, int q_head, int count, const std::vector<float>& queries,
+               const std::vector<float>& outputs) {
+    if (count == 0) return;
+    const int d = setup_.head_dim, group = setup_.q_heads / setup_.kv_heads;
+    const OracleHead& head = sequences_[id][layer * setup_.kv_heads + q_head / group];
+    const StepTrace trace = engine_->trace(id, layer, q_head / group);
+    const int length = static_cast<int>(head.keys.size());
+    const bool sparse = !trace.window.empty() && trace.window.back() == length - 1 &&
+                        length > engine_->config().token_budget &&
+                        count <= engine_->config().decode_tokens;
+    // A sparse call records its last query token; an exact one is compared at every token.
+    for (int t = sparse ? count - 1 : 0; t < count; ++t) {
+      std::vector<double> query(d);
+      for (int x = 0; x < d; ++x) {
+        query[x] = static_cast<double>(queries[(q_head * count + t) * d + x]) *
+                   engine_->shape().softmax_scale();
+      }
+      const std::size_t seen = static_cast<std::size_t>(length - count + t + 1);
+      const OracleResult want = sparse ? testing::sparse_attention(head, query, trace)
+                                       : testing::full_attention(head, query, seen);
+      if (sparse) {
+        ++sparse_;
+        const std::size_t attended =
+            trace.sink.size() + trace.window.size() + trace.selected.size();
+        ASSERT_LE(static_cast<int>(trace.sink.size() + trace.selected.size()),
+                  std::max<int>(engine_->config().token_budget - 9, 5));
+        std::size_t held = trace.sink.size() + trace.window.size();
+        for (const PageInfo& page : trace.pages) held += page.positions.size();
+        ASSERT_EQ(held, seen) << "tokens lost, attended " << attended;
+      }
+      for (int x = 0; x < d; ++x) {
+        const double got = outputs[(q_head * count + t) * d + x];
+        ASSERT_NEAR(got, want.out[x], 2e-3 * (1.0 + std::abs(want.out[x])))
+            << setup_.name << " sequence " << id << " layer " << layer << " head " << q_head
+            << " token " << t << " of " << count << " length " << length << " sparse " << sparse;
+      }
+    }
+  }
+
+  Setup setup_;
+  CacheShape shape_;
+  std::mt19937_64 random_;
+  std::unique_ptr<Engine> engine_;
+  std::map<SeqId, std::vector<OracleHead>> sequences_;  // [layers * Hkv]
+  std::vector<std::vector<float>> modes_;
+  int sparse_ = 0, refused_ = 0;
+};
+
+class EngineTrace : public ::testing::TestWithParam<Setup> {};
+
+TEST_P(EngineTrace, EveryAttendAgreesWithTheOracle) {
+  Trace trace(GetParam(), 20261124);
+  trace.run(steps_per_setup(8));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    AllIndexes, EngineTrace,
+    ::testing::Values(
+        Setup{"tree_token", "tree", "token", "on", "cpu", 2, 4, 2, 16, 8, 40},
+        Setup{"tree_page", "tree", "page", "on", "cpu", 1, 6, 2, 24, 16, 24},
+        Setup{"tree_no_tail", "tree", "token", "off", "cpu", 1, 3, 1, 8, 8, 40},
+        Setup{"tree_emulated_device", "tree", "page", "on", "emulated", 1, 4, 2, 16, 8, 40},
+        Setup{"dci_page", "dci", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
+        Setup{"dci_far_field", "dci", "token", "on", "cpu", 1, 8, 1, 16, 16, 50},
+        Setup{"positional_page", "positional", "page", "off", "cpu", 2, 2, 2, 16, 8, 40},
+        Setup{"positional_far_field", "positional", "token", "on", "emulated", 1, 4, 2, 32, 32, 14}),
+    setup_name);
+
+}  // namespace
+}  // namespace icecache
