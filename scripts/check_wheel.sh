@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(cat build/python)
-export PATH="$(dirname "$python"):$PATH"
+PATH="$(dirname "$python"):$PATH"
 rm -rf build/wheel-check
 "$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check
 "$python" -m pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl

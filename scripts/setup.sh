@@ -11,8 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${1:?usage: scripts/setup.sh run|test}
-groups="build run"
-if [ "$profile" = test ]; then groups+=" dev"; fi
+groups=(build run)
+if [ "$profile" = test ]; then groups+=(dev); fi
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -73,7 +73,9 @@ PY
 }
 
 base=
-for candidate in ${ICECACHE_PYTHON:-python3 python python3.{14,13,12,11,10} /usr/bin/python3}; do
+candidates=(python3 python python3.{14,13,12,11,10} /usr/bin/python3)
+if [ -n "${ICECACHE_PYTHON:-}" ]; then candidates=("$ICECACHE_PYTHON"); fi
+for candidate in "${candidates[@]}"; do
   if is_recent "$candidate"; then
     base=$("$candidate" -c 'import sys; print(sys.executable)')
     break
@@ -115,10 +117,10 @@ if [ -z "${ICECACHE_TORCH:-}" ]; then
     ICECACHE_TORCH="torch>=2.11"
   fi
 fi
-missing=$("$python" scripts/requirements.py --torch "$ICECACHE_TORCH" $groups)
+missing=$("$python" scripts/requirements.py --torch "$ICECACHE_TORCH" "${groups[@]}")
 mkdir -p build
 if [ -n "$missing" ]; then
-  say "installing into $("$python" -c 'import sys; print(sys.prefix)'):" $missing
+  say "installing into $("$python" -c 'import sys; print(sys.prefix)'): ${missing//$'\n'/, }"
   installed_torch=$(torch_version "$python")
   echo "${installed_torch:+torch==$installed_torch}" >build/constraints.txt
   printf '%s\n' "$missing" >build/requirements.txt
