@@ -133,9 +133,8 @@ std::vector<int> DciTree::build(const float* keys, std::int32_t n) {
     squares[i] = squared_norm(keys + static_cast<std::size_t>(i) * head_dim_, head_dim_);
     max_square_ = std::max(max_square_, squares[i]);
   }
-  for (std::int32_t i = 0; i < n; i += static_cast<std::int32_t>(every_)) {
-    add_node(0, keys + static_cast<std::size_t>(i) * head_dim_, squares[i], i);
-    if (every_ > n) break;
+  for (std::int64_t i = 0; i < n; i += every_) {
+    add_node(0, keys + i * head_dim_, squares[i], i);
   }
   std::vector<int> cells = nearest(levels_[0], keys, squares.data(), n);
   for (std::int32_t i = 0; i < n; ++i) {
@@ -183,8 +182,7 @@ int DciTree::promote(const float* key, std::int64_t ordinal) {
   int below = -1, cell = -1;
   for (int level = 0; level < level_count(); ++level, divisor *= upper_every_) {
     const bool reaches = level == 0 || ordinal % divisor == 0;
-    const int node =
-        reaches ? add_node(level, key, square, ordinal) : nearest(level, key, square);
+    const int node = reaches ? add_node(level, key, square, ordinal) : nearest(level, key, square);
     if (level == 0) {
       cell = node;
     } else {

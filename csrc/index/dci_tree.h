@@ -1,18 +1,20 @@
-// DciTree: the levels of representatives above the tokens of a DciIndex (M-DCI of the IceCache paper).
+// DciTree: the levels of representatives above the tokens of a DciIndex (M-DCI of the IceCache
+// paper).
 //
-// Every e-th token, e = 1 / dci_promotion, represents the first level; of each level every u-th node,
-// u = 1 / dci_upper_promotion, is promoted to the next, until at most kTop nodes are left. So a token
-// with ordinal i (0 for the first) reaches level l where i is divisible by e u^l. The parent of a
-// promoted token is itself; every other token's is the nearest representative b under
+// Every e-th token, e = 1 / dci_promotion, represents the first level; of each level every u-th
+// node, u = 1 / dci_upper_promotion, is promoted to the next, until at most kTop nodes are left. So
+// a token with ordinal i (0 for the first) reaches level l where i is divisible by e u^l. The
+// parent of a promoted token is itself; every other token's is the nearest representative b under
 //   D(a, b) = M - a.b - sqrt((M - |a|^2)(M - |b|^2)),   M the largest squared norm so far:
-// half the squared distance of the lifted keys [k, sqrt(M - |k|^2)], which all have length sqrt(M), so
-// that the nearest neighbour of a query [q, 0] is the key with the largest inner product. Ties go to the
-// lower node number.
+// half the squared distance of the lifted keys [k, sqrt(M - |k|^2)], which all have length sqrt(M),
+// so that the nearest neighbour of a query [q, 0] is the key with the largest inner product. Ties
+// go to the lower node number.
 //
-// A larger norm raises M for what is inserted from then on; parents that were chosen under the smaller M
-// stay, and truncation does not lower it. A new representative takes no tokens from the others. A
-// representative whose own token was removed goes on routing to those it has, and goes with the last.
-// Unlike M-DCI, which finds parents by the approximate search, parents are found by full comparison.
+// A larger norm raises M for what is inserted from then on; parents that were chosen under the
+// smaller M stay, and truncation does not lower it. A new representative takes no tokens from the
+// others. A representative whose own token was removed goes on routing to those it has, and goes
+// with the last. Unlike M-DCI, which finds parents by the approximate search, parents are found by
+// full comparison.
 //
 // A cell is a node of the first level. Threads: const methods any number, others one caller.
 #pragma once
@@ -30,7 +32,8 @@ class DciTree {
   // Both at least 2.
   DciTree(int head_dim, std::int64_t every, std::int64_t upper_every);
 
-  // Replaces everything by the tree over keys [n, D] with ordinals 0..n-1. Returns the cell of each.
+  // Replaces everything by the tree over keys [n, D] with ordinals 0..n-1. Returns the cell of
+  // each.
   std::vector<int> build(const float* keys, std::int32_t n);
 
   bool empty() const { return levels_.empty(); }
@@ -46,9 +49,9 @@ class DciTree {
   // Beam search from the top with exact inner products. Each level keeps its best `beam` nodes, and
   // more as long as those kept hold fewer than `wanted` tokens.
   struct Found {
-    std::vector<int> cells;    // best first
-    float unseen_lse = 0.0f;   // sum over dropped nodes of tokens x exp(q.representative), log
-    std::int64_t scored = 0;   // representatives compared with
+    std::vector<int> cells;   // best first
+    float unseen_lse = 0.0f;  // sum over dropped nodes of tokens x exp(q.representative), log
+    std::int64_t scored = 0;  // representatives compared with
   };
   void search(const float* query, int beam, std::int64_t wanted, Found& found) const;
 
@@ -77,15 +80,15 @@ class DciTree {
   // The nearest node of a level for each of n keys [n, D].
   std::vector<int> nearest(const Level& level, const float* keys, const double* squares,
                            std::int32_t n) const;
-  // Adds a level above the top, of the top's nodes that are promoted to it. False where it would not be
-  // smaller.
+  // Adds a level above the top, of the top's nodes that are promoted to it. False where it would
+  // not be smaller.
   bool raise();
   double lift(double square) const;
 
   int head_dim_;
   std::int64_t every_, upper_every_;
-  double max_square_ = 0.0;     // M
-  std::vector<Level> levels_;   // the first level is levels_[0]
+  double max_square_ = 0.0;    // M
+  std::vector<Level> levels_;  // the first level is levels_[0]
 };
 
 }  // namespace icecache

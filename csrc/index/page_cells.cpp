@@ -37,9 +37,8 @@ void PageCells::remove(int page) {
 int PageCells::choose(int cell, float coordinate) const {
   const std::vector<int>& pages = pages_of_cell_[cell];
   if (pages.empty()) return -1;
-  const auto above =
-      std::upper_bound(pages.begin() + 1, pages.end(), coordinate,
-                       [&](float x, int page) { return x < starts_[page]; });
+  const auto above = std::upper_bound(pages.begin() + 1, pages.end(), coordinate,
+                                      [&](float x, int page) { return x < starts_[page]; });
   return *(above - 1);
 }
 

@@ -1,8 +1,9 @@
-// PageCells: tokens in cells, each cell cut into pages along one direction like the leaves of a B-tree.
+// PageCells: tokens in cells, each cell cut into pages along one direction like the leaves of a
+// B-tree.
 //
-// Page i of a cell takes the coordinates from its start up to the start of page i + 1; the first page
-// takes everything below too. Removing tokens leaves the starts as they are. What a coordinate is, and
-// which cell a token belongs to, is the caller's concern.
+// Page i of a cell takes the coordinates from its start up to the start of page i + 1; the first
+// page takes everything below too. Removing tokens leaves the starts as they are. What a coordinate
+// is, and which cell a token belongs to, is the caller's concern.
 //
 // Threads: none of its own.
 #pragma once
@@ -27,8 +28,8 @@ class PageCells {
   // Drops the page; its coordinates fall to the page before, or behind where it was the first.
   void remove(int page);
 
-  // The page of a cell that a coordinate falls into, the last one of equal starts; -1 where the cell
-  // has no page.
+  // The page of a cell that a coordinate falls into, the last one of equal starts; -1 where the
+  // cell has no page.
   int choose(int cell, float coordinate) const;
   // -1 for a page that is in no cell.
   int cell_of(int page) const;
@@ -44,8 +45,8 @@ class PageCells {
   std::vector<float> starts_;                    // [P]
 };
 
-// The slots of a full page with the larger half of coordinates [S]; ties by slot. `start` becomes the
-// smallest coordinate among them.
+// The slots of a full page with the larger half of coordinates [S]; ties by slot. `start` becomes
+// the smallest coordinate among them.
 std::uint32_t upper_half_of(const float* coordinates, int page_size, float& start);
 
 }  // namespace icecache
