@@ -22,6 +22,8 @@ RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAIS
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_BINDINGS=OFF \
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF -DICECACHE_WERROR=OFF
+# The randomised trace is shortened where every step takes many times as long.
+SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
@@ -79,12 +81,12 @@ sanitize: sanitize-address sanitize-thread
 
 sanitize-address: setup-test
 	$(call cmake_build,build/address,$(CHECKED) -DICECACHE_SANITIZE=address$(,)undefined)
-	$(TOOLS) ctest --test-dir build/address -j $(JOBS) --output-on-failure --no-tests=error
+	$(TOOLS) $(SHORT_TRACE) ctest --test-dir build/address -j $(JOBS) --output-on-failure --no-tests=error
 
 sanitize-thread: setup-test
 	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
-	$(TOOLS) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) --output-on-failure \
-	  --no-tests=error
+	$(TOOLS) $(SHORT_TRACE) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
+	  --output-on-failure --no-tests=error
 
 bench-cpp: setup
 	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)

@@ -31,7 +31,7 @@ FOREIGN = {
     r"pybind11/.*|Python\.h": r"csrc/bindings/core_[^/]*",
     r"(cuda|cub|thrust|cooperative_groups|nv_).*|.*_fp8\.h": r"csrc/cuda/[^/]*",
     r"\w*intrin\.h|arm_neon\.h|arm_sve\.h": r"csrc/simd/.*",
-    r"faiss/.*": r"csrc/index/faiss_[^/]*",
+    r"faiss/.*": r"csrc/index/faiss_[^/]*|csrc/core/build_info\.cpp",  # the latter for its version
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
