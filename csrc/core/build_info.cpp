@@ -31,8 +31,8 @@ BuildInfo build_info() {
   info.cuda_version = cuda.runtime_version;
 #ifdef ICECACHE_HAVE_FAISS
   info.faiss = true;
-  info.faiss_version = message(FAISS_VERSION_MAJOR, ".", FAISS_VERSION_MINOR, ".",
-                               FAISS_VERSION_PATCH);
+  info.faiss_version =
+      message(FAISS_VERSION_MAJOR, ".", FAISS_VERSION_MINOR, ".", FAISS_VERSION_PATCH);
 #endif
 #ifndef NDEBUG
   info.debug = true;

@@ -1,4 +1,4 @@
-"""Pure torch oracle: exact attention behind the engine's API, and the sparse decode step's formulas.
+"""Pure torch oracle: exact attention behind the engine's API, and the formulas of a sparse step.
 
 Everything here is computed plainly, in double precision, to be read and compared with; nothing is
 fast. `ReferenceEngine` attends to every token. `sketch_scores`, `pick_tokens`, `far_field` and
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-
 from icecache import InvalidArgument
 
 Tensors = torch.Tensor | list[torch.Tensor]
@@ -347,7 +346,7 @@ def sparse_attention(
     attended: torch.Tensor,
     far: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Exact attention over `attended` [N] bool merged with a far field. [G, D], [N, D] -> [G, D]."""
+    """Exact attention over `attended` [N] bool merged with a far field: [G, D], [N, D] -> [G, D]."""
     q, k, v = queries.double(), keys.double(), values.double()
     logits = (q @ k.T).masked_fill(~attended, -torch.inf)
     if far is not None:

@@ -1,6 +1,7 @@
-// What an Engine must answer, computed from nothing but the tokens that were appended and, for sparse
-// steps, from what the engine says it looked at (StepTrace): exact attention over sink, window and
-// selected tokens, and the far-field formula over the rest. In double, without any of its code.
+// What an Engine must answer, computed from nothing but the tokens that were appended and, for
+// sparse steps, from what the engine says it looked at (StepTrace): exact attention over sink,
+// window and selected tokens, and the far-field formula over the rest. In double, without any of
+// its code.
 #pragma once
 
 #include <cmath>

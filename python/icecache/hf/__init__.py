@@ -2,8 +2,8 @@
 
 from icecache.hf.attention import register
 from icecache.hf.cache import IceCache
-from icecache.hf.enable import disable, enable, stats
 from icecache.hf.stats import ModelStats
+from icecache.hf.switch import disable, enable, stats
 
 register()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
 from icecache import InvalidArgument
 from icecache.hf.cache import IceLayer
+from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineLike
 from icecache.hf.mask import LazyMask, icecache_mask
 from icecache.hf.new_tokens import NewTokens
@@ -22,13 +20,13 @@ from icecache.hf.sinks import (
     with_sink_token,
 )
 from icecache.hf.support import check_attention, check_transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATION = "icecache"
 
 
-@torch.compiler.disable(  # type: ignore[misc, unused-ignore]
-    reason="IceCache attention runs in its own engine; compile without fullgraph=True"
-)
+@outside_graphs
 def icecache_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -63,7 +61,7 @@ def icecache_attention(
         mask = check_attention(query, key, value, attention_mask, dropout, kwargs)
         output = _attend(module, layer, query, key.plain(), value.plain(), mask, scale, sinks)
     except BaseException as error:
-        cache.undo(error)
+        cache.undo(layer, key.shape[-2], error)
         raise
     return output.transpose(1, 2).contiguous(), None
 

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from icecache import InvalidArgument
+from icecache.hf.engine_handle import EngineFactory, EngineHandle
+from icecache.hf.new_tokens import NewTokens
+from icecache.hf.rows import Rows
+from icecache.hf.support import check_config, full_attention_layers
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -16,14 +21,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from icecache import InvalidArgument
-from icecache.hf.engine_handle import EngineFactory, EngineHandle
-from icecache.hf.new_tokens import NewTokens
-from icecache.hf.rows import Rows
-from icecache.hf.support import check_config, full_attention_layers
 
-
-class IceLayer(CacheLayerMixin):  # type: ignore[misc]
+class IceLayer(CacheLayerMixin):
     """A full-attention layer whose tokens live in the engine.
 
     `update` only passes the new tokens on; the attention function appends them and attends.
@@ -82,7 +81,7 @@ class IceLayer(CacheLayerMixin):  # type: ignore[misc]
         raise InvalidArgument("crop: call it on the IceCache, not on one of its layers")
 
 
-class IceCache(Cache):  # type: ignore[misc]
+class IceCache(Cache):
     """KV cache for `past_key_values` of a model that runs IceCache attention.
 
     Full-attention layers share one engine; sliding, chunked and recurrent layers keep transformers'
@@ -139,16 +138,24 @@ class IceCache(Cache):  # type: ignore[misc]
         """Raises InvalidArgument after a failure that could not be undone."""
         if self.failed is not None:
             raise InvalidArgument(
-                f"past_key_values: an earlier forward call failed ({self.failed}) and the stock "
-                "layers of this cache cannot be rolled back; call reset() and start again"
+                f"past_key_values: an earlier forward call failed ({self.failed}) and could not be "
+                "undone in every layer of this cache; call reset() and start again"
             )
 
-    def undo(self, error: BaseException) -> None:
-        """Takes back the tokens of a forward call that failed with `error`."""
-        self.rows.undo()
-        for layer in self.ice_layers:
-            layer.seen = self.rows.seen
-        if len(self.ice_layers) != len(self.layers):
+    def undo(self, layer: IceLayer, new_tokens: int, error: BaseException) -> None:
+        """Takes back a forward call that failed with `error` in `layer` after its `update`.
+
+        Stock layers cannot be taken back: a cache that has some is refused until `reset`.
+        """
+        is_undone = len(self.ice_layers) == len(self.layers)
+        if self.rows.undo(layer.seen):
+            for other in self.ice_layers:
+                other.seen = self.rows.seen
+        elif layer.seen - new_tokens == self.rows.seen:
+            layer.seen -= new_tokens
+        else:
+            is_undone = False
+        if not is_undone:
             self.failed = str(error)
 
     def reset(self) -> None:
@@ -168,7 +175,7 @@ class IceCache(Cache):  # type: ignore[misc]
             layer.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens of every row (a count below 1, as in stock)."""
+        """Removes the last `-tokens_to_remove` tokens of every row (as in stock, below 1)."""
         if tokens_to_remove > 0:
             raise InvalidArgument(
                 f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 import icecache
+import torch
 from icecache import InvalidArgument
 
 Tensors = torch.Tensor | list[torch.Tensor]
 
 
 class EngineLike(Protocol):
-    """What this front end needs of `icecache.Engine`; `icecache.reference.ReferenceEngine` has it."""
+    """What this front end needs of `icecache.Engine`; the ReferenceEngine has it too."""
 
     def new_sequence(self) -> int: ...
     def fork(self, seq: int) -> int: ...
@@ -30,7 +29,7 @@ class EngineLike(Protocol):
 
 
 class EngineFactory(Protocol):
-    """Called with num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, **config_fields."""
+    """Called with the keyword arguments of `icecache.Engine`, `config` aside."""
 
     def __call__(self, **arguments: Any) -> EngineLike: ...
 
@@ -128,7 +127,7 @@ class EngineHandle:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """"0-3, 5" for (0, 1, 2, 3, 5)."""
+    """(0, 1, 2, 3, 5) as "0-3, 5"."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and layer == parts[-1][1] + 1:

@@ -50,14 +50,14 @@ def icecache_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
 ) -> LazyMask | torch.Tensor | None:
-    """Mask function for `attn_implementation="icecache"` (see transformers' AttentionMaskInterface).
+    """Mask function of `attn_implementation="icecache"` for transformers' AttentionMaskInterface.
 
     Layers with a window (`local_size`) stay stock and get the stock mask.
     """
@@ -81,7 +81,7 @@ def icecache_mask(
     return LazyMask(
         batch_size=batch_size,
         q_length=q_length,
-        q_offset=int(q_offset),
+        q_offset=q_offset,
         padding=attention_mask,
         is_causal=mask_function is causal_mask_function and kv_offset == 0,
         build=build,

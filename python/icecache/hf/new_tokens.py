@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from icecache import InvalidArgument
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ class NewTokens(torch.Tensor):
         name = getattr(func, "__name__", str(func))
         raise InvalidArgument(
             "past_key_values: an IceCache reached attention that is not IceCache's "
-            f"({name} was called on its keys or values). Call icecache.enable(model) first, or load "
-            'the model with attn_implementation="icecache"; for stock attention pass a DynamicCache'
+            f"({name} was called on its keys or values). Call icecache.enable(model) first, or "
+            'load the model with attn_implementation="icecache"; for stock attention pass a '
+            "DynamicCache"
         )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask
@@ -89,15 +88,21 @@ class Rows:
         self._mask, self._chunk = mask, chunk
         return chunk
 
-    def undo(self) -> None:
-        """Forgets the current chunk in every layer, after a failed append or attend."""
-        if self._chunk is not None and self._engine is not None:
-            start, earlier = self._chunk.start, self._chunk.earlier
-            self._mask = self._chunk = None
-            for sequence, length in zip(self.sequences, earlier, strict=True):
-                self._engine.truncate(sequence, self._engine_length(length))
-            self.lengths, self.seen = list(earlier), start
-            self._real = None if self._real is None else self._real[:, :start]
+    def undo(self, seen: int) -> bool:
+        """Forgets the current chunk in every layer, where it ends at column `seen`.
+
+        For a layer that failed after it had seen so many columns: where an earlier forward call
+        ended before, nothing was appended and nothing is undone. Says whether something was.
+        """
+        chunk = self._chunk
+        if chunk is None or self._engine is None or chunk.start + chunk.length != seen:
+            return False
+        self._mask = self._chunk = None
+        for sequence, length in zip(self.sequences, chunk.earlier, strict=True):
+            self._engine.truncate(sequence, self._engine_length(length))
+        self.lengths, self.seen = list(chunk.earlier), chunk.start
+        self._real = None if self._real is None else self._real[:, : chunk.start]
+        return True
 
     def crop(self, columns: int) -> None:
         """Removes the last `columns` columns of the batch from every layer."""

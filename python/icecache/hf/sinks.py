@@ -31,9 +31,7 @@ def narrow(output: torch.Tensor) -> torch.Tensor:
     return output[..., :-_EXTRA]
 
 
-def with_sink_token(
-    key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_sink_token(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Widened keys and values `[..., T, D + 8]` behind the sink token: `[..., T + 1, D + 8]`."""
     sink = torch.zeros_like(key[..., :1, :])
     sink[..., key.shape[-1] - _EXTRA] = 1

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
-
 from icecache import InvalidArgument, Unavailable
 from icecache.hf.mask import LazyMask
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Layers that keep transformers' own cache: their memory does not grow with the context.
@@ -114,7 +113,7 @@ def check_placement(model: PreTrainedModel) -> None:
 
 
 def check_forward(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    """Raises InvalidArgument where a forward call of an enabled model asks for what we cannot do."""
+    """Raises InvalidArgument for forward calls of an enabled model that cannot be served."""
     if model.training:
         raise InvalidArgument(
             "model: IceCache serves inference only, but the model is in training mode; call "
@@ -177,8 +176,8 @@ def check_attention(
     for name in ("softcap", "position_bias", "sliding_window", "cache", *_PACKED):
         if arguments.get(name) is not None:
             raise InvalidArgument(
-                f"{name}: the attention of a cached layer was called with it, which the engine does "
-                "not compute. Use the model without icecache.enable"
+                f"{name}: the attention of a cached layer was called with it, which the engine "
+                "does not compute. Use the model without icecache.enable"
             )
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise InvalidArgument(

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from transformers import PreTrainedModel
-
 from icecache import InvalidArgument
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
+from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.stats import ModelStats
 from icecache.hf.support import (
@@ -23,6 +22,7 @@ from icecache.hf.support import (
     check_model,
     full_attention_layers,
 )
+from transformers import PreTrainedModel
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -125,9 +125,7 @@ def stats(model: PreTrainedModel) -> ModelStats:
     )
 
 
-@torch.compiler.disable(  # type: ignore[misc, unused-ignore]
-    reason="IceCache keeps tokens in its own engine; compile without fullgraph=True"
-)
+@outside_graphs
 def _before_forward(
     handle: EngineHandle, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -205,7 +203,7 @@ def _text_part(model: PreTrainedModel) -> str | None:
     text_config = model.config.get_text_config(decoder=True)
     if text_config is model.config:
         return None
-    for name in model.config.sub_configs:
+    for name in map(str, model.config.sub_configs):
         if getattr(model.config, name, None) is text_config:
             return name
     raise InvalidArgument(
@@ -219,18 +217,16 @@ def _expected_shape(model: PreTrainedModel) -> AttentionShape:
     config = model.config.get_text_config(decoder=True)
     num_q_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_q_heads
-    scale = next(
-        (
-            float(module.scaling)
-            for module in model.modules()
-            if hasattr(module, "layer_idx") and isinstance(getattr(module, "scaling", None), float)
-        ),
-        head_dim**-0.5,
-    )
+    scales = [
+        scaling
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+        and isinstance(scaling := getattr(module, "scaling", None), float)
+    ]
     return AttentionShape(
         num_q_heads=num_q_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
         head_dim=head_dim,
         dtype=model.dtype,
-        scale=scale,
+        scale=scales[0] if scales else head_dim**-0.5,
     )

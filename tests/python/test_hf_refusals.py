@@ -1,0 +1,241 @@
+"""What the front end does not serve is refused before the first token, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hf_models
+import icecache
+import pytest
+import torch
+from icecache import InvalidArgument
+from icecache.hf import IceCache
+from icecache.reference import ReferenceEngine
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
+
+
+class UntouchedEngine(ReferenceEngine):
+    """Fails the test where a refused call reaches the engine."""
+
+    def append(self, seqs: Any, layer: int, keys: Any, values: Any) -> None:
+        raise AssertionError("a token was appended before the refusal")
+
+
+@pytest.fixture
+def model() -> Iterator[PreTrainedModel]:
+    made = hf_models.build("llama")
+    icecache.enable(made, engine_class=UntouchedEngine)
+    yield made
+    icecache.disable(made)
+
+
+def test_refuses_soft_capping() -> None:
+    gemma2 = hf_models.build("gemma2", head_dim=16, attn_logit_softcapping=30.0)
+    with pytest.raises(InvalidArgument, match="attn_logit_softcapping = 30"):
+        icecache.enable(gemma2)
+    assert gemma2.config._attn_implementation == "eager"
+
+
+def test_refuses_encoder_decoder_models() -> None:
+    config = AutoConfig.for_model(
+        "t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16
+    )
+    with pytest.raises(InvalidArgument, match="encoder-decoder"):
+        icecache.enable(AutoModelForSeq2SeqLM.from_config(config).eval())
+
+
+def test_refuses_models_without_full_attention() -> None:
+    with pytest.raises(InvalidArgument, match="no layer attends to the whole context"):
+        icecache.enable(hf_models.build("mistral", sliding_window=16))
+
+
+def test_refuses_models_outside_the_attention_interface() -> None:
+    bloom = hf_models.build("bloom", n_layer=1, n_head=2)
+    with pytest.raises(InvalidArgument, match="attention interface"):
+        icecache.enable(bloom)
+
+
+def test_refuses_what_is_not_a_transformers_model() -> None:
+    with pytest.raises(InvalidArgument, match="got Linear"):
+        icecache.enable(torch.nn.Linear(2, 2))  # type: ignore[type-var]
+
+
+def test_refuses_other_devices() -> None:
+    with torch.device("meta"):
+        elsewhere = hf_models.build("llama")
+    with pytest.raises(InvalidArgument, match=r'model\.to\("cpu"\)'):
+        icecache.enable(elsewhere)
+
+
+def test_refuses_other_dtypes() -> None:
+    with pytest.raises(InvalidArgument, match=r"torch\.float64"):
+        icecache.enable(hf_models.build("llama").double())
+
+
+def test_refuses_dense_layers_that_stay_stock() -> None:
+    with pytest.raises(InvalidArgument, match=r"dense_layers: .*\(1-2\), got '0'"):
+        icecache.enable(hf_models.build("cohere2"), dense_layers="0")
+
+
+def test_refuses_training_mode(model: PreTrainedModel) -> None:
+    model.train()
+    with pytest.raises(InvalidArgument, match="training mode"):
+        model.generate(hf_models.prompt(), max_new_tokens=2)
+
+
+def test_refuses_gradients(model: PreTrainedModel) -> None:
+    with pytest.raises(InvalidArgument, match="no gradients"):
+        model(hf_models.prompt())
+
+
+@pytest.mark.parametrize("in_generate", [True, False])
+def test_refuses_output_attentions(model: PreTrainedModel, in_generate: bool) -> None:
+    with pytest.raises(InvalidArgument, match="output_attentions"), torch.inference_mode():
+        if in_generate:
+            model.generate(
+                hf_models.prompt(),
+                max_new_tokens=2,
+                output_attentions=True,
+                return_dict_in_generate=True,
+            )
+        else:
+            model(hf_models.prompt(), output_attentions=True)
+
+
+@torch.inference_mode()
+def test_refuses_flash_attention_arguments(model: PreTrainedModel) -> None:
+    with pytest.raises(InvalidArgument, match="cu_seq_lens_q"):
+        model(hf_models.prompt(), cu_seq_lens_q=torch.tensor([0, 45]))
+
+
+@torch.inference_mode()
+def test_refuses_4d_masks(model: PreTrainedModel) -> None:
+    length = hf_models.PROMPT
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(InvalidArgument, match=r"attention_mask: .* got 4-D"):
+        model(hf_models.prompt(), attention_mask=mask)
+
+
+@torch.inference_mode()
+def test_refuses_masks_that_are_not_causal() -> None:
+    """Gemma3's image tokens see each other in both directions."""
+    model = hf_models.build("gemma3_text", use_bidirectional_attention=True)
+    icecache.enable(model, engine_class=UntouchedEngine)
+    with pytest.raises(InvalidArgument, match="causal"):
+        model(hf_models.prompt())
+
+
+@torch.inference_mode()
+def test_refuses_a_changed_past_mask() -> None:
+    model = hf_models.build("llama")
+    icecache.enable(model, engine_class=ReferenceEngine)
+    batch = hf_models.padded()
+    cache = model(**batch).past_key_values
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    mask[0, 3] = 0
+    token = hf_models.prompt(3, 1)
+    for wrong in (mask, None):
+        with pytest.raises(InvalidArgument, match="earlier tokens differ"):
+            model(token, attention_mask=wrong, past_key_values=cache)
+    mask[0, 3] = 1
+    model(token, attention_mask=mask, past_key_values=cache)
+
+
+@torch.inference_mode()
+def test_refuses_another_batch_size() -> None:
+    model = hf_models.build("llama")
+    icecache.enable(model, engine_class=ReferenceEngine)
+    cache = model(hf_models.prompt(2)).past_key_values
+    with pytest.raises(InvalidArgument, match="holds 2 rows, got a batch of 3"):
+        model(hf_models.prompt(3, 1), past_key_values=cache)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_refuses_icecache_in_stock_attention(attention: str) -> None:
+    model = hf_models.build("llama")
+    model.set_attn_implementation(attention)
+    cache = IceCache(model.config, engine_class=UntouchedEngine)
+    with pytest.raises(InvalidArgument, match=r"icecache\.enable\(model\)"):
+        model(hf_models.prompt(), past_key_values=cache)
+
+
+@torch.inference_mode()
+def test_refuses_attention_changed_after_enable(model: PreTrainedModel) -> None:
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(InvalidArgument, match=r"call icecache\.enable again"):
+        model(hf_models.prompt())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_refuses_other_caches(model: PreTrainedModel, kind: type) -> None:
+    sizes = {"max_cache_len": 64} if kind is StaticCache else {}
+    cache = kind(config=model.config, **sizes)
+    with pytest.raises(InvalidArgument, match=f"got {kind.__name__}"):
+        model(hf_models.prompt(), past_key_values=cache)
+    with pytest.raises(InvalidArgument, match=f"got {kind.__name__}"):
+        model.generate(hf_models.prompt(), past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
+def test_refuses_cache_implementations(model: PreTrainedModel, implementation: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"cache_implementation: '{implementation}'"):
+        model.generate(hf_models.prompt(), cache_implementation=implementation, max_new_tokens=2)
+
+
+def test_refuses_continuous_batching(model: PreTrainedModel) -> None:
+    with pytest.raises(InvalidArgument, match="continuous batching"):
+        model.generate_batch(inputs=hf_models.prompt(2).tolist())
+    with pytest.raises(InvalidArgument, match="continuous batching"):
+        model.generate(hf_models.prompt(), cache_implementation="paged", max_new_tokens=2)
+
+
+@torch.inference_mode()
+def test_refuses_fullgraph_compilation(model: PreTrainedModel) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="compile without fullgraph"):
+        compiled(hf_models.prompt())
+
+
+@torch.inference_mode()
+def test_compiles_with_graph_breaks() -> None:
+    model = hf_models.build("llama", num_hidden_layers=1)
+    ids = hf_models.prompt()
+    expected = model(ids).logits
+    icecache.enable(model, engine_class=ReferenceEngine)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert icecache.stats(model).memory is not None
+
+
+@torch.inference_mode()
+def test_refuses_nan_keys_and_stays_usable() -> None:
+    model = hf_models.build("llama")
+    icecache.enable(model, engine_class=ReferenceEngine)
+    cache = model(hf_models.prompt()).past_key_values
+    embeddings = torch.full((1, 1, 64), torch.nan)
+    with pytest.raises(InvalidArgument, match="NaN or Inf"):
+        model(inputs_embeds=embeddings, past_key_values=cache)
+    assert cache.get_seq_length() == hf_models.PROMPT
+    model(hf_models.prompt(1, 1), past_key_values=cache)
+
+
+def test_refuses_stats_of_other_models() -> None:
+    with pytest.raises(InvalidArgument, match="not enabled"):
+        icecache.stats(hf_models.model("llama"))
+
+
+def test_refuses_pickling() -> None:
+    import pickle
+
+    cache = IceCache(hf_models.model("llama").config, engine_class=UntouchedEngine)
+    with pytest.raises(InvalidArgument, match="pickled"):
+        pickle.dumps(cache)

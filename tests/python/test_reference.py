@@ -1,0 +1,210 @@
+"""The torch oracle agrees with torch's own attention and with its own definition."""
+
+from __future__ import annotations
+
+import icecache
+import pytest
+import torch
+import torch.nn.functional as F
+from icecache.reference import (
+    ReferenceEngine,
+    dense_attention,
+    far_field,
+    pick_tokens,
+    query_metric,
+    sketch_scores,
+    sparse_attention,
+)
+
+HEAD_DIM = 16
+SCALE = HEAD_DIM**-0.5
+
+
+def engine(kv_heads: int = 2, groups: int = 2) -> ReferenceEngine:
+    return ReferenceEngine(
+        num_layers=2,
+        num_q_heads=kv_heads * groups,
+        num_kv_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+    )
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 4, 8])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+def test_engine_equals_sdpa(groups: int, length: int) -> None:
+    made = engine(groups=groups)
+    seqs = [made.new_sequence() for _ in range(3)]
+    keys, values = random(3, 2, length, HEAD_DIM), random(3, 2, length, HEAD_DIM, seed=1)
+    queries = random(3, 2 * groups, length, HEAD_DIM, seed=2)
+    made.append(seqs, 1, keys, values)
+    expected = F.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(made.attend(seqs, 1, queries), expected)
+    torch.testing.assert_close(made.attend(seqs, 1, queries[:, :, -1:]), expected[:, :, -1:])
+
+
+def test_engine_takes_rows_of_different_length() -> None:
+    made = engine()
+    seqs = [made.new_sequence(), made.new_sequence()]
+    keys = [random(2, 5, HEAD_DIM), random(2, 9, HEAD_DIM, seed=1)]
+    queries = [random(4, 5, HEAD_DIM, seed=2), random(4, 2, HEAD_DIM, seed=3)]
+    made.append(seqs, 0, keys, keys)
+    outputs = made.attend(seqs, 0, queries)
+    for key, query, output in zip(keys, queries, outputs, strict=True):
+        torch.testing.assert_close(output, dense_attention(query, key, key, SCALE))
+
+
+def test_fork_and_truncate_do_not_touch_the_other_side() -> None:
+    made = engine()
+    keys = random(1, 2, 10, HEAD_DIM)
+    seq = made.new_sequence()
+    for layer in (0, 1):
+        made.append([seq], layer, keys, keys)
+    twin = made.fork(seq)
+    made.truncate(seq, 4)
+    made.append([seq], 0, keys[:, :, :2], keys[:, :, :2])
+    assert (made.length(seq), made.length(seq, 1), made.length(twin)) == (6, 4, 10)
+    assert torch.equal(made.gather(twin, 0)[0], keys[0])
+    made.release(seq)
+    assert made.memory().sequences == 1
+    made.check_integrity()
+
+
+def test_engine_refuses_and_changes_nothing() -> None:
+    made = engine()
+    seqs = [made.new_sequence(), made.new_sequence()]
+    keys = random(2, 2, 3, HEAD_DIM)
+    bad = keys.clone()
+    bad[1, 1, 2, 0] = torch.inf
+    with pytest.raises(icecache.InvalidArgument, match="sequence 1, head 1, position 2"):
+        made.append(seqs, 0, bad, keys)
+    assert made.length(seqs[0]) == 0
+    with pytest.raises(icecache.InvalidArgument, match="expected 0 to 0"):
+        made.truncate(seqs[0], 1)
+    with pytest.raises(icecache.InvalidArgument, match="is not open"):
+        made.release(77)
+    with pytest.raises(icecache.InvalidArgument, match="at most 0"):
+        made.attend(seqs, 0, random(2, 4, 1, HEAD_DIM))
+
+
+def test_metric_is_the_root_of_the_second_moment() -> None:
+    queries = random(3, 50, HEAD_DIM)
+    metric = query_metric(queries)
+    rows = queries.reshape(-1, HEAD_DIM).double()
+    torch.testing.assert_close(metric @ metric, rows.T @ rows / 150)
+
+
+def test_sketch_of_all_directions_and_many_bits_is_exact() -> None:
+    keys, queries = random(60, HEAD_DIM), random(3, HEAD_DIM, seed=1)
+    metric = query_metric(random(40, HEAD_DIM, seed=2))
+    scores = sketch_scores(queries, keys, metric, rank=HEAD_DIM, bits=20)
+    torch.testing.assert_close(scores, (queries @ keys.T).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_sketch_gets_closer_with_rank_and_bits() -> None:
+    keys, queries = random(200, HEAD_DIM), random(4, HEAD_DIM, seed=1)
+    metric = query_metric(random(100, HEAD_DIM, seed=2))
+    exact = (queries @ keys.T).double()
+    errors = [
+        (sketch_scores(queries, keys, metric, rank=rank, bits=bits) - exact).norm()
+        for rank, bits in [(4, 4), (8, 4), (HEAD_DIM, 4), (HEAD_DIM, 8)]
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_sketch_keeps_the_basis_of_earlier_keys() -> None:
+    keys, queries = random(50, HEAD_DIM), random(2, HEAD_DIM, seed=1)
+    metric = query_metric(random(40, HEAD_DIM, seed=2))
+    early = sketch_scores(queries, keys[:40], metric, rank=8)
+    both = sketch_scores(queries, keys, metric, rank=8, basis_keys=keys[:40])
+    torch.testing.assert_close(both[:, :40], early)
+
+
+def test_pick_finds_the_tokens_of_largest_mass() -> None:
+    keys, queries = random(100, HEAD_DIM), 2 * random(3, HEAD_DIM, seed=1)
+    always = torch.zeros(100, dtype=torch.bool)
+    always[:4] = always[-4:] = True
+    exact = (queries @ keys.T).double()
+    picked = pick_tokens(queries, keys, exact, always, count=10, candidates=30)
+    mass = torch.softmax(exact, -1).sum(0).masked_fill(always, -1)
+    assert set(picked.tolist()) == set(mass.topk(10).indices.tolist())
+    assert picked.tolist() == sorted(picked.tolist())
+
+
+def test_pick_rescores_candidates_with_exact_keys() -> None:
+    keys, queries = random(40, HEAD_DIM), 2 * random(2, HEAD_DIM, seed=1)
+    always = torch.zeros(40, dtype=torch.bool)
+    misleading = random(2, 40, seed=3)
+    picked = pick_tokens(queries, keys, misleading, always, count=5, candidates=40)
+    mass = torch.softmax((queries @ keys.T).double(), -1).sum(0)
+    assert set(picked.tolist()) == set(mass.topk(5).indices.tolist())
+
+
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_pick_is_bounded_by_what_there_is(count: int) -> None:
+    keys, queries = random(20, HEAD_DIM), random(2, HEAD_DIM, seed=1)
+    always = torch.zeros(20, dtype=torch.bool)
+    always[:15] = True
+    scores = (queries @ keys.T).double()
+    picked = pick_tokens(queries, keys, scores, always, count=count, candidates=30)
+    assert picked.numel() == min(count, 5)
+    assert not always[picked].any()
+
+
+def test_far_field_of_equal_tokens_is_exact() -> None:
+    """Where a node's keys are equal, its summary loses nothing."""
+    nodes = torch.arange(40) // 10
+    keys = random(4, HEAD_DIM)[nodes]
+    values, queries = random(40, HEAD_DIM, seed=1), random(3, HEAD_DIM, seed=2)
+    attended = torch.zeros(40, dtype=torch.bool)
+    attended[[3, 17, 18]] = True
+    far = far_field(queries, keys, values, nodes, attended, queries.mean(0))
+    everything = torch.ones(40, dtype=torch.bool)
+    torch.testing.assert_close(
+        sparse_attention(queries, keys, values, attended, far),
+        sparse_attention(queries, keys, values, everything),
+    )
+
+
+def test_far_field_at_the_mean_query_is_exact() -> None:
+    nodes = torch.arange(40) // 10
+    keys, values = random(40, HEAD_DIM), random(40, HEAD_DIM, seed=1)
+    query = random(1, HEAD_DIM, seed=2)
+    attended = torch.zeros(40, dtype=torch.bool)
+    far = far_field(query, keys, values, nodes, attended, query[0])
+    torch.testing.assert_close(
+        sparse_attention(query, keys, values, attended, far),
+        dense_attention(query[:, None], keys[None], values[None], 1.0)[:, 0].double(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_far_field_helps_near_the_mean_query() -> None:
+    nodes = torch.arange(200) // 20
+    keys, values = random(200, HEAD_DIM), random(200, HEAD_DIM, seed=1)
+    mean = random(HEAD_DIM, seed=2)
+    queries = mean + 0.2 * random(4, HEAD_DIM, seed=3)
+    attended = torch.arange(200) < 20
+    far = far_field(queries, keys, values, nodes, attended, mean)
+    exact = sparse_attention(queries, keys, values, torch.ones(200, dtype=torch.bool))
+    without = (sparse_attention(queries, keys, values, attended) - exact).norm()
+    with_far = (sparse_attention(queries, keys, values, attended, far) - exact).norm()
+    assert with_far < 0.2 * without
+
+
+def test_far_field_of_fully_attended_nodes_is_empty() -> None:
+    nodes = torch.tensor([-1, -1, 0, 0, 1, 1])
+    keys, values = random(6, HEAD_DIM), random(6, HEAD_DIM, seed=1)
+    queries = random(2, HEAD_DIM, seed=2)
+    attended = torch.tensor([True, True, True, True, False, False])
+    weights, _ = far_field(queries, keys, values, nodes, attended, queries.mean(0))
+    assert torch.isneginf(weights[:, 0]).all()
+    assert torch.isfinite(weights[:, 1]).all()
