@@ -31,19 +31,17 @@ void CentroidTree::recompute(int node) {
   }
 }
 
-void CentroidTree::add_leaf(int near) {
-  const int leaf = add_node(leaf_count());
-  leaves_.push_back(leaf);
-  if (root_ < 0) {
-    root_ = add_node(-1);
-    attach(leaf, root_);
-    return;
-  }
+void CentroidTree::add_leaf(int near, const float* sum, std::int32_t count) {
+  if (root_ < 0) root_ = add_node(-1);
   int parent = near >= 0 ? nodes_[leaves_[near]].parent : root_;
-  while (near < 0 && nodes_[nodes_[parent].children.back()].leaf < 0) {
+  while (near < 0 && !nodes_[parent].children.empty() &&
+         nodes_[nodes_[parent].children.back()].leaf < 0) {
     parent = nodes_[parent].children.back();
   }
-  attach(leaf, parent);
+  leaves_.push_back(add_node(leaf_count()));
+  attach(leaves_.back(), parent);
+  // Before any split: a split goes by the centroids.
+  set(leaf_count() - 1, sum, count);
   while (parent >= 0 && static_cast<int>(nodes_[parent].children.size()) > 2 * kFanout) {
     split(parent);
     parent = nodes_[parent].parent;

@@ -18,9 +18,10 @@ class CentroidTree {
 
   explicit CentroidTree(int rank) : rank_(rank) {}
 
-  // Adds leaf number leaf_count() beside leaf `near` (-1: anywhere), empty.
-  void add_leaf(int near);
-  // Replaces what a leaf holds: the sum of its members' coordinates [R] and their number.
+  // Adds leaf number leaf_count() beside leaf `near` (-1: anywhere) with the sum of its members'
+  // coordinates [R] and their number.
+  void add_leaf(int near, const float* sum, std::int32_t count);
+  // Replaces what a leaf holds.
   void set(int leaf, const float* sum, std::int32_t count);
   void add(int leaf, const float* coordinates);
   // The leaf whose centroid is nearest along a greedy descent; -1 where all are empty.

@@ -56,10 +56,7 @@ void TreeIndex::built(const float* keys, const Arrangement& arrangement) {
       for (int j = 0; j < rank; ++j) page_sums_[page * rank + j] += y[j];
     }
   }
-  for (int node = 0; node < node_count(); ++node) {
-    tree_.add_leaf(node - 1);
-    sum_node(node);
-  }
+  for (int node = 0; node < node_count(); ++node) set_leaf(node, node - 1);
   coordinates_ = {};
 }
 
@@ -170,15 +167,18 @@ void TreeIndex::sum_page(int page) {
   }
 }
 
-void TreeIndex::sum_node(int node) {
-  const int rank = metric_.rank;
-  std::vector<float> sum(rank, 0.0f);
+void TreeIndex::set_leaf(int node, int near) {
+  std::vector<float> sum(metric_.rank, 0.0f);
   std::int32_t count = 0;
   for (int page : pages_of(node)) {
     count += table().page(page).count();
-    for (int j = 0; j < rank; ++j) sum[j] += page_sums_[page * rank + j];
+    for (int j = 0; j < metric_.rank; ++j) sum[j] += page_sums_[page * metric_.rank + j];
   }
-  tree_.set(node, sum.data(), count);
+  if (node == tree_.leaf_count()) {
+    tree_.add_leaf(near, sum.data(), count);
+  } else {
+    tree_.set(node, sum.data(), count);
+  }
 }
 
 void TreeIndex::token_added(int page, int slot, const float* key) {
@@ -204,18 +204,20 @@ void TreeIndex::page_opened(int page) {
   page_sums_.resize(static_cast<std::size_t>(table().page_count()) * metric_.rank);
   std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, metric_.rank,
               0.0f);
-  if (node_of(page) == tree_.leaf_count()) tree_.add_leaf(-1);
+  // The token itself is added by token_added().
+  if (node_of(page) == tree_.leaf_count()) {
+    tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, 0);
+  }
 }
 
 void TreeIndex::node_was_split(int node, int other) {
-  tree_.add_leaf(node);
-  sum_node(node);
-  sum_node(other);
+  set_leaf(node, node);
+  set_leaf(other, node);
 }
 
 void TreeIndex::tokens_removed(int page, int node) {
   if (table().in_use(page)) sum_page(page);
-  sum_node(node);
+  set_leaf(node, node);
 }
 
 std::size_t TreeIndex::memory_bytes() const {

@@ -38,8 +38,8 @@ class TreeIndex final : public PagedIndex {
   void page_coordinates(int page, std::vector<float>& out) const;
   // Sets the sum of a page from its members.
   void sum_page(int page);
-  // Sets a tree leaf from the sums of its pages.
-  void sum_node(int node);
+  // Sets the tree's leaf of a node, which is added beside leaf `near` where there is none yet.
+  void set_leaf(int node, int near);
 
   QueryMetric metric_;
   Sketch sketch_;

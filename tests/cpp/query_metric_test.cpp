@@ -1,0 +1,147 @@
+#include "index/query_metric.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+namespace icecache {
+namespace {
+
+std::vector<float> normal_rows(std::int64_t n, int d, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<std::size_t>(n) * d);
+  for (float& x : rows) x = normal(random);
+  return rows;
+}
+
+double dot(const float* a, const float* b, int n) {
+  double sum = 0.0;
+  for (int i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+// E over pairs of ((q.k - estimate) / spread of q.k)^2.
+double logit_error(const QueryMetric& metric, const std::vector<float>& keys,
+                   const std::vector<float>& queries) {
+  const int d = metric.head_dim, r = metric.rank;
+  const int n = static_cast<int>(keys.size()) / d, m = static_cast<int>(queries.size()) / d;
+  std::vector<float> y(static_cast<std::size_t>(n) * r);
+  metric.coordinates(keys.data(), n, y.data());
+  double error = 0.0, spread = 0.0;
+  for (int j = 0; j < m; ++j) {
+    const float* q = queries.data() + j * d;
+    std::vector<float> projected(r);
+    for (int a = 0; a < r; ++a) {
+      for (int i = 0; i < d; ++i) projected[a] += q[i] * metric.from_query[i * r + a];
+    }
+    const double offset = dot(q, metric.mean.data(), d);
+    for (int i = 0; i < n; ++i) {
+      const double logit = dot(q, keys.data() + i * d, d);
+      const double estimate = offset + dot(projected.data(), y.data() + i * r, r);
+      error += (logit - estimate) * (logit - estimate);
+      spread += (logit - offset) * (logit - offset);
+    }
+  }
+  return error / spread;
+}
+
+TEST(QueryMetric, FullRankReproducesEveryLogit) {
+  const int d = 24;
+  const std::vector<float> keys = normal_rows(500, d, 1), queries = normal_rows(64, d, 2);
+  QueryMoments moments;
+  moments.observe(queries.data(), 64, d);
+  EXPECT_LT(logit_error(QueryMetric::fit(keys.data(), 500, d, moments, d), keys, queries), 1e-8);
+  EXPECT_LT(logit_error(QueryMetric::fit(keys.data(), 500, d, {}, d), keys, queries), 1e-8);
+}
+
+TEST(QueryMetric, DistancesAreWhatQueriesTellApart) {
+  const int d = 16, n = 50, m = 256;
+  const std::vector<float> keys = normal_rows(n, d, 3);
+  std::vector<float> queries = normal_rows(m, d, 4);
+  for (int j = 0; j < m; ++j) {
+    for (int i = 0; i < d; ++i) queries[j * d + i] *= 1.0f + static_cast<float>(i);
+  }
+  QueryMoments moments;
+  moments.observe(queries.data(), m, d);
+  const QueryMetric metric = QueryMetric::fit(keys.data(), n, d, moments, d);
+  std::vector<float> y(static_cast<std::size_t>(n) * d);
+  metric.coordinates(keys.data(), n, y.data());
+  for (int a = 0; a < n; ++a) {
+    const int b = (a + 7) % n;
+    double distance = 0.0, seen = 0.0;
+    for (int i = 0; i < d; ++i) distance += std::pow(y[a * d + i] - y[b * d + i], 2.0);
+    for (int j = 0; j < m; ++j) {
+      const double difference =
+          dot(&queries[j * d], &keys[a * d], d) - dot(&queries[j * d], &keys[b * d], d);
+      seen += difference * difference / m;
+    }
+    EXPECT_NEAR(distance / seen, 1.0, 1e-4);
+  }
+}
+
+TEST(QueryMetric, KeepsTheDirectionsThatQueriesSee) {
+  // Keys vary ten times more where no query looks.
+  const int d = 32, rank = 8;
+  std::vector<float> keys = normal_rows(2000, d, 5), queries = normal_rows(256, d, 6);
+  for (int n = 0; n < 2000; ++n) {
+    for (int i = rank; i < d; ++i) keys[n * d + i] *= 10.0f;
+  }
+  for (int j = 0; j < 256; ++j) {
+    for (int i = rank; i < d; ++i) queries[j * d + i] = 0.0f;
+  }
+  QueryMoments moments;
+  moments.observe(queries.data(), 256, d);
+  EXPECT_LT(logit_error(QueryMetric::fit(keys.data(), 2000, d, moments, rank), keys, queries),
+            1e-3);
+  EXPECT_GT(logit_error(QueryMetric::fit(keys.data(), 2000, d, {}, rank), keys, queries), 0.3);
+}
+
+TEST(QueryMetric, StaysFiniteForDegenerateInput) {
+  const int d = 8;
+  const std::vector<float> equal(10 * d, 3.0f), zeros(10 * d, 0.0f);
+  QueryMoments moments;
+  moments.observe(zeros.data(), 10, d);
+  for (const std::vector<float>& keys : {equal, zeros}) {
+    const QueryMetric metric = QueryMetric::fit(keys.data(), 10, d, moments, d);
+    std::vector<float> y(10 * d);
+    metric.coordinates(keys.data(), 10, y.data());
+    for (float x : y) EXPECT_NEAR(x, 0.0f, 1e-5f);
+    for (float x : metric.from_query) EXPECT_TRUE(std::isfinite(x));
+  }
+}
+
+TEST(QueryMoments, WholeHorizonForgetsTheRest) {
+  const int d = 8;
+  const std::vector<float> old = normal_rows(300, d, 7);
+  const std::vector<float> recent = normal_rows(QueryMoments::kHorizon, d, 8);
+  QueryMoments both, fresh;
+  both.observe(old.data(), 300, d);
+  both.observe(recent.data(), QueryMoments::kHorizon, d);
+  fresh.observe(recent.data(), QueryMoments::kHorizon, d);
+  EXPECT_EQ(both.second, fresh.second);
+  EXPECT_EQ(both.first, fresh.first);
+  EXPECT_EQ(both.count, fresh.count);
+}
+
+TEST(QueryMoments, AreMeansOfTheRows) {
+  const int d = 8;
+  const std::vector<float> rows = normal_rows(40, d, 9);
+  QueryMoments moments;
+  moments.observe(rows.data(), 40, d);
+  EXPECT_EQ(moments.count, 40.0);
+  for (int i = 0; i < d; ++i) {
+    double first = 0.0;
+    for (int n = 0; n < 40; ++n) first += rows[n * d + i];
+    EXPECT_NEAR(moments.first[i], first, 1e-4);
+    for (int j = 0; j < d; ++j) {
+      double second = 0.0;
+      for (int n = 0; n < 40; ++n) second += static_cast<double>(rows[n * d + i]) * rows[n * d + j];
+      EXPECT_NEAR(moments.second[i * d + j], second, 1e-3);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace icecache
