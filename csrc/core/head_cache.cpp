@@ -81,16 +81,21 @@ void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queri
       context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
     }
   }
-  const Residency::Lease lease = residency_->acquire(picks);
-  for (std::size_t i = 0; i < picks.size(); ++i) {
-    const std::byte* page = lease.page(i);
-    simd::kernels().attend_page(
-        {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, picks[i].slots}, state);
-    stats.bytes_read += static_cast<std::int64_t>(2 * row_bytes) * std::popcount(picks[i].slots);
+  for (std::size_t begin = 0; begin < picks.size();) {
+    const std::span<const PagePick> batch =
+        picks.subspan(begin, std::min(residency_->capacity(), picks.size() - begin));
+    const Residency::Lease lease = residency_->acquire(batch);
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      const std::byte* page = lease.page(i);
+      simd::kernels().attend_page(
+          {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, batch[i].slots}, state);
+      stats.bytes_read += static_cast<std::int64_t>(2 * row_bytes) * std::popcount(batch[i].slots);
+    }
+    stats.hits += lease.hits;
+    stats.misses += lease.misses;
+    stats.bytes_moved += lease.bytes_moved;
+    begin += batch.size();
   }
-  stats.hits += lease.hits;
-  stats.misses += lease.misses;
-  stats.bytes_moved += lease.bytes_moved;
 }
 
 void HeadCache::attend_run(const PageRun& run, const float* queries, int tokens,
@@ -124,12 +129,7 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   if (index_) {
     std::vector<PagePick> picks;
     index_->all_pages(picks);
-    // In bounded batches: a device has room for a few pages of one attention.
-    constexpr std::size_t kBatch = 64;
-    for (std::size_t begin = 0; begin < picks.size(); begin += kBatch) {
-      attend_picks(std::span(picks).subspan(begin, std::min(kBatch, picks.size() - begin)), queries,
-                   tokens * context_.group, state, stats);
-    }
+    attend_picks(picks, queries, tokens * context_.group, state, stats);
   }
   attend_run(tail_, queries, tokens, first_position, state, stats);
 }

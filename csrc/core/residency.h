@@ -58,15 +58,19 @@ class Residency {
     std::vector<std::int32_t> slots_;
   };
 
-  // Pins the picked pages, starts the copies that are missing and waits for them. Throws OutOfPages
-  // when more pages are pinned than there are slots (naming both numbers); nothing is pinned then.
+  // Pins the picked pages, starts the copies that are missing and waits for them; before that, for
+  // other leases to free the slots it needs. So a thread holds one lease at a time. Throws
+  // OutOfPages for more pages than capacity() (naming both numbers); nothing is pinned then.
   Lease acquire(std::span<const PagePick> picks);
-  // Starts copies without waiting or pinning; stops early rather than evict a pinned page.
+  // Starts copies without waiting or pinning; stops early rather than evict a pinned page. The
+  // pages must not be written until they were acquired or forgotten.
   void prefetch(std::span<const PagePick> picks);
   // Forgets a page that was freed. Not needed for written pages: their epoch tells.
   void forget(PageId page);
 
   bool in_place() const;
+  // Pages that one lease can hold; unbounded in place.
+  std::size_t capacity() const;
   ResidencyStats stats() const;
   void check_integrity() const;
 

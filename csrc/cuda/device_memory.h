@@ -3,7 +3,7 @@
 //
 // Ordering: copies of one DeviceMemory run in the order of submission on its copy stream; record()
 // names a point of that order; wait() blocks the host, wait_on_stream() makes another stream wait.
-// Threads: one caller at a time.
+// Threads: wait() and reached() from any thread; of the others one at a time.
 #pragma once
 
 #include <cstddef>
