@@ -63,11 +63,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
 }
+# Served as well, though not in every mode: transformers refuses to take tokens back from layers
+# with a recurrent state.
+_LINEAR = {
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
 
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in float32, in inference mode."""
-    settings = {**_COMMON, **CONFIGS.get(architecture, {}), **changes}
+    settings = {**_COMMON, **(CONFIGS | _LINEAR).get(architecture, {}), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **settings)
     implementation = "eager" if architecture in ("gpt_oss", "gemma2", "bloom") else "sdpa"

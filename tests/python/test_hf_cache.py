@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import hf_models
@@ -176,6 +177,64 @@ def test_dropping_the_cache_releases_its_sequences(model: PreTrainedModel) -> No
         gc.enable()
 
 
+def test_a_cache_in_a_cycle_is_collected(model: PreTrainedModel) -> None:
+    cache = new_cache(model)
+    feed(model, hf_models.prompt(2, 12), cache)
+    used = engine(cache)
+    cache.itself = cache  # as an exception's traceback may hold it
+    del cache
+    gc.collect()
+    assert used.memory().sequences == 0
+
+
+def test_repeated_generation_leaks_nothing(model: PreTrainedModel) -> None:
+    settings: list[dict[str, Any]] = [
+        {},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 4},
+        {"do_sample": True, "num_return_sequences": 2},
+    ]
+    for setting in settings * 2:
+        model.generate(hf_models.prompt(), max_new_tokens=6, **{"do_sample": False, **setting})
+        memory = icecache.stats(model).memory
+        assert (memory.sequences, memory.pool_bytes) == (0, 0)
+
+
+def test_a_cache_serves_again_after_reset(model: PreTrainedModel) -> None:
+    cache = new_cache(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache}
+    first = model.generate(hf_models.prompt(), **settings)
+    cache.reset()
+    other = model.generate(**hf_models.padded(), **settings)
+    cache.reset()
+    assert torch.equal(model.generate(hf_models.prompt(), **settings), first)
+    assert other.shape[0] == 3
+
+
+def test_generation_continues_a_shared_prefix(model: PreTrainedModel) -> None:
+    """The recipe of transformers' documentation: one prefix, a copy of its cache per question."""
+    prefix, cache = hf_models.prompt(1, 30), new_cache(model)
+    feed(model, prefix, cache)
+    for seed in (1, 2):
+        ids = torch.cat([prefix, hf_models.prompt(1, 7, seed=seed)], 1)
+        settings = {"max_new_tokens": 6, "do_sample": False}
+        got = model.generate(ids, past_key_values=copy.deepcopy(cache), **settings)
+        assert torch.equal(got, model.generate(ids, **settings))
+    assert engine(cache).memory().sequences == 1
+
+
+def test_a_returned_cache_continues(model: PreTrainedModel) -> None:
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    first = model.generate(
+        hf_models.prompt(), max_new_tokens=5, return_dict_in_generate=True, **settings
+    )
+    assert isinstance(first.past_key_values, IceCache)
+    second = model.generate(
+        first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **settings
+    )
+    assert torch.equal(second, model.generate(hf_models.prompt(), max_new_tokens=10, **settings))
+
+
 def test_rejected_drafts_are_truncated(model: PreTrainedModel) -> None:
     handle_cache = new_cache(model)
     model.generate(
@@ -272,6 +331,48 @@ def test_stats_name_the_models_layers() -> None:
         assert stats.worst_mass == 1.0
     finally:
         icecache.disable(model)
+
+
+def test_a_cache_has_stats_of_its_own(model: PreTrainedModel) -> None:
+    cache = new_cache(model)
+    with pytest.raises(icecache.InvalidArgument, match="not used yet"):
+        cache.stats()
+    feed(model, hf_models.prompt(1, 12), cache)
+    assert cache.stats().memory.sequences == 1
+    assert icecache.stats(model).memory.sequences == 0  # an engine of its own
+
+
+def test_both_models_of_assisted_decoding_may_be_enabled() -> None:
+    model, assistant = hf_models.build("llama"), hf_models.build("llama", seed=1)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(hf_models.prompt(), assistant_model=assistant, **settings)
+    for enabled in (model, assistant):
+        icecache.enable(enabled, engine_class=CountingEngine)
+    got = model.generate(hf_models.prompt(), assistant_model=assistant, **settings)
+    assert torch.equal(got, expected)
+    for enabled in (model, assistant):
+        stats = icecache.stats(enabled)
+        assert stats.total("dense_steps") > 0
+        assert stats.memory.sequences == 0
+
+
+def test_linear_attention_layers_stay_stock() -> None:
+    model = hf_models.build("qwen3_next")
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**hf_models.padded(), **settings)
+    icecache.enable(model, engine_class=CountingEngine)
+    assert torch.equal(model.generate(**hf_models.padded(), **settings), expected)
+    assert list(icecache.stats(model).layers) == [1]
+
+
+def test_models_are_collected_with_their_engines() -> None:
+    model = hf_models.build("llama")
+    icecache.enable(model, engine_class=CountingEngine)
+    model.generate(hf_models.prompt(), max_new_tokens=2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_dense_layers_count_in_layers_of_the_model() -> None:

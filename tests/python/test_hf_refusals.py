@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from icecache.hf import IceCache
 from icecache.reference import ReferenceEngine
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     PreTrainedModel,
@@ -49,6 +52,22 @@ def test_refuses_encoder_decoder_models() -> None:
     )
     with pytest.raises(InvalidArgument, match="encoder-decoder"):
         icecache.enable(AutoModelForSeq2SeqLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "named"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("mllama_text_model", {"cross_attention_layers": [1]}, "cross_attention_layers"),
+        ("deepseek_v3", {"kv_lora_rank": 16}, "kv_lora_rank"),
+    ],
+)
+def test_refuses_other_kinds_of_attention(
+    architecture: str, changes: dict[str, Any], named: str
+) -> None:
+    config = AutoConfig.for_model(architecture, **changes)
+    with pytest.raises(InvalidArgument, match=f"{named} = .*without icecache.enable"):
+        IceCache(config)
 
 
 def test_refuses_models_without_full_attention() -> None:
@@ -130,6 +149,40 @@ def test_refuses_masks_that_are_not_causal() -> None:
     icecache.enable(model, engine_class=UntouchedEngine)
     with pytest.raises(InvalidArgument, match="causal"):
         model(hf_models.prompt())
+
+
+def gemma3_with_images() -> PreTrainedModel:
+    text = hf_models.build("gemma3_text").config.to_dict()
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config={**vision, **sizes},
+        image_token_index=90,
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def test_refuses_image_tokens_that_see_each_other() -> None:
+    model = icecache.enable(gemma3_with_images(), engine_class=UntouchedEngine)
+    ids = hf_models.prompt()
+    token_types = torch.zeros_like(ids)
+    token_types[:, 5:9] = 1
+    with pytest.raises(InvalidArgument, match="token_type_ids of image tokens"):
+        model.generate(ids, token_type_ids=token_types, max_new_tokens=2)
+
+
+def test_serves_text_with_token_types() -> None:
+    """Gemma 3's processor adds them to text without images too."""
+    model, ids = gemma3_with_images(), hf_models.prompt().clamp(max=80)
+    settings = {"token_type_ids": torch.zeros_like(ids), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    icecache.enable(model, engine_class=ReferenceEngine)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert icecache.stats(model).total("dense_steps") > 0
 
 
 @torch.inference_mode()
@@ -233,9 +286,16 @@ def test_refuses_stats_of_other_models() -> None:
         icecache.stats(hf_models.model("llama"))
 
 
-def test_refuses_pickling() -> None:
-    import pickle
+def test_refuses_copies_of_enabled_models(model: PreTrainedModel) -> None:
+    with pytest.raises(InvalidArgument, match=r"icecache\.disable\(model\) first, copy"):
+        copy.deepcopy(model)
+    with pytest.raises(InvalidArgument, match="pickled"):
+        pickle.dumps(model)
+    icecache.disable(model)
+    icecache.enable(copy.deepcopy(model), engine_class=UntouchedEngine)
 
+
+def test_refuses_pickling() -> None:
     cache = IceCache(hf_models.model("llama").config, engine_class=UntouchedEngine)
     with pytest.raises(InvalidArgument, match="pickled"):
         pickle.dumps(cache)

@@ -12,6 +12,7 @@ from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineFactory, EngineHandle
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
+from icecache.hf.stats import ModelStats, collect
 from icecache.hf.support import check_config, full_attention_layers
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -133,6 +134,16 @@ class IceCache(Cache):
     def ice_layers(self) -> list[IceLayer]:
         """The layers whose tokens live in the engine."""
         return [layer for layer in self.layers if isinstance(layer, IceLayer)]
+
+    def stats(self) -> ModelStats:
+        """What the engine of this cache did; other caches that share it included.
+
+        Raises InvalidArgument before the first forward call.
+        """
+        found = collect(self.handle)
+        if found is None:
+            raise InvalidArgument("past_key_values: the cache was not used yet, it has no engine")
+        return found
 
     def check_usable(self) -> None:
         """Raises InvalidArgument after a failure that could not be undone."""

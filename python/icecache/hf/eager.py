@@ -11,7 +11,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def outside_graphs(function: FunctionT) -> FunctionT:
-    """`function`, run eagerly under torch.compile; fullgraph=True raises torch's error with ours."""
+    """`function`, run eagerly under torch.compile; fullgraph=True raises an error that says why."""
     reason = "IceCache keeps tokens in an engine of its own; compile without fullgraph=True"
     return cast(
         FunctionT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import icecache
 import torch
@@ -109,6 +109,17 @@ class EngineHandle:
             )
             self._shape = shape
             return self._engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise InvalidArgument(
+            "model: an enabled model cannot be copied, its engine holds the tokens; call "
+            "icecache.disable(model) first, copy, and enable both"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InvalidArgument(
+            "model: an enabled model cannot be pickled; call icecache.disable(model) first"
+        )
 
     def _engine_layers(self, dense_layers: str | Sequence[int]) -> str:
         if isinstance(dense_layers, str):

@@ -47,6 +47,7 @@ class Rows:
         self.prefix = 0  # engine tokens in front of a row's own (attention sinks)
         self._real: torch.Tensor | None = None  # bool [B, seen]; None: no padding so far
         self._engine: EngineLike | None = None
+        self._finalizer: weakref.finalize[..., Rows] | None = None
         self._mask: LazyMask | None = None
         self._chunk: Chunk | None = None
 
@@ -182,9 +183,11 @@ class Rows:
         self.lengths = [0] * batch_size
 
     def _attach(self, engine: EngineLike) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
         self._engine = engine
-        finalizer = weakref.finalize(self, _release, engine, self.sequences)
-        finalizer.atexit = False
+        self._finalizer = weakref.finalize(self, _release, engine, self.sequences)
+        self._finalizer.atexit = False
 
     def _engine_length(self, length: int) -> int:
         return length + self.prefix if length else 0

@@ -62,6 +62,18 @@ def check_config(config: PreTrainedConfig) -> None:
             "the model without icecache.enable"
         )
     text = config.get_text_config(decoder=True)
+    for field in ("add_cross_attention", "cross_attention_layers"):
+        if getattr(text, field, None):
+            raise InvalidArgument(
+                f"model: {name} has cross-attention ({field} = {getattr(text, field)}); IceCache "
+                "serves self-attention only. Use the model without icecache.enable"
+            )
+    if getattr(text, "kv_lora_rank", None):
+        raise InvalidArgument(
+            f"model: {name} caches compressed keys and values (latent attention, kv_lora_rank = "
+            f"{text.kv_lora_rank}), which the engine does not serve. Use the model without "
+            "icecache.enable"
+        )
     for field in ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping"):
         if getattr(text, field, None):
             raise InvalidArgument(
@@ -207,8 +219,9 @@ def check_attention(
     if not mask.is_causal or arguments.get("is_causal") is False:
         raise InvalidArgument(
             "attention_mask: the model asked for a mask that is not causal-with-padding (for "
-            "example bidirectional image tokens); IceCache serves causal attention with padding "
-            "only. Use the model without icecache.enable for such inputs"
+            "example token_type_ids of image tokens that see each other in both directions); "
+            "IceCache serves causal attention with padding only. Use the model without "
+            "icecache.enable for such inputs"
         )
     if mask.q_length != query.shape[2]:
         raise InvalidArgument(

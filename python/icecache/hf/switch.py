@@ -15,7 +15,7 @@ from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
-from icecache.hf.stats import ModelStats
+from icecache.hf.stats import ModelStats, collect
 from icecache.hf.support import (
     check_forward,
     check_generation,
@@ -112,17 +112,10 @@ def disable(model: PreTrainedModel) -> None:
 def stats(model: PreTrainedModel) -> ModelStats:
     """What the engine of an enabled model did since `enable`. Raises InvalidArgument else."""
     state = _enabled.get(model)
-    engine = None if state is None else state.handle.engine
-    shape = None if state is None else state.handle.shape
-    if state is None or engine is None or shape is None:
+    found = None if state is None else collect(state.handle)
+    if found is None:
         raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
-    return ModelStats(
-        layers={
-            model_layer: [engine.stats(layer, head) for head in range(shape.num_kv_heads)]
-            for layer, model_layer in enumerate(state.handle.model_layers)
-        },
-        memory=engine.memory(),
-    )
+    return found
 
 
 @outside_graphs
@@ -135,18 +128,34 @@ def _before_forward(
     arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     check_forward(model, arguments)
     _check_attention_implementation(model)
+    changed: dict[str, Any] = {}
+    if _is_text_alone(model, arguments.get("token_type_ids")):
+        changed["token_type_ids"] = None
     cache = arguments.get("past_key_values")
     if cache is None:
         use_cache = arguments.get("use_cache")
         text_config = model.config.get_text_config(decoder=True)
         if getattr(text_config, "use_cache", True) if use_cache is None else use_cache:
-            if "past_key_values" in bound.arguments:
-                bound.arguments["past_key_values"] = IceCache(model.config, handle=handle)
-                return bound.args, bound.kwargs
-            kwargs = {**kwargs, "past_key_values": IceCache(model.config, handle=handle)}
+            changed["past_key_values"] = IceCache(model.config, handle=handle)
     else:
         _check_cache(cache)
-    return args, kwargs
+    if not changed:
+        return args, kwargs
+    positional = {name: changed.pop(name) for name in [*changed] if name in bound.arguments}
+    bound.arguments.update(positional)
+    return bound.args, {**bound.kwargs, **changed}
+
+
+def _is_text_alone(model: PreTrainedModel, token_types: Any) -> bool:
+    """True for the token types that Gemma 3's processor adds to text without images.
+
+    They ask for a mask of its own, which without image tokens is the causal one.
+    """
+    return (
+        model.config.model_type == "gemma3"
+        and isinstance(token_types, torch.Tensor)
+        and not bool(token_types.any())
+    )
 
 
 def _prepare_cache(

@@ -1,0 +1,75 @@
+"""Exact mode on a real model: greedy tokens of SmolLM2-135M-Instruct equal those of stock sdpa."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+from typing import Any
+
+import icecache
+import icecache.models
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+NEW_TOKENS = 16
+LENGTHS = (500, 640, 800, 1024, 1500, 1900, 2300, 4000)
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(icecache.models.smollm2())
+
+
+@pytest.fixture(scope="module")
+def model(folder: str) -> Iterator[PreTrainedModel]:
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    yield loaded.eval()
+    icecache.disable(loaded)
+
+
+@pytest.fixture(scope="module")
+def text_ids(folder: str) -> torch.Tensor:
+    """Python's own reference as token ids, one text of it behind the other."""
+    text = "\n".join(topics[name] for name in sorted(topics))[: 8 * sum(LENGTHS)]
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    return ids[0]
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+@pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"{n}-tokens" for n in LENGTHS])
+def test_exact_mode_gives_stock_tokens(
+    model: PreTrainedModel, text_ids: torch.Tensor, index: int
+) -> None:
+    start, length = sum(LENGTHS[:index]), LENGTHS[index]
+    prompt = text_ids[None, start : start + length]
+    assert prompt.shape == (1, length)
+    icecache.disable(model)
+    expected = greedy(model, prompt)
+    icecache.enable(model, token_budget=length + NEW_TOKENS)
+    got = greedy(model, prompt)
+    stats = icecache.stats(model)
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    assert stats.total("dense_steps") == (NEW_TOKENS - 1) * heads
+    assert stats.total("steps") == 0
+    assert stats.memory.sequences == 0
+    assert got.sequences[0].tolist() == expected.sequences[0].tolist()
+    torch.testing.assert_close(
+        torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-2
+    )
