@@ -1,0 +1,10 @@
+#include "bindings/core_bindings.h"
+
+PYBIND11_MODULE(_core, module) {
+  using namespace icecache::bindings;
+  module.doc() = "The C++ engine; use it through icecache.Engine, which takes tensors.";
+  bind_errors();
+  bind_config(module);
+  bind_telemetry(module);
+  bind_engine(module);
+}

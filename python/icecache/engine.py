@@ -1,0 +1,207 @@
+"""The engine on torch tensors: the KV cache of one model for many sequences, and attention over it.
+
+Dimension letters: B sequences, T new tokens of one call, L tokens of a sequence, Hq query heads,
+Hkv KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from icecache import _core
+from icecache.config import Config, Value, wrap
+from icecache.errors import InvalidArgument
+
+# [B, H, T, D], or one [H, T_b, D] for each sequence.
+Tensors = torch.Tensor | Sequence[torch.Tensor]
+
+_DTYPES = {
+    torch.float32: _core.DType.float32,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+
+
+class Engine:
+    """KV cache of one model for many sequences, and attention over it within a token budget.
+
+    Tensors are on the CPU, in `dtype`; those that come back are new. Queries and keys are
+    post-RoPE. Thread-safe: calls are serialised, and run without the GIL. Index work runs on the
+    engine's own threads behind the caller; the same calls give bitwise the same results with any
+    number of threads. A call that raises leaves every sequence as it was before the call.
+
+    Errors: InvalidArgument for unknown sequences, layers, shapes, dtypes and for NaN or Inf in
+    keys and values (with their position); OutOfPages where `host_memory` is exhausted.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        config: Config | None = None,
+        **config_fields: Value,
+    ) -> None:
+        """A cache for `num_layers` layers of Hq query and Hkv KV heads of D dims.
+
+        `dtype`: float32, bfloat16 or float16. `scale` multiplies q.k before the softmax (None:
+        1 / sqrt(D)). `config_fields` are fields of Config, and take precedence over `config`.
+        Raises InvalidArgument for what is not supported or contradicts itself.
+        """
+        if dtype not in _DTYPES:
+            raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        if scale is not None and not scale > 0:
+            raise InvalidArgument(f"scale must be above 0, got {scale}")
+        chosen = Config(**{**(config.to_dict() if config else {}), **config_fields})
+        self._engine = _core.Engine(
+            num_layers,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            _DTYPES[dtype],
+            scale or 0.0,
+            chosen._values,
+        )
+        self.num_layers = num_layers
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+
+    @property
+    def config(self) -> Config:
+        """The parameters in use: a copy, with every derived value filled in."""
+        return wrap(self._engine.config())
+
+    @property
+    def scale(self) -> float:
+        """What multiplies q.k before the softmax."""
+        return self._engine.scale()
+
+    def new_sequence(self) -> int:
+        """An empty sequence; its number is never used again."""
+        return self._engine.new_sequence()
+
+    def fork(self, seq: int) -> int:
+        """A sequence with the same tokens. Pages are shared until one side writes."""
+        return self._engine.fork(seq)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Keeps the first `length` tokens of every layer."""
+        self._engine.truncate(seq, length)
+
+    def release(self, seq: int) -> None:
+        """Ends a sequence and frees its pages."""
+        self._engine.release(seq)
+
+    def length(self, seq: int, layer: int = 0) -> int:
+        """Tokens of a sequence in one layer."""
+        return self._engine.length(seq, layer)
+
+    def append(self, seqs: Sequence[int], layer: int, keys: Tensors, values: Tensors) -> None:
+        """Appends T tokens to each sequence: keys, values [B, Hkv, T, D] or B of [Hkv, T_b, D]."""
+        key_rows = self._rows("keys", keys)
+        value_rows = self._rows("values", values)
+        self._engine.append(list(seqs), layer, _tuples(key_rows), _tuples(value_rows))
+
+    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors) -> Any:
+        """Causal attention of the last T tokens of each sequence, which were appended before.
+
+        Queries [B, Hq, T, D] or B of [Hq, T_b, D]; the result has the same form. Within the token
+        budget where T <= decode_tokens and the sequence has outgrown the budget, exact else.
+        """
+        rows = self._rows("queries", queries)
+        if isinstance(queries, torch.Tensor):
+            outputs = torch.empty(queries.shape, dtype=self.dtype)
+            self._engine.attend(list(seqs), layer, _tuples(rows), _tuples(list(outputs)))
+            return outputs
+        parts = [torch.empty(row.shape, dtype=self.dtype) for row in rows]
+        self._engine.attend(list(seqs), layer, _tuples(rows), _tuples(parts))
+        return parts
+
+    def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
+        """Shows the engine the queries of tokens whose attention the caller computed itself.
+
+        The last 256 or fewer shape the metric in which keys are clustered; clustering starts on
+        the engine's threads. Form as in attend().
+        """
+        self._engine.observe(list(seqs), layer, _tuples(self._rows("queries", queries)))
+
+    def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens in order of position: two of [Hkv, L, D]."""
+        shape = (self.num_kv_heads, self.length(seq, layer), self.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype)
+        values = torch.empty(shape, dtype=self.dtype)
+        self._engine.gather(seq, layer, _tuple(keys), _tuple(values))
+        return keys, values
+
+    def synchronize(self) -> None:
+        """Waits for all background work."""
+        self._engine.synchronize()
+
+    def stats(self, layer: int, kv_head: int) -> _core.HeadStats:
+        """Sums since the start or reset_stats(), over all sequences."""
+        return self._engine.stats(layer, kv_head)
+
+    def reset_stats(self) -> None:
+        """Sets all statistics back to zero."""
+        self._engine.reset_stats()
+
+    def memory(self) -> _core.MemoryStats:
+        """Bytes held; waits for background work."""
+        return self._engine.memory()
+
+    def trace(self, seq: int, layer: int, kv_head: int) -> _core.StepTrace:
+        """What the last decode step looked at; empty unless telemetry is "trace"."""
+        return self._engine.trace(seq, layer, kv_head)
+
+    def check_integrity(self) -> None:
+        """Recomputes every sum and checks every page. Raises IntegrityError."""
+        self._engine.check_integrity()
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({self.num_layers} layers, {self.num_q_heads} query heads, "
+            f"{self.num_kv_heads} KV heads, head_dim {self.head_dim}, {self.dtype}, "
+            f"{self.config!r})"
+        )
+
+    def _rows(self, name: str, tensors: Tensors) -> list[torch.Tensor]:
+        """One [H, T, D] a sequence, with unit stride in D."""
+        if isinstance(tensors, torch.Tensor):
+            if tensors.ndim != 4:
+                raise InvalidArgument(
+                    f"{name} must be [B, H, T, D] or a list of [H, T, D], "
+                    f"got a tensor of shape {list(tensors.shape)}"
+                )
+            rows = list(tensors)
+        else:
+            rows = list(tensors)
+        for index, row in enumerate(rows):
+            if not isinstance(row, torch.Tensor) or row.ndim != 3:
+                got = list(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__
+                raise InvalidArgument(f"{name}[{index}] must be a tensor [H, T, D], got {got}")
+            if row.device.type != "cpu":
+                raise InvalidArgument(f"{name}[{index}] must be on the CPU, got {row.device}")
+            if row.dtype != self.dtype:
+                raise InvalidArgument(
+                    f"{name}[{index}] must be {self.dtype} as the cache, got {row.dtype}"
+                )
+        return [row if row.stride(2) == 1 else row.contiguous() for row in rows]
+
+
+def _tuple(row: torch.Tensor) -> _core.TensorTuple:
+    heads, tokens, dim = row.shape
+    head_stride, token_stride, _ = row.stride()
+    return row.data_ptr(), _DTYPES[row.dtype], heads, tokens, dim, head_stride, token_stride
+
+
+def _tuples(rows: list[torch.Tensor]) -> list[_core.TensorTuple]:
+    return [_tuple(row) for row in rows]
