@@ -180,7 +180,9 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
       state.clear();
       head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, state, task_stats[i]);
       finish(state, result.data());
-      if (queries[task.item].tokens == 1) task_stats[i].dense_steps = 1;
+      if (queries[task.item].tokens <= self.config.decode_tokens) {
+        task_stats[i].dense_steps = task.tokens;
+      }
     }
     const TensorView& out = outputs[task.item];
     for (std::int64_t t = 0; t < task.tokens; ++t) {

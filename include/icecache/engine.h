@@ -21,7 +21,8 @@ namespace icecache {
 
 // Sums since the start (or reset_stats) for one layer and KV head, over all sequences.
 struct HeadStats {
-  std::int64_t steps = 0;            // decode queries answered with an index
+  std::int64_t steps =
+      0;  // decode queries (of calls with up to decode_tokens tokens) within the budget
   std::int64_t dense_steps = 0;      // decode queries that attended to everything
   std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
   std::int64_t pages_selected = 0;
