@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from icecache import InvalidArgument
@@ -149,7 +149,7 @@ class ReferenceEngine:
             outputs.append(dense_attention(query, keys, values, self.scale))
             for head in range(self.num_kv_heads):
                 stats = self._stats[layer * self.num_kv_heads + head]
-                stats.dense_steps += query.shape[1]
+                stats.dense_steps += query.shape[1] == 1  # what has more is a chunk of a prompt
                 stats.bytes_read += 2 * keys[0].numel() * keys.element_size()
         if isinstance(queries, torch.Tensor):
             return torch.stack(outputs) if outputs else torch.empty_like(queries)
@@ -234,7 +234,8 @@ def query_metric(queries: torch.Tensor) -> torch.Tensor:
     """M = E[q q^T]^(1/2) of queries [..., D] (not scaled): the symmetric root, [D, D]."""
     rows = queries.reshape(-1, queries.shape[-1]).double()
     eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / rows.shape[0])
-    return vectors @ torch.diag(eigenvalues.clamp_min(1e-6).sqrt()) @ vectors.T
+    root: torch.Tensor = vectors @ torch.diag(eigenvalues.clamp_min(1e-6).sqrt()) @ vectors.T
+    return root
 
 
 def sketch_scores(
@@ -264,7 +265,8 @@ def sketch_scores(
     step = (reference.amax(0) - low).clamp_min(1e-9) / levels
     codes = (((k - mean) @ project - low) / step).round().clamp(0, levels)
     q = queries.double()
-    return (q @ torch.linalg.inv(m).T @ directions) @ (codes * step + low).T + (q @ mean)[:, None]
+    from_sketch: torch.Tensor = (q @ torch.linalg.inv(m).T @ directions) @ (codes * step + low).T
+    return from_sketch + (q @ mean)[:, None]
 
 
 def pick_tokens(
@@ -346,10 +348,10 @@ def sparse_attention(
     attended: torch.Tensor,
     far: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Exact attention over `attended` [N] bool merged with a far field: [G, D], [N, D] -> [G, D]."""
+    """Exact attention over `attended` [N] bool with a far field: [G, D], [N, D] -> [G, D]."""
     q, k, v = queries.double(), keys.double(), values.double()
     logits = (q @ k.T).masked_fill(~attended, -torch.inf)
     if far is not None:
         logits = torch.cat([logits, far[0]], 1)
         v = torch.cat([v, far[1]], 0)
-    return cast(torch.Tensor, torch.softmax(logits, -1) @ v)
+    return torch.softmax(logits, -1) @ v

@@ -13,7 +13,6 @@ import pytest
 import torch
 from icecache import InvalidArgument
 from icecache.hf import IceCache
-from icecache.reference import ReferenceEngine
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 
-class UntouchedEngine(ReferenceEngine):
+class UntouchedEngine(icecache.Engine):
     """Fails the test where a refused call reaches the engine."""
 
     def append(self, seqs: Any, layer: int, keys: Any, values: Any) -> None:
@@ -180,7 +179,7 @@ def test_serves_text_with_token_types() -> None:
     model, ids = gemma3_with_images(), hf_models.prompt().clamp(max=80)
     settings = {"token_type_ids": torch.zeros_like(ids), "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **settings)
-    icecache.enable(model, engine_class=ReferenceEngine)
+    icecache.enable(model)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert icecache.stats(model).total("dense_steps") > 0
 
@@ -188,7 +187,7 @@ def test_serves_text_with_token_types() -> None:
 @torch.inference_mode()
 def test_refuses_a_changed_past_mask() -> None:
     model = hf_models.build("llama")
-    icecache.enable(model, engine_class=ReferenceEngine)
+    icecache.enable(model)
     batch = hf_models.padded()
     cache = model(**batch).past_key_values
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
@@ -204,7 +203,7 @@ def test_refuses_a_changed_past_mask() -> None:
 @torch.inference_mode()
 def test_refuses_another_batch_size() -> None:
     model = hf_models.build("llama")
-    icecache.enable(model, engine_class=ReferenceEngine)
+    icecache.enable(model)
     cache = model(hf_models.prompt(2)).past_key_values
     with pytest.raises(InvalidArgument, match="holds 2 rows, got a batch of 3"):
         model(hf_models.prompt(3, 1), past_key_values=cache)
@@ -263,7 +262,7 @@ def test_compiles_with_graph_breaks() -> None:
     model = hf_models.build("llama", num_hidden_layers=1)
     ids = hf_models.prompt()
     expected = model(ids).logits
-    icecache.enable(model, engine_class=ReferenceEngine)
+    icecache.enable(model)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert icecache.stats(model).memory is not None
@@ -272,7 +271,7 @@ def test_compiles_with_graph_breaks() -> None:
 @torch.inference_mode()
 def test_refuses_nan_keys_and_stays_usable() -> None:
     model = hf_models.build("llama")
-    icecache.enable(model, engine_class=ReferenceEngine)
+    icecache.enable(model)
     cache = model(hf_models.prompt()).past_key_values
     embeddings = torch.full((1, 1, 64), torch.nan)
     with pytest.raises(InvalidArgument, match="NaN or Inf"):

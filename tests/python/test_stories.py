@@ -95,4 +95,4 @@ def test_small_budget_stays_close_to_full(model: LlamaForCausalLM, story: torch.
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads
     assert cache.stats().total("steps") == (LENGTH - PROMPT) * heads  # every step was sparse
     divergence = (full.exp() * (full - sparse)).sum(-1)
-    assert 0 < divergence.mean() < 0.05
+    assert 0 < divergence.mean() < 0.01

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 
-class IceLayer(CacheLayerMixin):
+class IceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """A full-attention layer whose tokens live in the engine.
 
     `update` only passes the new tokens on; the attention function appends them and attends.
@@ -35,7 +35,7 @@ class IceLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: IceCache, model_layer: int, engine_layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Weak: a cycle would keep the pages of a dropped cache until the garbage collector runs.
         self._cache = weakref.ref(cache)
         self.model_layer = model_layer

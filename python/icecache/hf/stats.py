@@ -21,7 +21,7 @@ class ModelStats:
 
     def total(self, field: str) -> float:
         """Sum of a HeadStats field (say "steps" or "bytes_read") over layers and KV heads."""
-        return sum(getattr(head, field) for heads in self.layers.values() for head in heads)
+        return float(sum(getattr(head, field) for heads in self.layers.values() for head in heads))
 
     @property
     def worst_mass(self) -> float:

@@ -179,7 +179,7 @@ def _prepare_cache(
     elif generation_config.use_cache is not False:
         cache = IceCache(model.config, handle=handle)
         if generation_config.is_assistant:
-            cache.activate_past_recording()
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
         model_kwargs["past_key_values"] = cache
 
 
