@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from icecache import InvalidArgument
 
 Tensors = torch.Tensor | list[torch.Tensor]
@@ -149,7 +150,7 @@ class ReferenceEngine:
             outputs.append(dense_attention(query, keys, values, self.scale))
             for head in range(self.num_kv_heads):
                 stats = self._stats[layer * self.num_kv_heads + head]
-                stats.dense_steps += query.shape[1] == 1  # what has more is a chunk of a prompt
+                stats.dense_steps += query.shape[1]
                 stats.bytes_read += 2 * keys[0].numel() * keys.element_size()
         if isinstance(queries, torch.Tensor):
             return torch.stack(outputs) if outputs else torch.empty_like(queries)

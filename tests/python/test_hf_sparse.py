@@ -1,4 +1,4 @@
-"""Below full budget: rows do not depend on their company, forks agree, counters say what happened."""
+"""Below full budget: rows do not depend on each other, forks agree, counters tell what happened."""
 
 from __future__ import annotations
 

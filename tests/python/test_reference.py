@@ -208,3 +208,82 @@ def test_far_field_of_fully_attended_nodes_is_empty() -> None:
     weights, _ = far_field(queries, keys, values, nodes, attended, queries.mean(0))
     assert torch.isneginf(weights[:, 0]).all()
     assert torch.isfinite(weights[:, 1]).all()
+
+
+def filled_engine(index: str, select: str) -> tuple[icecache.Engine, int]:
+    """Two KV heads of three query heads over 400 tokens, and their sequence."""
+    made = icecache.Engine(
+        num_layers=1,
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+        token_budget=64,
+        index=index,
+        select=select,
+        telemetry="trace",
+    )
+    seq = made.new_sequence()
+    made.append([seq], 0, 2 * random(1, 2, 400, HEAD_DIM), random(1, 2, 400, HEAD_DIM, seed=1))
+    made.observe([seq], 0, 0.5 + random(1, 6, 400, HEAD_DIM, seed=2))
+    return made, seq
+
+
+@pytest.mark.parametrize("select", ["token", "page"])
+@pytest.mark.parametrize("index", ["tree", "dci", "positional"])
+def test_engine_computes_the_formulas_on_what_it_picked(index: str, select: str) -> None:
+    """Near and far field of real decode steps: the tokens and nodes of the engine's own trace."""
+    made, seq = filled_engine(index, select)
+    for step in range(12):
+        new = random(3, 1, 2, 1, HEAD_DIM, seed=10 + step)
+        query = 0.5 + random(1, 6, 1, HEAD_DIM, seed=40 + step)
+        made.append([seq], 0, 2 * new[0], new[1])
+        output = made.attend([seq], 0, query)[0, :, 0].view(2, 3, HEAD_DIM)
+        keys, values = made.gather(seq, 0)
+        for head in range(2):
+            trace = made.trace(seq, 0, head)
+            attended = torch.zeros(keys.shape[1], dtype=torch.bool)
+            attended[trace.sink + trace.window + trace.selected] = True
+            assert int(attended.sum()) <= 64
+            nodes = torch.full((keys.shape[1],), -1)
+            for page in trace.pages:
+                nodes[page.positions] = page.node
+            assert bool((attended | (nodes >= 0)).all())  # no token is left out
+            scaled = SCALE * query[0].view(2, 3, HEAD_DIM)[head]
+            center = torch.tensor(trace.far_center)
+            far = far_field(scaled, keys[head], values[head], nodes, attended, center)
+            weights = torch.tensor([node.weight for node in trace.far_nodes]).T
+            torch.testing.assert_close(weights.double(), far[0], rtol=1e-4, atol=1e-4)
+            expected = sparse_attention(scaled, keys[head], values[head], attended, far)
+            torch.testing.assert_close(output[head].double(), expected, rtol=1e-4, atol=1e-5)
+            near = (scaled @ keys[head][attended].T).logsumexp(-1)
+            torch.testing.assert_close(torch.tensor(trace.near_lse), near, rtol=1e-4, atol=1e-4)
+
+
+def test_engines_agree_in_exact_mode() -> None:
+    """The same calls, forks and truncations on both engines, over two layers and ragged rows."""
+    shape = {"num_layers": 2, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+    engines = [
+        kind(**shape, dtype=torch.float32, exact=True)
+        for kind in (icecache.Engine, ReferenceEngine)
+    ]
+    seqs = [[made.new_sequence() for _ in range(2)] for made in engines]
+    for round_, lengths in enumerate([(40, 3), (1, 1), (17, 30), (1, 2)]):
+        for layer in range(2):
+            tokens = [random(6, n, HEAD_DIM, seed=8 * round_ + layer + n) for n in lengths]
+            outputs = []
+            for made, ids in zip(engines, seqs, strict=True):
+                keys, values = [t[:2] for t in tokens], [t[2:4] for t in tokens]
+                made.append(ids, layer, keys, values)
+                outputs.append(made.attend(ids, layer, [t[2:] for t in tokens]))
+            for got, expected in zip(*outputs, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for made, ids in zip(engines, seqs, strict=True):
+            twin = made.fork(ids[0])
+            made.release(ids[1])
+            ids[1] = twin
+            made.truncate(ids[0], made.length(ids[0]) - 1)
+    for layer in range(2):
+        kept = [made.gather(ids[0], layer) for made, ids in zip(engines, seqs, strict=True)]
+        assert torch.equal(kept[0][0], kept[1][0])
+        assert torch.equal(kept[0][1], kept[1][1])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
 from icecache import InvalidArgument
 from icecache.hf.cache import IceLayer
 from icecache.hf.eager import outside_graphs
@@ -20,8 +23,6 @@ from icecache.hf.sinks import (
     with_sink_token,
 )
 from icecache.hf.support import check_attention, check_transformers
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATION = "icecache"
 

@@ -8,12 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from icecache import InvalidArgument
-from icecache.hf.engine_handle import EngineFactory, EngineHandle
-from icecache.hf.new_tokens import NewTokens
-from icecache.hf.rows import Rows
-from icecache.hf.stats import ModelStats, collect
-from icecache.hf.support import check_config, full_attention_layers
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -21,6 +15,13 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
+
+from icecache import InvalidArgument
+from icecache.hf.engine_handle import EngineFactory, EngineHandle
+from icecache.hf.new_tokens import NewTokens
+from icecache.hf.rows import Rows
+from icecache.hf.stats import ModelStats, collect
+from icecache.hf.support import check_config, full_attention_layers
 
 
 class IceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-import icecache
 import torch
+
+import icecache
 from icecache import InvalidArgument
 
 Tensors = torch.Tensor | list[torch.Tensor]

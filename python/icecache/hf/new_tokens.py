@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from icecache import InvalidArgument
 
 if TYPE_CHECKING:

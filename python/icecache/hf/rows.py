@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from icecache import InvalidArgument, Unavailable
-from icecache.hf.mask import LazyMask
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+
+from icecache import InvalidArgument, Unavailable
+from icecache.hf.mask import LazyMask
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Layers that keep transformers' own cache: their memory does not grow with the context.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from transformers import PreTrainedModel
+
 from icecache import InvalidArgument
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
@@ -22,7 +24,6 @@ from icecache.hf.support import (
     check_model,
     full_attention_layers,
 )
-from transformers import PreTrainedModel
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
