@@ -26,7 +26,7 @@ except ImportError as error:
 from icecache.config import Config, config_fields
 
 if TYPE_CHECKING:
-    from icecache import models
+    from icecache import models, ops
     from icecache.engine import Engine
     from icecache.hf import IceCache, ModelStats, disable, enable, stats
 
@@ -41,6 +41,7 @@ _LAZY = {
     "enable": "icecache.hf",
     "stats": "icecache.hf",
     "models": "",
+    "ops": "",
 }
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "disable",
     "enable",
     "models",
+    "ops",
     "stats",
 ]
 
