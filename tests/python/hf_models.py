@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
+
+Model: TypeAlias = Any  # a PreTrainedModel; that class does not declare `generate`
 
 VOCABULARY = 96
 PROMPT = 45
 
-logging.set_verbosity_error()
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 # Weights large enough that attention is sharp and a lost token changes the logits.
 _COMMON: dict[str, Any] = {
@@ -81,23 +83,24 @@ _LINEAR = {
 }
 
 
-def build(architecture: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def build(architecture: str, *, seed: int = 0, **changes: Any) -> Model:
     """A random model in float32, in inference mode."""
     settings = {**_COMMON, **(CONFIGS | _LINEAR).get(architecture, {}), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **settings)
     implementation = "eager" if architecture in ("gpt_oss", "gemma2", "bloom") else "sdpa"
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation=implementation).eval()
 
 
 @cache
-def model(architecture: str) -> PreTrainedModel:
+def model(architecture: str) -> Model:
     """The shared model of an architecture; tests leave it disabled."""
     return build(architecture)
 
 
 @cache
-def assistant(architecture: str) -> PreTrainedModel:
+def assistant(architecture: str) -> Model:
     """Another model over the same vocabulary, close enough to have some drafts accepted."""
     other = build(architecture)
     with torch.no_grad():
@@ -125,7 +128,7 @@ def padded(rows: int = 3, side: str = "left") -> dict[str, torch.Tensor]:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def _run(m: PreTrainedModel, inputs: dict[str, Any], **settings: Any) -> torch.Tensor:
+def _run(m: Model, inputs: dict[str, Any], **settings: Any) -> torch.Tensor:
     torch.manual_seed(7)
     defaults = {"max_new_tokens": 10, "do_sample": False}
     output = m.generate(
@@ -139,35 +142,35 @@ def _run(m: PreTrainedModel, inputs: dict[str, Any], **settings: Any) -> torch.T
     return torch.cat([output.sequences.float().flatten(), torch.stack(output.logits).flatten()])
 
 
-def _single(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _single(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, {"input_ids": prompt()})
 
 
-def _batch(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _batch(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, padded())
 
 
-def _right(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _right(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, padded(side="right"))
 
 
-def _chunked(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _chunked(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, padded(), prefill_chunk_size=9)
 
 
-def _beams(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _beams(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, padded(2), num_beams=3, num_return_sequences=2, output_scores=True)
 
 
-def _lookup(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _lookup(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, {"input_ids": prompt()}, prompt_lookup_num_tokens=4)
 
 
-def _assisted(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _assisted(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, {"input_ids": prompt()}, assistant_model=assistant(architecture))
 
 
-def _turns(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _turns(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     history, results, past = padded(), [], new_cache()
     for turn in range(3):
         output = m.generate(
@@ -187,13 +190,13 @@ def _turns(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) 
     return torch.cat(results)
 
 
-def _sampled(m: PreTrainedModel, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
+def _sampled(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.Tensor:
     return _run(m, {"input_ids": prompt()}, do_sample=True, temperature=0.8, num_return_sequences=2)
 
 
 # Each runs a model (stock or enabled) and returns its tokens followed by its logits, or by the
 # scores of its beams. `new_cache` makes a cache for modes that bring their own.
-MODES: dict[str, Callable[[PreTrainedModel, str, Callable[[], Any]], torch.Tensor]] = {
+MODES: dict[str, Callable[[Model, str, Callable[[], Any]], torch.Tensor]] = {
     "single": _single,
     "padded batch": _batch,
     "right-padded batch": _right,

@@ -82,7 +82,8 @@ def load_model(path: Path) -> LlamaForCausalLM:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config)
     model.load_state_dict(state)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_pieces(path: Path, vocabulary: int) -> list[bytes]:

@@ -11,8 +11,9 @@ import hf_models
 import icecache
 import pytest
 import torch
+from hf_models import Model
 from icecache.hf import IceCache
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 
 class CountingEngine(icecache.Engine):
@@ -41,13 +42,14 @@ def model(request: pytest.FixtureRequest) -> Any:
     icecache.disable(made)
 
 
-def new_cache(model: PreTrainedModel) -> IceCache:
+def new_cache(model: Model) -> IceCache:
     return IceCache(model.config, engine_class=CountingEngine)
 
 
 @torch.inference_mode()
-def feed(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, past_key_values=cache).logits
+def feed(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(ids, past_key_values=cache).logits
+    return logits
 
 
 def engine(cache: IceCache) -> CountingEngine:
@@ -56,14 +58,14 @@ def engine(cache: IceCache) -> CountingEngine:
     return found
 
 
-def test_plain_forward_uses_icecache_and_returns_it(model: PreTrainedModel) -> None:
+def test_plain_forward_uses_icecache_and_returns_it(model: Model) -> None:
     with torch.inference_mode():
         output = model(hf_models.prompt())
     assert isinstance(output.past_key_values, IceCache)
     assert output.past_key_values.get_seq_length() == hf_models.PROMPT
 
 
-def test_forward_without_cache_is_stock(model: PreTrainedModel) -> None:
+def test_forward_without_cache_is_stock(model: Model) -> None:
     batch = hf_models.padded()
     with torch.inference_mode():
         got = model(**batch, use_cache=False).logits
@@ -72,10 +74,10 @@ def test_forward_without_cache_is_stock(model: PreTrainedModel) -> None:
     assert torch.equal(got, expected)
 
 
-def test_crop_forgets_the_last_tokens(model: PreTrainedModel) -> None:
+def test_crop_forgets_the_last_tokens(model: Model) -> None:
     ids = hf_models.prompt(2, 14)
     cache = new_cache(model)
-    cache.activate_past_recording()
+    cache.activate_past_recording()  # type: ignore[no-untyped-call]
     feed(model, ids, cache)
     feed(model, hf_models.prompt(2, 3, seed=5), cache)
     cache.crop(-3)
@@ -102,12 +104,12 @@ def test_crop_counts_padding_per_row() -> None:
         icecache.disable(model)
 
 
-def test_crop_refuses_a_positive_count(model: PreTrainedModel) -> None:
+def test_crop_refuses_a_positive_count(model: Model) -> None:
     with pytest.raises(icecache.InvalidArgument, match="minus the number"):
         new_cache(model).crop(3)
 
 
-def test_reorder_forks_only_rows_used_twice(model: PreTrainedModel) -> None:
+def test_reorder_forks_only_rows_used_twice(model: Model) -> None:
     cache = new_cache(model)
     ids = hf_models.prompt(3, 12)
     feed(model, ids, cache)
@@ -122,14 +124,14 @@ def test_reorder_forks_only_rows_used_twice(model: PreTrainedModel) -> None:
     torch.testing.assert_close(feed(model, token, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_reorder_in_place_moves_nothing(model: PreTrainedModel) -> None:
+def test_reorder_in_place_moves_nothing(model: Model) -> None:
     cache = new_cache(model)
     feed(model, hf_models.prompt(3, 12), cache)
     cache.reorder_cache(torch.tensor([1, 0, 2]))
     assert engine(cache).forks == 0
 
 
-def test_repeat_and_select_rows(model: PreTrainedModel) -> None:
+def test_repeat_and_select_rows(model: Model) -> None:
     cache = new_cache(model)
     ids = hf_models.prompt(2, 12)
     feed(model, ids, cache)
@@ -141,7 +143,7 @@ def test_repeat_and_select_rows(model: PreTrainedModel) -> None:
     torch.testing.assert_close(feed(model, token, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_deepcopy_shares_a_prefix(model: PreTrainedModel) -> None:
+def test_deepcopy_shares_a_prefix(model: Model) -> None:
     prefix = new_cache(model)
     ids = hf_models.prompt(1, 20)
     feed(model, ids, prefix)
@@ -154,7 +156,7 @@ def test_deepcopy_shares_a_prefix(model: PreTrainedModel) -> None:
     assert engine(prefix).memory().sequences == 1  # the copies are gone
 
 
-def test_reset_makes_the_cache_new(model: PreTrainedModel) -> None:
+def test_reset_makes_the_cache_new(model: Model) -> None:
     cache = new_cache(model)
     first = feed(model, hf_models.prompt(2, 12), cache)
     cache.reset()
@@ -163,7 +165,7 @@ def test_reset_makes_the_cache_new(model: PreTrainedModel) -> None:
     assert torch.equal(feed(model, hf_models.prompt(2, 12), cache), first)
 
 
-def test_dropping_the_cache_releases_its_sequences(model: PreTrainedModel) -> None:
+def test_dropping_the_cache_releases_its_sequences(model: Model) -> None:
     gc.disable()  # reference counts alone must do it: pages are large
     try:
         cache = new_cache(model)
@@ -176,17 +178,17 @@ def test_dropping_the_cache_releases_its_sequences(model: PreTrainedModel) -> No
         gc.enable()
 
 
-def test_a_cache_in_a_cycle_is_collected(model: PreTrainedModel) -> None:
+def test_a_cache_in_a_cycle_is_collected(model: Model) -> None:
     cache = new_cache(model)
     feed(model, hf_models.prompt(2, 12), cache)
     used = engine(cache)
-    cache.itself = cache  # as an exception's traceback may hold it
+    cache.itself = cache  # type: ignore[attr-defined]  # as an exception's traceback may hold it
     del cache
     gc.collect()
     assert used.memory().sequences == 0
 
 
-def test_repeated_generation_leaks_nothing(model: PreTrainedModel) -> None:
+def test_repeated_generation_leaks_nothing(model: Model) -> None:
     settings: list[dict[str, Any]] = [
         {},
         {"num_beams": 3},
@@ -199,7 +201,7 @@ def test_repeated_generation_leaks_nothing(model: PreTrainedModel) -> None:
         assert (memory.sequences, memory.pool_bytes) == (0, 0)
 
 
-def test_a_cache_serves_again_after_reset(model: PreTrainedModel) -> None:
+def test_a_cache_serves_again_after_reset(model: Model) -> None:
     cache = new_cache(model)
     settings = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache}
     first = model.generate(hf_models.prompt(), **settings)
@@ -210,7 +212,7 @@ def test_a_cache_serves_again_after_reset(model: PreTrainedModel) -> None:
     assert other.shape[0] == 3
 
 
-def test_generation_continues_a_shared_prefix(model: PreTrainedModel) -> None:
+def test_generation_continues_a_shared_prefix(model: Model) -> None:
     """The recipe of transformers' documentation: one prefix, a copy of its cache per question."""
     prefix, cache = hf_models.prompt(1, 30), new_cache(model)
     feed(model, prefix, cache)
@@ -222,7 +224,7 @@ def test_generation_continues_a_shared_prefix(model: PreTrainedModel) -> None:
     assert engine(cache).memory().sequences == 1
 
 
-def test_a_returned_cache_continues(model: PreTrainedModel) -> None:
+def test_a_returned_cache_continues(model: Model) -> None:
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
     first = model.generate(
         hf_models.prompt(), max_new_tokens=5, return_dict_in_generate=True, **settings
@@ -234,7 +236,7 @@ def test_a_returned_cache_continues(model: PreTrainedModel) -> None:
     assert torch.equal(second, model.generate(hf_models.prompt(), max_new_tokens=10, **settings))
 
 
-def test_rejected_drafts_are_truncated(model: PreTrainedModel) -> None:
+def test_rejected_drafts_are_truncated(model: Model) -> None:
     handle_cache = new_cache(model)
     model.generate(
         hf_models.prompt(),
@@ -332,7 +334,7 @@ def test_stats_name_the_models_layers() -> None:
         icecache.disable(model)
 
 
-def test_a_cache_has_stats_of_its_own(model: PreTrainedModel) -> None:
+def test_a_cache_has_stats_of_its_own(model: Model) -> None:
     cache = new_cache(model)
     with pytest.raises(icecache.InvalidArgument, match="not used yet"):
         cache.stats()

@@ -11,6 +11,7 @@ import hf_models
 import icecache
 import pytest
 import torch
+from hf_models import Model
 from icecache import InvalidArgument
 from icecache.hf import IceCache
 from transformers import (
@@ -18,7 +19,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     DynamicCache,
-    PreTrainedModel,
     StaticCache,
 )
 
@@ -30,8 +30,12 @@ class UntouchedEngine(icecache.Engine):
         raise AssertionError("a token was appended before the refusal")
 
 
+def new_model(auto: Any, config: Any) -> Model:
+    return auto.from_config(config).eval()
+
+
 @pytest.fixture
-def model() -> Iterator[PreTrainedModel]:
+def model() -> Iterator[Model]:
     made = hf_models.build("llama")
     icecache.enable(made, engine_class=UntouchedEngine)
     yield made
@@ -50,7 +54,7 @@ def test_refuses_encoder_decoder_models() -> None:
         "t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16
     )
     with pytest.raises(InvalidArgument, match="encoder-decoder"):
-        icecache.enable(AutoModelForSeq2SeqLM.from_config(config).eval())
+        icecache.enable(new_model(AutoModelForSeq2SeqLM, config))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,13 @@ def test_refuses_other_devices() -> None:
         icecache.enable(elsewhere)
 
 
+@torch.inference_mode()
+def test_refuses_a_model_that_moved(model: Model) -> None:
+    model.to("meta")
+    with pytest.raises(InvalidArgument, match=r'found some on meta; call model\.to\("cpu"\)'):
+        model(hf_models.prompt())
+
+
 def test_refuses_other_dtypes() -> None:
     with pytest.raises(InvalidArgument, match=r"torch\.float64"):
         icecache.enable(hf_models.build("llama").double())
@@ -102,19 +113,19 @@ def test_refuses_dense_layers_that_stay_stock() -> None:
         icecache.enable(hf_models.build("cohere2"), dense_layers="0")
 
 
-def test_refuses_training_mode(model: PreTrainedModel) -> None:
+def test_refuses_training_mode(model: Model) -> None:
     model.train()
     with pytest.raises(InvalidArgument, match="training mode"):
         model.generate(hf_models.prompt(), max_new_tokens=2)
 
 
-def test_refuses_gradients(model: PreTrainedModel) -> None:
+def test_refuses_gradients(model: Model) -> None:
     with pytest.raises(InvalidArgument, match="no gradients"):
         model(hf_models.prompt())
 
 
 @pytest.mark.parametrize("in_generate", [True, False])
-def test_refuses_output_attentions(model: PreTrainedModel, in_generate: bool) -> None:
+def test_refuses_output_attentions(model: Model, in_generate: bool) -> None:
     with pytest.raises(InvalidArgument, match="output_attentions"), torch.inference_mode():
         if in_generate:
             model.generate(
@@ -128,13 +139,13 @@ def test_refuses_output_attentions(model: PreTrainedModel, in_generate: bool) ->
 
 
 @torch.inference_mode()
-def test_refuses_flash_attention_arguments(model: PreTrainedModel) -> None:
+def test_refuses_flash_attention_arguments(model: Model) -> None:
     with pytest.raises(InvalidArgument, match="cu_seq_lens_q"):
         model(hf_models.prompt(), cu_seq_lens_q=torch.tensor([0, 45]))
 
 
 @torch.inference_mode()
-def test_refuses_4d_masks(model: PreTrainedModel) -> None:
+def test_refuses_4d_masks(model: Model) -> None:
     length = hf_models.PROMPT
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     with pytest.raises(InvalidArgument, match=r"attention_mask: .* got 4-D"):
@@ -150,7 +161,7 @@ def test_refuses_masks_that_are_not_causal() -> None:
         model(hf_models.prompt())
 
 
-def gemma3_with_images() -> PreTrainedModel:
+def gemma3_with_images() -> Model:
     text = hf_models.build("gemma3_text").config.to_dict()
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
@@ -162,7 +173,7 @@ def gemma3_with_images() -> PreTrainedModel:
         mm_tokens_per_image=4,
     )
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config).eval()
+    return new_model(AutoModelForImageTextToText, config)
 
 
 def test_refuses_image_tokens_that_see_each_other() -> None:
@@ -220,7 +231,7 @@ def test_refuses_icecache_in_stock_attention(attention: str) -> None:
 
 
 @torch.inference_mode()
-def test_refuses_attention_changed_after_enable(model: PreTrainedModel) -> None:
+def test_refuses_attention_changed_after_enable(model: Model) -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(InvalidArgument, match=r"call icecache\.enable again"):
         model(hf_models.prompt())
@@ -228,7 +239,7 @@ def test_refuses_attention_changed_after_enable(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
-def test_refuses_other_caches(model: PreTrainedModel, kind: type) -> None:
+def test_refuses_other_caches(model: Model, kind: type) -> None:
     sizes = {"max_cache_len": 64} if kind is StaticCache else {}
     cache = kind(config=model.config, **sizes)
     with pytest.raises(InvalidArgument, match=f"got {kind.__name__}"):
@@ -238,12 +249,12 @@ def test_refuses_other_caches(model: PreTrainedModel, kind: type) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
-def test_refuses_cache_implementations(model: PreTrainedModel, implementation: str) -> None:
+def test_refuses_cache_implementations(model: Model, implementation: str) -> None:
     with pytest.raises(InvalidArgument, match=f"cache_implementation: '{implementation}'"):
         model.generate(hf_models.prompt(), cache_implementation=implementation, max_new_tokens=2)
 
 
-def test_refuses_continuous_batching(model: PreTrainedModel) -> None:
+def test_refuses_continuous_batching(model: Model) -> None:
     with pytest.raises(InvalidArgument, match="continuous batching"):
         model.generate_batch(inputs=hf_models.prompt(2).tolist())
     with pytest.raises(InvalidArgument, match="continuous batching"):
@@ -251,7 +262,7 @@ def test_refuses_continuous_batching(model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def test_refuses_fullgraph_compilation(model: PreTrainedModel) -> None:
+def test_refuses_fullgraph_compilation(model: Model) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="compile without fullgraph"):
         compiled(hf_models.prompt())
@@ -285,7 +296,7 @@ def test_refuses_stats_of_other_models() -> None:
         icecache.stats(hf_models.model("llama"))
 
 
-def test_refuses_copies_of_enabled_models(model: PreTrainedModel) -> None:
+def test_refuses_copies_of_enabled_models(model: Model) -> None:
     with pytest.raises(InvalidArgument, match=r"icecache\.disable\(model\) first, copy"):
         copy.deepcopy(model)
     with pytest.raises(InvalidArgument, match="pickled"):

@@ -9,7 +9,7 @@ import hf_models
 import icecache
 import pytest
 import torch
-from transformers import PreTrainedModel
+from hf_models import Model
 
 BUDGET = 64
 LENGTH = 200
@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     icecache.disable(made)
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, **settings: Any) -> Any:
+def generate(model: Model, ids: torch.Tensor, **settings: Any) -> Any:
     return model.generate(
         ids,
         max_new_tokens=NEW_TOKENS,
@@ -34,7 +34,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, **settings: Any) -> Any:
     )
 
 
-def test_counters(model: PreTrainedModel) -> None:
+def test_counters(model: Model) -> None:
     before = icecache.stats(model).total("steps")
     generate(model, hf_models.prompt(2, LENGTH))
     stats = icecache.stats(model)
@@ -45,7 +45,7 @@ def test_counters(model: PreTrainedModel) -> None:
     assert stats.memory.sequences == 0
 
 
-def test_rows_do_not_depend_on_their_company(model: PreTrainedModel) -> None:
+def test_rows_do_not_depend_on_their_company(model: Model) -> None:
     ids = hf_models.prompt(3, LENGTH)
     mask = torch.ones_like(ids)
     mask[1, :37] = 0
@@ -56,7 +56,7 @@ def test_rows_do_not_depend_on_their_company(model: PreTrainedModel) -> None:
         torch.testing.assert_close(got[:, row], expected[:, 0], rtol=1e-3, atol=1e-3)
 
 
-def test_copies_continue_alike(model: PreTrainedModel) -> None:
+def test_copies_continue_alike(model: Model) -> None:
     ids = hf_models.prompt(2, LENGTH)
     with torch.inference_mode():
         cache = model(ids).past_key_values
@@ -77,9 +77,7 @@ def test_copies_continue_alike(model: PreTrainedModel) -> None:
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_the_same_call_gives_the_same_tokens(
-    model: PreTrainedModel, settings: dict[str, Any]
-) -> None:
+def test_the_same_call_gives_the_same_tokens(model: Model, settings: dict[str, Any]) -> None:
     runs = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -9,7 +9,8 @@ import hf_models
 import icecache
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from hf_models import Model
+from transformers import DynamicCache
 
 STEPS = 25
 
@@ -17,9 +18,7 @@ STEPS = 25
 class Pair:
     """The same rows in an IceCache and in transformers' own cache."""
 
-    def __init__(
-        self, enabled: PreTrainedModel, stock: PreTrainedModel, rows: int, chance: random.Random
-    ) -> None:
+    def __init__(self, enabled: Model, stock: Model, rows: int, chance: random.Random) -> None:
         self.models = (enabled, stock)
         self.caches: tuple[Any, Any] = (
             icecache.IceCache(enabled.config, exact=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import icecache
 import pytest
 import torch
@@ -262,7 +264,12 @@ def test_engine_computes_the_formulas_on_what_it_picked(index: str, select: str)
 
 def test_engines_agree_in_exact_mode() -> None:
     """The same calls, forks and truncations on both engines, over two layers and ragged rows."""
-    shape = {"num_layers": 2, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+    shape: dict[str, Any] = {
+        "num_layers": 2,
+        "num_q_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": HEAD_DIM,
+    }
     engines = [
         kind(**shape, dtype=torch.float32, exact=True)
         for kind in (icecache.Engine, ReferenceEngine)

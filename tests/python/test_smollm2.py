@@ -9,7 +9,8 @@ import icecache
 import icecache.models
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from hf_models import Model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS = 16
 LENGTHS = (500, 640, 800, 1024, 1500, 1900, 2300, 4000)
@@ -23,8 +24,8 @@ def folder() -> str:
 
 
 @pytest.fixture(scope="module")
-def model(folder: str) -> Iterator[PreTrainedModel]:
-    loaded = AutoModelForCausalLM.from_pretrained(
+def model(folder: str) -> Iterator[Model]:
+    loaded: Model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     yield loaded.eval()
@@ -39,7 +40,7 @@ def text_ids(folder: str) -> torch.Tensor:
     return ids[0]
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+def greedy(model: Model, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """The new tokens and the logits [NEW_TOKENS, V] they were taken from."""
     output = model.generate(
         ids,
@@ -55,9 +56,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[int], torch.
 
 
 @pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"{n}-tokens" for n in LENGTHS])
-def test_exact_mode_gives_stock_tokens(
-    model: PreTrainedModel, text_ids: torch.Tensor, index: int
-) -> None:
+def test_exact_mode_gives_stock_tokens(model: Model, text_ids: torch.Tensor, index: int) -> None:
     start, length = sum(LENGTHS[:index]), LENGTHS[index]
     prompt = text_ids[None, start : start + length]
     assert prompt.shape == (1, length)

@@ -10,7 +10,8 @@ import icecache
 import pytest
 import stories_model
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from hf_models import Model
+from transformers import DynamicCache
 
 LENGTH = 512
 PROMPT = 128
@@ -27,17 +28,17 @@ COMMON = frozenset(
 
 
 @pytest.fixture(scope="module")
-def model(shared_dir: Path) -> LlamaForCausalLM:
+def model(shared_dir: Path) -> Model:
     return stories_model.load_model(shared_dir / "models" / "stories260K.bin")
 
 
 @pytest.fixture(scope="module")
-def story(model: LlamaForCausalLM) -> torch.Tensor:
+def story(model: Model) -> torch.Tensor:
     """Full attention's own continuation of the start token: ids [1, LENGTH]."""
     return greedy(model, torch.tensor([[stories_model.BOS]]))
 
 
-def greedy(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def greedy(model: Model, ids: torch.Tensor) -> torch.Tensor:
     tokens: torch.Tensor = model.generate(
         ids,
         max_new_tokens=LENGTH - ids.shape[1],
@@ -49,7 +50,7 @@ def greedy(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def step_by_step(model: LlamaForCausalLM, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def step_by_step(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Log probabilities behind each token from PROMPT on, which come one a step: [steps, V]."""
     logits = [model(ids[:, :PROMPT], past_key_values=cache).logits[0, -1]]
     for token in ids[0, PROMPT:]:
@@ -57,9 +58,7 @@ def step_by_step(model: LlamaForCausalLM, ids: torch.Tensor, cache: Any) -> torc
     return torch.stack(logits).log_softmax(-1)
 
 
-def test_stock_output_is_english(
-    model: LlamaForCausalLM, story: torch.Tensor, shared_dir: Path
-) -> None:
+def test_stock_output_is_english(model: Model, story: torch.Tensor, shared_dir: Path) -> None:
     pieces = stories_model.load_pieces(
         shared_dir / "models" / "tok512.bin", model.config.vocab_size
     )
@@ -73,7 +72,7 @@ def test_stock_output_is_english(
 @pytest.mark.parametrize("settings", [{"token_budget": LENGTH}, {"exact": True}], ids=str)
 @pytest.mark.parametrize("start", [1, PROMPT])
 def test_exact_mode_gives_exact_tokens(
-    model: LlamaForCausalLM, story: torch.Tensor, start: int, settings: dict[str, Any]
+    model: Model, story: torch.Tensor, start: int, settings: dict[str, Any]
 ) -> None:
     icecache.enable(model, **settings)
     try:
@@ -83,7 +82,7 @@ def test_exact_mode_gives_exact_tokens(
         icecache.disable(model)
 
 
-def test_small_budget_stays_close_to_full(model: LlamaForCausalLM, story: torch.Tensor) -> None:
+def test_small_budget_stays_close_to_full(model: Model, story: torch.Tensor) -> None:
     """Mean KL(full || icecache) along full attention's continuation, at 64 of 512 tokens."""
     full = step_by_step(model, story, DynamicCache(config=model.config))
     icecache.enable(model, token_budget=64)

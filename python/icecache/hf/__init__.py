@@ -2,7 +2,7 @@
 
 from icecache.hf.attention import register
 from icecache.hf.cache import IceCache
-from icecache.hf.stats import ModelStats
+from icecache.hf.model_stats import ModelStats
 from icecache.hf.switch import disable, enable, stats
 
 register()

@@ -18,9 +18,9 @@ from transformers.cache_utils import (
 
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineFactory, EngineHandle
+from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
-from icecache.hf.stats import ModelStats, collect
 from icecache.hf.support import check_config, full_attention_layers
 
 

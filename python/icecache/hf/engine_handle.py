@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import torch
 
@@ -29,10 +29,8 @@ class EngineLike(Protocol):
     def memory(self) -> Any: ...
 
 
-class EngineFactory(Protocol):
-    """Called with the keyword arguments of `icecache.Engine`, `config` aside."""
-
-    def __call__(self, **arguments: Any) -> EngineLike: ...
+# Called with the keyword arguments of `icecache.Engine`, `config` aside.
+EngineFactory: TypeAlias = Callable[..., EngineLike]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ class EngineHandle:
         self._fields = dict(config_fields)
         if "dense_layers" in self._fields:
             self._fields["dense_layers"] = self._engine_layers(self._fields["dense_layers"])
-        self._engine_class: EngineFactory = engine_class or icecache.Engine
+        self._engine_class: EngineFactory = (
+            icecache.Engine if engine_class is None else engine_class
+        )
         self._engine: EngineLike | None = None
         self._shape: AttentionShape | None = None
         self._lock = threading.Lock()  # guards _engine and _shape

@@ -17,7 +17,7 @@ from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
-from icecache.hf.stats import ModelStats, collect
+from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.support import (
     check_forward,
     check_generation,
