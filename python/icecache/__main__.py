@@ -1,0 +1,5 @@
+"""python -m icecache"""
+
+from icecache.cli import app
+
+app(prog_name="icecache")

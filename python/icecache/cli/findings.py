@@ -1,0 +1,161 @@
+"""What is installed, what the machine can do, and how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import icecache
+from icecache.errors import Error
+
+OK = "ok"
+ABSENT = "absent"  # an optional part is not there
+BROKEN = "broken"  # icecache does not work before this is mended
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was found, and what to do about it ("" for nothing)."""
+
+    part: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def findings() -> Iterator[Finding]:
+    """Everything, in the order of the report. Takes seconds: torch is imported."""
+    build = icecache.build_info()
+    debug = ", debug" if build.debug else ""
+    yield Finding("icecache", OK, f"{build.version} ({build.compiler}{debug})")
+    yield Finding("Python", OK, f"{platform.python_version()} on {platform.platform()}")
+    yield _package("torch", "2.11")
+    yield _package("transformers", "5.0")
+    yield _package("gguf", "0.10")
+    yield _operators()
+    yield Finding("CPU", OK, f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable")
+    yield _simd(build.simd_level)
+    yield _memory()
+    yield _cuda_kernels(build)
+    yield _cuda_devices()
+    yield _faiss(build)
+    yield _demo_model()
+
+
+def _package(name: str, least: str) -> Finding:
+    advice = f"pip install '{name}>={least}'"
+    try:
+        version = metadata.version(name)
+        importlib.import_module(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, BROKEN, "not installed", advice)
+    except Exception as error:  # whatever a damaged package raises
+        return Finding(name, BROKEN, f"{version} does not import: {error}", advice)
+    if _release(version) < _release(least):
+        return Finding(name, BROKEN, f"{version} is older than {least}", advice)
+    return Finding(name, OK, version)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 13, 0) of "2.13.0+cpu"."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _operators() -> Finding:
+    try:
+        importlib.import_module("icecache.ops")
+    except Exception as error:  # torch raises several kinds
+        return Finding(
+            "torch operators",
+            BROKEN,
+            f"do not load: {error}",
+            "build icecache anew with this torch: make build, or pip install "
+            "--no-build-isolation --no-deps .",
+        )
+    return Finding("torch operators", OK, "torch.ops.icecache")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _simd(level: str) -> Finding:
+    forced = os.environ.get("ICECACHE_SIMD")
+    text = f"{level} kernels" + (" (ICECACHE_SIMD)" if forced else "")
+    if level != "scalar":
+        return Finding("SIMD", OK, text)
+    advice = "unset ICECACHE_SIMD" if forced else "a CPU with AVX2 is many times as fast"
+    return Finding("SIMD", ABSENT, text, advice)
+
+
+def _memory() -> Finding:
+    page = os.sysconf("SC_PAGE_SIZE") / 2**30
+    whole = page * os.sysconf("SC_PHYS_PAGES")
+    free = page * os.sysconf("SC_AVPHYS_PAGES")
+    return Finding(
+        "memory",
+        OK,
+        f"{whole:.1f} GiB, {free:.1f} GiB unused; pages take up to half of it (host_memory)",
+    )
+
+
+def _cuda_kernels(build: icecache.BuildInfo) -> Finding:
+    if build.cuda:
+        return Finding("CUDA kernels", OK, f"built with CUDA {build.cuda_version}")
+    return Finding(
+        "CUDA kernels",
+        ABSENT,
+        "not in this build: attention runs on the CPU",
+        "install the CUDA toolkit (nvcc) and build with ICECACHE_CUDA=ON",
+    )
+
+
+def _cuda_devices() -> Finding:
+    try:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [torch.cuda.get_device_name(device) for device in range(count)]
+    except Exception as error:  # drivers fail in many ways
+        return Finding("CUDA devices", ABSENT, f"cannot be listed: {error}")
+    if names:
+        return Finding("CUDA devices", OK, ", ".join(names))
+    return Finding("CUDA devices", ABSENT, "torch sees none")
+
+
+def _faiss(build: icecache.BuildInfo) -> Finding:
+    if build.faiss:
+        return Finding("FAISS", OK, f"{build.faiss_version} (index=faiss)")
+    return Finding(
+        "FAISS",
+        ABSENT,
+        "not in this build: no index=faiss",
+        "apt-get install libfaiss-dev libopenblas-dev, and build with ICECACHE_FAISS=ON",
+    )
+
+
+def _demo_model() -> Finding:
+    from icecache.models.cache import is_made, verify_folder
+    from icecache.models.smollm2 import model_path
+
+    folder = model_path()
+    if not is_made(folder):
+        advice = "fetched when first used (92 MB): icecache demo"
+        return Finding("demo model", ABSENT, f"not in {folder.parent}", advice)
+    try:
+        verify_folder(folder)
+    except Error as error:
+        return Finding("demo model", BROKEN, str(error))
+    return Finding("demo model", OK, str(folder))

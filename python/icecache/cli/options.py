@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
+
+import typer
+
+from icecache.config import Config
+from icecache.errors import InvalidArgument
+
+Settings: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A parameter of the engine, see `icecache config`; may be repeated.",
+    ),
+]
+
+
+def parse_settings(settings: Sequence[str] | None, **fields: int | None) -> dict[str, str]:
+    """["name=value", ...] and those `fields` that are not None, as arguments of Config.
+
+    Raises InvalidArgument for another form, an unknown name, a bad value, and a name given twice.
+    """
+    values = {name: str(value) for name, value in fields.items() if value is not None}
+    for setting in settings or ():
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise InvalidArgument(f"--set must be NAME=VALUE, got {setting!r}")
+        if name in values:
+            raise InvalidArgument(f"{name} is given twice: {values[name]} and {value}")
+        values[name] = value
+    Config(**values)
+    return values
