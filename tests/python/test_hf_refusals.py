@@ -108,6 +108,47 @@ def test_refuses_other_dtypes() -> None:
         icecache.enable(hf_models.build("llama").double())
 
 
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_refuses_other_head_dims(head_dim: int) -> None:
+    made = hf_models.build("llama", head_dim=head_dim)
+    with pytest.raises(InvalidArgument, match=f"got {head_dim}. Use the model without"):
+        icecache.enable(made)
+    assert made.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"token_budget": 20}, "token_budget must be at least .* = 48, got 20"),
+        ({"token_bugdet": 64}, 'nearest name is "token_budget"'),
+        ({"index": "treee"}, 'index must be tree, .*got "treee"'),
+        ({"host_memory": "64K"}, "host_memory must hold at least one sequence"),
+    ],
+)
+def test_refuses_settings_when_enabled(settings: dict[str, Any], named: str) -> None:
+    made = hf_models.build("llama")
+    with pytest.raises(InvalidArgument, match=named):
+        icecache.enable(made, **settings)
+    assert made.config._attn_implementation == "sdpa"
+
+
+@torch.inference_mode()
+def test_a_full_pool_refuses_one_request_only() -> None:
+    made = icecache.enable(hf_models.build("llama"), host_memory="256K")
+    for _ in range(2):
+        with pytest.raises(icecache.OutOfPages, match=r"raise host_memory \(262144 bytes\)"):
+            made.generate(hf_models.prompt(1, 400), max_new_tokens=2)
+        assert made.generate(hf_models.prompt(), max_new_tokens=2).shape == (
+            1,
+            hf_models.PROMPT + 2,
+        )
+    cache = made(hf_models.prompt(1, 100)).past_key_values
+    with pytest.raises(icecache.OutOfPages):
+        made(hf_models.prompt(1, 300), past_key_values=cache)
+    assert cache.get_seq_length() == 100
+    assert made(hf_models.prompt(1, 3), past_key_values=cache).logits.isfinite().all()
+
+
 def test_refuses_dense_layers_that_stay_stock() -> None:
     with pytest.raises(InvalidArgument, match=r"dense_layers: .*\(1-2\), got '0'"):
         icecache.enable(hf_models.build("cohere2"), dense_layers="0")

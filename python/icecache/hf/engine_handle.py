@@ -12,7 +12,7 @@ import torch
 import icecache
 from icecache import InvalidArgument
 
-Tensors = torch.Tensor | list[torch.Tensor]
+_HEAD_DIMS = range(8, 257, 8)  # the engine's; refused here with what to do instead
 
 
 class EngineLike(Protocol):
@@ -98,6 +98,11 @@ class EngineHandle:
                     f"past_key_values: a full-attention layer has {shape}, but this cache holds "
                     f"tokens of layers with {self._shape}. IceCache needs full-attention layers "
                     "that are alike; run such a model without icecache.enable"
+                )
+            if shape.head_dim not in _HEAD_DIMS:
+                raise InvalidArgument(
+                    f"model: expected a head_dim that is a multiple of 8 up to 256, got "
+                    f"{shape.head_dim}. Use the model without icecache.enable"
                 )
             self._engine = self._engine_class(
                 num_layers=len(self.model_layers),
