@@ -17,6 +17,9 @@ PROMPT = 45
 
 logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
+# In matrices this small threads only wait for each other, minutes where several tests run at once.
+torch.set_num_threads(1)
+
 # Weights large enough that attention is sharp and a lost token changes the logits.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 
@@ -25,11 +26,14 @@ def folder() -> str:
 
 @pytest.fixture(scope="module")
 def model(folder: str) -> Iterator[Model]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # tests of tiny models leave it at 1
     loaded: Model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     yield loaded.eval()
     icecache.disable(loaded)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
