@@ -1,4 +1,18 @@
-"""transformers v5 front end."""
+"""transformers v5 front end.
+
+    icecache.enable(model, token_budget=256)    generate and plain forward calls use IceCache
+    icecache.stats(model)                       what was attended, read and held
+    icecache.disable(model)                     the model's own attention again
+    IceCache(model.config, token_budget=256)    a cache of one's own, as past_key_values of an
+                                                enabled model or with attn_implementation="icecache"
+
+Served: decoder-only models on transformers' attention interface, in float32, bfloat16 or float16 on
+the CPU; greedy, sampled, beam, assisted and prompt-lookup decoding, batches padded on either side,
+chunked prefill, continued conversations. Layers that do not attend to the whole context (sliding,
+chunked, linear) keep transformers' own cache. A first chunk is attended by stock sdpa, chunks of
+more than `decode_tokens` exactly, decode steps within the token budget. Everything else is refused
+with InvalidArgument before the first token: see support.py.
+"""
 
 from icecache.hf.attention import register
 from icecache.hf.cache import IceCache
