@@ -59,10 +59,10 @@ def enable(
 
     `token_budget` counts the tokens attended exactly per KV head and step; `config_fields` are the
     other fields of `icecache.Config`. `dense_layers` counts in layers of the model. `engine_class`
-    stands in for `icecache.Engine` (a subclass that observes it, or the ReferenceEngine). All caches of
-    the model share one engine, hence one bound on host memory. Enabling again starts afresh with
-    the new settings. Raises InvalidArgument for models and settings that are not supported; the
-    model is then as it was.
+    stands in for `icecache.Engine` (a subclass that observes it, or the ReferenceEngine). All
+    caches of the model share one engine, hence one bound on host memory. Enabling again starts
+    afresh with the new settings. Raises InvalidArgument for models and settings that are not
+    supported; the model is then as it was.
     """
     check_model(model)
     text_config = model.config.get_text_config(decoder=True)
