@@ -38,7 +38,7 @@ def findings() -> Iterator[Finding]:
     yield _package("transformers", "5.0")
     yield _package("gguf", "0.10")
     yield _operators()
-    yield Finding("CPU", OK, f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable")
+    yield Finding("CPU", OK, f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores usable")
     yield _simd(build.simd_level)
     yield _memory()
     yield _cuda_kernels(build)
@@ -81,7 +81,8 @@ def _operators() -> Finding:
     return Finding("torch operators", OK, "torch.ops.icecache")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -20,7 +20,7 @@ Settings: TypeAlias = Annotated[
 ]
 
 
-def parse_settings(settings: Sequence[str] | None, **fields: int | None) -> dict[str, str]:
+def parse_settings(settings: Sequence[str] | None, **fields: int | None) -> dict[str, Any]:
     """["name=value", ...] and those `fields` that are not None, as arguments of Config.
 
     Raises InvalidArgument for another form, an unknown name, a bad value, and a name given twice.

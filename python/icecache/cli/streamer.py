@@ -12,7 +12,7 @@ class TimedStreamer(TextStreamer):
     """Prints new tokens to stdout; knows when the first and the last one came."""
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.tokens = 0
         self.started = time.perf_counter()
         self.first = self.last = self.started

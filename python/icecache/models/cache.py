@@ -32,8 +32,11 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` write a new folder, notes its checksums, and moves it to `folder` when done."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    """Lets `fill` write a new folder, notes its checksums, and moves it to `folder` when done.
+
+    One process at a time: what is found half made is of a process that was ended, and is deleted.
+    """
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

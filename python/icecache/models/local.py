@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from icecache.errors import Error, InvalidArgument
+from icecache.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -80,23 +80,10 @@ def check_context(config: PretrainedConfig, prompt_tokens: int, new_tokens: int)
 
 def _loaded(folder: Path, part: str, load: Callable[[str], T]) -> T:
     # Damaged files surface as many exceptions: of json, safetensors, tokenizers, torch, KeyError.
-    with _no_progress_bars():
+    with quiet(warnings=True):
         try:
             return load(str(folder))
         except Exception as error:
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
             raise Error(f"the {part} in {folder} does not load: {reason}") from error
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
