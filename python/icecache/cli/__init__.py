@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from icecache.cli.config import config
+from icecache.cli.demo import demo
 from icecache.cli.doctor import doctor
 from icecache.cli.generate import generate
 from icecache.errors import Error
@@ -76,5 +77,5 @@ def _main(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for command in (generate, doctor, config):
+for command in (demo, generate, doctor, config):
     app.command()(command)

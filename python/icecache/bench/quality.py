@@ -1,0 +1,111 @@
+"""How near a method's next-token distributions stay to full attention's.
+
+All methods decode in the same batch, one row each: the same weights, the same positions, and with
+teacher forcing the same tokens; only attention differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from icecache.bench.decoder import Attention, Decoder
+from icecache.bench.methods import Method
+from icecache.bench.prefill import Prefill
+from icecache.bench.session import Session
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """One method at one budget on one prompt; T decode steps."""
+
+    prompt: str
+    method: Method
+    budget: int
+    kl: torch.Tensor  # [T] double: KL(full || method) of each step, nats
+    agrees: torch.Tensor  # [T] bool: the same most likely token as full attention
+    mass: float  # share of attention that was exact: mean over steps, layers and heads
+    found: bool | None  # the needle, decoding freely; None where the prompt has none
+
+
+def decode_stats(
+    decoder: Decoder,
+    name: str,
+    prefill: Prefill,
+    methods: Sequence[Method],
+    budget: int,
+    needle: tuple[Any, str] | None = None,
+) -> list[DecodeStats]:
+    """Every method over full attention's continuation.
+
+    With `needle` = (tokenizer, answer) every method then decodes by itself, from the prompt's
+    first token on, and found says whether its text contains the answer.
+    """
+    sessions = [method.open(decoder, prefill, budget) for method in methods]
+    free = [session.fork() for session in sessions] if needle else []
+    logits = teacher_forced(decoder, prefill, sessions)
+    masses = [session.mass() for session in sessions]
+    found: list[bool | None] = [None] * len(methods)
+    if needle:
+        tokenizer, answer = needle
+        texts = tokenizer.batch_decode(decode_freely(decoder, prefill, free))
+        found = [answer in text for text in texts]
+    for session in [*free, *sessions]:
+        session.close()
+    return [
+        DecodeStats(
+            prompt=name,
+            method=method,
+            budget=budget,
+            kl=kl_divergence(prefill.logits, logits[row]),
+            agrees=logits[row].argmax(-1) == prefill.logits.argmax(-1),
+            mass=masses[row],
+            found=found[row],
+        )
+        for row, method in enumerate(methods)
+    ]
+
+
+def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
+    """Logits [B, T, V] of each session fed with full attention's continuation."""
+    attend = _row_by_row(sessions)
+    steps = [
+        decoder.run(
+            prefill.continuation[step].expand(len(sessions), 1), prefill.length + step, attend
+        )
+        for step in range(prefill.steps)
+    ]
+    return torch.stack(steps, 1)
+
+
+def decode_freely(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
+    """Greedy tokens [B, T + 1] of each session fed with its own; the first is the prefill's."""
+    attend = _row_by_row(sessions)
+    tokens = prefill.continuation[:1].expand(len(sessions), 1)
+    for step in range(prefill.steps):
+        logits = decoder.run(tokens[:, -1:], prefill.length + step, attend)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    return tokens
+
+
+def kl_divergence(truth: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(truth) || softmax(other)) over the last dimension, in double, nats."""
+    log_p = torch.log_softmax(truth.double(), -1)
+    log_q = torch.log_softmax(other.double(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _row_by_row(sessions: Sequence[Session]) -> Attention:
+    def attend(
+        layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        rows = [
+            session.attend(layer, queries[row], keys[row], values[row])
+            for row, session in enumerate(sessions)
+        ]
+        return torch.stack(rows)
+
+    return attend
