@@ -65,9 +65,10 @@ def generate(
     parts = [read_document(prompt_file)] if prompt_file else []
     text = "\n\n".join([*parts, prompt] if prompt else parts)
     folder = model_folder(model)
+    model_config = load_config(folder)
     inputs = _tokens(load_tokenizer(folder), text, chat)
     length = int(inputs["input_ids"].shape[1])
-    check_context(load_config(folder), length, max_new_tokens)  # before the weights are read
+    check_context(model_config, length, max_new_tokens)  # before the weights are read
 
     import icecache
     from icecache.cli.streamer import TimedStreamer
