@@ -1,5 +1,9 @@
-// FaissIndex (index = "faiss"): FAISS k-means cells as pages, candidates by our sketch or by an index
-// of FAISS over the exact keys. Without FAISS in the build, making one throws Unavailable.
+// FaissIndex (index = "faiss"): FAISS in the two places where it could stand in for ours. Pages
+// come from its k-means cells of the keys, in place of bisection; with faiss_search = "flat", "ivf"
+// or "hnsw" candidates come from its inner-product search over exact keys, in place of the sketch.
+// New tokens, far field, picks and budget are TreeIndex's.
+//
+// Without FAISS in the build, making one throws Unavailable.
 #pragma once
 
 #include <memory>

@@ -27,14 +27,20 @@ std::unique_ptr<SemanticIndex> TreeIndex::fork() const {
 TreeIndex::Arrangement TreeIndex::arrange(const float* keys, std::int32_t count,
                                           const QueryMoments& queries) {
   const int rank = static_cast<int>(config().sketch_rank);
-  const int s = static_cast<int>(config().page_size);
   metric_ = QueryMetric::fit(keys, count, context().head_dim, queries, rank);
   coordinates_.resize(static_cast<std::size_t>(count) * rank);
   metric_.coordinates(keys, count, coordinates_.data());
+  return cluster(keys, coordinates_.data(), count);
+}
+
+TreeIndex::Arrangement TreeIndex::cluster(const float* keys, const float* coordinates,
+                                          std::int32_t count) {
+  (void)keys;
+  const int s = static_cast<int>(config().page_size);
   Arrangement arrangement;
   arrangement.order.resize(count);
   std::iota(arrangement.order.begin(), arrangement.order.end(), 0);
-  bisect(coordinates_.data(), rank, arrangement.order, s, node_pages());
+  bisect(coordinates, metric_.rank, arrangement.order, s, node_pages());
   for (std::int32_t begin = 0; begin < count; begin += s) {
     arrangement.nodes.push_back(begin / s / node_pages());
     arrangement.bounds.push_back(begin);

@@ -12,7 +12,7 @@
 
 namespace icecache {
 
-class TreeIndex final : public PagedIndex {
+class TreeIndex : public PagedIndex {
  public:
   explicit TreeIndex(const IndexContext& context);
   std::unique_ptr<SemanticIndex> fork() const override;
@@ -32,8 +32,11 @@ class TreeIndex final : public PagedIndex {
   void node_was_split(int node, int other) override;
   void tokens_removed(int page, int node) override;
 
- private:
   TreeIndex(const TreeIndex&) = default;
+  // Pages of tokens with keys [N, D] and, in the query metric, coordinates [N, R].
+  virtual Arrangement cluster(const float* keys, const float* coordinates, std::int32_t count);
+
+ private:
   // Coordinates [S, R] of a page's tokens; rows of empty slots are left as they are.
   void page_coordinates(int page, std::vector<float>& out) const;
   // Sets the sum of a page from its members.

@@ -1,0 +1,166 @@
+#include "index/faiss_search.h"
+
+#include <faiss/Clustering.h>
+#include <faiss/IndexFlat.h>
+#include <faiss/IndexHNSW.h>
+#include <faiss/IndexIVFFlat.h>
+#include <faiss/clone_index.h>
+#include <faiss/impl/FaissException.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "icecache/error.h"
+
+namespace icecache {
+namespace {
+
+// FAISS orders parallel sums and insertions by timing.
+class OneThread {
+ public:
+  OneThread() : before_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+template <typename Call>
+auto guarded(Call&& call) {
+  const OneThread one;
+  try {
+    return call();
+  } catch (const faiss::FaissException& error) {
+    throw Error(message("FAISS: ", error.what()));
+  }
+}
+
+constexpr int kIterations = 10;
+constexpr int kHnswNeighbours = 32;
+
+}  // namespace
+
+std::shared_ptr<faiss::Index> FaissSearch::make(const float* keys, std::int64_t count) const {
+  std::shared_ptr<faiss::Index> index;
+  if (kind_ == "ivf") {
+    const auto lists = std::max<std::int64_t>(
+        1, std::min<std::int64_t>(count, std::lround(2.0 * std::sqrt(count))));
+    auto* coarse = new faiss::IndexFlatIP(head_dim_);
+    auto ivf = std::make_shared<faiss::IndexIVFFlat>(coarse, head_dim_, lists,
+                                                     faiss::METRIC_INNER_PRODUCT);
+    ivf->own_fields = true;
+    ivf->nprobe = std::max<std::int64_t>(1, lists / 8);
+    ivf->cp.min_points_per_centroid = 1;
+    ivf->train(count, keys);
+    index = ivf;
+  } else if (kind_ == "hnsw") {
+    auto hnsw = std::make_shared<faiss::IndexHNSWFlat>(head_dim_, kHnswNeighbours,
+                                                       faiss::METRIC_INNER_PRODUCT);
+    hnsw->hnsw.efConstruction = 2 * kHnswNeighbours;
+    index = hnsw;
+  } else {
+    index = std::make_shared<faiss::IndexFlatIP>(head_dim_);
+  }
+  index->add(count, keys);
+  return index;
+}
+
+void FaissSearch::build(const float* keys, std::span<const std::int32_t> slots) {
+  const auto count = static_cast<std::int64_t>(slots.size());
+  index_ = guarded([&] { return make(keys, count); });
+  slot_of_number_.assign(slots.begin(), slots.end());
+  number_of_slot_.clear();
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] >= static_cast<std::int64_t>(number_of_slot_.size())) {
+      number_of_slot_.resize(slots[i] + 1, -1);
+    }
+    number_of_slot_[slots[i]] = static_cast<std::int32_t>(i);
+  }
+  live_ = slots.size();
+}
+
+void FaissSearch::add(const float* key, std::int32_t slot) {
+  guarded([&] {
+    if (index_.use_count() > 1) index_.reset(faiss::clone_index(index_.get()));
+    index_->add(1, key);
+  });
+  if (slot >= static_cast<std::int64_t>(number_of_slot_.size()))
+    number_of_slot_.resize(slot + 1, -1);
+  number_of_slot_[slot] = static_cast<std::int32_t>(slot_of_number_.size());
+  slot_of_number_.push_back(slot);
+  ++live_;
+}
+
+void FaissSearch::move(std::int32_t from, std::int32_t to) {
+  if (to >= static_cast<std::int64_t>(number_of_slot_.size())) number_of_slot_.resize(to + 1, -1);
+  const std::int32_t number = number_of_slot_[from];
+  number_of_slot_[from] = -1;
+  number_of_slot_[to] = number;
+  slot_of_number_[number] = to;
+}
+
+void FaissSearch::remove(std::int32_t slot) {
+  if (slot >= static_cast<std::int64_t>(number_of_slot_.size())) return;
+  const std::int32_t number = number_of_slot_[slot];
+  if (number < 0) return;
+  number_of_slot_[slot] = -1;
+  slot_of_number_[number] = -1;
+  --live_;
+}
+
+std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
+                                 std::vector<std::int32_t>& slots, float* least) const {
+  const auto all = static_cast<std::int64_t>(slot_of_number_.size());
+  // Removed keys may be among the best: room for all of them.
+  const std::int64_t wanted = std::min(all, k + all - static_cast<std::int64_t>(live_));
+  std::vector<float> products(static_cast<std::size_t>(n) * wanted);
+  std::vector<faiss::Index::idx_t> numbers(products.size());
+  guarded([&] {
+    faiss::SearchParametersHNSW wide;
+    wide.efSearch = static_cast<int>(std::max<std::int64_t>(64, wanted));
+    index_->search(n, queries, wanted, products.data(), numbers.data(),
+                   kind_ == "hnsw" ? &wide : nullptr);
+  });
+  for (int q = 0; q < n; ++q) {
+    std::int64_t found = 0;
+    least[q] = -INFINITY;
+    for (std::int64_t i = 0; i < wanted && found < k; ++i) {
+      const std::int64_t number = numbers[q * wanted + i];
+      if (number < 0 || slot_of_number_[number] < 0) continue;
+      slots.push_back(slot_of_number_[number]);
+      least[q] = products[q * wanted + i];
+      ++found;
+    }
+    if (found >= static_cast<std::int64_t>(live_)) least[q] = -INFINITY;
+  }
+  const std::int64_t compared = kind_ == "flat" ? all : kind_ == "ivf" ? all / 8 : 2 * wanted;
+  return n * compared * head_dim_ * static_cast<std::int64_t>(sizeof(float));
+}
+
+std::size_t FaissSearch::memory_bytes() const {
+  const std::size_t graph = kind_ == "hnsw" ? 2 * kHnswNeighbours * sizeof(std::int32_t) : 0;
+  return slot_of_number_.size() * (head_dim_ * sizeof(float) + graph + sizeof(std::int32_t)) +
+         number_of_slot_.capacity() * sizeof(std::int32_t);
+}
+
+std::vector<std::int32_t> faiss_cells(const float* keys, std::int64_t count, int head_dim,
+                                      std::int64_t cells, std::int64_t seed) {
+  return guarded([&] {
+    faiss::ClusteringParameters parameters;
+    parameters.niter = kIterations;
+    parameters.seed = static_cast<int>(seed) + 1;
+    parameters.min_points_per_centroid = 1;  // fewer is what FAISS warns about on stderr
+    faiss::Clustering clustering(head_dim, static_cast<int>(cells), parameters);
+    faiss::IndexFlatL2 centres(head_dim);
+    clustering.train(count, keys, centres);
+    std::vector<faiss::Index::idx_t> labels(count);
+    std::vector<float> distances(count);
+    centres.search(count, keys, 1, distances.data(), labels.data());
+    return std::vector<std::int32_t>(labels.begin(), labels.end());
+  });
+}
+
+}  // namespace icecache
