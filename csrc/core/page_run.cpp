@@ -56,27 +56,36 @@ void PageRun::swap(PageRun& other) noexcept {
   std::swap(pages_, other.pages_);
 }
 
-std::size_t PageRun::pages_for(std::int64_t n) const {
-  if (n <= 0) return 0;
+bool PageRun::writes_shared_page() const {
+  const std::int64_t used = offset_ + count_;
+  return used < static_cast<std::int64_t>(pages_.size()) * page_size_ &&
+         !pool_->unique(pages_.back().id);
+}
+
+std::size_t PageRun::fresh_pages(std::int64_t n) const {
   const std::int64_t used = offset_ + count_;
   const std::int64_t room = static_cast<std::int64_t>(pages_.size()) * page_size_ - used;
-  const bool copies = room > 0 && !pages_.empty() && !pool_->unique(pages_.back().id);
-  const std::int64_t fresh = (std::max<std::int64_t>(0, n - room) + page_size_ - 1) / page_size_;
-  return static_cast<std::size_t>(fresh) + (copies ? 1 : 0);
+  return static_cast<std::size_t>((std::max<std::int64_t>(0, n - room) + page_size_ - 1) /
+                                  page_size_);
+}
+
+std::size_t PageRun::pages_for(std::int64_t n) const {
+  return n <= 0 ? 0 : fresh_pages(n) + (writes_shared_page() ? 1 : 0);
 }
 
 void PageRun::append(const TensorView& keys, const TensorView& values, std::int64_t head,
                      std::int64_t first_row, std::int64_t n) {
   if (n <= 0) return;
+  // Asked once: a fork that is appended to at the same time may give up its share in between.
+  const bool copies = writes_shared_page();
   std::vector<PageId> fresh;
-  const std::size_t wanted = pages_for(n);
+  const std::size_t wanted = fresh_pages(n) + (copies ? 1 : 0);
   fresh.reserve(wanted);
   pages_.reserve(pages_.size() + wanted);
   pool_->allocate(wanted, owner_, fresh);
   std::size_t next = 0;
   std::int64_t slot = offset_ + count_;
-  if (slot < static_cast<std::int64_t>(pages_.size()) * page_size_ &&
-      !pool_->unique(pages_.back().id)) {
+  if (copies) {
     std::memcpy(pool_->data(fresh[next]), pool_->data(pages_.back().id), pool_->page_bytes());
     pool_->release(pages_.back().id);
     pages_.back().id = fresh[next++];

@@ -52,6 +52,10 @@ class PageRun {
     std::uint64_t epoch;
   };
   void swap(PageRun& other) noexcept;
+  // True where the next append has to copy the last page first.
+  bool writes_shared_page() const;
+  // Pages that n more tokens need beside the ones that are there.
+  std::size_t fresh_pages(std::int64_t n) const;
 
   PagePool* pool_;
   PageOwner owner_;

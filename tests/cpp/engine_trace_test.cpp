@@ -30,10 +30,12 @@ std::string setup_name(const ::testing::TestParamInfo<Setup>& info) {
   return info.param.name;
 }
 
-// 20,000 steps over all setups; ICECACHE_TRACE_STEPS overrides (sanitizer builds run fewer).
-int steps_per_setup(int setups) {
+constexpr int kSetups = 10;
+
+// 40,000 steps over all setups; ICECACHE_TRACE_STEPS overrides (sanitizer builds run fewer).
+int steps_per_setup() {
   const char* text = std::getenv("ICECACHE_TRACE_STEPS");
-  return (text != nullptr ? std::atoi(text) : 20000) / setups;
+  return (text != nullptr ? std::atoi(text) : 40000) / kSetups;
 }
 
 class Trace {
@@ -55,6 +57,7 @@ class Trace {
     config.decode_tokens = 6;
     config.far_node_tokens = 2 * setup.page_size;
     config.candidates = config.token_budget;
+    if (std::string(setup.name) == "faiss_flat") config.faiss_search = "flat";
     config.num_threads = 2;
     config.telemetry = "trace";
     config.integrity = "always";
@@ -253,8 +256,10 @@ class Trace {
 class EngineTrace : public ::testing::TestWithParam<Setup> {};
 
 TEST_P(EngineTrace, EveryAttendAgreesWithTheOracle) {
+  if (std::string(GetParam().index) == "faiss" && !build_info().faiss)
+    GTEST_SKIP() << "FAISS is not in this build";
   Trace trace(GetParam(), 20261124);
-  trace.run(steps_per_setup(8));
+  trace.run(steps_per_setup());
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -266,6 +271,8 @@ INSTANTIATE_TEST_SUITE_P(
         Setup{"tree_emulated_device", "tree", "page", "on", "emulated", 1, 4, 2, 16, 8, 40},
         Setup{"dci_page", "dci", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
         Setup{"dci_far_field", "dci", "token", "on", "cpu", 1, 8, 1, 16, 16, 50},
+        Setup{"faiss_sketch", "faiss", "token", "on", "cpu", 1, 4, 2, 16, 8, 60},
+        Setup{"faiss_flat", "faiss", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
         Setup{"positional_page", "positional", "page", "off", "cpu", 2, 2, 2, 16, 8, 40},
         Setup{"positional_far_field", "positional", "token", "on", "emulated", 1, 4, 2, 32, 32,
               14}),

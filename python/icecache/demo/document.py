@@ -13,7 +13,7 @@ from icecache.bench.prompts import pydoc_text
 from icecache.documents import read_document
 from icecache.errors import InvalidArgument
 
-_DEPTHS = (0.15, 0.5, 0.85)
+_DEPTHS = (0.3, 0.6, 0.85)
 _LEAST = 400  # tokens: below, there is nothing to select from
 _INTRO = (
     "Some facts are hidden within the following text. Make sure to memorize them. I will quiz you "
@@ -23,7 +23,7 @@ _INTRO = (
 
 @dataclass(frozen=True)
 class _Kind:
-    """A fact, the question about it and the start of the answer; {key} and {answer} are filled in."""
+    """A fact, the question about it, the start of the answer; {key} and {answer} are filled in."""
 
     fact: str
     question: str
@@ -33,12 +33,6 @@ class _Kind:
 
 # Unlike each other, so that a small model does not take one for the other.
 _KINDS = (
-    _Kind(
-        "One of the special magic numbers for {key} is: {answer}.",
-        "What is the special magic number for {key} mentioned in the provided text?",
-        "The special magic number for {key} mentioned in the provided text is",
-        ("amber-falcon", "quiet-meadow", "crimson-lantern"),
-    ),
     _Kind(
         "The telephone number of the lighthouse in {key} is: {answer}.",
         "What is the telephone number of the lighthouse in {key} mentioned in the provided text?",
@@ -50,6 +44,12 @@ _KINDS = (
         "What is the serial number of the {key} mentioned in the provided text?",
         "The serial number of the {key} mentioned in the provided text is",
         ("golden telescope", "copper violin", "marble clock"),
+    ),
+    _Kind(
+        "One of the special magic numbers for {key} is: {answer}.",
+        "What is the special magic number for {key} mentioned in the provided text?",
+        "The special magic number for {key} mentioned in the provided text is",
+        ("amber-falcon", "quiet-meadow", "crimson-lantern"),
     ),
 )
 
@@ -102,7 +102,7 @@ def make_document(tokenizer: Any, path: Path | None, tokens: int | None, seed: i
 
     ids = encode(before + _INTRO)
     needles = []
-    for kind, start, stop in zip(_KINDS, places, places[1:], strict=True):
+    for kind, start, stop in zip(_KINDS, places[:-1], places[1:], strict=True):
         ids += encode("".join(lines[start:stop]))
         key, answer = chance.choice(kind.keys), str(chance.randrange(1_000_000, 10_000_000))
         begin = len(ids)
