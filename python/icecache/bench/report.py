@@ -1,0 +1,64 @@
+"""Results of benchmarks: the JSON form that all of them share, and tables on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import icecache
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number: `name` is stable between versions, `params` say how it came about."""
+
+    name: str
+    value: float
+    unit: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and command line: what a number means nothing without."""
+    build = icecache.build_info()
+    cpu = platform.processor() or platform.machine()
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "simd": build.simd_level,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "icecache": build.version,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(path: Path, meta: dict[str, Any], results: list[Result]) -> None:
+    """{"meta": {...}, "results": [{"name", "value", "unit", "params"}]}"""
+    data = {"meta": meta, "results": [asdict(result) for result in results]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
