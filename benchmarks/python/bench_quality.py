@@ -31,17 +31,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 STEPS = 24
-_SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+_BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
+DATA = Path(os.environ.get("ICECACHE_SHARED", _BESIDE)) / "data"
 
 console = Console()
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
-    data: Annotated[Path, typer.Option(help="Folder with longbench_mini/ and text/.")] = Path(
-        os.environ.get("ICECACHE_SHARED", _SHARED)
-    )
-    / "data",
+    data: Annotated[Path, typer.Option(help="Folder with longbench_mini/ and text/.")] = DATA,
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 13,
     budgets: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,128,256",
     methods: Annotated[

@@ -52,7 +52,7 @@ def merge_states(
     return cast("tuple[torch.Tensor, torch.Tensor]", result)
 
 
-@torch.library.register_fake("icecache::paged_attention")
+@torch.library.register_fake("icecache::paged_attention")  # type: ignore[untyped-decorator]
 def _(
     queries: torch.Tensor,
     pages: torch.Tensor,
@@ -64,7 +64,7 @@ def _(
     return torch.empty_like(queries), lse
 
 
-@torch.library.register_fake("icecache::merge_states")
+@torch.library.register_fake("icecache::merge_states")  # type: ignore[untyped-decorator]
 def _(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

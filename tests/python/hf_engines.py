@@ -8,6 +8,7 @@ import icecache
 import torch
 from hf_models import Model
 from icecache.hf import IceCache
+from icecache.hf.support import CACHE
 
 
 class CountingEngine(icecache.Engine):
@@ -44,7 +45,7 @@ def new_cache(model: Model) -> IceCache:
 
 @torch.inference_mode()
 def feed(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(ids, past_key_values=cache).logits
+    logits: torch.Tensor = model(ids, **{CACHE: cache}).logits
     return logits
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import torch
+from icecache.hf.support import CACHE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -15,7 +16,7 @@ Model: TypeAlias = Any  # a PreTrainedModel; that class does not declare `genera
 VOCABULARY = 96
 PROMPT = 45
 
-logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+logging.set_verbosity_error()
 
 # In matrices this small threads only wait for each other, minutes where several tests run at once.
 torch.set_num_threads(1)
@@ -178,7 +179,7 @@ def _turns(m: Model, architecture: str, new_cache: Callable[[], Any]) -> torch.T
     for turn in range(3):
         output = m.generate(
             **history,
-            past_key_values=past,
+            **{CACHE: past},
             max_new_tokens=4,
             do_sample=False,
             eos_token_id=None,

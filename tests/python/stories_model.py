@@ -82,7 +82,7 @@ def load_model(path: Path) -> LlamaForCausalLM:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config)
     model.load_state_dict(state)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 

@@ -12,6 +12,7 @@ import torch
 from hf_engines import CountingEngine, engine, feed, new_cache
 from hf_models import Model
 from icecache.hf import IceCache
+from icecache.hf.support import CACHE
 
 
 @pytest.fixture(params=["llama", "cohere2"])
@@ -43,7 +44,7 @@ def test_crop_counts_padding_per_row() -> None:
         cache = new_cache(model)
         batch = hf_models.padded(3, side="right")
         with torch.inference_mode():
-            model(**batch, past_key_values=cache)
+            model(**batch, **{CACHE: cache})
         length = hf_models.PROMPT
         assert cache.rows.lengths == [length, length - 6, length - 12]
         cache.crop(-8)
@@ -112,7 +113,7 @@ def test_generation_continues_a_shared_prefix(model: Model) -> None:
     for seed in (1, 2):
         ids = torch.cat([prefix, hf_models.prompt(1, 7, seed=seed)], 1)
         settings = {"max_new_tokens": 6, "do_sample": False}
-        got = model.generate(ids, past_key_values=copy.deepcopy(cache), **settings)
+        got = model.generate(ids, **{CACHE: copy.deepcopy(cache)}, **settings)
         assert torch.equal(got, model.generate(ids, **settings))
     assert engine(cache).memory().sequences == 1
 
@@ -122,10 +123,8 @@ def test_a_returned_cache_continues(model: Model) -> None:
     first = model.generate(
         hf_models.prompt(), max_new_tokens=5, return_dict_in_generate=True, **settings
     )
-    assert isinstance(first.past_key_values, IceCache)
-    second = model.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **settings
-    )
+    assert isinstance(first[CACHE], IceCache)
+    second = model.generate(first.sequences, **{CACHE: first[CACHE]}, max_new_tokens=5, **settings)
     assert torch.equal(second, model.generate(hf_models.prompt(), max_new_tokens=10, **settings))
 
 
@@ -133,7 +132,7 @@ def test_rejected_drafts_are_truncated(model: Model) -> None:
     handle_cache = new_cache(model)
     model.generate(
         hf_models.prompt(),
-        past_key_values=handle_cache,
+        **{CACHE: handle_cache},
         max_new_tokens=12,
         do_sample=False,
         eos_token_id=None,

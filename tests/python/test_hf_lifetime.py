@@ -13,6 +13,7 @@ import torch
 from hf_engines import CountingEngine, FailingEngine, engine, feed, new_cache
 from hf_models import Model
 from icecache.hf import IceCache
+from icecache.hf.support import CACHE
 
 
 @pytest.fixture(params=["llama", "cohere2"])
@@ -71,7 +72,7 @@ def test_repeated_generation_leaks_nothing(model: Model) -> None:
 
 def test_a_cache_serves_again_after_reset(model: Model) -> None:
     cache = new_cache(model)
-    settings = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache}
+    settings = {"max_new_tokens": 6, "do_sample": False, CACHE: cache}
     first = model.generate(hf_models.prompt(), **settings)
     cache.reset()
     other = model.generate(**hf_models.padded(), **settings)

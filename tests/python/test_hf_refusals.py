@@ -14,6 +14,7 @@ import torch
 from hf_models import Model
 from icecache import InvalidArgument
 from icecache.hf import IceCache
+from icecache.hf.support import CACHE
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -142,11 +143,11 @@ def test_a_full_pool_refuses_one_request_only() -> None:
             1,
             hf_models.PROMPT + 2,
         )
-    cache = made(hf_models.prompt(1, 100)).past_key_values
+    cache = made(hf_models.prompt(1, 100))[CACHE]
     with pytest.raises(icecache.OutOfPages):
-        made(hf_models.prompt(1, 300), past_key_values=cache)
+        made(hf_models.prompt(1, 300), **{CACHE: cache})
     assert cache.get_seq_length() == 100
-    assert made(hf_models.prompt(1, 3), past_key_values=cache).logits.isfinite().all()
+    assert made(hf_models.prompt(1, 3), **{CACHE: cache}).logits.isfinite().all()
 
 
 def test_refuses_dense_layers_that_stay_stock() -> None:
@@ -241,24 +242,24 @@ def test_refuses_a_changed_past_mask() -> None:
     model = hf_models.build("llama")
     icecache.enable(model)
     batch = hf_models.padded()
-    cache = model(**batch).past_key_values
+    cache = model(**batch)[CACHE]
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
     mask[0, 3] = 0
     token = hf_models.prompt(3, 1)
     for wrong in (mask, None):
         with pytest.raises(InvalidArgument, match="earlier tokens differ"):
-            model(token, attention_mask=wrong, past_key_values=cache)
+            model(token, attention_mask=wrong, **{CACHE: cache})
     mask[0, 3] = 1
-    model(token, attention_mask=mask, past_key_values=cache)
+    model(token, attention_mask=mask, **{CACHE: cache})
 
 
 @torch.inference_mode()
 def test_refuses_another_batch_size() -> None:
     model = hf_models.build("llama")
     icecache.enable(model)
-    cache = model(hf_models.prompt(2)).past_key_values
+    cache = model(hf_models.prompt(2))[CACHE]
     with pytest.raises(InvalidArgument, match="holds 2 rows, got a batch of 3"):
-        model(hf_models.prompt(3, 1), past_key_values=cache)
+        model(hf_models.prompt(3, 1), **{CACHE: cache})
 
 
 @torch.inference_mode()
@@ -268,7 +269,7 @@ def test_refuses_icecache_in_stock_attention(attention: str) -> None:
     model.set_attn_implementation(attention)
     cache = IceCache(model.config, engine_class=UntouchedEngine)
     with pytest.raises(InvalidArgument, match=r"icecache\.enable\(model\)"):
-        model(hf_models.prompt(), past_key_values=cache)
+        model(hf_models.prompt(), **{CACHE: cache})
 
 
 @torch.inference_mode()
@@ -284,9 +285,9 @@ def test_refuses_other_caches(model: Model, kind: type) -> None:
     sizes = {"max_cache_len": 64} if kind is StaticCache else {}
     cache = kind(config=model.config, **sizes)
     with pytest.raises(InvalidArgument, match=f"got {kind.__name__}"):
-        model(hf_models.prompt(), past_key_values=cache)
+        model(hf_models.prompt(), **{CACHE: cache})
     with pytest.raises(InvalidArgument, match=f"got {kind.__name__}"):
-        model.generate(hf_models.prompt(), past_key_values=cache, max_new_tokens=2)
+        model.generate(hf_models.prompt(), **{CACHE: cache}, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
@@ -324,12 +325,12 @@ def test_compiles_with_graph_breaks() -> None:
 def test_refuses_nan_keys_and_stays_usable() -> None:
     model = hf_models.build("llama")
     icecache.enable(model)
-    cache = model(hf_models.prompt()).past_key_values
+    cache = model(hf_models.prompt())[CACHE]
     embeddings = torch.full((1, 1, 64), torch.nan)
     with pytest.raises(InvalidArgument, match="NaN or Inf"):
-        model(inputs_embeds=embeddings, past_key_values=cache)
+        model(inputs_embeds=embeddings, **{CACHE: cache})
     assert cache.get_seq_length() == hf_models.PROMPT
-    model(hf_models.prompt(1, 1), past_key_values=cache)
+    model(hf_models.prompt(1, 1), **{CACHE: cache})
 
 
 def test_refuses_stats_of_other_models() -> None:

@@ -10,6 +10,7 @@ import icecache
 import pytest
 import torch
 from hf_models import Model
+from icecache.hf.support import CACHE
 
 BUDGET = 64
 LENGTH = 200
@@ -59,11 +60,11 @@ def test_rows_do_not_depend_on_their_company(model: Model) -> None:
 def test_copies_continue_alike(model: Model) -> None:
     ids = hf_models.prompt(2, LENGTH)
     with torch.inference_mode():
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
         twin = copy.deepcopy(cache)
         for seed in range(NEW_TOKENS):
             token = hf_models.prompt(2, 1, seed=seed)
-            runs = [model(token, past_key_values=c).logits for c in (cache, twin)]
+            runs = [model(token, **{CACHE: c}).logits for c in (cache, twin)]
             assert torch.equal(*runs)
 
 

@@ -11,6 +11,7 @@ import torch
 from hf_engines import CountingEngine, engine, feed, new_cache
 from hf_models import Model
 from icecache.hf import IceCache
+from icecache.hf.support import CACHE
 from transformers import DynamicCache
 
 
@@ -26,8 +27,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_plain_forward_uses_icecache_and_returns_it(model: Model) -> None:
     with torch.inference_mode():
         output = model(hf_models.prompt())
-    assert isinstance(output.past_key_values, IceCache)
-    assert output.past_key_values.get_seq_length() == hf_models.PROMPT
+    assert isinstance(output[CACHE], IceCache)
+    assert output[CACHE].get_seq_length() == hf_models.PROMPT
 
 
 def test_forward_without_cache_is_stock(model: Model) -> None:
@@ -60,7 +61,7 @@ def test_disable_restores_the_model() -> None:
     assert not model._forward_pre_hooks
     icecache.disable(model)
     with torch.inference_mode():
-        assert isinstance(model(hf_models.prompt()).past_key_values, DynamicCache)
+        assert isinstance(model(hf_models.prompt())[CACHE], DynamicCache)
 
 
 def test_stats_name_the_models_layers() -> None:

@@ -10,6 +10,7 @@ import icecache
 import pytest
 import torch
 from hf_models import Model
+from icecache.hf.support import CACHE
 from transformers import DynamicCache
 
 STEPS = 25
@@ -44,9 +45,9 @@ class Pair:
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
         real = new.bool()
         outputs = [
-            model(
-                ids, attention_mask=self.mask, position_ids=positions, past_key_values=cache
-            ).logits[real]
+            model(ids, attention_mask=self.mask, position_ids=positions, **{CACHE: cache}).logits[
+                real
+            ]
             for model, cache in zip(self.models, self.caches, strict=True)
         ]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=5e-4)

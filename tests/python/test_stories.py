@@ -11,6 +11,7 @@ import pytest
 import stories_model
 import torch
 from hf_models import Model
+from icecache.hf.support import CACHE
 from transformers import DynamicCache
 
 LENGTH = 512
@@ -52,9 +53,9 @@ def greedy(model: Model, ids: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def step_by_step(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Log probabilities behind each token from PROMPT on, which come one a step: [steps, V]."""
-    logits = [model(ids[:, :PROMPT], past_key_values=cache).logits[0, -1]]
+    logits = [model(ids[:, :PROMPT], **{CACHE: cache}).logits[0, -1]]
     for token in ids[0, PROMPT:]:
-        logits.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1])
+        logits.append(model(token.view(1, 1), **{CACHE: cache}).logits[0, -1])
     return torch.stack(logits).log_softmax(-1)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -14,14 +14,9 @@ from icecache import InvalidArgument
 IMPLEMENTATION = "icecache_bench"
 
 
-class Attention(Protocol):
-    """Attention of one layer over the new tokens and whatever the callee keeps."""
-
-    def __call__(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """queries [B, Hq, T, D], keys and values [B, Hkv, T, D], post-RoPE -> [B, Hq, T, D]."""
-        ...
+# Attention of one layer over the new tokens and whatever the callee keeps: (layer, queries
+# [B, Hq, T, D], keys and values [B, Hkv, T, D], post-RoPE) -> [B, Hq, T, D].
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _dispatch(

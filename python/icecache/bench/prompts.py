@@ -108,7 +108,7 @@ def as_chat(tokenizer: Any, text: str, answer_prefix: str = "") -> torch.Tensor:
 
 
 def needle_prompt(tokenizer: Any, name: str, text: str, length: int, depth: float) -> Prompt:
-    """A RULER-style number hidden at `depth` (0 start, 1 end) of about `length` tokens of `text`."""
+    """A RULER-style number hidden at `depth` (0 to 1) of about `length` tokens of `text`."""
     chance = random.Random(name)
     key = chance.choice(["amber-falcon", "silver-harbor", "quiet-meadow", "crimson-lantern"])
     answer = str(chance.randrange(1_000_000, 10_000_000))

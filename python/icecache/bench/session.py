@@ -13,7 +13,7 @@ class Session(Protocol):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Appends one token and attends: queries [Hq, 1, D], keys, values [Hkv, 1, D] -> queries'."""
+        """Appends one token and attends; queries and result [Hq, 1, D], the rest [Hkv, 1, D]."""
         ...
 
     def fork(self) -> Session:

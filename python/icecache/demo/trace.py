@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from icecache.bench.decoder import Attention, Decoder
+from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
 from icecache.demo.run import Question
 
@@ -107,8 +107,7 @@ def _step(
             queries[layer] = query[0, :, 0]
         return session.attend(layer, query[0], key[0], value[0])[None]
 
-    run: Attention = attend
-    decoder.run(tokens[step, None, None], length + step, run)
+    decoder.run(tokens[step, None, None], length + step, attend)
 
 
 def _choose_heads(heads: list[tuple[int, int]], hits: torch.Tensor) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
     icecache.enable(model, token_budget=256)    generate and plain forward calls use IceCache
     icecache.stats(model)                       what was attended, read and held
     icecache.disable(model)                     the model's own attention again
-    IceCache(model.config, token_budget=256)    a cache of one's own, as past_key_values of an
+    IceCache(model.config, token_budget=256)    a cache of one's own, as the `cache` of an
                                                 enabled model or with attn_implementation="icecache"
 
 Served: decoder-only models on transformers' attention interface, in float32, bfloat16 or float16 on

@@ -22,7 +22,7 @@ from icecache.hf.sinks import (
     widen_tokens,
     with_sink_token,
 )
-from icecache.hf.support import check_attention, check_transformers
+from icecache.hf.support import CACHE, check_attention, check_transformers
 
 IMPLEMENTATION = "icecache"
 
@@ -89,7 +89,7 @@ def _attend(
     chunk = cache.rows.begin(engine, mask, query.shape[0])
     if layer.seen != chunk.start + chunk.length:
         raise InvalidArgument(
-            f"past_key_values: layer {layer.model_layer} holds "
+            f"{CACHE}: layer {layer.model_layer} holds "
             f"{layer.seen - query.shape[2]} tokens where {chunk.start} were expected; an earlier "
             "forward call was interrupted. Call reset() and start again"
         )

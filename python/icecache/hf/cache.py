@@ -21,10 +21,10 @@ from icecache.hf.engine_handle import EngineFactory, EngineHandle
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
-from icecache.hf.support import check_config, full_attention_layers
+from icecache.hf.support import CACHE, check_config, full_attention_layers
 
 
-class IceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class IceLayer(CacheLayerMixin):
     """A full-attention layer whose tokens live in the engine.
 
     `update` only passes the new tokens on; the attention function appends them and attends.
@@ -48,7 +48,7 @@ class IceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The cache this layer is part of."""
         cache = self._cache()
         if cache is None:
-            raise InvalidArgument("past_key_values: the IceCache of this layer is gone")
+            raise InvalidArgument(f"{CACHE}: the IceCache of this layer is gone")
         return cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -84,7 +84,9 @@ class IceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class IceCache(Cache):
-    """KV cache for `past_key_values` of a model that runs IceCache attention.
+    """KV cache of a model that runs IceCache attention, for its `cache` argument.
+
+    (`past_key_values` before transformers 5.24.)
 
     Full-attention layers share one engine; sliding, chunked and recurrent layers keep transformers'
     own. A batch row is one engine sequence without its padding. Sequences are released with the
@@ -143,14 +145,14 @@ class IceCache(Cache):
         """
         found = collect(self.handle)
         if found is None:
-            raise InvalidArgument("past_key_values: the cache was not used yet, it has no engine")
+            raise InvalidArgument(f"{CACHE}: the cache was not used yet, it has no engine")
         return found
 
     def check_usable(self) -> None:
         """Raises InvalidArgument after a failure that could not be undone."""
         if self.failed is not None:
             raise InvalidArgument(
-                f"past_key_values: an earlier forward call failed ({self.failed}) and could not be "
+                f"{CACHE}: an earlier forward call failed ({self.failed}) and could not be "
                 "undone in every layer of this cache; call reset() and start again"
             )
 
@@ -227,7 +229,7 @@ class IceCache(Cache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InvalidArgument(
-            "past_key_values: an IceCache cannot be pickled; its tokens live in the engine"
+            f"{CACHE}: an IceCache cannot be pickled; its tokens live in the engine"
         )
 
     def __copy__(self) -> IceCache:

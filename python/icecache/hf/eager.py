@@ -15,5 +15,5 @@ def outside_graphs(function: FunctionT) -> FunctionT:
     reason = "IceCache keeps tokens in an engine of its own; compile without fullgraph=True"
     return cast(
         FunctionT,
-        torch.compiler.disable(function, reason=reason),  # type: ignore[no-untyped-call]
+        torch.compiler.disable(function, reason=reason),
     )

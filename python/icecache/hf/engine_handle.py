@@ -11,6 +11,7 @@ import torch
 
 import icecache
 from icecache import InvalidArgument
+from icecache.hf.support import CACHE
 
 _HEAD_DIMS = range(8, 257, 8)  # the engine's; refused here with what to do instead
 
@@ -95,7 +96,7 @@ class EngineHandle:
                 return self._engine
             if self._engine is not None and self._engine.memory().sequences:
                 raise InvalidArgument(
-                    f"past_key_values: a full-attention layer has {shape}, but this cache holds "
+                    f"{CACHE}: a full-attention layer has {shape}, but this cache holds "
                     f"tokens of layers with {self._shape}. IceCache needs full-attention layers "
                     "that are alike; run such a model without icecache.enable"
                 )

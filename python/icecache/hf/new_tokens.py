@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from icecache import InvalidArgument
+from icecache.hf.support import CACHE
 
 if TYPE_CHECKING:
     from icecache.hf.cache import IceLayer
@@ -56,7 +57,7 @@ class NewTokens(torch.Tensor):
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise InvalidArgument(
-            "past_key_values: an IceCache reached attention that is not IceCache's "
+            f"{CACHE}: an IceCache reached attention that is not IceCache's "
             f"({name} was called on its keys or values). Call icecache.enable(model) first, or "
             'load the model with attn_implementation="icecache"; for stock attention pass a '
             "DynamicCache"

@@ -11,6 +11,7 @@ import torch
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask
+from icecache.hf.support import CACHE
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Rows:
             return chunk  # the model built its mask twice in this forward call
         if mask.q_offset != self.seen:
             raise InvalidArgument(
-                f"past_key_values: layers of this cache disagree ({self.seen} and {mask.q_offset} "
+                f"{CACHE}: layers of this cache disagree ({self.seen} and {mask.q_offset} "
                 "tokens); an earlier forward call was interrupted. Call reset() and start again"
             )
         real = self._real_columns(mask, batch_size)

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from icecache import InvalidArgument, Unavailable
 from icecache.hf.mask import LazyMask
+
+# What transformers calls a model's cache, as an argument and as an output: since 5.24 `cache`, with
+# the former name accepted as well.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAMES = tuple(dict.fromkeys((CACHE, "past_key_values")))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Layers that keep transformers' own cache: their memory does not grow with the context.

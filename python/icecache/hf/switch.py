@@ -19,6 +19,8 @@ from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.support import (
+    CACHE,
+    CACHE_NAMES,
     check_forward,
     check_generation,
     check_model,
@@ -133,12 +135,13 @@ def _before_forward(
     changed: dict[str, Any] = {}
     if _is_text_alone(model, arguments.get("token_type_ids")):
         changed["token_type_ids"] = None
-    cache = arguments.get("past_key_values")
+    name = next((name for name in CACHE_NAMES if arguments.get(name) is not None), CACHE)
+    cache = arguments.get(name)
     if cache is None:
         use_cache = arguments.get("use_cache")
         text_config = model.config.get_text_config(decoder=True)
         if getattr(text_config, "use_cache", True) if use_cache is None else use_cache:
-            changed["past_key_values"] = IceCache(model.config, handle=handle)
+            changed[CACHE] = IceCache(model.config, handle=handle)
     else:
         _check_cache(cache)
     if not changed:
@@ -174,7 +177,7 @@ def _prepare_cache(
         raise InvalidArgument("model: it is gone")
     check_generation(generation_config)
     check_forward(model, {})
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is not None:
         _check_cache(cache)
         cache._is_user_defined = True
@@ -182,7 +185,7 @@ def _prepare_cache(
         cache = IceCache(model.config, handle=handle)
         if generation_config.is_assistant:
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
 
 def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> NoReturn:
@@ -195,7 +198,7 @@ def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> NoRetur
 def _check_cache(cache: Any) -> None:
     if not isinstance(cache, IceCache):
         raise InvalidArgument(
-            f"past_key_values: expected an IceCache or none on an enabled model, got "
+            f"{CACHE}: expected an IceCache or none on an enabled model, got "
             f"{type(cache).__name__}; leave it out, or call icecache.disable(model)"
         )
 
