@@ -87,8 +87,8 @@ class DciReference:
         members: list[list[int]] = [[] for _ in cells]
         for i, key in enumerate(keys):
             own = i % self.every == 0
-            cell = i // self.every if own else cells.index(self._nearest(cells, key))
-            members[cell].append(i)
+            place = i // self.every if own else cells.index(self._nearest(cells, key))
+            members[place].append(i)
         for cell, tokens in zip(cells, members, strict=True):
             tokens.sort(key=self._projection)
             for begin in range(0, len(tokens), self.page_size):
