@@ -106,17 +106,19 @@ void bind_telemetry(py::module_& module) {
   py::class_<BuildInfo>(module, "BuildInfo", "Versions and what was built in.")
       .def_readonly("version", &BuildInfo::version)
       .def_readonly("compiler", &BuildInfo::compiler)
-      .def_readonly("simd_level", &BuildInfo::simd_level, "kernels in use on this CPU")
       .def_readonly("cuda", &BuildInfo::cuda)
       .def_readonly("cuda_version", &BuildInfo::cuda_version)
       .def_readonly("faiss", &BuildInfo::faiss)
       .def_readonly("faiss_version", &BuildInfo::faiss_version)
       .def_readonly("debug", &BuildInfo::debug)
       .def("__repr__", [](const py::object& self) {
-        return describe(self, "version", "compiler", "simd_level", "cuda", "cuda_version", "faiss",
+        return describe(self, "version", "compiler", "cuda", "cuda_version", "faiss",
                         "faiss_version", "debug");
       });
   module.def("build_info", &build_info, "Versions and what was built in.");
+  module.def("simd_level", &simd_level,
+             "Kernels in use: avx512, avx2 or scalar. Raises InvalidArgument where ICECACHE_SIMD "
+             "asks for what is not there.");
 }
 
 }  // namespace icecache::bindings

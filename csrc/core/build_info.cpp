@@ -25,7 +25,6 @@ BuildInfo build_info() {
 #else
   info.compiler = "unknown";
 #endif
-  info.simd_level = std::string(simd::kernels().name);
   const CudaInfo cuda = cuda_info();
   info.cuda = cuda.built;
   info.cuda_version = cuda.runtime_version;
@@ -38,6 +37,10 @@ BuildInfo build_info() {
   info.debug = true;
 #endif
   return info;
+}
+
+std::string simd_level() {
+  return std::string(simd::kernels().name);
 }
 
 }  // namespace icecache

@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;  // positions are 32-bit
 constexpr std::int64_t kMaxThreads = 1024;
+constexpr std::int64_t kMaxNodePages = 8;  // past that a summary is of tokens that are not alike
 
 // The first derived number of candidates: enough for the sketch's errors at small budgets, and past
 // 320 exact scores cost more than they find (design: 128 to 320).
@@ -146,10 +147,12 @@ void resolve_index(Config& config, const CacheShape& shape) {
                 picked, ", got ", config.candidates));
   }
 
-  require("far_node_tokens", config.far_node_tokens, 1, kMaxTokens);
-  if (config.far_node_tokens % config.page_size != 0) {
-    throw InvalidArgument(message("far_node_tokens must be a multiple of page_size (",
-                                  config.page_size, "), got ", config.far_node_tokens));
+  if (config.far_node_tokens < config.page_size ||
+      config.far_node_tokens > kMaxNodePages * config.page_size ||
+      config.far_node_tokens % config.page_size != 0) {
+    throw InvalidArgument(message("far_node_tokens must be a multiple of page_size from ",
+                                  config.page_size, " to ", kMaxNodePages * config.page_size,
+                                  ", got ", config.far_node_tokens));
   }
   require_share("dci_promotion", config.dci_promotion);
   require_share("dci_upper_promotion", config.dci_upper_promotion);

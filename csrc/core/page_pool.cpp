@@ -61,7 +61,7 @@ PagePool::PagePool(const Options& options) : options_(options) {
                                   options_.page_bytes, " bytes, got ", options_.capacity_bytes));
   }
   if (options_.pinned && cuda_info().devices == 0) {
-    throw Unavailable(message("page-locked memory needs a CUDA device: ", cuda_info().message));
+    throw Unavailable(message("device=cuda needs page-locked memory: ", cuda_info().message));
   }
   if (kDebug) options_.poison_freed = true;
   capacity_pages_ = std::min<std::size_t>(options_.capacity_bytes / options_.page_bytes, kNoPage);

@@ -4,26 +4,11 @@
 #include <cmath>
 #include <numeric>
 
+#include "index/log_sum.h"
 #include "index/paged_index.h"
 #include "simd/kernels.h"
 
 namespace icecache {
-namespace {
-
-float log_add(float a, float b) {
-  const float high = std::max(a, b);
-  if (high == -INFINITY) return high;
-  return high + std::log(std::exp(a - high) + std::exp(b - high));
-}
-
-float log_sum(const float* x, std::int64_t n) {
-  float max, sum;
-  simd::kernels().softmax_stats(x, n, &max, &sum);
-  return sum > 0.0f ? max + std::log(sum) : -INFINITY;
-}
-
-}  // namespace
-
 // Candidates are ranked by attention mass, normalised per head over sink, window and candidates and
 // summed over the group. A page is worth its best member. With mass_target the ranking is followed
 // past the budget until every head's estimated share is reached.

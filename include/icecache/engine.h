@@ -106,11 +106,14 @@ class Engine {
   std::unique_ptr<Impl> impl_;
 };
 
-// Versions, SIMD level, what was built in; for `icecache doctor`.
+// Versions and what was built in.
 struct BuildInfo {
-  std::string version, compiler, simd_level, cuda_version, faiss_version;
+  std::string version, compiler, cuda_version, faiss_version;
   bool cuda = false, faiss = false, debug = false;
 };
 BuildInfo build_info();
+// The kernels in use: "avx512", "avx2" or "scalar". Throws InvalidArgument where ICECACHE_SIMD asks
+// for what this CPU or build does not have.
+std::string simd_level();
 
 }  // namespace icecache

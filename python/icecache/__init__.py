@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from icecache.errors import Error, IntegrityError, InvalidArgument, OutOfPages, Unavailable
 
 try:
-    from icecache._core import BuildInfo, HeadStats, MemoryStats, StepTrace, build_info
+    from icecache._core import BuildInfo, HeadStats, MemoryStats, StepTrace, build_info, simd_level
 except ImportError as error:
     raise ImportError(
         f"icecache's C++ extension is missing or does not load ({error}). In a checkout: "
@@ -65,6 +65,7 @@ __all__ = [
     "enable",
     "models",
     "ops",
+    "simd_level",
     "stats",
 ]
 

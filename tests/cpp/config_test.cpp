@@ -260,8 +260,13 @@ TEST(ConfigResolved, RefusesNegativeCounts) {
   }
 }
 
-TEST(ConfigResolved, RefusesFarNodesThatSplitPages) {
-  EXPECT_MENTIONS(refusal(with("far_node_tokens", "40")), "multiple of page_size (16), got 40");
+TEST(ConfigResolved, RefusesFarNodesThatAreNotOneToEightPages) {
+  for (const char* tokens : {"0", "8", "40", "144"}) {
+    EXPECT_MENTIONS(refusal(with("far_node_tokens", tokens)),
+                    std::string("far_node_tokens must be a multiple of page_size from 16 to 128, "
+                                "got ") +
+                        tokens);
+  }
 }
 
 TEST(ConfigResolved, RefusesMaximumBelowBudget) {

@@ -156,6 +156,18 @@ def parts(result: Result) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.usefixtures("empty_cache")
+def test_a_wrong_simd_level_is_found_by_doctor_and_refused_by_engines() -> None:
+    environment = {**os.environ, "ICECACHE_SIMD": "sse9"}
+    command = [sys.executable, "-m", "icecache", "doctor", "--json"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    simd = {one["part"]: one for one in json.loads(found.stdout)["findings"]}["SIMD"]
+    assert simd["state"] == "broken"
+    assert simd["found"] == 'ICECACHE_SIMD must be scalar, avx2 or avx512, got "sse9"'
+    assert simd["advice"] == "unset ICECACHE_SIMD"
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0
@@ -169,7 +181,7 @@ def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
         "found": metadata.version("torch"),
         "advice": "",
     }
-    assert build.simd_level in found["SIMD"]["found"]
+    assert icecache.simd_level() in found["SIMD"]["found"]
     assert (found["CUDA kernels"]["state"] == "ok") == build.cuda
     assert (found["FAISS"]["state"] == "ok") == build.faiss
     assert build.faiss or "libfaiss-dev" in found["FAISS"]["advice"]
@@ -187,7 +199,7 @@ def test_doctor_prints_a_table() -> None:
 
 @pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
-    ("version", "expected"), [(None, "not installed"), ("4.57.1", "4.57.1 is older than 5.0")]
+    ("version", "expected"), [(None, "not installed"), ("4.57.1", "4.57.1 is older than 5.23")]
 )
 def test_doctor_fails_where_something_needed_is_missing(
     monkeypatch: pytest.MonkeyPatch, version: str | None, expected: str
@@ -209,7 +221,7 @@ def test_doctor_fails_where_something_needed_is_missing(
         "part": "transformers",
         "state": "broken",
         "found": expected,
-        "advice": "pip install 'transformers>=5.0'",
+        "advice": "pip install 'transformers>=5.23'",
     }
 
 

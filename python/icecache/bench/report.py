@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 import icecache
+from icecache.machine import cpu_name, usable_cores
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,17 @@ class Result:
 def machine() -> dict[str, Any]:
     """Hardware, versions and command line: what a number means nothing without."""
     build = icecache.build_info()
-    cpu = platform.processor() or platform.machine()
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
     return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
-        "simd": build.simd_level,
+        "simd": icecache.simd_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "icecache": build.version,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name for word in sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -55,10 +50,3 @@ def write_json(path: Path, meta: dict[str, Any], results: list[Result]) -> None:
     data = {"meta": meta, "results": [asdict(result) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -105,11 +105,11 @@ def _machine() -> str:
     import torch
 
     import icecache
-    from icecache.cli.findings import cpu_name
+    from icecache.machine import cpu_name
 
     build = icecache.build_info()
     return (
-        f"{cpu_name()}, {torch.get_num_threads()} threads, {build.simd_level} kernels; "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, {icecache.simd_level()} kernels; "
         f"icecache {build.version}, torch {torch.__version__}, Python {platform.python_version()}. "
         "Tokens per second are of one sequence, the whole model, after the prefill; they are not "
         "comparable between machines. Keys and values are float32. Attention mass is the share "

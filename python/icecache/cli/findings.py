@@ -8,10 +8,10 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import icecache
 from icecache.errors import Error
+from icecache.machine import cpu_name, usable_cores
 
 OK = "ok"
 ABSENT = "absent"  # an optional part is not there
@@ -35,11 +35,11 @@ def findings() -> Iterator[Finding]:
     yield Finding("icecache", OK, f"{build.version} ({build.compiler}{debug})")
     yield Finding("Python", OK, f"{platform.python_version()} on {platform.platform()}")
     yield _package("torch", "2.11")
-    yield _package("transformers", "5.0")
+    yield _package("transformers", "5.23")
     yield _package("gguf", "0.10")
     yield _operators()
-    yield Finding("CPU", OK, f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores usable")
-    yield _simd(build.simd_level)
+    yield Finding("CPU", OK, f"{cpu_name()}, {usable_cores()} cores usable")
+    yield _simd()
     yield _memory()
     yield _cuda_kernels(build)
     yield _cuda_devices()
@@ -81,18 +81,11 @@ def _operators() -> Finding:
     return Finding("torch operators", OK, "torch.ops.icecache")
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+def _simd() -> Finding:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.machine()
-
-
-def _simd(level: str) -> Finding:
+        level = icecache.simd_level()
+    except Error as error:
+        return Finding("SIMD", BROKEN, str(error), "unset ICECACHE_SIMD")
     forced = os.environ.get("ICECACHE_SIMD")
     text = f"{level} kernels" + (" (ICECACHE_SIMD)" if forced else "")
     if level != "scalar":
