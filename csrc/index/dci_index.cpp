@@ -128,8 +128,7 @@ void DciIndex::find(const SelectRequest& request, Candidates& candidates) const 
   thread_local Scan found;
   thread_local std::vector<std::pair<float, std::int32_t>> own;  // logit, slot id
   thread_local std::vector<float> rest;
-  const std::int64_t wanted =
-      std::max<std::int64_t>({config().candidates, request.budget, request.max_budget});
+  const std::int64_t wanted = wanted_candidates(request);
   const int s = table().page_size(), group = request.group;
   scan(request, wanted, found);
   candidates.bytes = found.bytes;

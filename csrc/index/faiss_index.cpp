@@ -111,12 +111,10 @@ FaissIndex::Arrangement FaissIndex::cluster(const float* keys, const float* coor
 
 void FaissIndex::find(const SelectRequest& request, Candidates& candidates) const {
   if (!search_) return TreeIndex::find(request, candidates);
-  const std::int64_t wanted =
-      std::max(config().candidates, static_cast<std::int64_t>(request.max_budget));
   // Each head of the group looks for its own; together they may find up to G times as many.
   float least[kMaxGroup];
-  candidates.bytes =
-      search_->search(request.queries, request.group, wanted, candidates.slots, least);
+  candidates.bytes = search_->search(request.queries, request.group, wanted_candidates(request),
+                                     candidates.slots, least);
   std::sort(candidates.slots.begin(), candidates.slots.end());
   candidates.slots.erase(std::unique(candidates.slots.begin(), candidates.slots.end()),
                          candidates.slots.end());

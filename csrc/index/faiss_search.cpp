@@ -52,7 +52,6 @@ std::shared_ptr<faiss::Index> FaissSearch::make(const float* keys, std::int64_t 
     auto ivf = std::make_shared<faiss::IndexIVFFlat>(coarse, head_dim_, lists,
                                                      faiss::METRIC_INNER_PRODUCT);
     ivf->own_fields = true;
-    ivf->nprobe = std::max<std::int64_t>(1, lists / 8);
     ivf->cp.min_points_per_centroid = 1;
     ivf->train(count, keys);
     index = ivf;
@@ -118,11 +117,31 @@ std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
   const std::int64_t wanted = std::min(all, k + all - static_cast<std::int64_t>(live_));
   std::vector<float> products(static_cast<std::size_t>(n) * wanted);
   std::vector<faiss::Index::idx_t> numbers(products.size());
+  const auto run = [&](const faiss::SearchParameters* parameters) {
+    index_->search(n, queries, wanted, products.data(), numbers.data(), parameters);
+  };
+  std::int64_t compared = all;
   guarded([&] {
-    faiss::SearchParametersHNSW wide;
-    wide.efSearch = static_cast<int>(std::max<std::int64_t>(64, wanted));
-    index_->search(n, queries, wanted, products.data(), numbers.data(),
-                   kind_ == "hnsw" ? &wide : nullptr);
+    if (kind_ == "flat") {
+      run(nullptr);
+    } else if (kind_ == "hnsw") {
+      faiss::SearchParametersHNSW wide;
+      wide.efSearch = static_cast<int>(std::max<std::int64_t>(64, wanted));
+      run(&wide);
+      compared = 2 * wanted;
+    } else {
+      // An eighth of the lists; more where those hold too few keys.
+      const std::size_t lists = static_cast<const faiss::IndexIVF&>(*index_).nlist;
+      faiss::SearchParametersIVF probes;
+      probes.nprobe = std::max<std::size_t>(1, lists / 8);
+      run(&probes);
+      while (probes.nprobe < lists &&
+             std::find(numbers.begin(), numbers.end(), -1) != numbers.end()) {
+        probes.nprobe = std::min(lists, 2 * probes.nprobe);
+        run(&probes);
+      }
+      compared = all * static_cast<std::int64_t>(probes.nprobe) / static_cast<std::int64_t>(lists);
+    }
   });
   for (int q = 0; q < n; ++q) {
     std::int64_t found = 0;
@@ -136,7 +155,6 @@ std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
     }
     if (found >= static_cast<std::int64_t>(live_)) least[q] = -INFINITY;
   }
-  const std::int64_t compared = kind_ == "flat" ? all : kind_ == "ivf" ? all / 8 : 2 * wanted;
   return n * compared * head_dim_ * static_cast<std::int64_t>(sizeof(float));
 }
 

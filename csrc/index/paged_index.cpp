@@ -162,13 +162,23 @@ std::int64_t PagedIndex::exact_logits(const SelectRequest& request,
   return static_cast<std::int64_t>(slots.size() * table_.head_dim() * size_of(table_.dtype()));
 }
 
+std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {
+  return std::max<std::int64_t>(config().candidates, request.max_budget);
+}
+
 void PagedIndex::select(const SelectRequest& request, Selection& selection) const {
   thread_local Candidates candidates;
   thread_local std::vector<float> logits;
   candidates.slots.clear();
   candidates.rest_lse.assign(request.group, -INFINITY);
   candidates.bytes = 0;
-  find(request, candidates);
+  if (size() <= wanted_candidates(request)) {
+    for (std::size_t i = 0; i < table_.positions().size(); ++i) {
+      if (table_.positions()[i] >= 0) candidates.slots.push_back(static_cast<std::int32_t>(i));
+    }
+  } else {
+    find(request, candidates);
+  }
   const std::size_t count = candidates.slots.size();
   logits.resize(count * request.group);
   candidates.bytes +=

@@ -55,6 +55,7 @@ class PagedIndex : public SemanticIndex {
                               const QueryMoments& queries) = 0;
   // Called once, when page p of the arrangement is local page p.
   virtual void built(const float* keys, const Arrangement& arrangement) = 0;
+  // Called where there are more tokens than wanted_candidates(); finds about that many.
   virtual void find(const SelectRequest& request, Candidates& candidates) const = 0;
 
   // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
@@ -78,6 +79,8 @@ class PagedIndex : public SemanticIndex {
   int node_of(int page) const { return node_of_page_[page]; }
   int node_count() const { return static_cast<int>(pages_of_node_.size()); }
   const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
+  // Tokens that get an exact score; at least what may be picked.
+  std::int64_t wanted_candidates(const SelectRequest& request) const;
   // Pages per far-field node as built.
   int node_pages() const;
 

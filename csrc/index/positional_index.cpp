@@ -114,8 +114,7 @@ void PositionalIndex::find(const SelectRequest& request, Candidates& candidates)
   thread_local Ranking ranking;
   rank(request, ranking);
   candidates.bytes = ranking.bytes;
-  const std::int64_t wanted =
-      std::max<std::int64_t>({config().candidates, request.budget, request.max_budget});
+  const std::int64_t wanted = wanted_candidates(request);
   const int s = table().page_size(), pages = table().page_count();
   std::int64_t found = 0;
   for (std::int32_t page : ranking.pages) {

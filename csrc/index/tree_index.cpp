@@ -69,14 +69,6 @@ void TreeIndex::built(const float* keys, const Arrangement& arrangement) {
 void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const {
   const int pages = table().page_count(), s = table().page_size(), group = request.group;
   const std::int64_t slots = static_cast<std::int64_t>(pages) * s;
-  const std::int64_t wanted =
-      std::max(config().candidates, static_cast<std::int64_t>(request.max_budget));
-  if (size() <= wanted) {
-    for (std::int32_t i = 0; i < slots; ++i) {
-      if (table().positions()[i] >= 0) candidates.slots.push_back(i);
-    }
-    return;
-  }
   thread_local std::vector<float> scores, mass;
   scores.resize(static_cast<std::size_t>(group) * slots);
   candidates.bytes = sketch_.scan(metric_, request.queries, group, pages, scores.data(), slots);
@@ -97,7 +89,7 @@ void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const
         high + std::log(std::exp(index_lse - high) + std::exp(request.near_lse[g] - high));
     simd::kernels().add_exp(scores.data() + g * slots, total, mass.data(), slots);
   }
-  top_k(mass.data(), slots, wanted, candidates.slots);
+  top_k(mass.data(), slots, wanted_candidates(request), candidates.slots);
   for (int g = 0; g < group; ++g) {
     double rest = sum[g];
     for (std::int32_t i : candidates.slots) rest -= std::exp(scores[g * slots + i] - max[g]);

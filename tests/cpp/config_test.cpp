@@ -9,6 +9,7 @@
 #include "core/config_values.h"
 #include "core/machine.h"
 #include "icecache/error.h"
+#include "refusal.h"
 
 namespace icecache {
 namespace {
@@ -23,12 +24,7 @@ CacheShape smollm2() {
 }
 
 std::string refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "";
+  return testing::refusal<InvalidArgument>(call);
 }
 std::string refusal(const Config& config, const CacheShape& shape = smollm2()) {
   return refusal([&] { config.resolved(shape); });
@@ -38,9 +34,6 @@ Config with(std::string_view name, std::string_view value) {
   config.set(name, value);
   return config;
 }
-
-#define EXPECT_MENTIONS(text, part) \
-  EXPECT_NE(std::string(text).find(part), std::string::npos) << "message: \"" << (text) << '"'
 
 // ---- Fields by name
 

@@ -10,11 +10,13 @@
 #include <thread>
 #include <vector>
 
-#include "core/checksum.h"
 #include "icecache/error.h"
+#include "refusal.h"
 
 namespace icecache {
 namespace {
+
+using testing::refusal;
 
 constexpr std::size_t kPageBytes = 2 * 8 * 16 * 4;  // [2][S = 8][D = 16] fp32
 constexpr PageOwner kOwner{7, 3, 1};
@@ -31,19 +33,6 @@ PagePool::Options options_for(std::size_t pages, Integrity integrity = Integrity
 void fill(PagePool& pool, PageId page, int value) {
   std::memset(pool.data(page), value, pool.page_bytes());
 }
-
-template <typename Exception, typename Call>
-std::string refusal(const Call& call) {
-  try {
-    call();
-  } catch (const Exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-#define EXPECT_MENTIONS(text, part) \
-  EXPECT_NE(std::string(text).find(part), std::string::npos) << "message: \"" << (text) << '"'
 
 // ---- Capacity
 
@@ -422,34 +411,6 @@ TEST(PagePool, TheLastOfManyReleasesFreesThePageOnce) {
     ASSERT_EQ(pool.used_pages(), 0u);
   }
   pool.check_integrity();
-}
-
-// ---- Checksum
-
-TEST(Checksum, DependsOnEveryByteTheOrderAndTheLength) {
-  std::vector<std::byte> bytes(333);
-  std::mt19937 random(3);
-  for (std::byte& b : bytes) b = std::byte(random() & 0xff);
-  std::set<std::uint64_t> sums{checksum(bytes.data(), bytes.size())};
-  for (std::size_t i = 0; i < bytes.size(); ++i) {
-    bytes[i] ^= std::byte{0x80};
-    sums.insert(checksum(bytes.data(), bytes.size()));
-    bytes[i] ^= std::byte{0x80};
-  }
-  EXPECT_EQ(sums.size(), bytes.size() + 1);
-  std::swap_ranges(bytes.begin(), bytes.begin() + 64, bytes.begin() + 64);
-  EXPECT_TRUE(sums.insert(checksum(bytes.data(), bytes.size())).second) << "blocks exchanged";
-
-  const std::vector<std::byte> zeros(200);
-  sums.clear();
-  for (std::size_t n = 0; n <= zeros.size(); ++n) sums.insert(checksum(zeros.data(), n));
-  EXPECT_EQ(sums.size(), zeros.size() + 1);
-  EXPECT_FALSE(sums.contains(0));
-}
-
-TEST(Checksum, DoesNotDependOnAlignment) {
-  std::vector<std::byte> bytes(1000, std::byte{0x5a});
-  EXPECT_EQ(checksum(bytes.data(), 900), checksum(bytes.data() + 3, 900));
 }
 
 }  // namespace
