@@ -235,7 +235,8 @@ void PageTable::check_integrity() const {
       throw IntegrityError(message("page ", p, " has slot mask ", page.mask));
     for (int s = 0; s < page_size_; ++s) {
       const std::int32_t position = positions_[p * page_size_ + s];
-      if ((position >= 0) != ((page.mask >> s & 1u) != 0))
+      // Not `mask >> s & 1`: GCC 12's undefined-behaviour sanitizer compares that wrongly.
+      if ((position >= 0) != ((page.mask & (1u << s)) != 0))
         throw IntegrityError(message("page ", p, " slot ", s, " has position ", position));
       if (position >= 0) seen.push_back(position);
     }

@@ -1,0 +1,221 @@
+"""icecache.Engine over torch tensors, against the plain torch oracle."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from icecache import Engine, InvalidArgument, OutOfPages
+from icecache.reference import ReferenceEngine
+
+LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 32
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def shape(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {
+        "num_layers": LAYERS,
+        "num_q_heads": Q_HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": DIM,
+        "dtype": dtype,
+    }
+
+
+def tokens(count: int, heads: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[1, heads, count, D]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, heads, count, DIM, generator=generator).to(dtype)
+
+
+def feed(engine: Any, sequences: list[int], count: int, seed: int, dtype: torch.dtype) -> None:
+    for layer in range(LAYERS):
+        keys = tokens(count, KV_HEADS, seed + layer, dtype).expand(len(sequences), -1, -1, -1)
+        values = tokens(count, KV_HEADS, seed + 50 + layer, dtype).expand_as(keys)
+        engine.append(sequences, layer, keys, values)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_agrees_with_the_reference_within_the_budget_and_in_exact_mode(dtype: torch.dtype) -> None:
+    reference = ReferenceEngine(**shape(dtype))
+    engines = [Engine(**shape(dtype), token_budget=512), Engine(**shape(dtype), exact=True)]
+    everyone: list[Any] = [reference, *engines]
+    for engine in everyone:
+        for _ in range(2):
+            engine.new_sequence()
+        feed(engine, [0, 1], 200, 1, dtype)
+        feed(engine, [1], 3, 2, dtype)
+    for layer in range(LAYERS):
+        queries = [tokens(200, Q_HEADS, 7, dtype)[0], tokens(3, Q_HEADS, 8, dtype)[0]]
+        expected = reference.attend([0, 1], layer, queries)
+        for engine in everyone[1:]:
+            for got, want in zip(engine.attend([0, 1], layer, queries), expected, strict=True):
+                assert got.dtype == dtype
+                torch.testing.assert_close(
+                    got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+                )
+
+
+def test_a_batch_tensor_and_a_list_give_the_same() -> None:
+    engine = Engine(**shape(), token_budget=64)
+    pair = [engine.new_sequence(), engine.new_sequence()]
+    feed(engine, pair, 300, 1, torch.float32)
+    queries = tokens(1, Q_HEADS, 3).repeat(2, 1, 1, 1)
+    engine.attend(pair, 0, queries)  # starts the indexes
+    whole = engine.attend(pair, 0, queries)
+    assert whole.shape == (2, Q_HEADS, 1, DIM)
+    parts = engine.attend(pair, 0, list(queries))
+    assert torch.equal(torch.stack(parts), whole)
+    assert torch.equal(whole[0], whole[1])
+
+
+def test_tensors_may_be_views_of_any_stride() -> None:
+    engine, twin = Engine(**shape()), Engine(**shape())
+    keys, values = tokens(40, KV_HEADS, 1), tokens(40, KV_HEADS, 2)
+    queries = tokens(40, Q_HEADS, 3)
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    a, b = engine.new_sequence(), twin.new_sequence()
+    engine.append([a], 0, keys, values)
+    twin.append([b], 0, strided(keys), values.repeat_interleave(2, -1)[..., ::2])
+    assert torch.equal(engine.attend([a], 0, queries), twin.attend([b], 0, strided(queries)))
+    assert torch.equal(engine.gather(a, 0)[1], values[0])
+
+
+def test_fork_truncate_release_and_length() -> None:
+    engine = Engine(**shape(), token_budget=64)
+    first = engine.new_sequence()
+    feed(engine, [first], 300, 1, torch.float32)
+    second = engine.fork(first)
+    engine.truncate(second, 120)
+    assert (engine.length(first), engine.length(second, 1)) == (300, 120)
+    keys, _ = engine.gather(first, 0)
+    assert torch.equal(engine.gather(second, 0)[0], keys[:, :120])
+    assert engine.memory().sequences == 2
+    engine.release(first)
+    assert torch.equal(engine.gather(second, 0)[0], keys[:, :120])
+    engine.release(second)
+    assert engine.memory().pool_bytes == 0
+    with pytest.raises(InvalidArgument, match=f"sequence must be .* got {first}"):
+        engine.length(first)
+
+
+def test_stats_trace_and_memory_tell_what_was_done() -> None:
+    engine = Engine(**shape(), token_budget=64, telemetry="trace")
+    sequence = engine.new_sequence()
+    feed(engine, [sequence], 400, 1, torch.float32)
+    engine.observe([sequence], 0, tokens(8, Q_HEADS, 5))
+    feed(engine, [sequence], 1, 3, torch.float32)
+    engine.attend([sequence], 0, tokens(1, Q_HEADS, 6))
+    stats = engine.stats(0, 1)
+    assert stats.steps == 1
+    assert 0 < stats.worst_mass <= stats.mass <= 1
+    assert stats.bytes_read > 0
+    trace = engine.trace(sequence, 0, 1)
+    assert trace.sink == list(range(16))
+    assert trace.window == list(range(385, 401))
+    assert len(trace.sink) + len(trace.window) + len(trace.selected) == 64
+    held = sorted(position for page in trace.pages for position in page.positions)
+    assert held == list(range(16, 385))
+    assert engine.memory().index_bytes > 0
+    engine.reset_stats()
+    assert engine.stats(0, 1).steps == 0
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_nan_and_inf_are_refused_and_nothing_is_lost(bad: float, which: str) -> None:
+    engine = Engine(**shape())
+    healthy, sick = engine.new_sequence(), engine.new_sequence()
+    feed(engine, [healthy, sick], 50, 1, torch.float32)
+    given = {"keys": tokens(4, KV_HEADS, 2), "values": tokens(4, KV_HEADS, 3)}
+    given[which][0, 1, 2, 5] = bad
+    with pytest.raises(InvalidArgument, match=which):
+        engine.append([sick], 0, given["keys"], given["values"])
+    assert engine.length(sick) == engine.length(healthy) == 50
+    queries = tokens(1, Q_HEADS, 4).repeat(2, 1, 1, 1)
+    assert engine.attend([healthy, sick], 0, queries).isfinite().all()
+
+
+def test_a_sequence_grown_past_the_pool_is_refused_and_the_others_go_on() -> None:
+    engine = Engine(**shape(), token_budget=64, host_memory="700K")
+    small, large = engine.new_sequence(), engine.new_sequence()
+    feed(engine, [small], 100, 1, torch.float32)
+    with pytest.raises(OutOfPages, match="host_memory"):
+        for step in range(100):
+            feed(engine, [large], 64, step, torch.float32)
+    engine.synchronize()
+    assert engine.attend([small], 0, tokens(1, Q_HEADS, 9)).isfinite().all()
+    engine.release(large)
+    feed(engine, [small], 100, 2, torch.float32)
+    assert engine.length(small) == 200
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, s: e.attend([99], 0, tokens(1, Q_HEADS, 1)), "99"),
+        (lambda e, s: e.attend([s], 5, tokens(1, Q_HEADS, 1)), "layer.*5"),
+        (lambda e, s: e.attend([s, s], 0, tokens(1, Q_HEADS, 1)), "2"),
+        (lambda e, s: e.attend([s], 0, tokens(1, 4, 1)), "4"),
+        (lambda e, s: e.attend([s], 0, tokens(99, Q_HEADS, 1)), "99"),
+        (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1)[..., :16]), "16"),
+        (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1).double()), "queries.*float64"),
+        (lambda e, s: e.attend([s], 0, torch.ones(3)), r"queries must be \[B, H, T, D\].*\[3\]"),
+        (lambda e, s: e.attend([s], 0, ["x"]), r"queries\[0\] must be a tensor .*, got str"),
+        (lambda e, s: e.append([s], 0, tokens(2, 2, 1), tokens(3, 2, 1)), "values"),
+        (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1).to("meta")), "CPU, got meta"),
+        (lambda e, s: e.truncate(s, 51), "51"),
+        (lambda e, s: e.truncate(s, -1), "-1"),
+        (lambda e, s: e.stats(0, 2), "2"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, message: str) -> None:
+    engine = Engine(**shape())
+    sequence = engine.new_sequence()
+    feed(engine, [sequence], 50, 1, torch.float32)
+    with pytest.raises(InvalidArgument, match=message):
+        call(engine, sequence)
+    assert engine.length(sequence) == 50
+    engine.check_integrity()
+
+
+def test_any_number_of_threads_gives_bitwise_the_same() -> None:
+    answers = []
+    for threads in (1, 2, 5):
+        engine = Engine(**shape(), token_budget=64, num_threads=threads, index_threads=threads)
+        sequences = [engine.new_sequence() for _ in range(3)]
+        feed(engine, sequences, 500, 1, torch.float32)
+        answers.append(engine.attend(sequences, 1, tokens(1, Q_HEADS, 2).repeat(3, 1, 1, 1)))
+    assert all(torch.equal(answers[0], answer) for answer in answers[1:])
+
+
+def test_python_threads_may_share_an_engine() -> None:
+    engine = Engine(**shape(), token_budget=64)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            sequence = engine.new_sequence()
+            feed(engine, [sequence], 200, seed, torch.float32)
+            for step in range(5):
+                feed(engine, [sequence], 1, seed + step, torch.float32)
+                for layer in range(LAYERS):
+                    engine.attend([sequence], layer, tokens(1, Q_HEADS, step))
+            assert engine.length(sequence) == 205
+            engine.release(sequence)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert engine.memory().sequences == 0
