@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <numeric>
 #include <set>
 
@@ -122,8 +121,8 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     EXPECT_EQ(positions, expected);
     std::vector<std::byte> keys(count * kDim * size_of(all.dtype)), values(keys.size());
     index.gather(keys.data(), values.data());
-    EXPECT_EQ(std::memcmp(keys.data(), all.raw_keys.data(), keys.size()), 0);
-    EXPECT_EQ(std::memcmp(values.data(), all.raw_values.data(), values.size()), 0);
+    EXPECT_TRUE(std::equal(keys.begin(), keys.end(), all.raw_keys.begin()));
+    EXPECT_TRUE(std::equal(values.begin(), values.end(), all.raw_values.begin()));
   }
 
   struct Answer {

@@ -58,7 +58,7 @@ void to_float(const void* src, DType dtype, float* dst, std::size_t n) {
 
 void from_float(const float* src, void* dst, DType dtype, std::size_t n) {
   if (dtype == DType::kFloat32) {
-    __builtin_memcpy(dst, src, n * sizeof(float));
+    if (n > 0) __builtin_memcpy(dst, src, n * sizeof(float));
     return;
   }
   std::uint16_t* out = static_cast<std::uint16_t*>(dst);
