@@ -36,19 +36,19 @@ _KINDS = (
     _Kind(
         "The telephone number of the lighthouse in {key} is: {answer}.",
         "What is the telephone number of the lighthouse in {key} mentioned in the provided text?",
-        "The telephone number of the lighthouse in {key} mentioned in the provided text is",
+        "The telephone number of the lighthouse in {key} mentioned in the provided text is:",
         ("Port Salvation", "Graywater Bay", "Northwick"),
     ),
     _Kind(
         "The serial number of the {key} is: {answer}.",
         "What is the serial number of the {key} mentioned in the provided text?",
-        "The serial number of the {key} mentioned in the provided text is",
+        "The serial number of the {key} mentioned in the provided text is:",
         ("golden telescope", "copper violin", "marble clock"),
     ),
     _Kind(
         "One of the special magic numbers for {key} is: {answer}.",
         "What is the special magic number for {key} mentioned in the provided text?",
-        "The special magic number for {key} mentioned in the provided text is",
+        "The special magic number for {key} mentioned in the provided text is:",
         ("amber-falcon", "quiet-meadow", "crimson-lantern"),
     ),
 )
