@@ -28,7 +28,7 @@ SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .PHONY: help demo test build build-test install lint format test-cpp test-python sanitize sanitize-address \
-  sanitize-thread bench-cpp bench-quality setup setup-test clean
+  sanitize-thread bench-quality setup setup-test clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
@@ -37,7 +37,7 @@ help:
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
 	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
-	@echo "make bench-cpp | bench-quality    benchmarks"
+	@echo "make bench-quality       measure what a token budget costs in quality (10 minutes)"
 
 setup:
 	@scripts/setup.sh run
@@ -87,10 +87,6 @@ sanitize-thread: setup-test
 	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
 	$(TOOLS) $(SHORT_TRACE) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
 	  --output-on-failure --no-tests=error
-
-bench-cpp: setup
-	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)
-	build/release/icecache_benchmarks $(ARGS)
 
 bench-quality: build
 	$(IN_TREE) $(PYTHON) benchmarks/python/bench_quality.py \

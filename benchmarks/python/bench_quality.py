@@ -40,7 +40,7 @@ console = Console()
 def main(
     json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
     data: Annotated[Path, typer.Option(help="Folder with longbench_mini/ and text/.")] = DATA,
-    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 13,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 18,
     budgets: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,128,256",
     methods: Annotated[
         str,

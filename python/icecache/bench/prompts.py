@@ -48,7 +48,7 @@ class Prompt:
 
 
 def default_prompts(tokenizer: Any, longbench: Path, essays: Path) -> Iterator[Prompt]:
-    """LongBench samples with three needles among the first 13 prompts, then samples only.
+    """LongBench samples, a needle after every second until there were six, then samples only.
 
     `longbench` is a folder of MiniLongBench_<task>.json files, `essays` a JSON file {"text": ...}.
     The order is fixed: the first N are the same for every N.
@@ -58,11 +58,14 @@ def default_prompts(tokenizer: Any, longbench: Path, essays: Path) -> Iterator[P
             ("needle_essays", essays_text(essays), 3900, 0.35),
             ("needle_pydoc", pydoc_text(), 3600, 0.6),
             ("needle_essays_far", essays_text(essays)[200_000:], 4600, 0.12),
+            ("needle_pydoc_late", pydoc_text()[60_000:], 3300, 0.85),
+            ("needle_essays_mid", essays_text(essays)[400_000:], 4300, 0.5),
+            ("needle_pydoc_early", pydoc_text()[120_000:], 4000, 0.25),
         ]
     )
     for index, sample in enumerate(longbench_prompts(tokenizer, longbench)):
         yield sample
-        if index % 3 == 2:
+        if index % 2 == 1:
             for name, text, length, depth in itertools.islice(needles, 1):
                 yield needle_prompt(tokenizer, name, text, length, depth)
 
