@@ -15,10 +15,8 @@ constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;  // positions are 32-
 constexpr std::int64_t kMaxThreads = 1024;
 constexpr std::int64_t kMaxNodePages = 8;  // past that a summary is of tokens that are not alike
 
-// The first derived number of candidates: enough for the sketch's errors at small budgets, and past
-// 320 exact scores cost more than they find (design: 128 to 320).
-constexpr std::int64_t kMinCandidates = 128;
-constexpr std::int64_t kMaxCandidates = 320;
+// Past this, exact scores cost more than they find.
+constexpr std::int64_t kCandidates = 320;
 
 void require(std::string_view name, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value < low || value > high) {
@@ -135,9 +133,7 @@ void resolve_index(Config& config, const CacheShape& shape) {
   require("candidates", config.candidates, 0, kMaxTokens);
   if (config.candidates == 0) {
     // Never fewer than may be picked, or the budget could not be filled.
-    const std::int64_t derived =
-        std::clamp(kMinCandidates + config.token_budget / 2, kMinCandidates, kMaxCandidates);
-    config.candidates = std::max(derived, picked_tokens(config));
+    config.candidates = std::max(kCandidates, picked_tokens(config));
   }
   const std::int64_t picked = config.token_budget - config.sink_tokens - config.window_tokens;
   if (config.candidates < picked) {
@@ -147,6 +143,11 @@ void resolve_index(Config& config, const CacheShape& shape) {
                 picked, ", got ", config.candidates));
   }
 
+  // The smaller the budget, the more weight the summaries carry.
+  if (config.far_node_tokens == 0) {
+    config.far_node_tokens =
+        std::max<std::int64_t>(config.page_size, config.token_budget <= 128 ? 32 : 64);
+  }
   if (config.far_node_tokens < config.page_size ||
       config.far_node_tokens > kMaxNodePages * config.page_size ||
       config.far_node_tokens % config.page_size != 0) {

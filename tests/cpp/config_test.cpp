@@ -138,11 +138,12 @@ TEST(ConfigResolved, FillsInEveryDerivedValue) {
   const Config config = Config{}.resolved(smollm2());
   EXPECT_EQ(config.window_tokens, 32);
   EXPECT_EQ(config.max_token_budget, 1024);
-  EXPECT_EQ(config.candidates, 256);
+  EXPECT_EQ(config.candidates, 320);
+  EXPECT_EQ(config.far_node_tokens, 64);
   EXPECT_EQ(config.num_threads, usable_cores());
   EXPECT_EQ(config.index_threads, config.num_threads);
   EXPECT_EQ(config.host_memory, usable_memory() / 2);
-  EXPECT_EQ(config.device_pages, 4 * 3 * (256 - 16 - 32));
+  EXPECT_EQ(config.device_pages, 4 * 3 * (256 - 4 - 32));
 }
 
 TEST(ConfigResolved, IsIdempotent) {
@@ -156,6 +157,7 @@ TEST(ConfigResolved, IsIdempotent) {
 TEST(ConfigResolved, KeepsGivenValues) {
   Config config;
   config.window_tokens = 48;
+  config.far_node_tokens = 96;
   config.candidates = 300;
   config.num_threads = 3;
   config.index_threads = 1;
@@ -173,14 +175,18 @@ TEST(ConfigResolved, WindowShrinksAtSmallBudgets) {
   EXPECT_EQ(with("token_budget", "65").resolved(smollm2()).window_tokens, 32);
 }
 
-TEST(ConfigResolved, CandidatesGrowWithTheBudgetAndCoverThePicks) {
-  EXPECT_EQ(with("token_budget", "64").resolved(smollm2()).candidates, 160);
-  EXPECT_EQ(with("token_budget", "128").resolved(smollm2()).candidates, 192);
-  EXPECT_EQ(with("token_budget", "368").resolved(smollm2()).candidates, 320);
-  EXPECT_EQ(with("token_budget", "1000").resolved(smollm2()).candidates, 1000 - 48);
+TEST(ConfigResolved, SummariesAreFinerAtSmallBudgets) {
+  EXPECT_EQ(with("token_budget", "128").resolved(smollm2()).far_node_tokens, 32);
+  EXPECT_EQ(with("token_budget", "129").resolved(smollm2()).far_node_tokens, 64);
+}
+
+TEST(ConfigResolved, CandidatesCoverThePicks) {
+  EXPECT_EQ(with("token_budget", "64").resolved(smollm2()).candidates, 320);
+  EXPECT_EQ(with("token_budget", "356").resolved(smollm2()).candidates, 320);
+  EXPECT_EQ(with("token_budget", "1000").resolved(smollm2()).candidates, 1000 - 36);
   Config massive;
   massive.mass_target = 0.98;
-  EXPECT_EQ(massive.resolved(smollm2()).candidates, 1024 - 48);
+  EXPECT_EQ(massive.resolved(smollm2()).candidates, 1024 - 36);
 }
 
 TEST(ConfigResolved, SketchRankIsClippedToHeadDim) {
@@ -191,7 +197,7 @@ TEST(ConfigResolved, SketchRankIsClippedToHeadDim) {
 }
 
 TEST(ConfigResolved, PagePicksNeedFewerDeviceSlots) {
-  EXPECT_EQ(with("select", "page").resolved(smollm2()).device_pages, 4 * 3 * (208 / 16));
+  EXPECT_EQ(with("select", "page").resolved(smollm2()).device_pages, 4 * 3 * 14);
 }
 
 TEST(ConfigResolved, DenseLayersAreParsedSortedAndUnique) {
@@ -254,7 +260,7 @@ TEST(ConfigResolved, RefusesNegativeCounts) {
 }
 
 TEST(ConfigResolved, RefusesFarNodesThatAreNotOneToEightPages) {
-  for (const char* tokens : {"0", "8", "40", "144"}) {
+  for (const char* tokens : {"8", "40", "144"}) {
     EXPECT_MENTIONS(refusal(with("far_node_tokens", tokens)),
                     std::string("far_node_tokens must be a multiple of page_size from 16 to 128, "
                                 "got ") +
@@ -267,7 +273,7 @@ TEST(ConfigResolved, RefusesMaximumBelowBudget) {
 }
 
 TEST(ConfigResolved, RefusesFewerCandidatesThanPicks) {
-  EXPECT_MENTIONS(refusal(with("candidates", "207")), "256 - 16 - 32 = 208, got 207");
+  EXPECT_MENTIONS(refusal(with("candidates", "219")), "256 - 4 - 32 = 220, got 219");
 }
 
 TEST(ConfigResolved, RefusesLayersThatDoNotExist) {

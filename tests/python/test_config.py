@@ -84,7 +84,7 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
 def test_the_engine_fills_in_what_is_derived() -> None:
     config = engine(token_budget=64).config
     assert config.window_tokens == 16
-    assert config.candidates == 160
+    assert config.candidates == 320
     assert config.host_memory > 0
     assert config.num_threads > 0
 
@@ -99,7 +99,7 @@ def test_fields_take_precedence_over_a_config() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"token_budget": 47}, r"token_budget must be at least sink_tokens \+ .* = 48, got 47"),
+        ({"token_budget": 35}, r"token_budget must be at least sink_tokens \+ .* = 36, got 35"),
         ({"page_size": 12}, "page_size must be 8, 16 or 32, got 12"),
         ({"head_dim": 36}, "head_dim must be .*multiple of 8.*, got 36"),
         ({"head_dim": 264}, "head_dim must be .*256.*, got 264"),
@@ -108,7 +108,7 @@ def test_fields_take_precedence_over_a_config() -> None:
         ({"num_layers": 0}, "num_layers.*0"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
         ({"scale": 0.0}, "scale must be above 0, got 0.0"),
-        ({"host_memory": "40K"}, "host_memory must hold at least one sequence.*got 40960"),
+        ({"host_memory": "36K"}, "host_memory must hold at least one sequence.*got 36864"),
         ({"far_node_tokens": 4096}, "far_node_tokens must be .* from 16 to 128, got 4096"),
         ({"dense_layers": "0,2"}, "dense_layers must name layers from 0 to 1, got 2"),
         ({"mass_target": 1.0}, "mass_target must be from 0 .*, got 1"),

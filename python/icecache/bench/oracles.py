@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from icecache import InvalidArgument
+from icecache import Config, InvalidArgument
 from icecache.bench.prefill import Prefill
 
-SINK = 16  # the engine's default
+SINK = Config().sink_tokens
 
 # Full attention's probabilities [Hkv, G, L] and the token budget -> attended [Hkv, L] bool.
 Pick = Callable[[torch.Tensor, int], torch.Tensor]
