@@ -18,7 +18,7 @@ namespace icecache {
   X(int, token_budget, 256, "tokens",                                                             \
     "tokens attended exactly per KV head and step: sink + window + selected")                     \
   X(int, page_size, 16, "tokens", "tokens of one page: 8, 16 or 32")                              \
-  X(int, sink_tokens, 4, "tokens", "first tokens of a sequence, always attended")                \
+  X(int, sink_tokens, 4, "tokens", "first tokens of a sequence, always attended")                 \
   X(int, window_tokens, 0, "tokens",                                                              \
     "most recent tokens, always attended; 0: 16 at budgets up to 64, else 32")                    \
   X(text, index, "tree", "", "tree, dci (the paper's), positional, faiss")                        \
@@ -27,7 +27,8 @@ namespace icecache {
   X(int, sketch_rank, 32, "dims", "directions kept in the sketch of a key; a multiple of 8")      \
   X(int, sketch_bits, 4, "bits", "bits of one sketch coordinate: 4 or 8")                         \
   X(int, candidates, 0, "tokens",                                                                 \
-    "tokens found by sketch and rescored with their exact keys; 0: 320, or as many as may be picked")    \
+    "tokens found by sketch and rescored with their exact keys; 0: 320, or as many as may be "    \
+    "picked")                                                                                     \
   X(int, far_node_tokens, 0, "tokens",                                                            \
     "tokens that share one far-field summary; 0: 32 at budgets up to 128, else 64")               \
   X(text, dense_layers, "", "", "layers that always attend in full, e.g. \"0,1\"")                \

@@ -213,10 +213,10 @@ TEST(ConfigResolved, DenseLayersAreParsedSortedAndUnique) {
 
 TEST(ConfigResolved, RefusesBudgetBelowSinkWindowAndOnePage) {
   Config config;
-  config.token_budget = 63;
+  config.token_budget = 51;
   config.window_tokens = 32;
-  EXPECT_MENTIONS(refusal(config), "16 + 32 + 16 = 64, got 63");
-  config.token_budget = 64;
+  EXPECT_MENTIONS(refusal(config), "4 + 32 + 16 = 52, got 51");
+  config.token_budget = 52;
   EXPECT_EQ(refusal(config), "");
 }
 
@@ -303,10 +303,10 @@ TEST(ConfigResolved, RefusesBudgetsWhoseBytesExceedAnyMachine) {
 
 TEST(ConfigResolved, RefusesFewerDeviceSlotsThanOneStepWhereThereIsADevice) {
   Config config;
-  config.device_pages = 623;
+  config.device_pages = 659;
   EXPECT_EQ(refusal(config), "");
   config.device = "emulated";
-  EXPECT_MENTIONS(refusal(config), "208 pages x 3 KV heads = 624, got 623");
+  EXPECT_MENTIONS(refusal(config), "220 pages x 3 KV heads = 660, got 659");
 }
 
 TEST(ConfigResolved, RefusesShapesThatAreNotSupported) {

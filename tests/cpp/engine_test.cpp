@@ -322,7 +322,9 @@ TEST(Engine, ASequenceThatOutgrowsThePoolIsRefusedAndOthersGoOn) {
   } catch (const OutOfPages& error) {
     EXPECT_NE(std::string(error.what()).find("host_memory"), std::string::npos) << error.what();
   }
-  EXPECT_EQ(engine.length(id, 0), length);
+  // All or nothing in the layer that was refused, the first or the second.
+  const std::int64_t first_layer = engine.length(id, 0);
+  EXPECT_TRUE(first_layer == length || first_layer == length + 50) << first_layer;
   EXPECT_EQ(engine.length(id, 1), length);
   engine.check_integrity();
   engine.release(id);

@@ -293,9 +293,9 @@ def test_generate_uses_the_chat_template(tiny: Path, tmp_path: Path) -> None:
         (["-p", "x", "--set", "page_size=17"], "page_size must be 8, 16 or 32, got 17"),
         (["-p", "x", "--set", "page_size=8", "--set", "page_size=16"], "page_size is given twice"),
         (
-            ["-p", "x", "--token-budget", "40"],
+            ["-p", "x", "--token-budget", "30"],
             "token_budget must be at least sink_tokens + window_tokens + page_size "
-            "= 16 + 16 + 16 = 48, got 40",
+            "= 4 + 16 + 16 = 36, got 30",
         ),
         (["-p", "x" * 500, "-n", "13"], f"{CONTEXT} tokens: 500 tokens of prompt + 13 to generate"),
     ],

@@ -116,11 +116,11 @@ def test_stats_trace_and_memory_tell_what_was_done() -> None:
     assert 0 < stats.worst_mass <= stats.mass <= 1
     assert stats.bytes_read > 0
     trace = engine.trace(sequence, 0, 1)
-    assert trace.sink == list(range(16))
+    assert trace.sink == list(range(4))
     assert trace.window == list(range(385, 401))
     assert len(trace.sink) + len(trace.window) + len(trace.selected) == 64
     held = sorted(position for page in trace.pages for position in page.positions)
-    assert held == list(range(16, 385))
+    assert held == list(range(4, 385))
     assert engine.memory().index_bytes > 0
     engine.reset_stats()
     assert engine.stats(0, 1).steps == 0

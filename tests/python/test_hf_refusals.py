@@ -120,7 +120,7 @@ def test_refuses_other_head_dims(head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"token_budget": 20}, "token_budget must be at least .* = 48, got 20"),
+        ({"token_budget": 20}, "token_budget must be at least .* = 36, got 20"),
         ({"token_bugdet": 64}, 'nearest name is "token_budget"'),
         ({"index": "treee"}, 'index must be tree, .*got "treee"'),
         ({"host_memory": "64K"}, "host_memory must hold at least one sequence"),
