@@ -48,5 +48,5 @@ def test_the_python_example_runs(readme: str, capsys: pytest.CaptureFixture[str]
     icecache.models.smollm2()
     exec(compile(example, "README.md", "exec"), {})
     *answer, worst_mass = capsys.readouterr().out.strip().splitlines()
-    assert "KV cache" in "\n".join(answer)
+    assert "sequence" in "\n".join(answer)
     assert 0 < float(worst_mass) <= 1
