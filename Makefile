@@ -14,7 +14,7 @@ IN_TREE = $(TOOLS) PYTHONPATH="$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}"
 
 # $(call cmake_build,FOLDER,OPTIONS): configures (a second when nothing changed) and builds.
 define cmake_build
-	@$(TOOLS) cmake -S . -B $(1) -G Ninja --log-level=NOTICE -DPython_EXECUTABLE=$(PYTHON) $(2)
+	@$(TOOLS) cmake -S . -B $(1) -G Ninja --log-level=NOTICE --no-warn-unused-cli -DPython_EXECUTABLE=$(PYTHON) $(2)
 	@$(TOOLS) cmake --build $(1) -j $(JOBS)
 endef
 RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS)

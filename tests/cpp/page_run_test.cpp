@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "icecache/error.h"
+#include "pool_fixture.h"
 
 namespace icecache {
 namespace {
@@ -15,20 +16,7 @@ constexpr int kDim = 8, kPage = 8;
 // Tokens whose rows hold their own number: key n, value n + 0.5.
 class PageRunTest : public ::testing::Test {
  protected:
-  explicit PageRunTest(std::size_t pages = 12) {
-    config_.page_size = kPage;
-    PagePool::Options options;
-    options.page_bytes = 2 * kPage * kDim * sizeof(float);
-    options.capacity_bytes = pages * options.page_bytes;
-    options.integrity = Integrity::kAlways;
-    options.poison_freed = true;
-    pool_ = std::make_unique<PagePool>(options);
-    context_.pool = pool_.get();
-    context_.owner = {1, 2, 3};
-    context_.config = &config_;
-    context_.head_dim = kDim;
-    context_.group = 1;
-  }
+  explicit PageRunTest(std::size_t pages = 12) : pool_(pages, kPage, kDim) {}
 
   void append(PageRun& run, int first, int count) {
     std::vector<float> keys(count * kDim), values(count * kDim);
@@ -58,7 +46,7 @@ class PageRunTest : public ::testing::Test {
     run.picks(run.end_position(), picks);
     int picked = 0;
     for (const PagePick& pick : picks) {
-      const auto* page = reinterpret_cast<const float*>(pool_->data(pick.page));
+      const auto* page = reinterpret_cast<const float*>(pool_.pool->data(pick.page));
       for (int s = 0; s < kPage; ++s) {
         if ((pick.slots >> s & 1u) == 0) continue;
         ASSERT_EQ(page[s * kDim], static_cast<float>(run.page_position(pick.local_page) + s));
@@ -68,13 +56,11 @@ class PageRunTest : public ::testing::Test {
     ASSERT_EQ(picked, count);
   }
 
-  Config config_;
-  std::unique_ptr<PagePool> pool_;
-  IndexContext context_;
+  testing::PoolFixture pool_;
 };
 
 TEST_F(PageRunTest, AppendsAcrossPages) {
-  PageRun run(context_, 5);
+  PageRun run(pool_.context, 5);
   expect_tokens(run, 5, 0);
   int next = 5;
   for (int count : {1, 7, 8, 9, 3, 0}) {
@@ -84,29 +70,29 @@ TEST_F(PageRunTest, AppendsAcrossPages) {
     next += count;
     expect_tokens(run, 5, next - 5);
   }
-  EXPECT_EQ(pool_->used_pages(), 4u);
+  EXPECT_EQ(pool_.pool->used_pages(), 4u);
 }
 
 TEST_F(PageRunTest, DropsFromTheFrontAndGivesPagesBack) {
-  PageRun run(context_, 0);
+  PageRun run(pool_.context, 0);
   append(run, 0, 20);
   run.pop_front(3);
   expect_tokens(run, 3, 17);
-  EXPECT_EQ(pool_->used_pages(), 3u);
+  EXPECT_EQ(pool_.pool->used_pages(), 3u);
   run.pop_front(6);  // position 9: the first page is empty
   expect_tokens(run, 9, 11);
-  EXPECT_EQ(pool_->used_pages(), 2u);
+  EXPECT_EQ(pool_.pool->used_pages(), 2u);
   append(run, 20, 5);
   expect_tokens(run, 9, 16);
   run.pop_front(100);
   expect_tokens(run, 25, 0);
-  EXPECT_EQ(pool_->used_pages(), 0u);
+  EXPECT_EQ(pool_.pool->used_pages(), 0u);
   append(run, 25, 2);
   expect_tokens(run, 25, 2);
 }
 
 TEST_F(PageRunTest, TruncatesAndRestarts) {
-  PageRun run(context_, 4);
+  PageRun run(pool_.context, 4);
   append(run, 4, 20);
   run.pop_front(2);
   run.truncate(30);
@@ -117,32 +103,32 @@ TEST_F(PageRunTest, TruncatesAndRestarts) {
   expect_tokens(run, 6, 15);
   run.truncate(2);  // in front of the run
   expect_tokens(run, 2, 0);
-  EXPECT_EQ(pool_->used_pages(), 0u);
+  EXPECT_EQ(pool_.pool->used_pages(), 0u);
 }
 
 TEST_F(PageRunTest, CopiesShareUntilOneSideWrites) {
-  PageRun run(context_, 0);
+  PageRun run(pool_.context, 0);
   append(run, 0, 12);
   PageRun copy(run);
-  EXPECT_EQ(pool_->used_pages(), 2u);
+  EXPECT_EQ(pool_.pool->used_pages(), 2u);
   append(copy, 12, 2);  // the half-full page is copied, the full one stays shared
-  EXPECT_EQ(pool_->used_pages(), 3u);
+  EXPECT_EQ(pool_.pool->used_pages(), 3u);
   run.truncate(10);
   append(run, 10, 6);
   expect_tokens(run, 0, 16);
   expect_tokens(copy, 0, 14);
   copy = run;
   expect_tokens(copy, 0, 16);
-  EXPECT_EQ(pool_->used_pages(), 2u);
+  EXPECT_EQ(pool_.pool->used_pages(), 2u);
 }
 
 TEST_F(PageRunTest, RunningOutOfPagesChangesNothing) {
-  PageRun run(context_, 0);
+  PageRun run(pool_.context, 0);
   append(run, 0, 90);
   EXPECT_THROW(append(run, 90, 8), OutOfPages);
   expect_tokens(run, 0, 90);
   PageRun copy(run);
-  EXPECT_EQ(pool_->free_pages(), 0u);
+  EXPECT_EQ(pool_.pool->free_pages(), 0u);
   EXPECT_THROW(append(copy, 90, 1), OutOfPages);  // would have to copy the shared page
   expect_tokens(copy, 0, 90);
   expect_tokens(run, 0, 90);
