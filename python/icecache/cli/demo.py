@@ -55,8 +55,10 @@ def demo(
     rows = _run(console, loaded, tokenizer, made, report, folder.name)
     console.print(_table(rows))
     console.print(
-        "[dim]tokens beside a method's name: attended exactly per KV head and step; mass: their "
-        "share of attention;\nread per step, held on the device by all layers and heads[/]"
+        "[dim]The number beside a name: tokens attended exactly per KV head and step. agree: the "
+        "same most likely token as full attention; KL: divergence from it, nats; mass: share of "
+        "the attention that was exact; read per step and held on the device: MiB, all layers and heads."
+        "[/]"
     )
     console.print(f"The report: [bold]{report.resolve()}[/] (open it in a browser)")
 
@@ -118,11 +120,12 @@ def _machine() -> str:
 
 
 def _table(rows: list[Row]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("method", pad_edge=False)
-    titles = ("needles", "agreement", "KL to full", "mass", "tok/s", "MiB read", "MiB held")
-    for title in titles:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
+    table.add_column("method", no_wrap=True)
+    for title in ("needles", "agree", "KL", "mass", "tok/s", "read", "held"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         found = " ".join("[green]✓[/]" if hit else "[red]✗[/]" for hit in row.found)
