@@ -57,8 +57,7 @@ def demo(
     console.print(
         "[dim]The number beside a name: tokens attended exactly per KV head and step. agree: the "
         "same most likely token as full attention; KL: divergence from it, nats; mass: share of "
-        "the attention that was exact; read per step and held on the device: MiB, all layers and heads."
-        "[/]"
+        "the attention that was exact; read per step and held on the device: MiB, all heads.[/]"
     )
     console.print(f"The report: [bold]{report.resolve()}[/] (open it in a browser)")
 
