@@ -14,10 +14,11 @@ IN_TREE = $(TOOLS) PYTHONPATH="$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}"
 
 # $(call cmake_build,FOLDER,OPTIONS): configures (a second when nothing changed) and builds.
 define cmake_build
-	@$(TOOLS) cmake -S . -B $(1) -G Ninja --log-level=NOTICE --no-warn-unused-cli -DPython_EXECUTABLE=$(PYTHON) $(2)
+	@$(TOOLS) cmake -S . -B $(1) -G Ninja --log-level=NOTICE $(2)
 	@$(TOOLS) cmake --build $(1) -j $(JOBS)
 endef
-RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS)
+RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS) \
+  -DPython_EXECUTABLE=$(PYTHON)
 # Warnings of the optimiser are not reliable in instrumented code. OpenMP, which FAISS brings, is not
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_BINDINGS=OFF \
