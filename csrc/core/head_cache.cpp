@@ -7,9 +7,12 @@
 
 #include "icecache/error.h"
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
+
+constexpr std::size_t kAhead = 6;  // pages whose rows are on their way
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -86,6 +89,13 @@ void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queri
         picks.subspan(begin, std::min(residency_->capacity(), picks.size() - begin));
     const Residency::Lease lease = residency_->acquire(batch);
     for (std::size_t i = 0; i < batch.size(); ++i) {
+      if (i + kAhead < batch.size()) {
+        for (std::uint32_t slots = batch[i + kAhead].slots; slots != 0; slots &= slots - 1) {
+          const std::byte* row = lease.page(i + kAhead) + std::countr_zero(slots) * row_bytes;
+          simd::prefetch(row, row_bytes);
+          simd::prefetch(row + s * row_bytes, row_bytes);
+        }
+      }
       const std::byte* page = lease.page(i);
       simd::kernels().attend_page(
           {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, batch[i].slots}, state);

@@ -7,8 +7,14 @@
 
 #include "icecache/error.h"
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 namespace icecache {
+namespace {
+
+constexpr std::size_t kAhead = 12;  // slots whose keys are on their way
+
+}  // namespace
 
 PagedIndex::PagedIndex(const IndexContext& context)
     : context_(context),
@@ -150,6 +156,10 @@ std::int64_t PagedIndex::exact_logits(const SelectRequest& request,
     const int page = slots[begin] / s;
     std::uint32_t mask = 0;
     for (; end < slots.size() && slots[end] / s == page; ++end) mask |= 1u << (slots[end] % s);
+    if (const std::size_t ahead = end + kAhead; ahead < slots.size()) {
+      simd::prefetch(table_.key(slots[ahead] / s, slots[ahead] % s),
+                     table_.head_dim() * size_of(table_.dtype()));
+    }
     simd::kernels().page_logits({request.queries, table_.keys(page), nullptr, table_.dtype(),
                                  request.group, table_.head_dim(), s, mask},
                                 page_logits);

@@ -1,53 +1,56 @@
 #include "index/top_k.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
+#include <functional>
 
 namespace icecache {
 namespace {
 
-// Positive floats order as their bits; the 12 bits below the sign are exponent and 4 of mantissa.
-constexpr int kShift = 19;
-constexpr std::size_t kBuckets = 1u << (31 - kShift);
+constexpr std::int64_t kBlock = 16;
+constexpr std::int64_t kLanes = 4;  // written out so that every compiler makes vectors of it
 
-std::uint32_t bucket(float score) {
-  return std::bit_cast<std::uint32_t>(score) >> kShift;
+float max_of_block(const float* x) {
+  float lanes[kLanes] = {x[0], x[1], x[2], x[3]};
+  for (std::int64_t i = kLanes; i < kBlock; i += kLanes) {
+    for (std::int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  }
+  return std::max(std::max(lanes[0], lanes[1]), std::max(lanes[2], lanes[3]));
 }
 
 }  // namespace
 
 void top_k(const float* scores, std::int64_t n, std::int64_t k, std::vector<std::int32_t>& out) {
   out.clear();
-  if (k <= 0) return;
-  std::array<std::int32_t, kBuckets> histogram{};
-  for (std::int64_t i = 0; i < n; ++i) {
-    if (scores[i] > 0.0f) ++histogram[bucket(scores[i])];
+  if (k <= 0 || n <= 0) return;
+  thread_local std::vector<float> maxima, ordered;
+  const std::int64_t blocks = (n + kBlock - 1) / kBlock;
+  maxima.resize(blocks);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const float* block = scores + b * kBlock;
+    maxima[b] = (b + 1) * kBlock <= n ? max_of_block(block)
+                                      : *std::max_element(block, block + (n - b * kBlock));
   }
-  std::int64_t above = 0;
-  std::int64_t cut = static_cast<std::int64_t>(kBuckets) - 1;
-  while (cut >= 0 && above + histogram[cut] <= k) above += histogram[cut--];
-  // Buckets above `cut` are taken whole; of `cut` itself the best k - above.
-  static thread_local std::vector<std::int32_t> edge;
-  edge.clear();
-  for (std::int64_t i = 0; i < n; ++i) {
-    if (!(scores[i] > 0.0f)) continue;
-    const std::int64_t b = bucket(scores[i]);
-    if (b > cut) {
-      out.push_back(static_cast<std::int32_t>(i));
-    } else if (b == cut) {
-      edge.push_back(static_cast<std::int32_t>(i));
+  float bound = 0.0f;
+  if (blocks >= k) {
+    ordered = maxima;
+    std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
+    bound = ordered[k - 1];
+  }
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    if (maxima[b] < bound) continue;
+    for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
+      if (scores[i] >= bound && scores[i] > 0.0f) out.push_back(static_cast<std::int32_t>(i));
     }
   }
-  const std::int64_t wanted = std::min<std::int64_t>(k - above, edge.size());
-  if (wanted > 0) {
-    std::nth_element(edge.begin(), edge.begin() + (wanted - 1), edge.end(),
-                     [&](std::int32_t a, std::int32_t b) {
-                       return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-                     });
-    out.insert(out.end(), edge.begin(), edge.begin() + wanted);
-  }
-  std::sort(out.begin(), out.end());
+  if (static_cast<std::int64_t>(out.size()) <= k) return;
+  thread_local std::vector<std::int32_t> ranked;
+  const auto better = [&](std::int32_t a, std::int32_t b) {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  };
+  ranked = out;
+  std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), better);
+  const std::int32_t last = ranked[k - 1];
+  std::erase_if(out, [&](std::int32_t i) { return better(last, i); });
 }
 
 }  // namespace icecache

@@ -8,6 +8,7 @@
 
 #include "icecache/error.h"
 #include "index/bisect.h"
+#include "index/log_sum.h"
 #include "index/top_k.h"
 #include "simd/kernels.h"
 
@@ -82,17 +83,15 @@ void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const
   mass.assign(slots, 0.0f);
   float max[kMaxGroup], sum[kMaxGroup];
   for (int g = 0; g < group; ++g) {
-    simd::kernels().softmax_stats(scores.data() + g * slots, slots, &max[g], &sum[g]);
-    const float index_lse = max[g] + std::log(sum[g]);
-    const float high = std::max(index_lse, request.near_lse[g]);
-    const float total =
-        high + std::log(std::exp(index_lse - high) + std::exp(request.near_lse[g] - high));
-    simd::kernels().add_exp(scores.data() + g * slots, total, mass.data(), slots);
+    float* weights = scores.data() + g * slots;
+    simd::kernels().softmax_exp(weights, slots, &max[g], &sum[g]);
+    const float total = log_add(max[g] + std::log(sum[g]), request.near_lse[g]);
+    simd::kernels().axpy(std::exp(max[g] - total), weights, mass.data(), slots);
   }
   top_k(mass.data(), slots, wanted_candidates(request), candidates.slots);
   for (int g = 0; g < group; ++g) {
     double rest = sum[g];
-    for (std::int32_t i : candidates.slots) rest -= std::exp(scores[g * slots + i] - max[g]);
+    for (std::int32_t i : candidates.slots) rest -= scores[g * slots + i];
     candidates.rest_lse[g] =
         max[g] + static_cast<float>(std::log(std::max(rest, 1e-7 * static_cast<double>(sum[g]))));
   }

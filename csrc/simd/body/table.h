@@ -11,7 +11,7 @@ namespace {
 constexpr Kernels make_table(std::string_view name) {
   return Kernels{name,     to_float,      from_float,    all_finite,  dot,
                  axpy,     matmul,        page_logits,   attend_page, sketch_scan,
-                 far_scan, attend_logits, softmax_stats, add_exp};
+                 far_scan, attend_logits, softmax_stats, softmax_exp, add_exp};
 }
 
 }  // namespace
