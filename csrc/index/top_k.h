@@ -1,5 +1,5 @@
-// Indices of the k largest of n scores, in O(n): the k-th largest of the maxima of blocks is a bound
-// that at least k scores reach, so that only blocks above it are looked into.
+// Indices of the k largest of n scores, in O(n): the k-th largest of the maxima of blocks is a
+// bound that at least k scores reach, so that only blocks above it are looked into.
 #pragma once
 
 #include <cstdint>
