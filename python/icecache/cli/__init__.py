@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from icecache.cli.bench import bench
 from icecache.cli.config import config
 from icecache.cli.demo import demo
 from icecache.cli.doctor import doctor
@@ -79,3 +80,4 @@ def _main(
 
 for command in (demo, generate, doctor, config):
     app.command()(command)
+app.add_typer(bench, name="bench")
