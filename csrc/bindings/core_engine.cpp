@@ -2,6 +2,7 @@
 
 #include "bindings/core_bindings.h"
 #include "icecache/engine.h"
+#include "icecache/parallel.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,10 @@ using Tensors = std::vector<TensorTuple>;
 }  // namespace
 
 void bind_engine(py::module_& module) {
+  module.def(
+      "use_parallel_for",
+      [](std::uintptr_t function) { use_parallel_for(reinterpret_cast<ParallelFor>(function)); },
+      "Address of an icecache::ParallelFor that runs the engine's calls; 0: own threads.");
   py::enum_<DType>(module, "DType")
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)

@@ -1,5 +1,6 @@
 #include "core/thread_team.h"
 
+#include <algorithm>
 #include <chrono>
 #include <new>
 #include <thread>
@@ -40,6 +41,8 @@ bool spin_until(const Condition& condition) {
   return condition();
 }
 
+std::atomic<ParallelFor> host_parallel_for{nullptr};
+
 // The loop that the current thread is in the body of.
 struct Place {
   const ThreadTeam* team = nullptr;
@@ -57,6 +60,10 @@ class PlaceScope {
 };
 
 }  // namespace
+
+void use_parallel_for(ParallelFor parallel_for) {
+  host_parallel_for.store(parallel_for);
+}
 
 void ThreadTeam::Loop::reset(std::int64_t items, const Body& loop_body) {
   body = &loop_body;
@@ -110,7 +117,10 @@ void ThreadTeam::run(std::int64_t count, const Body& body) {
   std::lock_guard turn(turn_);
   const PlaceScope scope(this, 0);
   loop_.reset(count, body);
-  if (count > 1 && helpers_->count() > 0) {
+  const bool alone = count == 1 || helpers_->count() == 0;
+  if (const ParallelFor host = host_parallel_for.load(); host != nullptr && !alone) {
+    run_on_host(host, count);
+  } else if (!alone) {
     // Sequentially consistent, as is the helpers' sleepers_: either this thread sees a sleeper, or
     // the sleeper sees the open loop before it sleeps.
     state_.store(((state_.load() & ~kJoined) + kGeneration) | kOpen);
@@ -122,6 +132,21 @@ void ThreadTeam::run(std::int64_t count, const Body& body) {
     loop_.work(0);
   }
   if (loop_.error) std::rethrow_exception(std::exchange(loop_.error, nullptr));
+}
+
+// Each of the host's calls takes items until none is left, as a helper would.
+void ThreadTeam::run_on_host(ParallelFor parallel_for, std::int64_t count) {
+  const auto work = [](std::int64_t i, void* context) {
+    auto* team = static_cast<ThreadTeam*>(context);
+    const PlaceScope scope(team, static_cast<int>(i));
+    team->loop_.work(static_cast<int>(i));
+  };
+  try {
+    parallel_for(std::min<std::int64_t>(size_, count), work, this);
+  } catch (...) {
+    // The host could not lend its threads: what is left is done here.
+  }
+  loop_.work(0);
 }
 
 void ThreadTeam::wake(int helpers) {

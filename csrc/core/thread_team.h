@@ -4,6 +4,8 @@
 // before they sleep, and the caller waits only for helpers that have joined in, never for one that
 // is still waking up.
 //
+// With use_parallel_for() the host's threads take the helpers' place, which then sleep.
+//
 // Threads: run() from any thread; loops of different threads follow one another. A loop started by
 // the body of another one runs on that body's thread.
 #pragma once
@@ -17,6 +19,7 @@
 #include <mutex>
 
 #include "core/worker_threads.h"
+#include "icecache/parallel.h"
 
 namespace icecache {
 
@@ -51,6 +54,7 @@ class ThreadTeam {
     void work(int thread);
   };
 
+  void run_on_host(ParallelFor parallel_for, std::int64_t count);
   void helper(int thread);
   bool join_loop(std::uint64_t& seen);
   void leave_loop();

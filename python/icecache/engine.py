@@ -6,6 +6,7 @@ Hkv KV heads, D head dim.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,13 @@ import torch
 from icecache import _core
 from icecache.config import Config, Value, wrap
 from icecache.errors import InvalidArgument
+
+# torch's threads go on spinning after each of its loops, on the cores that the engine's own would
+# need: the engine runs on them. `icecache doctor` tells why where the operators do not load.
+with contextlib.suppress(OSError):
+    from icecache import ops
+
+    _core.use_parallel_for(ops.parallel_for_address())
 
 # [B, H, T, D], or one [H, T_b, D] for each sequence.
 Tensors = torch.Tensor | Sequence[torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from icecache import Engine, InvalidArgument, OutOfPages
+from icecache import Engine, InvalidArgument, OutOfPages, _core, ops
 from icecache.reference import ReferenceEngine
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 32
@@ -193,6 +193,26 @@ def test_any_number_of_threads_gives_bitwise_the_same() -> None:
         feed(engine, sequences, 500, 1, torch.float32)
         answers.append(engine.attend(sequences, 1, tokens(1, Q_HEADS, 2).repeat(3, 1, 1, 1)))
     assert all(torch.equal(answers[0], answer) for answer in answers[1:])
+
+
+def test_torchs_threads_and_own_threads_give_bitwise_the_same() -> None:
+    answers = []
+    try:
+        for address in (0, ops.parallel_for_address()):
+            _core.use_parallel_for(address)
+            engine = Engine(**shape(), token_budget=64, num_threads=2)
+            sequences = [engine.new_sequence() for _ in range(3)]
+            feed(engine, sequences, 500, 1, torch.float32)
+            queries = tokens(1, Q_HEADS, 2).repeat(3, 1, 1, 1)
+            engine.attend(sequences, 1, queries)
+            answers.append(engine.attend(sequences, 1, queries))
+            sick = tokens(1, KV_HEADS, 3)
+            sick[0, 0, 0, 0] = torch.nan
+            with pytest.raises(InvalidArgument, match="keys must be finite"):
+                engine.append(sequences[:1], 0, sick, sick)
+    finally:
+        _core.use_parallel_for(ops.parallel_for_address())
+    assert torch.equal(*answers)
 
 
 def test_python_threads_may_share_an_engine() -> None:
