@@ -43,14 +43,14 @@ void top_k(const float* scores, std::int64_t n, std::int64_t k, std::vector<std:
     }
   }
   if (static_cast<std::int64_t>(out.size()) <= k) return;
-  thread_local std::vector<std::int32_t> ranked;
-  const auto better = [&](std::int32_t a, std::int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-  };
-  ranked = out;
-  std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), better);
-  const std::int32_t last = ranked[k - 1];
-  std::erase_if(out, [&](std::int32_t i) { return better(last, i); });
+  ordered.clear();
+  for (const std::int32_t i : out) ordered.push_back(scores[i]);
+  std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
+  const float last = ordered[k - 1];
+  std::int64_t ties = k;
+  for (std::int64_t i = 0; i < k; ++i) ties -= ordered[i] > last ? 1 : 0;
+  std::erase_if(
+      out, [&](std::int32_t i) { return scores[i] < last || (scores[i] == last && ties-- <= 0); });
 }
 
 }  // namespace icecache
