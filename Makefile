@@ -38,7 +38,7 @@ help:
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
 	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
-	@echo "make bench-quality       measure what a token budget costs in quality (10 minutes)"
+	@echo "make bench-quality   measure what a token budget costs in quality (10 minutes)"
 
 setup:
 	@scripts/setup.sh run

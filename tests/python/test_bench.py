@@ -120,6 +120,8 @@ def test_needles_count_only_where_full_attention_finds_them() -> None:
     assert needles_missed(stats, 64) == 1
     assert needles_missed(stats, 128) == 0
     assert {r.name: r.value for r in results(stats)}["needles_missed_64"] == 1
+    without_full = [one for one in stats if one.method.name != "full"]
+    assert "needles_missed_64" not in {r.name for r in results(without_full)}
 
 
 def test_bounds_are_broken_by_large_and_by_missing_numbers() -> None:

@@ -108,8 +108,9 @@ def results(stats: Sequence[DecodeStats]) -> list[Result]:
                 params = {"token_budget": budget, "against": best.label, "n": best.n}
                 ratio = ours[0].kl / best.kl if best.kl else float("inf")
                 made.append(Result(f"kl_ratio_to_{other}_{budget}", ratio, "ratio", params))
-        missed = needles_missed(stats, budget)
-        made.append(Result(f"needles_missed_{budget}", missed, "needles", {"token_budget": budget}))
+        if any(line.method == "full" for line in at_budget):
+            missed, params = needles_missed(stats, budget), {"token_budget": budget}
+            made.append(Result(f"needles_missed_{budget}", missed, "needles", params))
     return made
 
 

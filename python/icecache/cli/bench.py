@@ -61,8 +61,9 @@ def step(
             bar.update(task, description=f"{length:,} tokens")
             case = StepCase(length, head_dim, dtypes[dtype], batch=batch, token_budget=token_budget)
             times = measure(case, steps, lambda: bar.advance(task))
-            results += times.results()
-            numbers = {one.name: one.value for one in times.results()}
+            made = times.results()
+            results += made
+            numbers = {one.name: one.value for one in made}
             table.add_row(
                 f"{length:,}",
                 *(f"{numbers[f'step_us_{name}_{case.size}']:,.0f}" for name in (OURS, DENSE, SDPA)),
