@@ -86,8 +86,6 @@ void bind_trace(py::module_& module) {
       .def_readonly("selected", &StepTrace::selected, "positions, ascending")
       .def_readonly("pages", &StepTrace::pages, "all pages of the index")
       .def_readonly("far_nodes", &StepTrace::far_nodes, "indexed by PageInfo.node")
-      .def_readonly("far_center", &StepTrace::far_center,
-                    "[D] scaled query that the far field is expanded around")
       .def_readonly("near_lse", &StepTrace::near_lse, "[G] log weight attended exactly")
       .def_readonly("total_lse", &StepTrace::total_lse, "[G] log weight of everything, estimated")
       .def("__repr__", [](const StepTrace& self) {

@@ -83,6 +83,13 @@ void Engine::Impl::settle(SequenceCache& sequence) {
   }
 }
 
+void Engine::Impl::drop_rebuilds(SequenceCache& sequence) {
+  for (LayerCache& layer : sequence.layers) {
+    threads.wait(layer.rebuilds);
+    for (HeadCache& head : layer.heads) head.drop_rebuild();
+  }
+}
+
 void Engine::Impl::collect(int layer, int head, const HeadStats& add) {
   HeadStats& total = stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head];
   total.steps += add.steps;
@@ -142,6 +149,7 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
   const std::lock_guard lock(impl_->mutex);
   SequenceCache& cache = impl_->sequence(sequence);
   impl_->settle(cache);
+  impl_->drop_rebuilds(cache);
   std::int64_t longest = 0;
   for (const LayerCache& layer : cache.layers) {
     longest = std::max<std::int64_t>(longest, layer.length());
@@ -157,7 +165,9 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
 
 void Engine::release(SeqId sequence) {
   const std::lock_guard lock(impl_->mutex);
-  impl_->settle(impl_->sequence(sequence));
+  SequenceCache& cache = impl_->sequence(sequence);
+  impl_->settle(cache);
+  impl_->drop_rebuilds(cache);
   impl_->sequences.erase(sequence);
 }
 
@@ -168,7 +178,10 @@ std::int64_t Engine::length(SeqId sequence, int layer) const {
 
 void Engine::synchronize() {
   const std::lock_guard lock(impl_->mutex);
-  for (auto& [id, sequence] : impl_->sequences) impl_->settle(sequence);
+  for (auto& [id, sequence] : impl_->sequences) {
+    impl_->settle(sequence);
+    for (LayerCache& layer : sequence.layers) impl_->threads.wait(layer.rebuilds);
+  }
 }
 
 void Engine::gather(SeqId sequence, int layer, const TensorView& keys,

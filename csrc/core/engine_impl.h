@@ -28,8 +28,14 @@ struct Engine::Impl {
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add);
 
+  // Gives up rebuilds under way, and with them their pages.
+  void drop_rebuilds(SequenceCache& sequence);
+
   // Hands the layer's new queries and due tokens to the background.
   void schedule_update(LayerCache& layer, const TensorView& queries);
+  // After a decode step within the budget, whose tokens are in the index: what is to be built anew
+  // goes to the background. Layers take their turns, so that few hold two indexes at a time.
+  void schedule_rebuild(LayerCache& layer, int number);
 
   const CacheShape shape;
   const Config config;  // resolved

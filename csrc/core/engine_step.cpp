@@ -12,6 +12,11 @@ namespace {
 
 // Query tokens of one task in exact attention.
 constexpr int kBlock = 32;
+// Steps of decoding from one whose queries shape the metric to the next.
+constexpr std::int32_t kObserveEvery = 8;
+// A rebuild takes over after this share of the index's tokens, all layers in turn.
+constexpr std::int32_t kRebuildShare = 4;
+constexpr std::int32_t kShortestRebuild = 8;
 
 // Rows [tokens, G, D] fp32 of one KV head's group, times `scale`.
 void load_queries(const TensorView& queries, int kv_head, int group, std::int64_t first,
@@ -95,6 +100,9 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
   // The first layer answers for all: a step that will not fit is refused before any layer took it.
   const std::size_t all = needed * (layer == 0 ? self.shape.num_layers : 1);
   if (all > self.pool.free_pages()) {
+    for (auto& [id, sequence] : self.sequences) self.drop_rebuilds(sequence);
+  }
+  if (all > self.pool.free_pages()) {
     throw OutOfPages(message("host_memory is exhausted: these tokens need ", all, " pages of ",
                              self.pool.page_bytes(), " bytes", layer == 0 ? " over all layers" : "",
                              ", ", self.pool.free_pages(), " of ", self.pool.capacity_pages(),
@@ -144,6 +152,7 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
                                     layers[b]->length(), " in sequence ", ids[b], "), got ",
                                     tokens));
     }
+    if (layers[b]->heads.front().rebuild_is_ready()) self.threads.wait(layers[b]->rebuilds);
     for (int h = 0; h < hkv; ++h) {
       if (tokens <= self.config.decode_tokens && layers[b]->heads[h].sparse()) {
         if (tokens > 0) tasks.push_back({b, h, 0, tokens, true});
@@ -170,8 +179,11 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
     if (task.sparse) {
       for (std::int64_t t = 0; t < task.tokens; ++t) {
         const std::int64_t at = t * group * d;
-        head.decode(scaled.data() + at, first + static_cast<std::int32_t>(t), result.data() + at,
-                    task_stats[i]);
+        const std::int32_t position = first + static_cast<std::int32_t>(t);
+        head.decode(scaled.data() + at, position, result.data() + at, task_stats[i]);
+        if (position % kObserveEvery != 0) continue;
+        for (std::int64_t x = at; x < at + group * d; ++x) scaled[x] /= scale;
+        head.observe(scaled.data() + at, group);
       }
     } else {
       max.resize(rows);
@@ -195,7 +207,13 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
   for (std::size_t i = 0; i < tasks.size(); ++i) {
     self.collect(layer, tasks[i].head, task_stats[i]);
   }
-  for (std::size_t b = 0; b < ids.size(); ++b) self.schedule_update(*layers[b], queries[b]);
+  for (std::size_t b = 0; b < ids.size(); ++b) {
+    if (queries[b].tokens <= self.config.decode_tokens && layers[b]->heads.front().sparse()) {
+      self.schedule_rebuild(*layers[b], layer);
+    } else {
+      self.schedule_update(*layers[b], queries[b]);
+    }
+  }
 }
 
 void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries) {
@@ -211,6 +229,9 @@ void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const Tens
 
 void Engine::Impl::schedule_update(LayerCache& layer, const TensorView& queries) {
   if (layer.heads.front().dense() || queries.tokens == 0) return;
+  // A chunk of prefill builds by itself what is due.
+  threads.wait(layer.rebuilds);
+  for (HeadCache& head : layer.heads) head.drop_rebuild();
   const int group = shape.group();
   const std::int64_t tokens = std::min<std::int64_t>(queries.tokens, QueryMoments::kHorizon);
   const std::size_t head_rows = static_cast<std::size_t>(tokens) * group;
@@ -222,7 +243,7 @@ void Engine::Impl::schedule_update(LayerCache& layer, const TensorView& queries)
   const auto update = [this, &layer, rows, head_rows](int h) {
     HeadCache& head = layer.heads[h];
     head.observe(rows->data() + h * head_rows * shape.head_dim, static_cast<int>(head_rows));
-    head.update_index(head.next_window_start(), layer.job_stats[h]);
+    head.update_index(layer.job_stats[h]);
   };
   // Builds take long: one job per head, so that all index threads share them.
   if (layer.heads.front().build_is_due() || tokens > config.decode_tokens) {
@@ -233,6 +254,17 @@ void Engine::Impl::schedule_update(LayerCache& layer, const TensorView& queries)
     threads.submit(layer.jobs, [update, heads = shape.num_kv_heads] {
       for (int h = 0; h < heads; ++h) update(h);
     });
+  }
+}
+
+void Engine::Impl::schedule_rebuild(LayerCache& layer, int number) {
+  const std::int32_t share =
+      layer.heads.front().indexed_tokens() / (kRebuildShare * shape.num_layers);
+  const std::int32_t turn = std::max(kShortestRebuild, share);
+  for (HeadCache& head : layer.heads) {
+    if (const auto rebuild = head.start_rebuild(number * turn, turn); rebuild != nullptr) {
+      threads.submit(layer.rebuilds, [rebuild] { rebuild->run(); });
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "icecache/error.h"
+#include "index/log_sum.h"
 #include "simd/kernels.h"
 #include "simd/prefetch.h"
 
@@ -68,6 +69,7 @@ void HeadCache::truncate(std::int32_t length) noexcept {
     index_->truncate(length);
     if (index_->size() == 0) index_.reset();
   }
+  rebuild_ = nullptr;
   trace_ = {};
 }
 
@@ -75,19 +77,33 @@ bool HeadCache::sparse() const {
   return index_ != nullptr && length() > context_.config->token_budget;
 }
 
-void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queries, int rows,
-                             const AttentionState& state, HeadStats& stats) const {
-  const int d = context_.head_dim, s = static_cast<int>(context_.config->page_size);
-  const std::size_t row_bytes = d * size_of(context_.dtype);
+template <typename Body>
+void HeadCache::with_pages(std::span<const PagePick> picks, HeadStats& stats,
+                           const Body& body) const {
   if (context_.config->integrity != "off") {
     for (const PagePick& pick : picks) {
       context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
     }
   }
+  std::int64_t first = 0;
   for (std::size_t begin = 0; begin < picks.size();) {
     const std::span<const PagePick> batch =
         picks.subspan(begin, std::min(residency_->capacity(), picks.size() - begin));
     const Residency::Lease lease = residency_->acquire(batch);
+    body(lease, batch, first);
+    for (const PagePick& pick : batch) first += std::popcount(pick.slots);
+    stats.hits += lease.hits;
+    stats.misses += lease.misses;
+    stats.bytes_moved += lease.bytes_moved;
+    begin += batch.size();
+  }
+}
+
+void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queries, int rows,
+                             const AttentionState& state, HeadStats& stats) const {
+  const int d = context_.head_dim, s = static_cast<int>(context_.config->page_size);
+  const std::size_t row_bytes = d * size_of(context_.dtype);
+  with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, std::int64_t) {
     for (std::size_t i = 0; i < batch.size(); ++i) {
       if (i + kAhead < batch.size()) {
         for (std::uint32_t slots = batch[i + kAhead].slots; slots != 0; slots &= slots - 1) {
@@ -101,11 +117,7 @@ void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queri
           {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, batch[i].slots}, state);
       stats.bytes_read += static_cast<std::int64_t>(2 * row_bytes) * std::popcount(batch[i].slots);
     }
-    stats.hits += lease.hits;
-    stats.misses += lease.misses;
-    stats.bytes_moved += lease.bytes_moved;
-    begin += batch.size();
-  }
+  });
 }
 
 void HeadCache::attend_run(const PageRun& run, const float* queries, int tokens,
@@ -144,51 +156,122 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   attend_run(tail_, queries, tokens, first_position, state, stats);
 }
 
+namespace {
+
+int token_count(std::span<const PagePick> picks) {
+  int tokens = 0;
+  for (const PagePick& pick : picks) tokens += std::popcount(pick.slots);
+  return tokens;
+}
+
+}  // namespace
+
+// One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
+// values are added up once, with weights that are final.
 void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats) {
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
+  use_rebuild();
+  const auto due = std::min(position - static_cast<std::int32_t>(config.window_tokens) + 1 -
+                                tail_.first_position(),
+                            tail_.count());
+  if (due > 0) {
+    try {
+      insert(due);
+    } catch (const OutOfPages&) {
+      // They are attended from the tail until a later step finds room.
+    }
+    stats.index_seconds += seconds_since(start);
+  }
+  const simd::Kernels& kernels = simd::kernels();
   const int group = context_.group, d = context_.head_dim;
-  update_index(position - static_cast<std::int32_t>(config.window_tokens) + 1, stats);
-
-  float state_out[kMaxGroup * kMaxHeadDim], max[kMaxGroup], sum[kMaxGroup];
-  const AttentionState state{state_out, max, sum, group, d};
-  state.clear();
-  thread_local std::vector<PagePick> picks;
+  const std::size_t row_bytes = d * size_of(context_.dtype), half = config.page_size * row_bytes;
+  struct Scratch {
+    std::vector<PagePick> picks;
+    std::vector<const void*> rows;
+    std::vector<float> logits, weights, far_weights;
+    Selection selection;
+  };
+  thread_local Scratch scratch;
+  auto& [picks, rows, logits, weights, far_weights, selection] = scratch;
+  const auto add_slots = [&](const std::byte* page, std::uint32_t slots) {
+    for (; slots != 0; slots &= slots - 1) {
+      rows.push_back(page + std::countr_zero(slots) * row_bytes);
+    }
+  };
   picks.clear();
   sink_.picks(position + 1, picks);
   tail_.picks(position + 1, picks);
-  attend_picks(picks, queries, group, state, stats);
-  float lse[kMaxGroup];
-  for (int g = 0; g < group; ++g) lse[g] = state.lse(g);
+  const std::int64_t near = token_count(picks);
+  logits.resize(near * group);
+  with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, auto first) {
+    rows.clear();
+    for (std::size_t i = 0; i < batch.size(); ++i) add_slots(lease.page(i), batch[i].slots);
+    kernels.row_logits({rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group,
+                        d},
+                       queries, logits.data() + first, near);
+  });
+  float near_lse[kMaxGroup];
+  for (int g = 0; g < group; ++g) near_lse[g] = log_sum(logits.data() + g * near, near);
 
-  const auto near = [](const std::vector<PagePick>& pages) {
-    int tokens = 0;
-    for (const PagePick& pick : pages) tokens += std::popcount(pick.slots);
-    return tokens;
-  };
-  const int used = near(picks);
   SelectRequest request;
   request.queries = queries;
   request.group = group;
-  request.near_lse = lse;
-  request.budget = std::max(0, static_cast<int>(config.token_budget) - used);
+  request.near_lse = near_lse;
+  request.budget = std::max(0, static_cast<int>(config.token_budget - near));
   request.mass_target = config.mass_target;
   request.max_budget = config.mass_target > 0.0
-                           ? std::max(0, static_cast<int>(config.max_token_budget) - used)
+                           ? std::max(0, static_cast<int>(config.max_token_budget - near))
                            : request.budget;
-  thread_local Selection selection;
   const auto select_start = std::chrono::steady_clock::now();
   index_->select(request, selection);
   stats.select_seconds += seconds_since(select_start);
-  attend_picks(selection.picks, queries, group, state, stats);
 
-  float exact[kMaxGroup];
-  for (int g = 0; g < group; ++g) exact[g] = state.lse(g);
-  const bool tracing = config.telemetry == "trace";
-  std::vector<FarNodeInfo> far_nodes;
+  const std::int64_t picked = selection.tokens, known = near + picked;
+  const auto nodes = static_cast<std::int64_t>(index_->far_values().size()) / d;
+  weights.assign(known * group, 0.0f);
+  far_weights.assign(nodes * group, 0.0f);
+  float exact[kMaxGroup], total[kMaxGroup];
+  for (int g = 0; g < group; ++g) {
+    const float* of_picks = selection.logits.data() + g * picked;
+    const float picked_lse = log_sum(of_picks, picked);
+    exact[g] = log_add(near_lse[g], picked_lse);
+    const bool any_far = selection.far_total[g] > 0.0f;
+    const float scale = any_far ? std::max(exact[g], selection.far_shift[g]) : exact[g];
+    const float far_scale = any_far ? std::exp(selection.far_shift[g] - scale) : 0.0f;
+    float* row = weights.data() + g * known;
+    kernels.add_exp(logits.data() + g * near, scale, row, near);
+    if (picked > 0) kernels.add_exp(of_picks, scale, row + near, picked);
+    total[g] = std::exp(exact[g] - scale) + far_scale * selection.far_total[g];
+    if (nodes == 0) continue;
+    // What the nodes' sums count of the picked tokens is taken back.
+    kernels.axpy(-far_scale, selection.far_share.data() + g * picked, row + near, picked);
+    kernels.axpy(far_scale, selection.far_weights.data() + g * nodes,
+                 far_weights.data() + g * nodes, nodes);
+  }
+
+  std::fill_n(out, group * d, 0.0f);
+  picks.insert(picks.end(), selection.picks.begin(), selection.picks.end());
+  with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, auto first) {
+    rows.clear();
+    for (std::size_t i = 0; i < batch.size(); ++i) add_slots(lease.page(i) + half, batch[i].slots);
+    kernels.add_rows({rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group,
+                      d},
+                     weights.data() + first, known, out);
+  });
   stats.bytes_read += selection.bytes_scanned +
-                      index_->far_field(request, selection, state, tracing ? &far_nodes : nullptr);
-  finish(state, out);
+                      (near + known) * static_cast<std::int64_t>(row_bytes) +
+                      nodes * d * static_cast<std::int64_t>(sizeof(float));
+  if (nodes > 0) {
+    rows.clear();
+    for (std::int64_t c = 0; c < nodes; ++c) rows.push_back(index_->far_values().data() + c * d);
+    kernels.add_rows({rows.data(), DType::kFloat32, nodes, group, d}, far_weights.data(), nodes,
+                     out);
+  }
+  for (int g = 0; g < group; ++g) {
+    const float share = 1.0f / total[g];
+    for (int i = 0; i < d; ++i) out[g * d + i] *= share;
+  }
 
   if (config.telemetry != "off") {
     double mass = 0.0;
@@ -203,12 +286,11 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
     stats.pages_selected += static_cast<std::int64_t>(selection.picks.size());
     stats.attend_seconds += seconds_since(start);
   }
-  if (tracing) record(request, selection, position, exact, std::move(far_nodes));
+  if (config.telemetry == "trace") record(request, selection, position, exact);
 }
 
 void HeadCache::record(const SelectRequest& request, const Selection& selection,
-                       std::int32_t position, const float* near_lse,
-                       std::vector<FarNodeInfo> far_nodes) {
+                       std::int32_t position, const float* near_lse) {
   trace_ = {};
   const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
     for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
@@ -218,14 +300,10 @@ void HeadCache::record(const SelectRequest& request, const Selection& selection,
   add(tail_, trace_.window);
   trace_.pages = index_->pages();
   index_->selected_positions(selection, trace_.selected);
-  trace_.far_nodes = std::move(far_nodes);
-  const std::span<const float> center = index_->far_center();
-  trace_.far_center.assign(center.begin(), center.end());
+  index_->far_nodes(selection, trace_.far_nodes);
   for (int g = 0; g < request.group; ++g) {
-    const float rest = selection.rest_lse[g], high = std::max(rest, near_lse[g]);
     trace_.near_lse.push_back(near_lse[g]);
-    trace_.total_lse.push_back(high +
-                               std::log(std::exp(rest - high) + std::exp(near_lse[g] - high)));
+    trace_.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));
   }
 }
 
@@ -237,19 +315,19 @@ std::int32_t HeadCache::next_window_start() const {
   return length() - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
 }
 
-// Built anew when most of the index is not from the last build: the basis, the tree and mu are then
-// older than the tokens they serve. Doubling keeps the cost per token constant.
-bool HeadCache::rebuild_is_due(std::int32_t due) const {
-  return index_ != nullptr && index_->size() + due >= 2 * built_tokens_;
+// Built anew when most of the index is not from the last build: the basis and the tree are then older
+// than the tokens they serve. Doubling keeps the cost per token constant.
+bool HeadCache::has_doubled(std::int32_t more) const {
+  return index_ != nullptr && index_->size() + more >= 2 * built_tokens_;
 }
 
 bool HeadCache::build_is_due() const {
   const std::int32_t due = next_window_start() - tail_.first_position();
   if (dense_ || due <= 0 || length() + 1 <= context_.config->token_budget) return false;
-  return index_ == nullptr || rebuild_is_due(due);
+  return index_ == nullptr || has_doubled(due);
 }
 
-void HeadCache::rebuild(std::int32_t due) {
+void HeadCache::build(std::int32_t due) {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
   const std::int32_t old = indexed_tokens();
   std::vector<std::byte> keys((old + due) * row), values((old + due) * row);
@@ -264,31 +342,66 @@ void HeadCache::rebuild(std::int32_t due) {
   tail_.pop_front(due);
 }
 
-void HeadCache::update_index(std::int32_t window_start, HeadStats& stats) {
-  const std::int32_t due = std::min(window_start - tail_.first_position(), tail_.count());
+void HeadCache::insert(std::int32_t due) {
+  thread_local std::vector<std::byte> keys, values;
+  const std::size_t bytes = due * context_.head_dim * size_of(context_.dtype);
+  keys.resize(bytes);
+  values.resize(bytes);
+  tail_.gather(due, keys.data(), values.data());
+  TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
+  const std::int32_t before = index_->size();
+  const auto moved = [&] {
+    tokens.count = index_->size() - before;
+    if (rebuild_ != nullptr) rebuild_->follow(tokens);
+    tail_.pop_front(tokens.count);
+  };
+  try {
+    index_->insert(tokens);
+  } catch (const OutOfPages&) {
+    moved();
+    throw;
+  }
+  moved();
+}
+
+void HeadCache::update_index(HeadStats& stats) {
+  const std::int32_t due = std::min(next_window_start() - tail_.first_position(), tail_.count());
   if (dense_ || due <= 0) return;
   if (index_ == nullptr && length() + 1 <= context_.config->token_budget) return;
   const auto start = std::chrono::steady_clock::now();
   try {
-    if (index_ == nullptr || rebuild_is_due(due)) {
-      rebuild(due);
+    if (index_ == nullptr || has_doubled(due)) {
+      build(due);
     } else {
-      const std::size_t row = context_.head_dim * size_of(context_.dtype);
-      std::vector<std::byte> keys(due * row), values(due * row);
-      tail_.gather(due, keys.data(), values.data());
-      const std::int32_t before = index_->size();
-      try {
-        index_->insert({keys.data(), values.data(), due, tail_.first_position()});
-      } catch (const OutOfPages&) {
-        tail_.pop_front(index_->size() - before);
-        throw;
-      }
-      tail_.pop_front(due);
+      insert(due);
     }
   } catch (const OutOfPages&) {
     // The tail still holds what the index could not take; the next step tries again.
   }
   stats.index_seconds += seconds_since(start);
+}
+
+std::shared_ptr<IndexRebuild> HeadCache::start_rebuild(std::int32_t delay,
+                                                       std::int32_t ready_after) {
+  if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay)) return nullptr;
+  rebuild_ = std::make_shared<IndexRebuild>(
+      context_, *index_, moments_, static_cast<std::int32_t>(context_.config->sink_tokens),
+      length() + ready_after);
+  return rebuild_;
+}
+
+bool HeadCache::rebuild_is_ready() const {
+  return rebuild_ != nullptr && length() >= rebuild_->ready_at();
+}
+
+void HeadCache::use_rebuild() {
+  if (rebuild_ == nullptr || !rebuild_->catch_up(length())) return;
+  if (std::unique_ptr<SemanticIndex> fresh = rebuild_->take(); fresh != nullptr) {
+    index_ = std::move(fresh);
+  }
+  // Also where pages ran out: the next try comes when the index has doubled again.
+  built_tokens_ = rebuild_->built_tokens();
+  rebuild_ = nullptr;
 }
 
 void HeadCache::gather(std::byte* keys, std::byte* values) const {

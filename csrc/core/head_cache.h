@@ -16,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "core/index_rebuild.h"
 #include "core/page_run.h"
 #include "core/residency.h"
 #include "icecache/engine.h"
@@ -48,14 +49,22 @@ class HeadCache {
 
   // Queries [n, D], unscaled, that the metric of the next build is made from.
   void observe(const float* queries, int n);
-  // Moves the tokens below `window_start` from the tail into the index, which is built, extended or
-  // built anew. Without a change where the sequence fits the budget or pages run out.
-  void update_index(std::int32_t window_start, HeadStats& stats);
-  // Where the window begins for the step after the newest token.
-  std::int32_t next_window_start() const;
-  // True where update_index() would build, which takes long.
+  // Moves the tokens below the window of the next step from the tail into the index, which is built,
+  // extended or built anew, however long that takes. Without a change where the sequence fits the
+  // budget or pages run out.
+  void update_index(HeadStats& stats);
+  // True where update_index() would build.
   bool build_is_due() const;
   bool dense() const { return dense_; }
+
+  // Where the index has doubled since it was built: the work of building it anew, for a background
+  // thread; null where it is not due or under way. `ready_at` is the length at which it takes over:
+  // before the next decode() from there on the work must be done.
+  std::shared_ptr<IndexRebuild> start_rebuild(std::int32_t delay, std::int32_t ready_after);
+  // True where decode() would use the result of a rebuild.
+  bool rebuild_is_ready() const;
+  // Gives up a rebuild, whose work must be done.
+  void drop_rebuild() { rebuild_ = nullptr; }
 
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
@@ -71,10 +80,19 @@ class HeadCache {
   // Pages of a run for T query tokens: whole pages at once, the causal edge token by token.
   void attend_run(const PageRun& run, const float* queries, int tokens, std::int32_t first_position,
                   const AttentionState& state, HeadStats& stats) const;
-  void rebuild(std::int32_t due);
-  bool rebuild_is_due(std::int32_t due) const;
+  // Where the window begins for the step after the newest token.
+  std::int32_t next_window_start() const;
+  void build(std::int32_t due);
+  // Moves tokens from the tail into the index, and those of a rebuild a step on.
+  void insert(std::int32_t due);
+  void use_rebuild();
+  bool has_doubled(std::int32_t more) const;
+  // Calls body(lease, picks, first) for the picks in batches that the device has room for; `first`:
+  // tokens before the batch.
+  template <typename Body>
+  void with_pages(std::span<const PagePick> picks, HeadStats& stats, const Body& body) const;
   void record(const SelectRequest& request, const Selection& selection, std::int32_t position,
-              const float* near_lse, std::vector<FarNodeInfo> far_nodes);
+              const float* near_lse);
 
   IndexContext context_;
   Residency* residency_;
@@ -83,6 +101,7 @@ class HeadCache {
   PageRun tail_;
   std::unique_ptr<SemanticIndex> index_;
   std::int32_t built_tokens_ = 0;  // in the index when it was last built
+  std::shared_ptr<IndexRebuild> rebuild_;
   QueryMoments moments_;
   StepTrace trace_;
 };

@@ -2,6 +2,7 @@
 // them.
 //
 // Threads: `jobs` may touch the heads until settle() returns; after it the caller has them alone.
+// `rebuilds` touch none of them.
 #pragma once
 
 #include <vector>
@@ -15,6 +16,7 @@ struct LayerCache {
   std::vector<HeadCache> heads;      // [Hkv]
   std::vector<HeadStats> job_stats;  // [Hkv] written by jobs, collected by the engine
   JobGroup jobs;
+  JobGroup rebuilds;
 
   LayerCache() = default;
   LayerCache(const LayerCache& other) : heads(other.heads), job_stats(other.heads.size()) {}

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "icecache/error.h"
 #include "index/bisect.h"
+#include "simd/kernels.h"
 
 namespace icecache {
 
@@ -17,8 +17,24 @@ int CentroidTree::add_node(int leaf) {
 }
 
 void CentroidTree::attach(int child, int parent) {
+  Node& target = nodes_[parent];
   nodes_[child].parent = parent;
-  nodes_[parent].children.push_back(child);
+  nodes_[child].place = static_cast<int>(target.children.size());
+  target.children.push_back(child);
+  target.centroids.resize(target.children.size() * rank_);
+  target.half_norms.resize(target.children.size());
+  publish(child);
+}
+
+void CentroidTree::publish(int node) {
+  const Node& source = nodes_[node];
+  if (source.parent < 0) return;
+  Node& target = nodes_[source.parent];
+  float* centroid = target.centroids.data() + static_cast<std::size_t>(source.place) * rank_;
+  const double share = 1.0 / source.count;
+  for (int j = 0; j < rank_; ++j) centroid[j] = static_cast<float>(source.sum[j] * share);
+  target.half_norms[source.place] =
+      source.count > 0 ? 0.5f * simd::kernels().dot(centroid, centroid, rank_) : NAN;
 }
 
 void CentroidTree::recompute(int node) {
@@ -29,6 +45,7 @@ void CentroidTree::recompute(int node) {
     target.count += nodes_[child].count;
     for (int j = 0; j < rank_; ++j) target.sum[j] += nodes_[child].sum[j];
   }
+  publish(node);
 }
 
 void CentroidTree::add_leaf(int near, const float* sum, std::int32_t count) {
@@ -68,6 +85,8 @@ void CentroidTree::split(int node) {
   const int other = add_node(-1);
   attach(other, nodes_[node].parent);
   nodes_[node].children.clear();
+  nodes_[node].centroids.clear();
+  nodes_[node].half_norms.clear();
   for (std::size_t c = 0; c < children.size(); ++c) {
     attach(children[c], moved >> c & 1u ? other : node);
   }
@@ -79,6 +98,7 @@ void CentroidTree::set(int leaf, const float* sum, std::int32_t count) {
   Node& target = nodes_[leaves_[leaf]];
   for (int j = 0; j < rank_; ++j) target.sum[j] = sum[j];
   target.count = count;
+  publish(leaves_[leaf]);
   for (int node = target.parent; node >= 0; node = nodes_[node].parent) recompute(node);
 }
 
@@ -86,26 +106,27 @@ void CentroidTree::add(int leaf, const float* coordinates) {
   for (int node = leaves_[leaf]; node >= 0; node = nodes_[node].parent) {
     ++nodes_[node].count;
     for (int j = 0; j < rank_; ++j) nodes_[node].sum[j] += coordinates[j];
+    publish(node);
   }
 }
 
 int CentroidTree::nearest(const float* coordinates) const {
   if (root_ < 0 || nodes_[root_].count == 0) return -1;
+  const simd::Kernels& kernels = simd::kernels();
   int node = root_;
   while (nodes_[node].leaf < 0) {
-    double best = std::numeric_limits<double>::infinity();
+    const Node& parent = nodes_[node];
+    float best = 0.0f;
     int next = -1;
-    for (int child : nodes_[node].children) {
-      const Node& candidate = nodes_[child];
-      if (candidate.count == 0) continue;
-      double distance = 0.0;
-      for (int j = 0; j < rank_; ++j) {
-        const double delta = coordinates[j] - candidate.sum[j] / candidate.count;
-        distance += delta * delta;
-      }
-      if (next < 0 || distance < best) {
-        best = distance;
-        next = child;
+    for (std::size_t i = 0; i < parent.children.size(); ++i) {
+      if (std::isnan(parent.half_norms[i])) continue;
+      // Larger where the distance is smaller.
+      const float score =
+          kernels.dot(coordinates, parent.centroids.data() + i * rank_, rank_) -
+          parent.half_norms[i];
+      if (next < 0 || score > best) {
+        best = score;
+        next = parent.children[i];
       }
     }
     node = next;
@@ -117,7 +138,8 @@ std::size_t CentroidTree::memory_bytes() const {
   std::size_t bytes = leaves_.capacity() * sizeof(int);
   for (const Node& node : nodes_) {
     bytes += sizeof(Node) + node.sum.capacity() * sizeof(double) +
-             node.children.capacity() * sizeof(int);
+             node.children.capacity() * sizeof(int) +
+             (node.centroids.capacity() + node.half_norms.capacity()) * sizeof(float);
   }
   return bytes;
 }

@@ -35,15 +35,21 @@ class CentroidTree {
  private:
   struct Node {
     int parent = -1;
-    int leaf = -1;  // leaf number, -1 for an inner node
-    std::vector<int> children;
+    int place = -1;  // among the parent's children
+    int leaf = -1;   // leaf number, -1 for an inner node
     std::int32_t count = 0;
     std::vector<double> sum;  // [R]
+    std::vector<int> children;
+    // Of the children, side by side as the descent reads them; a child without members has NaN.
+    std::vector<float> centroids;   // [children, R]
+    std::vector<float> half_norms;  // [children] |centroid|^2 / 2
   };
   int add_node(int leaf);
   void attach(int child, int parent);
   void split(int node);
   void recompute(int node);
+  // Writes a node's centroid where its parent looks for it.
+  void publish(int node);
 
   int rank_;
   int root_ = -1;

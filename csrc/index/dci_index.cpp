@@ -46,9 +46,9 @@ float DciIndex::project(const float* key) const {
   return std::isnan(x) ? 0.0f : x;
 }
 
-DciIndex::Arrangement DciIndex::arrange(const float* keys, std::int32_t count,
-                                        const QueryMoments& queries) {
-  (void)queries;
+DciIndex::Arrangement DciIndex::arrange(const float* keys, const float* coordinates,
+                                        std::int32_t count) {
+  (void)coordinates;
   const int d = table().head_dim(), s = table().page_size();
   pending_ = Pending{tree_, {}, {}};
   const std::vector<int> cells = pending_->tree.build(keys, count);
@@ -79,13 +79,14 @@ DciIndex::Arrangement DciIndex::arrange(const float* keys, std::int32_t count,
   return arrangement;
 }
 
-void DciIndex::built(const float* keys, const Arrangement& arrangement) {
-  (void)keys, (void)arrangement;
+void DciIndex::built(const float* keys, const float* coordinates,
+                     const Arrangement& arrangement) {
+  (void)keys, (void)coordinates, (void)arrangement;
   tree_ = std::move(pending_->tree);
   cells_.resize(tree_.cell_count());
   for (int page = 0; page < table().page_count(); ++page) {
     cells_.append(pending_->cells[page], page, pending_->starts[page]);
-    page_tokens_.push_back(table().page(page).count());
+    page_tokens_.push_back(table().count(page));
   }
   pending_.reset();
 }
@@ -110,34 +111,48 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& sca
     scan.heads.push_back(scan.heads_of_cell[cells_.cell_of(page)]);
   }
   scan.logits.assign(scan.pages.size() * group * s, -INFINITY);
+  thread_local std::vector<const void*> rows;
   for (std::size_t i = 0; i < scan.pages.size(); ++i) {
     const int page = scan.pages[i];
     float* logits = scan.logits.data() + i * group * s;
-    simd::kernels().page_logits({request.queries, table().keys(page), nullptr, table().dtype(),
-                                 group, d, s, table().page(page).mask},
-                                logits);
+    rows.clear();
+    for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
+      rows.push_back(table().key(page, std::countr_zero(mask)));
+    }
+    const auto count = static_cast<std::int64_t>(rows.size());
+    float found_logits[kMaxGroup * kMaxPageSize];
+    simd::kernels().row_logits({rows.data(), table().dtype(), count, group, d}, request.queries,
+                               found_logits, count);
+    for (int g = 0; g < group; ++g) {
+      const float* next = found_logits + g * count;
+      for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
+        logits[g * s + std::countr_zero(mask)] = *next++;
+      }
+    }
     for (int j = 0; j < group * s; ++j) {
       if (std::isnan(logits[j])) logits[j] = -INFINITY;
     }
     scan.bytes +=
-        table().page(page).count() * d * static_cast<std::int64_t>(size_of(table().dtype()));
+        table().count(page) * d * static_cast<std::int64_t>(size_of(table().dtype()));
   }
 }
 
-void DciIndex::find(const SelectRequest& request, Candidates& candidates) const {
+void DciIndex::find(const SelectRequest& request, SketchScores* scores,
+                    Candidates& candidates) const {
+  (void)scores;
   thread_local Scan found;
   thread_local std::vector<std::pair<float, std::int32_t>> own;  // logit, slot id
   thread_local std::vector<float> rest;
   const std::int64_t wanted = wanted_candidates(request);
   const int s = table().page_size(), group = request.group;
   scan(request, wanted, found);
-  candidates.bytes = found.bytes;
+  candidates.bytes += found.bytes;
   const auto collect = [&](int g) {
     own.clear();
     for (std::size_t i = 0; i < found.pages.size(); ++i) {
       if ((found.heads[i] >> g & 1u) == 0) continue;
       const float* logits = found.logits.data() + (i * group + g) * s;
-      for (std::uint32_t mask = table().page(found.pages[i]).mask; mask != 0; mask &= mask - 1) {
+      for (std::uint32_t mask = table().mask(found.pages[i]); mask != 0; mask &= mask - 1) {
         const int slot = std::countr_zero(mask);
         own.emplace_back(logits[slot], found.pages[i] * s + slot);
       }
@@ -168,11 +183,8 @@ void DciIndex::find(const SelectRequest& request, Candidates& candidates) const 
   }
 }
 
-void DciIndex::select(const SelectRequest& request, Selection& selection) const {
-  if (config().select != "page") {
-    PagedIndex::select(request, selection);
-    return;
-  }
+bool DciIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
+  if (config().select != "page") return false;
   thread_local Scan found;
   thread_local PageBudget budget;
   thread_local std::vector<float> best, lse;                             // [G, pages]
@@ -219,9 +231,11 @@ void DciIndex::select(const SelectRequest& request, Selection& selection) const 
   }
   budget.finish(selection);
   selection.bytes_scanned = found.bytes;
+  return true;
 }
 
-int DciIndex::choose_page(const float* key) {
+int DciIndex::choose_page(const float* key, const float* coordinates) {
+  (void)coordinates;
   if (tree_.empty() || tree_.promotes(size())) return -1;
   return cells_.choose(tree_.nearest(key), project(key));
 }
@@ -238,14 +252,14 @@ std::uint32_t DciIndex::split_mask(int page) const {
 void DciIndex::page_split(int page, int other, std::uint32_t moved) {
   (void)moved;
   float key[kMaxHeadDim], start = INFINITY;
-  for (std::uint32_t mask = table().page(other).mask; mask != 0; mask &= mask - 1) {
+  for (std::uint32_t mask = table().mask(other); mask != 0; mask &= mask - 1) {
     table().key(other, std::countr_zero(mask), key);
     start = std::min(start, project(key));
   }
   cells_.split(page, other, start);
   page_tokens_.resize(table().page_count());
-  page_tokens_[page] = table().page(page).count();
-  page_tokens_[other] = table().page(other).count();
+  page_tokens_[page] = table().count(page);
+  page_tokens_[other] = table().count(other);
 }
 
 // The token that follows opens a cell.
@@ -254,8 +268,8 @@ void DciIndex::page_opened(int page) {
   page_tokens_[page] = 0;
 }
 
-void DciIndex::token_added(int page, int slot, const float* key) {
-  (void)slot;
+void DciIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
+  (void)slot, (void)coordinates;
   int cell = cells_.cell_of(page);
   if (cell < 0) {
     cell = tree_.promote(key, size() - 1);
@@ -269,7 +283,7 @@ void DciIndex::token_added(int page, int slot, const float* key) {
 void DciIndex::tokens_removed(int page, int node) {
   (void)node;
   const int cell = cells_.cell_of(page);
-  const std::int32_t left = table().page(page).count();
+  const std::int32_t left = table().count(page);
   tree_.add_tokens(cell, left - page_tokens_[page]);
   page_tokens_[page] = left;
   if (!table().in_use(page)) cells_.remove(page);
@@ -288,7 +302,7 @@ void DciIndex::check_integrity() const {
     throw IntegrityError(message("the tree counts ", tree_.tokens(), " of ", size(), " tokens"));
   for (int cell = 0; cell < cells_.cell_count(); ++cell) {
     std::int32_t tokens = 0;
-    for (int page : cells_.pages_of(cell)) tokens += table().page(page).count();
+    for (int page : cells_.pages_of(cell)) tokens += table().count(page);
     if (tokens != (cell < tree_.cell_count() ? tree_.cell_tokens(cell) : 0))
       throw IntegrityError(message("cell ", cell, " holds ", tokens, " tokens, its node differs"));
   }

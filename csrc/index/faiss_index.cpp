@@ -28,15 +28,17 @@ class FaissIndex final : public TreeIndex {
   }
 
  protected:
-  Arrangement cluster(const float* keys, const float* coordinates, std::int32_t count) override;
-  void find(const SelectRequest& request, Candidates& candidates) const override;
+  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
+  void find(const SelectRequest& request, SketchScores* scores,
+            Candidates& candidates) const override;
 
-  void built(const float* keys, const Arrangement& arrangement) override {
-    TreeIndex::built(keys, arrangement);
+  void built(const float* keys, const float* coordinates,
+             const Arrangement& arrangement) override {
+    TreeIndex::built(keys, coordinates, arrangement);
     if (search_) build_search();
   }
-  void token_added(int page, int slot, const float* key) override {
-    TreeIndex::token_added(page, slot, key);
+  void token_added(int page, int slot, const float* key, const float* coordinates) override {
+    TreeIndex::token_added(page, slot, key, coordinates);
     if (search_) search_->add(key, page * table().page_size() + slot);
   }
   void page_split(int page, int other, std::uint32_t moved) override {
@@ -80,7 +82,7 @@ class FaissIndex final : public TreeIndex {
 
 // Each k-means cell is cut into pages by bisection, and into nodes of node_pages() pages. A cell's
 // last page may be partly filled: that is the price of k-means, and what new tokens fill first.
-FaissIndex::Arrangement FaissIndex::cluster(const float* keys, const float* coordinates,
+FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coordinates,
                                             std::int32_t count) {
   const int s = static_cast<int>(config().page_size), d = context().head_dim;
   const int rank = static_cast<int>(config().sketch_rank);
@@ -109,20 +111,15 @@ FaissIndex::Arrangement FaissIndex::cluster(const float* keys, const float* coor
   return arrangement;
 }
 
-void FaissIndex::find(const SelectRequest& request, Candidates& candidates) const {
-  if (!search_) return TreeIndex::find(request, candidates);
+void FaissIndex::find(const SelectRequest& request, SketchScores* scores,
+                      Candidates& candidates) const {
+  if (!search_) return TreeIndex::find(request, scores, candidates);
   // Each head of the group looks for its own; together they may find up to G times as many.
-  float least[kMaxGroup];
-  candidates.bytes = search_->search(request.queries, request.group, wanted_candidates(request),
-                                     candidates.slots, least);
+  candidates.bytes += search_->search(request.queries, request.group, wanted_candidates(request),
+                                      candidates.slots);
   std::sort(candidates.slots.begin(), candidates.slots.end());
   candidates.slots.erase(std::unique(candidates.slots.begin(), candidates.slots.end()),
                          candidates.slots.end());
-  // What was not found weighs at most this: the attended mass is then not overestimated.
-  const auto others = static_cast<float>(size() - static_cast<int>(candidates.slots.size()));
-  for (int g = 0; g < request.group; ++g) {
-    candidates.rest_lse[g] = others > 0.0f ? least[g] + std::log(others) : -INFINITY;
-  }
 }
 
 }  // namespace

@@ -111,7 +111,7 @@ void FaissSearch::remove(std::int32_t slot) {
 }
 
 std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
-                                 std::vector<std::int32_t>& slots, float* least) const {
+                                 std::vector<std::int32_t>& slots) const {
   const auto all = static_cast<std::int64_t>(slot_of_number_.size());
   // Removed keys may be among the best: room for all of them.
   const std::int64_t wanted = std::min(all, k + all - static_cast<std::int64_t>(live_));
@@ -145,15 +145,12 @@ std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
   });
   for (int q = 0; q < n; ++q) {
     std::int64_t found = 0;
-    least[q] = -INFINITY;
     for (std::int64_t i = 0; i < wanted && found < k; ++i) {
       const std::int64_t number = numbers[q * wanted + i];
       if (number < 0 || slot_of_number_[number] < 0) continue;
       slots.push_back(slot_of_number_[number]);
-      least[q] = products[q * wanted + i];
       ++found;
     }
-    if (found >= static_cast<std::int64_t>(live_)) least[q] = -INFINITY;
   }
   return n * compared * head_dim_ * static_cast<std::int64_t>(sizeof(float));
 }

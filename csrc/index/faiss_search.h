@@ -34,11 +34,10 @@ class FaissSearch {
   // More removed keys than keys.
   bool is_stale() const { return slot_of_number_.size() > 2 * live_ + 64; }
 
-  // Adds to `slots` those of (about) the k largest q.k of each query [n, D]; `least` [n] becomes
-  // the smallest q.k among them, -inf where all keys were found. Returns the bytes of keys
-  // compared.
-  std::int64_t search(const float* queries, int n, std::int64_t k, std::vector<std::int32_t>& slots,
-                      float* least) const;
+  // Adds to `slots` those of (about) the k largest q.k of each query [n, D]. Returns the bytes of
+  // keys compared.
+  std::int64_t search(const float* queries, int n, std::int64_t k,
+                      std::vector<std::int32_t>& slots) const;
 
   std::size_t memory_bytes() const;
 

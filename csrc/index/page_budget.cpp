@@ -27,7 +27,7 @@ void PageBudget::update_reached() {
 }
 
 bool PageBudget::fits(int page) const {
-  return table_->in_use(page) && !taken(page) && tokens_ + table_->page(page).count() <= limit();
+  return table_->in_use(page) && !taken(page) && tokens_ + table_->count(page) <= limit();
 }
 
 void PageBudget::add_share(int g, float lse) {
@@ -35,8 +35,8 @@ void PageBudget::add_share(int g, float lse) {
 }
 
 void PageBudget::close(int page) {
-  taken_[page] = table_->page(page).mask;
-  tokens_ += table_->page(page).count();
+  taken_[page] = table_->mask(page);
+  tokens_ += table_->count(page);
   update_reached();
 }
 

@@ -36,6 +36,7 @@ PageTable::PageTable(const PageTable& other)
       row_bytes_(other.row_bytes_),
       tokens_(other.tokens_),
       pages_(other.pages_),
+      masks_(other.masks_),
       positions_(other.positions_),
       free_numbers_(other.free_numbers_) {
   for (const Page& page : pages_) {
@@ -52,6 +53,7 @@ PageTable::PageTable(PageTable&& other) noexcept
       row_bytes_(other.row_bytes_),
       tokens_(std::exchange(other.tokens_, 0)),
       pages_(std::exchange(other.pages_, {})),
+      masks_(std::exchange(other.masks_, {})),
       positions_(std::exchange(other.positions_, {})),
       free_numbers_(std::exchange(other.free_numbers_, {})) {}
 
@@ -64,6 +66,7 @@ PageTable& PageTable::operator=(PageTable other) noexcept {
   std::swap(row_bytes_, other.row_bytes_);
   std::swap(tokens_, other.tokens_);
   std::swap(pages_, other.pages_);
+  std::swap(masks_, other.masks_);
   std::swap(positions_, other.positions_);
   std::swap(free_numbers_, other.free_numbers_);
   return *this;
@@ -93,6 +96,7 @@ void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t
   std::vector<PageId> ids;
   ids.reserve(added);
   pages_.reserve(pages_.size() + added);
+  masks_.reserve(masks_.size() + added);
   free_numbers_.reserve(pages_.capacity());
   positions_.reserve(positions_.size() + added * page_size_);
   pool_->allocate(added, owner_, ids);
@@ -110,7 +114,8 @@ void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t
     // Slots without a token stay readable: kernels may load a whole page.
     std::memset(keys + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
     std::memset(values + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
-    pages_.push_back({ids[p], pool_->seal(ids[p]), slot_mask(count)});
+    pages_.push_back({ids[p], pool_->seal(ids[p])});
+    masks_.push_back(slot_mask(count));
     tokens_ += count;
   }
 }
@@ -132,6 +137,7 @@ int PageTable::take_number() {
     return local;
   }
   pages_.emplace_back();
+  masks_.push_back(0);
   free_numbers_.reserve(pages_.capacity());
   positions_.resize(positions_.size() + page_size_, -1);
   return page_count() - 1;
@@ -147,7 +153,8 @@ int PageTable::open(const std::byte* key, const std::byte* value, std::int32_t p
   const PageId fresh = pool_->allocate(owner_);
   const int local = take_number();
   std::memset(pool_->data(fresh), 0, pool_->page_bytes());
-  pages_[local] = {fresh, 0, 0};
+  pages_[local] = {fresh, 0};
+  masks_[local] = 0;
   append(local, key, value, position);
   return local;
 }
@@ -156,11 +163,11 @@ int PageTable::append(int local, const std::byte* key, const std::byte* value,
                       std::int32_t position) {
   own(local);
   Page& page = pages_[local];
-  const int slot = std::countr_one(page.mask);
+  const int slot = std::countr_one(masks_[local]);
   std::byte* target = pool_->data(page.id) + slot * row_bytes_;
   std::memcpy(target, key, row_bytes_);
   std::memcpy(target + page_size_ * row_bytes_, value, row_bytes_);
-  page.mask |= 1u << slot;
+  masks_[local] |= 1u << slot;
   positions_[local * page_size_ + slot] = position;
   ++tokens_;
   page.epoch = pool_->seal(page.id);
@@ -170,7 +177,7 @@ int PageTable::append(int local, const std::byte* key, const std::byte* value,
 int PageTable::split(int local, std::uint32_t moved) {
   const PageId fresh = pool_->allocate(owner_);
   const int other = take_number();
-  Page& page = pages_[local];
+  const Page& page = pages_[local];
   std::int32_t* from = positions_.data() + local * page_size_;
   std::int32_t* to = positions_.data() + other * page_size_;
   const std::byte* source = pool_->data(page.id);
@@ -179,27 +186,27 @@ int PageTable::split(int local, std::uint32_t moved) {
   std::memset(target, 0, pool_->page_bytes());
   int taken = 0;
   for (int s = 0; s < page_size_; ++s) {
-    if ((moved & page.mask) >> s & 1u) {
+    if ((moved & masks_[local]) >> s & 1u) {
       std::memcpy(target + taken * row_bytes_, source + s * row_bytes_, row_bytes_);
       std::memcpy(target + values + taken * row_bytes_, source + values + s * row_bytes_,
                   row_bytes_);
       to[taken++] = std::exchange(from[s], -1);
     }
   }
-  page.mask &= ~moved;
-  pages_[other] = {fresh, pool_->seal(fresh), slot_mask(taken)};
+  masks_[local] &= ~moved;
+  pages_[other] = {fresh, pool_->seal(fresh)};
+  masks_[other] = slot_mask(taken);
   return other;
 }
 
 void PageTable::remove(int local, std::uint32_t slots) noexcept {
-  Page& page = pages_[local];
-  slots &= page.mask;
+  slots &= masks_[local];
   for (int s = 0; s < page_size_; ++s) {
     if (slots >> s & 1u) positions_[local * page_size_ + s] = -1;
   }
   tokens_ -= std::popcount(slots);
-  page.mask &= ~slots;
-  if (page.mask == 0) drop(local);
+  masks_[local] &= ~slots;
+  if (masks_[local] == 0) drop(local);
 }
 
 void PageTable::gather(std::byte* keys, std::byte* values) const {
@@ -218,7 +225,8 @@ void PageTable::gather(std::byte* keys, std::byte* values) const {
 }
 
 std::size_t PageTable::memory_bytes() const {
-  return pages_.capacity() * sizeof(Page) + positions_.capacity() * sizeof(std::int32_t);
+  return pages_.capacity() * sizeof(Page) + masks_.capacity() * sizeof(std::uint32_t) +
+         positions_.capacity() * sizeof(std::int32_t);
 }
 
 void PageTable::check_integrity() const {
@@ -227,12 +235,12 @@ void PageTable::check_integrity() const {
   for (int p = 0; p < page_count(); ++p) {
     const Page& page = pages_[p];
     if (page.id == kNoPage) {
-      if (page.mask != 0) throw IntegrityError(message("page ", p, " is free but not empty"));
+      if (mask(p) != 0) throw IntegrityError(message("page ", p, " is free but not empty"));
       continue;
     }
     pool_->verify(page.id, page.epoch, owner_.layer, owner_.head);
-    if (page.mask == 0 || (page.mask & ~slot_mask(page_size_)) != 0)
-      throw IntegrityError(message("page ", p, " has slot mask ", page.mask));
+    if (mask(p) == 0 || (mask(p) & ~slot_mask(page_size_)) != 0)
+      throw IntegrityError(message("page ", p, " has slot mask ", mask(p)));
     std::uint32_t held = 0;
     for (int s = 0; s < page_size_; ++s) {
       const std::int32_t position = positions_[p * page_size_ + s];
@@ -240,10 +248,10 @@ void PageTable::check_integrity() const {
       held |= 1u << s;
       seen.push_back(position);
     }
-    if (held != page.mask)
+    if (held != mask(p))
       throw IntegrityError(
-          message("page ", p, " has positions in slots ", held, ", slot mask ", page.mask));
-    tokens += page.count();
+          message("page ", p, " has positions in slots ", held, ", slot mask ", mask(p)));
+    tokens += count(p);
   }
   if (tokens != tokens_)
     throw IntegrityError(message("pages hold ", tokens, " tokens, the table says ", tokens_));

@@ -26,8 +26,6 @@ class PageTable {
   struct Page {
     PageId id = kNoPage;  // kNoPage: the number is not in use
     std::uint64_t epoch = 0;
-    std::uint32_t mask = 0;  // bit s: slot s holds a token
-    int count() const { return std::popcount(mask); }
   };
 
   explicit PageTable(const IndexContext& context);
@@ -44,7 +42,11 @@ class PageTable {
 
   const Page& page(int local) const { return pages_[local]; }
   bool in_use(int local) const { return pages_[local].id != kNoPage; }
-  bool full(int local) const { return pages_[local].count() == page_size_; }
+  std::uint32_t mask(int local) const { return masks_[local]; }
+  int count(int local) const { return std::popcount(masks_[local]); }
+  bool full(int local) const { return count(local) == page_size_; }
+  // [page_count()]; bit s: slot s holds a token.
+  std::span<const std::uint32_t> masks() const { return masks_; }
   std::int32_t position(int local, int slot) const { return positions_[local * page_size_ + slot]; }
   // positions of all slots, [page_count() * S]; -1 for slots not in use.
   const std::vector<std::int32_t>& positions() const { return positions_; }
@@ -92,6 +94,7 @@ class PageTable {
   std::size_t row_bytes_;
   std::int32_t tokens_ = 0;
   std::vector<Page> pages_;
+  std::vector<std::uint32_t> masks_;
   std::vector<std::int32_t> positions_;
   std::vector<int> free_numbers_;
 };

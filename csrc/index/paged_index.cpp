@@ -6,19 +6,17 @@
 #include <numeric>
 
 #include "icecache/error.h"
+#include "index/log_sum.h"
 #include "simd/kernels.h"
-#include "simd/prefetch.h"
 
 namespace icecache {
-namespace {
-
-constexpr std::size_t kAhead = 12;  // slots whose keys are on their way
-
-}  // namespace
 
 PagedIndex::PagedIndex(const IndexContext& context)
     : context_(context),
       table_(context),
+      sketch_(static_cast<int>(context.config->sketch_rank),
+              static_cast<int>(context.config->sketch_bits),
+              static_cast<int>(context.config->page_size)),
       far_(context.head_dim),
       has_far_field_(context.config->tail == "on") {}
 
@@ -36,51 +34,72 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   const int d = context_.head_dim;
   std::vector<float> keys(static_cast<std::size_t>(tokens.count) * d);
   simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
-  const Arrangement arrangement = arrange(keys.data(), tokens.count, queries);
+  std::vector<float> coordinates;
+  if (has_sketches()) {
+    const int rank = static_cast<int>(config().sketch_rank);
+    metric_ = QueryMetric::fit(keys.data(), tokens.count, d, queries, rank);
+    coordinates.resize(static_cast<std::size_t>(tokens.count) * rank);
+    metric_.coordinates(keys.data(), tokens.count, coordinates.data());
+    sketch_.fit(coordinates.data(), tokens.count);
+  }
+  const Arrangement arrangement =
+      arrange(keys.data(), has_sketches() ? coordinates.data() : nullptr, tokens.count);
   table_.add_pages(tokens, arrangement.order, arrangement.bounds);
   end_position_ = tokens.first_position + tokens.count;
 
+  if (has_sketches()) {
+    sketch_.resize(table_.page_count());
+    for (int p = 0; p < table_.page_count(); ++p) {
+      for (int i = arrangement.bounds[p]; i < arrangement.bounds[p + 1]; ++i) {
+        sketch_.write(p, i - arrangement.bounds[p],
+                      coordinates.data() +
+                          static_cast<std::size_t>(arrangement.order[i]) * metric_.rank);
+      }
+    }
+  }
   const int nodes = 1 + *std::max_element(arrangement.nodes.begin(), arrangement.nodes.end());
   pages_of_node_.resize(nodes);
   for (int p = 0; p < table_.page_count(); ++p) attach(p, arrangement.nodes[p]);
-  if (has_far_field_) {
-    std::vector<float> mu(d, 0.0f);
-    for (int i = 0; i < d && queries.count > 0.0; ++i) {
-      mu[i] = static_cast<float>(queries.first[i] / queries.count * context_.scale);
-    }
-    far_.reset(mu);
-    for (int node = 0; node < nodes; ++node) {
-      far_.add_node();
-      far_.assign(node, table_, pages_of_node_[node]);
-    }
+  for (int node = 0; has_far_field_ && node < nodes; ++node) {
+    far_.add_node();
+    far_.assign(node, table_, pages_of_node_[node]);
   }
-  built(keys.data(), arrangement);
+  built(keys.data(), has_sketches() ? coordinates.data() : nullptr, arrangement);
 }
 
 void PagedIndex::insert(const TokenBlock& tokens) {
   const int d = context_.head_dim;
   const std::size_t row = d * size_of(context_.dtype);
-  float key[kMaxHeadDim], value[kMaxHeadDim];
+  float key[kMaxHeadDim], value[kMaxHeadDim], in_metric[kMaxHeadDim];
+  const bool sketched = has_sketches();
+  const float* coordinates = sketched ? in_metric : nullptr;
   for (std::int32_t t = 0; t < tokens.count; ++t) {
     const std::byte* raw_key = tokens.keys + t * row;
     const std::byte* raw_value = tokens.values + t * row;
     const std::int32_t position = tokens.first_position + t;
     simd::kernels().to_float(raw_key, context_.dtype, key, d);
     simd::kernels().to_float(raw_value, context_.dtype, value, d);
-    int page = choose_page(key);
+    if (sketched) metric_.coordinates(key, 1, in_metric);
+    int page = choose_page(key, coordinates);
     if (page >= 0 && table_.full(page)) {
       const std::uint32_t moved = split_mask(page);
       const int other = table_.split(page, moved);
       attach(other, node_of_page_[page]);
+      if (sketched) {
+        sketch_.resize(table_.page_count());
+        int to = 0;
+        for (std::uint32_t slots = moved; slots != 0; slots &= slots - 1) {
+          sketch_.copy(other, to++, page, std::countr_zero(slots));
+        }
+      }
       page_split(page, other, moved);
       shrink_node(node_of_page_[page]);
-      page = choose_page(key);
+      page = choose_page(key, coordinates);
       if (table_.full(page)) page = table_.full(other) ? -1 : other;
     }
+    int slot = 0;
     if (page >= 0) {
-      const int slot = table_.append(page, raw_key, raw_value, position);
-      if (has_far_field_) far_.add(node_of_page_[page], key, value);
-      token_added(page, slot, key);
+      slot = table_.append(page, raw_key, raw_value, position);
     } else {
       page = table_.open(raw_key, raw_value, position);
       if (pages_of_node_.empty() ||
@@ -89,10 +108,12 @@ void PagedIndex::insert(const TokenBlock& tokens) {
         if (has_far_field_) far_.add_node();
       }
       attach(page, node_count() - 1);
-      if (has_far_field_) far_.add(node_count() - 1, key, value);
+      if (sketched) sketch_.resize(table_.page_count());
       page_opened(page);
-      token_added(page, 0, key);
     }
+    if (has_far_field_) far_.add(node_of_page_[page], value);
+    if (sketched) sketch_.write(page, slot, in_metric);
+    token_added(page, slot, key, coordinates);
     end_position_ = position + 1;
   }
 }
@@ -147,29 +168,19 @@ void PagedIndex::truncate(std::int32_t position) {
   end_position_ = size() > 0 ? position : 0;
 }
 
-std::int64_t PagedIndex::exact_logits(const SelectRequest& request,
-                                      std::span<const std::int32_t> slots, float* logits,
-                                      std::int64_t stride) const {
+std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candidates) const {
+  thread_local std::vector<const void*> rows_buffer;
+  std::vector<const void*>& rows = rows_buffer;
+  const auto count = static_cast<std::int64_t>(candidates.size());
   const int s = table_.page_size();
-  float page_logits[kMaxGroup * kMaxPageSize];
-  for (std::size_t begin = 0, end = 0; begin < slots.size(); begin = end) {
-    const int page = slots[begin] / s;
-    std::uint32_t mask = 0;
-    for (; end < slots.size() && slots[end] / s == page; ++end) mask |= 1u << (slots[end] % s);
-    if (const std::size_t ahead = end + kAhead; ahead < slots.size()) {
-      simd::prefetch(table_.key(slots[ahead] / s, slots[ahead] % s),
-                     table_.head_dim() * size_of(table_.dtype()));
-    }
-    simd::kernels().page_logits({request.queries, table_.keys(page), nullptr, table_.dtype(),
-                                 request.group, table_.head_dim(), s, mask},
-                                page_logits);
-    for (std::size_t i = begin; i < end; ++i) {
-      for (int g = 0; g < request.group; ++g) {
-        logits[g * stride + static_cast<std::int64_t>(i)] = page_logits[g * s + slots[i] % s];
-      }
-    }
+  rows.resize(count);
+  for (std::int64_t i = 0; i < count; ++i) {
+    rows[i] = table_.key(candidates.slots[i] / s, candidates.slots[i] % s);
   }
-  return static_cast<std::int64_t>(slots.size() * table_.head_dim() * size_of(table_.dtype()));
+  candidates.logits.resize(count * request.group);
+  simd::kernels().row_logits({rows.data(), table_.dtype(), count, request.group, table_.head_dim()},
+                             request.queries, candidates.logits.data(), count);
+  return count * table_.head_dim() * static_cast<std::int64_t>(size_of(table_.dtype()));
 }
 
 std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {
@@ -177,37 +188,161 @@ std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {
 }
 
 void PagedIndex::select(const SelectRequest& request, Selection& selection) const {
-  thread_local Candidates candidates;
-  thread_local std::vector<float> logits;
+  thread_local Candidates candidates_buffer;
+  thread_local SketchScores scores_buffer;
+  Candidates& candidates = candidates_buffer;
+  const int s = table_.page_size();
   candidates.slots.clear();
   candidates.rest_lse.assign(request.group, -INFINITY);
   candidates.bytes = 0;
-  if (size() <= wanted_candidates(request)) {
-    for (std::size_t i = 0; i < table_.positions().size(); ++i) {
-      if (table_.positions()[i] >= 0) candidates.slots.push_back(static_cast<std::int32_t>(i));
-    }
-  } else {
-    find(request, candidates);
+  const bool chosen = choose_pages(request, selection);
+  const bool few = !chosen && size() <= wanted_candidates(request);
+  SketchScores* scores = nullptr;
+  if (!few && has_sketches()) {
+    scores = &scores_buffer;
+    candidates.bytes +=
+        sketch_.scan(metric_, request.queries, request.group, table_.masks(), *scores);
+    scores->weigh();
   }
-  const std::size_t count = candidates.slots.size();
-  logits.resize(count * request.group);
-  candidates.bytes +=
-      exact_logits(request, candidates.slots, logits.data(), static_cast<std::int64_t>(count));
-  pick(request, candidates, logits.data(), selection);
+  if (chosen) {
+    for (const PagePick& pick : selection.picks) {
+      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+        candidates.slots.push_back(pick.local_page * s + std::countr_zero(slots));
+      }
+    }
+    candidates.rest_lse = selection.rest_lse;
+    candidates.bytes += selection.bytes_scanned;
+    candidates.picked.assign(candidates.size(), 1);
+    rescore(request, candidates);  // of what is attended anyway: read once
+  } else {
+    if (few) {
+      for (std::size_t i = 0; i < table_.positions().size(); ++i) {
+        if (table_.positions()[i] >= 0) candidates.slots.push_back(static_cast<std::int32_t>(i));
+      }
+    } else {
+      find(request, scores, candidates);
+    }
+    candidates.bytes += rescore(request, candidates);
+    if (scores != nullptr) {
+      scores->exclude(candidates.slots);
+      for (int g = 0; g < request.group; ++g) candidates.rest_lse[g] = scores->log_total(g);
+    }
+    pick(request, candidates);
+  }
+  if (scores != nullptr) scores->exclude(candidates.slots);
+  take_picked(candidates, request.group, selection);
+  weigh_rest(scores, candidates, request.group, selection);
+  selection.bytes_scanned = candidates.bytes;
 }
 
-std::int64_t PagedIndex::far_field(const SelectRequest& request, const Selection& selection,
-                                   const AttentionState& state,
-                                   std::vector<FarNodeInfo>* nodes) const {
-  if (!has_far_field_) return 0;
-  return far_.merge_into(
-      {request.queries, request.group, &table_, node_of_page_, pages_of_node_, selection.picks},
-      state, nodes);
+void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candidates, int group,
+                            Selection& selection) const {
+  const simd::Kernels& kernels = simd::kernels();
+  const auto count = static_cast<std::int64_t>(candidates.size());
+  const int s = table_.page_size(), nodes = node_count(), columns = simd::mass_stride(group);
+  thread_local std::vector<float> mass_buffer, known_buffer;
+  thread_local std::vector<std::int32_t> left_buffer;
+  std::vector<float>& mass = mass_buffer;         // [C, columns]
+  std::vector<float>& known = known_buffer;       // of one head's candidates
+  std::vector<std::int32_t>& left = left_buffer;  // [C] tokens that were not picked
+  mass.assign(static_cast<std::size_t>(nodes) * columns, 0.0f);
+  selection.far_shift.resize(group);
+  float scale[kMaxGroup + 3] = {};
+  for (int g = 0; g < group; ++g) {
+    const float* logits = candidates.logits.data() + g * count;
+    float shift = scores != nullptr ? scores->log_max(g) : -INFINITY;
+    const float of_scan = shift;
+    for (std::int64_t i = 0; i < count; ++i) shift = std::max(shift, logits[i]);
+    scale[g] = of_scan > -INFINITY ? std::exp(of_scan - shift) : 0.0f;
+    selection.far_shift[g] = shift > -INFINITY ? shift : 0.0f;
+  }
+  if (scores != nullptr) {
+    for (int page = 0; page < table_.page_count(); ++page) {
+      if (table_.mask(page) == 0) continue;
+      const float* from = scores->page_mass(page);
+      float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns;
+      for (int g = 0; g < columns; ++g) to[g] += scale[g] * from[g];
+    }
+  }
+  for (int g = 0; g < group; ++g) {
+    known.assign(count, 0.0f);
+    if (count > 0) {
+      kernels.add_exp(candidates.logits.data() + g * count, selection.far_shift[g], known.data(),
+                      count);
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (candidates.picked[i] != 0) continue;
+      mass[static_cast<std::size_t>(node_of_page_[candidates.slots[i] / s]) * columns + g] +=
+          known[i];
+    }
+  }
+  selection.far_total.assign(group, 0.0f);
+  for (int c = 0; c < nodes; ++c) {
+    for (int g = 0; g < group; ++g) selection.far_total[g] += mass[c * columns + g];
+  }
+  // Where tokens are neither sketched nor candidates, only find() or choose_pages() knows of them.
+  const bool others = scores == nullptr && static_cast<std::int32_t>(count) < size();
+  selection.rest_lse.resize(group);
+  for (int g = 0; g < group; ++g) {
+    const float seen = selection.far_shift[g] + std::log(selection.far_total[g]);
+    selection.rest_lse[g] = others ? log_add(candidates.rest_lse[g], seen) : seen;
+  }
+  if (!has_far_field_) {
+    selection.far_weights.clear();
+    selection.far_share.clear();
+    selection.far_total.assign(group, 0.0f);
+    return;
+  }
+  left.resize(nodes);
+  for (int c = 0; c < nodes; ++c) left[c] = far_.tokens(c);
+  for (const PagePick& pick : selection.picks) {
+    left[node_of_page_[pick.local_page]] -= std::popcount(pick.slots);
+  }
+  selection.far_weights.resize(static_cast<std::size_t>(group) * nodes);
+  for (int c = 0; c < nodes; ++c) {
+    const float share = left[c] > 0 ? 1.0f / static_cast<float>(left[c]) : 0.0f;
+    for (int g = 0; g < group; ++g) {
+      selection.far_weights[g * nodes + c] = share * mass[c * columns + g];
+    }
+  }
+  selection.far_share.resize(static_cast<std::size_t>(group) * selection.tokens);
+  std::size_t at = 0;
+  for (const PagePick& pick : selection.picks) {
+    const int node = node_of_page_[pick.local_page];
+    for (int t = std::popcount(pick.slots); t > 0; --t, ++at) {
+      for (int g = 0; g < group; ++g) {
+        selection.far_share[g * selection.tokens + at] = selection.far_weights[g * nodes + node];
+      }
+    }
+  }
+}
+
+void PagedIndex::far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const {
+  nodes.assign(has_far_field_ ? node_count() : 0, {});
+  std::vector<int> left(nodes.size());
+  for (std::size_t c = 0; c < nodes.size(); ++c) {
+    left[c] = nodes[c].tokens = far_.tokens(static_cast<int>(c));
+  }
+  for (const PagePick& pick : selection.picks) {
+    if (!nodes.empty()) left[node_of_page_[pick.local_page]] -= std::popcount(pick.slots);
+  }
+  for (std::size_t c = 0; c < nodes.size(); ++c) {
+    for (std::size_t g = 0; g < selection.far_shift.size(); ++g) {
+      const float mass = selection.far_weights[g * nodes.size() + c] * static_cast<float>(left[c]);
+      nodes[c].weight.push_back(std::log(mass) + selection.far_shift[g]);
+    }
+  }
+}
+
+PagedIndex::Snapshot PagedIndex::snapshot() const {
+  return [table = std::make_shared<const PageTable>(table_)](std::byte* keys, std::byte* values) {
+    table->gather(keys, values);
+  };
 }
 
 void PagedIndex::all_pages(std::vector<PagePick>& picks) const {
   for (int page = 0; page < table_.page_count(); ++page) {
-    if (table_.in_use(page)) picks.push_back(table_.pick(page, table_.page(page).mask));
+    if (table_.in_use(page)) picks.push_back(table_.pick(page, table_.mask(page)));
   }
 }
 
@@ -239,7 +374,9 @@ void PagedIndex::selected_positions(const Selection& selection,
 
 std::size_t PagedIndex::memory_bytes() const {
   std::size_t bytes =
-      table_.memory_bytes() + far_.memory_bytes() + node_of_page_.capacity() * sizeof(int);
+      table_.memory_bytes() + sketch_.memory_bytes() + far_.memory_bytes() +
+      (metric_.from_key.capacity() + metric_.from_query.capacity()) * sizeof(float) +
+      node_of_page_.capacity() * sizeof(int);
   for (const auto& pages : pages_of_node_) bytes += pages.capacity() * sizeof(int);
   return bytes;
 }

@@ -1,6 +1,6 @@
-// PagedIndex: what all indexes share. It owns the pages and the far field, inserts with splits,
-// truncates, forks, rescores candidates with exact keys and spends the budget on them. An
-// implementation says how tokens are arranged into pages and how candidates are found.
+// PagedIndex: what all indexes share. It owns the pages, the sketches and the far field, inserts with
+// splits, truncates, forks, rescores candidates with exact keys, spends the budget on them and weighs
+// the rest. An implementation says how tokens are arranged into pages and how candidates are found.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 #include "icecache/semantic_index.h"
 #include "index/far_field.h"
 #include "index/page_table.h"
+#include "index/query_metric.h"
+#include "index/sketch.h"
 
 namespace icecache {
 
@@ -20,16 +22,16 @@ class PagedIndex : public SemanticIndex {
 
   void build(const TokenBlock& tokens, const QueryMoments& queries) final;
   void insert(const TokenBlock& tokens) final;
-  void select(const SelectRequest& request, Selection& selection) const override;
-  std::int64_t far_field(const SelectRequest& request, const Selection& selection,
-                         const AttentionState& state, std::vector<FarNodeInfo>* nodes) const final;
+  void select(const SelectRequest& request, Selection& selection) const final;
+  std::span<const float> far_values() const final { return far_.sums(); }
+  void far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const final;
   void truncate(std::int32_t position) final;
   void gather(std::byte* keys, std::byte* values) const final { table_.gather(keys, values); }
+  Snapshot snapshot() const final;
   std::int32_t size() const final { return table_.size(); }
   std::int32_t end_position() const final { return end_position_; }
   void all_pages(std::vector<PagePick>& picks) const final;
   std::vector<PageInfo> pages() const final;
-  std::span<const float> far_center() const final { return far_.center(); }
   void selected_positions(const Selection& selection,
                           std::vector<std::int32_t>& positions) const final;
   std::size_t memory_bytes() const override;
@@ -46,27 +48,43 @@ class PagedIndex : public SemanticIndex {
   // Tokens worth an exact score, and what the others weigh.
   struct Candidates {
     std::vector<std::int32_t> slots;  // slot ids, ascending, each once
-    std::vector<float> rest_lse;  // [G] estimated log weight of all tokens that are not in slots
-    std::int64_t bytes = 0;       // read to find them
+    // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.
+    std::vector<float> rest_lse;
+    std::vector<float> logits;   // [G, slots] exact
+    std::vector<char> picked;    // [slots]
+    std::int64_t bytes = 0;      // read to find them
+    std::size_t size() const { return slots.size(); }
   };
 
-  // keys: [N, D] fp32. Called once, before the pages are taken.
-  virtual Arrangement arrange(const float* keys, std::int32_t count,
-                              const QueryMoments& queries) = 0;
+  // Whether keys are sketched: where the far field needs to know what tokens weigh.
+  virtual bool has_sketches() const { return has_far_field_; }
+  // keys: [N, D] fp32; coordinates: [N, R] in metric(), null without sketches. Called once, before
+  // the pages are taken.
+  virtual Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) = 0;
   // Called once, when page p of the arrangement is local page p.
-  virtual void built(const float* keys, const Arrangement& arrangement) = 0;
-  // Called where there are more tokens than wanted_candidates(); finds about that many.
-  virtual void find(const SelectRequest& request, Candidates& candidates) const = 0;
+  virtual void built(const float* keys, const float* coordinates,
+                     const Arrangement& arrangement) = 0;
+  // Called where there are more tokens than wanted_candidates(); finds about that many. `scores` is
+  // null without sketches.
+  virtual void find(const SelectRequest& request, SketchScores* scores,
+                    Candidates& candidates) const = 0;
+  // Indexes that rank whole pages by themselves fill picks, tokens, rest_lse and bytes_scanned, and
+  // return true; then there are no candidates.
+  virtual bool choose_pages(const SelectRequest& request, Selection& selection) const {
+    (void)request, (void)selection;
+    return false;
+  }
 
   // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
-  virtual int choose_page(const float* key) = 0;
+  // coordinates: [R] of the key, null without sketches.
+  virtual int choose_page(const float* key, const float* coordinates) = 0;
   // Which tokens of a full page move to a new one; neither none nor all.
   virtual std::uint32_t split_mask(int page) const = 0;
   // Which pages of a node that has grown too large move to a new node; neither none nor all.
   virtual std::vector<int> split_node(int node) const;
 
   // Bookkeeping hooks, called after the change.
-  virtual void token_added(int page, int slot, const float* key) = 0;
+  virtual void token_added(int page, int slot, const float* key, const float* coordinates) = 0;
   virtual void page_split(int page, int other, std::uint32_t moved) = 0;
   virtual void page_opened(int page) = 0;
   virtual void node_was_split(int node, int other) { (void)node, (void)other; }
@@ -79,23 +97,31 @@ class PagedIndex : public SemanticIndex {
   int node_of(int page) const { return node_of_page_[page]; }
   int node_count() const { return static_cast<int>(pages_of_node_.size()); }
   const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
+  const QueryMetric& metric() const { return metric_; }
   // Tokens that get an exact score; at least what may be picked.
   std::int64_t wanted_candidates(const SelectRequest& request) const;
   // Pages per far-field node as built.
   int node_pages() const;
 
-  // Exact logits of slots (ascending slot ids): logits[g * stride + i]. Returns the bytes read.
-  std::int64_t exact_logits(const SelectRequest& request, std::span<const std::int32_t> slots,
-                            float* logits, std::int64_t stride) const;
-
  private:
   void attach(int page, int node);
   void shrink_node(int node);
-  void pick(const SelectRequest& request, const Candidates& candidates, const float* logits,
-            Selection& selection) const;
+  // Exact logits of the candidates. Returns the bytes read.
+  std::int64_t rescore(const SelectRequest& request, Candidates& candidates) const;
+  // Fills `picked` within the budget; picking whole pages adds their tokens to the candidates.
+  void pick(const SelectRequest& request, Candidates& candidates) const;
+  void complete_pages(const SelectRequest& request, Candidates& candidates) const;
+  // Picks, tokens and logits of the selection.
+  void take_picked(const Candidates& candidates, int group, Selection& selection) const;
+  // The far field and what is left unpicked, from the page masses of `scores` (candidates excluded;
+  // null: no token but the candidates) and the exact logits of candidates that were not picked.
+  void weigh_rest(const SketchScores* scores, const Candidates& candidates, int group,
+                  Selection& selection) const;
 
   IndexContext context_;
   PageTable table_;
+  QueryMetric metric_;
+  Sketch sketch_;
   FarField far_;
   bool has_far_field_;
   std::int32_t end_position_ = 0;

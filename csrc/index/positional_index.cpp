@@ -23,9 +23,9 @@ int PositionalIndex::row_size() const {
   return (quest_ ? 2 : 1) * table().head_dim();
 }
 
-PositionalIndex::Arrangement PositionalIndex::arrange(const float* keys, std::int32_t count,
-                                                      const QueryMoments& queries) {
-  (void)keys, (void)queries;
+PositionalIndex::Arrangement PositionalIndex::arrange(const float* keys, const float* coordinates,
+                                                      std::int32_t count) {
+  (void)keys, (void)coordinates;
   const int s = table().page_size();
   Arrangement arrangement;
   arrangement.order.resize(count);
@@ -38,8 +38,9 @@ PositionalIndex::Arrangement PositionalIndex::arrange(const float* keys, std::in
   return arrangement;
 }
 
-void PositionalIndex::built(const float* keys, const Arrangement& arrangement) {
-  (void)keys, (void)arrangement;
+void PositionalIndex::built(const float* keys, const float* coordinates,
+                            const Arrangement& arrangement) {
+  (void)keys, (void)coordinates, (void)arrangement;
   order_.resize(table().page_count());
   std::iota(order_.begin(), order_.end(), 0);
   rows_.resize(static_cast<std::size_t>(table().page_count()) * row_size());
@@ -48,7 +49,7 @@ void PositionalIndex::built(const float* keys, const Arrangement& arrangement) {
 
 void PositionalIndex::summarize(int page, float* row) const {
   const int d = table().head_dim();
-  const std::uint32_t mask = table().page(page).mask;
+  const std::uint32_t mask = table().mask(page);
   float key[kMaxHeadDim];
   if (quest_) {
     std::fill_n(row, d, -INFINITY);
@@ -95,7 +96,7 @@ void PositionalIndex::rank(const SelectRequest& request, Ranking& ranking) const
     for (int page : order_) {
       const float* row = rows_.data() + static_cast<std::size_t>(page) * width;
       lse[page] = kernels.dot(quest_ ? middle : query, row, width) +
-                  std::log(static_cast<float>(table().page(page).count()));
+                  std::log(static_cast<float>(table().count(page)));
       if (quest_) {
         ranking.worth[page] = std::max(ranking.worth[page], kernels.dot(upper, row, width));
       }
@@ -110,10 +111,12 @@ void PositionalIndex::rank(const SelectRequest& request, Ranking& ranking) const
   ranking.bytes = static_cast<std::int64_t>(order_.size() * width * sizeof(float));
 }
 
-void PositionalIndex::find(const SelectRequest& request, Candidates& candidates) const {
+void PositionalIndex::find(const SelectRequest& request, SketchScores* scores,
+                           Candidates& candidates) const {
+  (void)scores;
   thread_local Ranking ranking;
   rank(request, ranking);
-  candidates.bytes = ranking.bytes;
+  candidates.bytes += ranking.bytes;
   const std::int64_t wanted = wanted_candidates(request);
   const int s = table().page_size(), pages = table().page_count();
   std::int64_t found = 0;
@@ -125,19 +128,16 @@ void PositionalIndex::find(const SelectRequest& request, Candidates& candidates)
       }
       continue;
     }
-    found += table().page(page).count();
-    for (std::uint32_t rest = table().page(page).mask; rest != 0; rest &= rest - 1) {
+    found += table().count(page);
+    for (std::uint32_t rest = table().mask(page); rest != 0; rest &= rest - 1) {
       candidates.slots.push_back(page * s + std::countr_zero(rest));
     }
   }
   std::sort(candidates.slots.begin(), candidates.slots.end());
 }
 
-void PositionalIndex::select(const SelectRequest& request, Selection& selection) const {
-  if (config().select != "page") {
-    PagedIndex::select(request, selection);
-    return;
-  }
+bool PositionalIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
+  if (config().select != "page") return false;
   thread_local Ranking ranking;
   thread_local PageBudget budget;
   rank(request, ranking);
@@ -158,10 +158,11 @@ void PositionalIndex::select(const SelectRequest& request, Selection& selection)
   }
   budget.finish(selection);
   selection.bytes_scanned = ranking.bytes;
+  return true;
 }
 
-int PositionalIndex::choose_page(const float* key) {
-  (void)key;
+int PositionalIndex::choose_page(const float* key, const float* coordinates) {
+  (void)key, (void)coordinates;
   return order_.empty() || table().full(order_.back()) ? -1 : order_.back();
 }
 
@@ -169,11 +170,12 @@ int PositionalIndex::choose_page(const float* key) {
 // move.
 std::uint32_t PositionalIndex::split_mask(int page) const {
   const int half = table().page_size() / 2;
-  return table().page(page).mask & (~0u << half);
+  return table().mask(page) & (~0u << half);
 }
 
-void PositionalIndex::token_added(int page, int slot, const float* key) {
-  (void)slot, (void)key;
+void PositionalIndex::token_added(int page, int slot, const float* key,
+                                  const float* coordinates) {
+  (void)slot, (void)key, (void)coordinates;
   refresh(page);
 }
 
@@ -212,7 +214,7 @@ void PositionalIndex::check_integrity() const {
   std::int32_t tokens = 0;
   for (int page : order_) {
     if (!table().in_use(page)) throw IntegrityError(message("page ", page, " is not in use"));
-    for (std::uint32_t rest = table().page(page).mask; rest != 0; rest &= rest - 1) {
+    for (std::uint32_t rest = table().mask(page); rest != 0; rest &= rest - 1) {
       const std::int32_t position = table().position(page, std::countr_zero(rest));
       if (next >= 0 && position != next)
         throw IntegrityError(

@@ -21,18 +21,19 @@ namespace icecache {
 class PositionalIndex final : public PagedIndex {
  public:
   explicit PositionalIndex(const IndexContext& context);
-  void select(const SelectRequest& request, Selection& selection) const override;
   std::unique_ptr<SemanticIndex> fork() const override;
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
-  Arrangement arrange(const float* keys, std::int32_t count, const QueryMoments& queries) override;
-  void built(const float* keys, const Arrangement& arrangement) override;
-  void find(const SelectRequest& request, Candidates& candidates) const override;
-  int choose_page(const float* key) override;
+  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
+  void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override;
+  void find(const SelectRequest& request, SketchScores* scores,
+            Candidates& candidates) const override;
+  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
+  int choose_page(const float* key, const float* coordinates) override;
   std::uint32_t split_mask(int page) const override;
-  void token_added(int page, int slot, const float* key) override;
+  void token_added(int page, int slot, const float* key, const float* coordinates) override;
   void page_split(int page, int other, std::uint32_t moved) override;
   void page_opened(int page) override;
   void tokens_removed(int page, int node) override;

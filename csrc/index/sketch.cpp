@@ -54,20 +54,46 @@ void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
   }
 }
 
-std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int group, int pages,
-                          float* scores, std::int64_t stride) const {
-  float projected[kMaxGroup * kMaxHeadDim], bias[kMaxGroup];
-  simd::kernels().matmul(queries, metric.from_query.data(), projected, group, metric.head_dim,
-                         rank_);
+std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int group,
+                          std::span<const std::uint32_t> masks, SketchScores& out) const {
+  const simd::Kernels& kernels = simd::kernels();
+  const int pages = static_cast<int>(masks.size());
+  out.resize(group, pages, page_size_);
+  float projected[kMaxGroup * kMaxHeadDim];
+  kernels.matmul(queries, metric.from_query.data(), projected, group, metric.head_dim, rank_);
+  float largest = 0.0f;
   for (int g = 0; g < group; ++g) {
-    float* q = projected + g * rank_;
-    bias[g] =
-        simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim) +
-        simd::kernels().dot(q, low_.data(), rank_);
-    for (int j = 0; j < rank_; ++j) q[j] *= step_[j];
+    for (int j = 0; j < rank_; ++j) {
+      projected[g * rank_ + j] *= step_[j];
+      largest = std::max(largest, std::abs(projected[g * rank_ + j]));
+    }
   }
-  simd::kernels().sketch_scan(
-      {codes_.data(), projected, bias, scores, stride, pages, group, rank_, page_size_, bits_});
+  constexpr float kLevels = 127.0f;
+  const float scale = std::max(largest, 1e-20f) / kLevels;
+  std::int8_t rounded[kMaxGroup * kMaxHeadDim];
+  const int codes = (1 << bits_) - 1;
+  int reach = 0;  // of a score, whatever the codes
+  for (int g = 0; g < group; ++g) {
+    int above = 0, below = 0;
+    // Coordinates are relative to the keys' mean: rounding the query moves no score on average.
+    float bias = kernels.dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
+    for (int j = 0; j < rank_; ++j) {
+      const auto q = static_cast<std::int8_t>(std::lrintf(projected[g * rank_ + j] / scale));
+      rounded[g * rank_ + j] = q;
+      (q > 0 ? above : below) += q * codes;
+      bias += scale * q * (low_[j] / step_[j]);
+    }
+    reach = std::max({reach, above, -below});
+    out.bias[g] = bias;
+  }
+  int shift = 0;
+  while (reach >> shift >= simd::kMaxScore) ++shift;
+  out.unit = scale * static_cast<float>(1 << shift);
+  for (int g = 0; g < group; ++g) {
+    out.bias[g] += 0.5f * (out.unit - scale);  // shifting rounds down
+  }
+  kernels.sketch_scan({codes_.data(), masks.data(), rounded, out.scores(), out.max(), out.stride(),
+                       pages, group, rank_, page_size_, bits_, shift});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

@@ -7,9 +7,11 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "index/query_metric.h"
+#include "index/sketch_scores.h"
 
 namespace icecache {
 
@@ -25,10 +27,11 @@ class Sketch {
   // Copies the codes of one slot.
   void copy(int to_page, int to_slot, int from_page, int from_slot);
 
-  // scores[g * stride + page * S + slot] ~ q_g . k for all slots, those not in use included (their
-  // scores mean nothing). Queries [G, D] scaled. Returns the bytes read.
-  std::int64_t scan(const QueryMetric& metric, const float* queries, int group, int pages,
-                    float* scores, std::int64_t stride) const;
+  // Scores of all tokens, those that `masks` [P] has, for queries [G, D] (scaled): near q.k. The
+  // queries are quantised too, to 8 bits on a scale common to the group; that adds about a tenth to
+  // the error that 4 bits a coordinate make. Returns the bytes read.
+  std::int64_t scan(const QueryMetric& metric, const float* queries, int group,
+                    std::span<const std::uint32_t> masks, SketchScores& out) const;
 
   std::size_t memory_bytes() const { return codes_.capacity(); }
 
@@ -37,6 +40,7 @@ class Sketch {
 
   int rank_, bits_, page_size_;
   std::vector<float> low_, step_;    // [R]
+  // Codes, and behind them what the scan asks for in advance.
   std::vector<std::uint8_t> codes_;  // [P, page_bytes()]
 };
 

@@ -1,56 +1,87 @@
 #include "index/top_k.h"
 
 #include <algorithm>
-#include <functional>
+#include <bit>
+
+#include "simd/kernels.h"
 
 namespace icecache {
 namespace {
 
-constexpr std::int64_t kBlock = 16;
-constexpr std::int64_t kLanes = 4;  // written out so that every compiler makes vectors of it
+constexpr int kBins = 256;
 
-float max_of_block(const float* x) {
-  float lanes[kLanes] = {x[0], x[1], x[2], x[3]};
-  for (std::int64_t i = kLanes; i < kBlock; i += kLanes) {
-    for (std::int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-  }
-  return std::max(std::max(lanes[0], lanes[1]), std::max(lanes[2], lanes[3]));
+// The bin that holds the k-th largest; k becomes its place within that bin.
+int descend(const std::int32_t (&bins)[kBins], std::int64_t& k) {
+  int bin = kBins - 1;
+  for (; bins[bin] < k; --bin) k -= bins[bin];
+  return bin;
 }
 
 }  // namespace
 
-void top_k(const float* scores, std::int64_t n, std::int64_t k, std::vector<std::int32_t>& out) {
+std::int16_t kth_largest(std::span<const std::int16_t> x, std::int64_t k) {
+  const auto ordered = [](std::int16_t v) { return static_cast<std::uint16_t>(v ^ 0x8000); };
+  // Two counts side by side: neighbours, which are often alike, do not wait for each other.
+  std::int32_t high[kBins] = {}, other[kBins] = {}, low[kBins] = {};
+  std::size_t i = 0;
+  for (; i + 2 <= x.size(); i += 2) {
+    ++high[ordered(x[i]) >> 8];
+    ++other[ordered(x[i + 1]) >> 8];
+  }
+  if (i < x.size()) ++high[ordered(x[i]) >> 8];
+  for (int bin = 0; bin < kBins; ++bin) high[bin] += other[bin];
+  const int top = descend(high, k);
+  for (const std::int16_t v : x) {
+    if (ordered(v) >> 8 == top) ++low[ordered(v) & 255];
+  }
+  return static_cast<std::int16_t>((top << 8 | descend(low, k)) ^ 0x8000);
+}
+
+void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> block_max,
+           std::int16_t floor, std::int64_t k, std::vector<std::int32_t>& out) {
+  constexpr std::int64_t kLanes = simd::kRankLanes, kBlock = simd::kRankBlock;
   out.clear();
-  if (k <= 0 || n <= 0) return;
-  thread_local std::vector<float> maxima, ordered;
-  const std::int64_t blocks = (n + kBlock - 1) / kBlock;
-  maxima.resize(blocks);
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    const float* block = scores + b * kBlock;
-    maxima[b] = (b + 1) * kBlock <= n ? max_of_block(block)
-                                      : *std::max_element(block, block + (n - b * kBlock));
-  }
-  float bound = 0.0f;
-  if (blocks >= k) {
-    ordered = maxima;
-    std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
-    bound = ordered[k - 1];
-  }
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    if (maxima[b] < bound) continue;
-    for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
-      if (scores[i] >= bound && scores[i] > 0.0f) out.push_back(static_cast<std::int32_t>(i));
+  const auto n = static_cast<std::int64_t>(rank.size());
+  if (k <= 0 || n == 0) return;
+  int bound = floor + 1;
+  const std::span<const std::int16_t> bounding =
+      static_cast<std::int64_t>(block_max.size()) >= k ? block_max : rank;
+  if (n > k) bound = std::max<int>(bound, kth_largest(bounding, k));
+  // One bit a slot keeps them in order.
+  thread_local std::vector<std::uint64_t> chosen_bits;
+  thread_local std::vector<std::int16_t> chosen_ranks;
+  // By reference: each mention of a thread_local in a shared library is a call.
+  std::vector<std::uint64_t>& chosen = chosen_bits;
+  std::vector<std::int16_t>& values = chosen_ranks;
+  chosen.assign((n + 63) / 64, 0);
+  values.clear();
+  for (std::size_t b = 0; b < block_max.size(); ++b) {
+    if (block_max[b] < bound) continue;
+    const std::int64_t begin = static_cast<std::int64_t>(b) / kLanes * kBlock + b % kLanes;
+    const std::int64_t rows = std::min(kBlock / kLanes, (n - begin + kLanes - 1) / kLanes);
+    std::uint32_t hits = 0;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      hits |= static_cast<std::uint32_t>(rank[begin + r * kLanes] >= bound) << r;
+    }
+    for (; hits != 0; hits &= hits - 1) {
+      const std::int64_t i = begin + std::countr_zero(hits) * kLanes;
+      chosen[i / 64] |= std::uint64_t{1} << (i % 64);
+      values.push_back(rank[i]);
     }
   }
-  if (static_cast<std::int64_t>(out.size()) <= k) return;
-  ordered.clear();
-  for (const std::int32_t i : out) ordered.push_back(scores[i]);
-  std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
-  const float last = ordered[k - 1];
-  std::int64_t ties = k;
-  for (std::int64_t i = 0; i < k; ++i) ties -= ordered[i] > last ? 1 : 0;
-  std::erase_if(
-      out, [&](std::int32_t i) { return scores[i] < last || (scores[i] == last && ties-- <= 0); });
+  // How many of those that equal the last one fit.
+  int last = bound;
+  std::int64_t ties = n;
+  if (static_cast<std::int64_t>(values.size()) > k) {
+    last = kth_largest(values, k);
+    ties = k - std::count_if(values.begin(), values.end(), [&](int v) { return v > last; });
+  }
+  for (std::size_t word = 0; word < chosen.size(); ++word) {
+    for (std::uint64_t bits = chosen[word]; bits != 0; bits &= bits - 1) {
+      const auto i = static_cast<std::int32_t>(64 * word) + std::countr_zero(bits);
+      if (rank[i] > last || (rank[i] == last && ties-- > 0)) out.push_back(i);
+    }
+  }
 }
 
 }  // namespace icecache

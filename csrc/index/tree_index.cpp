@@ -8,40 +8,25 @@
 
 #include "icecache/error.h"
 #include "index/bisect.h"
-#include "index/log_sum.h"
-#include "index/top_k.h"
 #include "simd/kernels.h"
 
 namespace icecache {
 
 TreeIndex::TreeIndex(const IndexContext& context)
-    : PagedIndex(context),
-      sketch_(static_cast<int>(context.config->sketch_rank),
-              static_cast<int>(context.config->sketch_bits),
-              static_cast<int>(context.config->page_size)),
-      tree_(static_cast<int>(context.config->sketch_rank)) {}
+    : PagedIndex(context), tree_(static_cast<int>(context.config->sketch_rank)) {}
 
 std::unique_ptr<SemanticIndex> TreeIndex::fork() const {
   return std::unique_ptr<SemanticIndex>(new TreeIndex(*this));
 }
 
-TreeIndex::Arrangement TreeIndex::arrange(const float* keys, std::int32_t count,
-                                          const QueryMoments& queries) {
-  const int rank = static_cast<int>(config().sketch_rank);
-  metric_ = QueryMetric::fit(keys, count, context().head_dim, queries, rank);
-  coordinates_.resize(static_cast<std::size_t>(count) * rank);
-  metric_.coordinates(keys, count, coordinates_.data());
-  return cluster(keys, coordinates_.data(), count);
-}
-
-TreeIndex::Arrangement TreeIndex::cluster(const float* keys, const float* coordinates,
+TreeIndex::Arrangement TreeIndex::arrange(const float* keys, const float* coordinates,
                                           std::int32_t count) {
   (void)keys;
   const int s = static_cast<int>(config().page_size);
   Arrangement arrangement;
   arrangement.order.resize(count);
   std::iota(arrangement.order.begin(), arrangement.order.end(), 0);
-  bisect(coordinates, metric_.rank, arrangement.order, s, node_pages());
+  bisect(coordinates, rank(), arrangement.order, s, node_pages());
   for (std::int32_t begin = 0; begin < count; begin += s) {
     arrangement.nodes.push_back(begin / s / node_pages());
     arrangement.bounds.push_back(begin);
@@ -50,66 +35,36 @@ TreeIndex::Arrangement TreeIndex::cluster(const float* keys, const float* coordi
   return arrangement;
 }
 
-void TreeIndex::built(const float* keys, const Arrangement& arrangement) {
+void TreeIndex::built(const float* keys, const float* coordinates,
+                      const Arrangement& arrangement) {
   (void)keys;
-  const int rank = metric_.rank;
-  sketch_.fit(coordinates_.data(), size());
-  sketch_.resize(table().page_count());
-  page_sums_.assign(static_cast<std::size_t>(table().page_count()) * rank, 0.0f);
+  page_sums_.assign(static_cast<std::size_t>(table().page_count()) * rank(), 0.0f);
   for (int page = 0; page < table().page_count(); ++page) {
     for (int i = arrangement.bounds[page]; i < arrangement.bounds[page + 1]; ++i) {
-      const float* y = coordinates_.data() + static_cast<std::size_t>(arrangement.order[i]) * rank;
-      sketch_.write(page, i - arrangement.bounds[page], y);
-      for (int j = 0; j < rank; ++j) page_sums_[page * rank + j] += y[j];
+      const float* y =
+          coordinates + static_cast<std::size_t>(arrangement.order[i]) * rank();
+      for (int j = 0; j < rank(); ++j) page_sums_[page * rank() + j] += y[j];
     }
   }
   for (int node = 0; node < node_count(); ++node) set_leaf(node, node - 1);
-  coordinates_ = {};
 }
 
-void TreeIndex::find(const SelectRequest& request, Candidates& candidates) const {
-  const int pages = table().page_count(), s = table().page_size(), group = request.group;
-  const std::int64_t slots = static_cast<std::int64_t>(pages) * s;
-  thread_local std::vector<float> scores, mass;
-  scores.resize(static_cast<std::size_t>(group) * slots);
-  candidates.bytes = sketch_.scan(metric_, request.queries, group, pages, scores.data(), slots);
-  for (int page = 0; page < pages; ++page) {
-    if (table().page(page).count() == s) continue;
-    for (int slot = 0; slot < s; ++slot) {
-      if (table().page(page).mask >> slot & 1u) continue;
-      for (int g = 0; g < group; ++g) scores[g * slots + page * s + slot] = -INFINITY;
-    }
-  }
-  mass.assign(slots, 0.0f);
-  float max[kMaxGroup], sum[kMaxGroup];
-  for (int g = 0; g < group; ++g) {
-    float* weights = scores.data() + g * slots;
-    simd::kernels().softmax_exp(weights, slots, &max[g], &sum[g]);
-    const float total = log_add(max[g] + std::log(sum[g]), request.near_lse[g]);
-    simd::kernels().axpy(std::exp(max[g] - total), weights, mass.data(), slots);
-  }
-  top_k(mass.data(), slots, wanted_candidates(request), candidates.slots);
-  for (int g = 0; g < group; ++g) {
-    double rest = sum[g];
-    for (std::int32_t i : candidates.slots) rest -= scores[g * slots + i];
-    candidates.rest_lse[g] =
-        max[g] + static_cast<float>(std::log(std::max(rest, 1e-7 * static_cast<double>(sum[g]))));
-  }
+void TreeIndex::find(const SelectRequest& request, SketchScores* scores,
+                     Candidates& candidates) const {
+  scores->top(request.near_lse, wanted_candidates(request), candidates.slots);
 }
 
-int TreeIndex::choose_page(const float* key) {
-  const int rank = metric_.rank;
-  coordinates_.resize(rank);
-  metric_.coordinates(key, 1, coordinates_.data());
-  const int node = tree_.nearest(coordinates_.data());
+int TreeIndex::choose_page(const float* key, const float* coordinates) {
+  (void)key;
+  const int node = tree_.nearest(coordinates);
   if (node < 0) return -1;
   int nearest = -1;
   float best = std::numeric_limits<float>::infinity();
   for (int page : pages_of(node)) {
-    const float scale = 1.0f / static_cast<float>(table().page(page).count());
+    const float scale = 1.0f / static_cast<float>(table().count(page));
     float distance = 0.0f;
-    for (int j = 0; j < rank; ++j) {
-      const float delta = coordinates_[j] - page_sums_[page * rank + j] * scale;
+    for (int j = 0; j < rank(); ++j) {
+      const float delta = coordinates[j] - page_sums_[page * rank() + j] * scale;
       distance += delta * delta;
     }
     if (nearest < 0 || distance < best) {
@@ -124,24 +79,24 @@ void TreeIndex::page_coordinates(int page, std::vector<float>& out) const {
   const int d = table().head_dim(), s = table().page_size();
   std::vector<float> keys(static_cast<std::size_t>(s) * d);
   simd::kernels().to_float(table().keys(page), table().dtype(), keys.data(), keys.size());
-  out.resize(static_cast<std::size_t>(s) * metric_.rank);
-  metric_.coordinates(keys.data(), s, out.data());
+  out.resize(static_cast<std::size_t>(s) * rank());
+  metric().coordinates(keys.data(), s, out.data());
 }
 
 std::uint32_t TreeIndex::split_mask(int page) const {
   std::vector<float> coordinates;
   page_coordinates(page, coordinates);
-  return upper_half(coordinates.data(), metric_.rank, table().page_size());
+  return upper_half(coordinates.data(), rank(), table().page_size());
 }
 
 std::vector<int> TreeIndex::split_node(int node) const {
-  const int rank = metric_.rank;
+  const int rank = this->rank();
   const std::vector<int>& pages = pages_of(node);
   std::vector<float> centroids(pages.size() * rank);
   for (std::size_t p = 0; p < pages.size(); ++p) {
     for (int j = 0; j < rank; ++j) {
       centroids[p * rank + j] =
-          page_sums_[pages[p] * rank + j] / static_cast<float>(table().page(pages[p]).count());
+          page_sums_[pages[p] * rank + j] / static_cast<float>(table().count(pages[p]));
     }
   }
   const std::uint32_t upper = upper_half(centroids.data(), rank, static_cast<int>(pages.size()));
@@ -153,23 +108,23 @@ std::vector<int> TreeIndex::split_node(int node) const {
 }
 
 void TreeIndex::sum_page(int page) {
-  const int rank = metric_.rank;
+  const int rank = this->rank();
   std::vector<float> coordinates;
   page_coordinates(page, coordinates);
   float* sum = page_sums_.data() + static_cast<std::size_t>(page) * rank;
   std::fill_n(sum, rank, 0.0f);
-  for (std::uint32_t mask = table().page(page).mask; mask != 0; mask &= mask - 1) {
+  for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
     const float* y = coordinates.data() + std::countr_zero(mask) * rank;
     for (int j = 0; j < rank; ++j) sum[j] += y[j];
   }
 }
 
 void TreeIndex::set_leaf(int node, int near) {
-  std::vector<float> sum(metric_.rank, 0.0f);
+  std::vector<float> sum(rank(), 0.0f);
   std::int32_t count = 0;
   for (int page : pages_of(node)) {
-    count += table().page(page).count();
-    for (int j = 0; j < metric_.rank; ++j) sum[j] += page_sums_[page * metric_.rank + j];
+    count += table().count(page);
+    for (int j = 0; j < rank(); ++j) sum[j] += page_sums_[page * rank() + j];
   }
   if (node == tree_.leaf_count()) {
     tree_.add_leaf(near, sum.data(), count);
@@ -178,32 +133,26 @@ void TreeIndex::set_leaf(int node, int near) {
   }
 }
 
-void TreeIndex::token_added(int page, int slot, const float* key) {
-  (void)key;  // choose_page left its coordinates
-  sketch_.write(page, slot, coordinates_.data());
-  for (int j = 0; j < metric_.rank; ++j) page_sums_[page * metric_.rank + j] += coordinates_[j];
-  tree_.add(node_of(page), coordinates_.data());
+void TreeIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
+  (void)slot, (void)key;
+  for (int j = 0; j < rank(); ++j) page_sums_[page * rank() + j] += coordinates[j];
+  tree_.add(node_of(page), coordinates);
 }
 
 void TreeIndex::page_split(int page, int other, std::uint32_t moved) {
-  sketch_.resize(table().page_count());
-  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * metric_.rank);
-  int to = 0;
-  for (int slot = 0; slot < table().page_size(); ++slot) {
-    if (moved >> slot & 1u) sketch_.copy(other, to++, page, slot);
-  }
+  (void)moved;
+  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * rank());
   sum_page(page);
   sum_page(other);
 }
 
 void TreeIndex::page_opened(int page) {
-  sketch_.resize(table().page_count());
-  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * metric_.rank);
-  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, metric_.rank,
+  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * rank());
+  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * rank(), rank(),
               0.0f);
   // The token itself is added by token_added().
   if (node_of(page) == tree_.leaf_count()) {
-    tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * metric_.rank, 0);
+    tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * rank(), 0);
   }
 }
 
@@ -218,9 +167,7 @@ void TreeIndex::tokens_removed(int page, int node) {
 }
 
 std::size_t TreeIndex::memory_bytes() const {
-  return PagedIndex::memory_bytes() + sketch_.memory_bytes() + tree_.memory_bytes() +
-         (page_sums_.capacity() + metric_.from_key.capacity() + metric_.from_query.capacity()) *
-             sizeof(float);
+  return PagedIndex::memory_bytes() + tree_.memory_bytes() + page_sums_.capacity() * sizeof(float);
 }
 
 void TreeIndex::check_integrity() const {
@@ -233,14 +180,14 @@ void TreeIndex::check_integrity() const {
   for (int page = 0; page < table().page_count(); ++page) {
     if (!table().in_use(page)) continue;
     page_coordinates(page, coordinates);
-    for (int j = 0; j < metric_.rank; ++j) {
+    for (int j = 0; j < rank(); ++j) {
       double sum = 0.0, size = 1e-6;
-      for (std::uint32_t mask = table().page(page).mask; mask != 0; mask &= mask - 1) {
-        const double y = coordinates[std::countr_zero(mask) * metric_.rank + j];
+      for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
+        const double y = coordinates[std::countr_zero(mask) * rank() + j];
         sum += y;
         size += std::abs(y);
       }
-      if (!(std::abs(sum - page_sums_[page * metric_.rank + j]) <= 1e-3 * size))
+      if (!(std::abs(sum - page_sums_[page * rank() + j]) <= 1e-3 * size))
         throw IntegrityError(message("page ", page, " differs from the sum of its members"));
     }
   }

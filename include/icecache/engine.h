@@ -47,7 +47,6 @@ struct StepTrace {
   std::vector<std::int32_t> sink, window, selected;  // positions
   std::vector<PageInfo> pages;                       // the whole map of pages
   std::vector<FarNodeInfo> far_nodes;                // indexed by PageInfo::node
-  std::vector<float> far_center;  // [D] scaled query that the far field is expanded around
   std::vector<float> near_lse;    // [G] log weight attended exactly
   std::vector<float> total_lse;   // [G] with the rest
 };

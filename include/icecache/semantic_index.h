@@ -13,11 +13,12 @@
 // Running out of pages: build() leaves the index empty; insert() leaves the tokens before the one
 // that did not fit (size() tells how many); nothing else takes pages.
 //
-// Threads: one call at a time per index; different indexes are independent. select() and
-// far_field() are const and do not allocate after their buffers have grown once.
+// Threads: one call at a time per index; different indexes are independent. select() is const and
+// does not allocate after its buffers have grown once.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -69,11 +70,20 @@ struct SelectRequest {
   double mass_target = 0.0;         // 0: off
 };
 
+// The answer to one step. Weights of the far field are relative to exp(far_shift[g]).
 struct Selection {
   std::vector<PagePick> picks;     // ascending local_page, each page once
-  int tokens = 0;                  // picked tokens, over all pages
+  int tokens = 0;                  // T: picked tokens, over all pages
+  std::vector<float> logits;       // [G, T] of the picked tokens, by page and slot
   std::vector<float> rest_lse;     // [G] estimated log weight of the index's tokens not picked
-  std::int64_t bytes_scanned = 0;  // sketches, summaries, candidate keys read by this call
+  std::int64_t bytes_scanned = 0;  // sketches, candidate keys read by this call
+
+  // Where the far field is on, tokens not picked contribute sum over nodes c of far_weights[g, c]
+  // times the sum of c's values (picked ones included), less far_share[g, t] times the value of each
+  // picked token t; they weigh far_total[g]. Else all zero and empty.
+  std::vector<float> far_weights;  // [G, C]
+  std::vector<float> far_share;    // [G, T]
+  std::vector<float> far_total, far_shift;  // [G]
 };
 
 // What the HTML report and the tests look at; positions are token positions in the sequence.
@@ -97,12 +107,10 @@ class SemanticIndex {
   virtual void insert(const TokenBlock& tokens) = 0;
   // Picks tokens for one step of the group.
   virtual void select(const SelectRequest& request, Selection& selection) const = 0;
-  // Merges all tokens that `selection` did not pick into `state` (queries as in SelectRequest).
-  // Does nothing where the far field is off. Fills `nodes` when it is not null. Returns the bytes
-  // read.
-  virtual std::int64_t far_field(const SelectRequest& request, const Selection& selection,
-                                 const AttentionState& state,
-                                 std::vector<FarNodeInfo>* nodes) const = 0;
+  // Sums of values of the far-field nodes, fp32 [C, D]; empty where the far field is off.
+  virtual std::span<const float> far_values() const = 0;
+  // What each node weighs in `selection`.
+  virtual void far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const = 0;
 
   // A copy that shares pages by reference count (copied on first write of either side).
   virtual std::unique_ptr<SemanticIndex> fork() const = 0;
@@ -111,14 +119,16 @@ class SemanticIndex {
   // Gathers K and V of all tokens, ordered by position, as rows [N, D] in the cache's dtype.
   virtual void gather(std::byte* keys, std::byte* values) const = 0;
 
+  // The tokens as they are now, to be gathered later and from any thread; shares the pages.
+  using Snapshot = std::function<void(std::byte* keys, std::byte* values)>;
+  virtual Snapshot snapshot() const = 0;
+
   virtual std::int32_t size() const = 0;  // N
   virtual std::int32_t end_position()
       const = 0;  // one past the last token's position; 0 when empty
   // All pages with the mask of the slots in use, for attention over everything.
   virtual void all_pages(std::vector<PagePick>& picks) const = 0;
   virtual std::vector<PageInfo> pages() const = 0;
-  // The scaled query [D] around which the far field is expanded; empty where it is off.
-  virtual std::span<const float> far_center() const = 0;
   // Positions of the picked tokens, ascending.
   virtual void selected_positions(const Selection& selection,
                                   std::vector<std::int32_t>& positions) const = 0;

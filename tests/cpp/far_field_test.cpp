@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "icecache/error.h"
@@ -15,180 +18,154 @@ using testing::clustered_tokens;
 using testing::PoolFixture;
 using testing::Tokens;
 
-constexpr int kDim = 16, kPageSize = 8, kGroup = 2;
+constexpr int kDim = 24, kPageSize = 8, kPages = 5, kTokens = 4 * kPageSize + 3;
 
-// Two nodes: pages 0 and 1, pages 2 and 3.
-class FarFieldTest : public ::testing::Test {
+// Two nodes: pages 0 and 1; pages 2, 3 and 4, which holds three tokens.
+class FarFieldTest : public ::testing::TestWithParam<DType> {
  protected:
-  void SetUp() override { fill(clustered_tokens(4 * kPageSize, kDim, DType::kFloat32, 5)); }
-
-  void fill(Tokens tokens) {
-    tokens_ = std::move(tokens);
-    table_ = std::make_unique<PageTable>(pool_.context);
-    std::vector<std::int32_t> order(tokens_.count());
-    std::iota(order.begin(), order.end(), 0);
-    const std::vector<std::int32_t> bounds{0, 8, 16, 24, 32};
-    table_->add_pages(tokens_.block(0, tokens_.count(), 0), order, bounds);
-    std::mt19937 random(3);
-    std::normal_distribution<float> normal(0.0f, 0.3f);
-    mu_.resize(kDim);
-    for (float& x : mu_) x = normal(random);
-    queries_.resize(kGroup * kDim);
-    for (int i = 0; i < kGroup * kDim; ++i) queries_[i] = mu_[i % kDim] + normal(random);
-    far_.reset(mu_);
+  void SetUp() override {
+    fill(clustered_tokens(kTokens, kDim, GetParam(), 5));
     for (int node = 0; node < 2; ++node) {
-      far_.add_node();
+      EXPECT_EQ(far_.add_node(), node);
       far_.assign(node, *table_, pages_of_node_[node]);
     }
   }
 
-  struct Answer {
-    std::vector<float> out, lse;
-    std::vector<FarNodeInfo> nodes;
-  };
-  Answer ask(const std::vector<PagePick>& picks) {
-    Answer answer;
-    answer.out.resize(kGroup * kDim);
-    std::vector<float> max(kGroup), sum(kGroup);
-    const AttentionState state{answer.out.data(), max.data(), sum.data(), kGroup, kDim};
-    state.clear();
-    far_.merge_into({queries_.data(), kGroup, table_.get(), node_of_page_, pages_of_node_, picks},
-                    state, &answer.nodes);
-    for (int g = 0; g < kGroup; ++g) answer.lse.push_back(state.lse(g));
-    finish(state, answer.out.data());
-    return answer;
+  void fill(Tokens tokens) {
+    tokens_ = std::move(tokens);
+    table_ = std::make_unique<PageTable>(pool_.context);
+    std::vector<std::int32_t> order(kTokens);
+    std::iota(order.begin(), order.end(), 0);
+    const std::vector<std::int32_t> bounds{0, 8, 16, 24, 32, kTokens};
+    table_->add_pages(tokens_.block(0, kTokens, 0), order, bounds);
   }
 
-  // The formula of the header over tokens that are not picked, in double.
-  void expect_formula(const std::vector<PagePick>& picks, double tolerance) {
-    const Answer answer = ask(picks);
-    for (int g = 0; g < kGroup; ++g) {
-      double total = 0.0;
-      std::vector<double> out(kDim, 0.0);
-      for (int node = 0; node < 2; ++node) {
-        std::vector<int> members;
-        for (const int page : pages_of_node_[node]) {
-          std::uint32_t left = 0xff;
-          for (const PagePick& pick : picks) {
-            if (pick.local_page == page) left &= ~pick.slots;
-          }
-          for (; left != 0; left &= left - 1) {
-            members.push_back(page * kPageSize + std::countr_zero(left));
-          }
-        }
-        if (members.empty()) continue;
-        double z = 0.0;
-        std::vector<double> mean(kDim, 0.0), square(kDim, 0.0), value(kDim, 0.0);
-        for (const int i : members) {
-          double logit = 0.0;
-          for (int j = 0; j < kDim; ++j) logit += double{mu_[j]} * tokens_.keys[i * kDim + j];
-          const double w = std::exp(logit);
-          z += w;
-          for (int j = 0; j < kDim; ++j) {
-            const double k = tokens_.keys[i * kDim + j];
-            mean[j] += w * k;
-            square[j] += w * k * k;
-            value[j] += w * tokens_.values[i * kDim + j];
-          }
-        }
-        double linear = 0.0, quadratic = 0.0;
+  const float* value(int token) const { return tokens_.values.data() + token * kDim; }
+
+  // A node against the sum, in double, over what the table holds of its pages.
+  void expect_sum(const FarField& far, int node) {
+    std::vector<double> sum(kDim, 0.0), size(kDim, 0.0);
+    int count = 0;
+    for (const int page : pages_of_node_[node]) {
+      for (std::uint32_t slots = table_->mask(page); slots != 0; slots &= slots - 1, ++count) {
+        const float* row = value(page * kPageSize + std::countr_zero(slots));
         for (int j = 0; j < kDim; ++j) {
-          const double dq = queries_[g * kDim + j] - mu_[j];
-          linear += dq * mean[j] / z;
-          quadratic += dq * dq * (square[j] / z - mean[j] * mean[j] / (z * z));
+          sum[j] += row[j];
+          size[j] += std::abs(row[j]);
         }
-        const double logit = std::log(z) + linear + std::min(1.0, quadratic / 2);
-        EXPECT_NEAR(answer.nodes[node].weight[g], logit, tolerance);
-        total += std::exp(logit);
-        for (int j = 0; j < kDim; ++j) out[j] += std::exp(logit) * value[j] / z;
-      }
-      EXPECT_NEAR(answer.lse[g], std::log(total), tolerance);
-      for (int j = 0; j < kDim; ++j) {
-        EXPECT_NEAR(answer.out[g * kDim + j], out[j] / total, tolerance);
       }
     }
+    EXPECT_EQ(far.tokens(node), count);
+    for (int j = 0; j < kDim; ++j) {
+      EXPECT_NEAR(far.sums()[node * kDim + j], sum[j], 1e-6 * size[j]) << node << ", " << j;
+    }
+    far.check_node(node, *table_, pages_of_node_[node]);
   }
 
   Tokens tokens_;
-  PoolFixture pool_{16, kPageSize, kDim, kGroup};
+  PoolFixture pool_{16, kPageSize, kDim, 1, GetParam()};
   std::unique_ptr<PageTable> table_;
-  std::vector<float> mu_, queries_;
   FarField far_{kDim};
-  std::vector<int> node_of_page_{0, 0, 1, 1};
-  std::vector<std::vector<int>> pages_of_node_{{0, 1}, {2, 3}};
+  std::vector<std::vector<int>> pages_of_node_{{0, 1}, {2, 3, 4}};
 };
+INSTANTIATE_TEST_SUITE_P(DTypes, FarFieldTest,
+                         ::testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
 
-TEST_F(FarFieldTest, NodesFollowTheFormula) {
-  expect_formula({}, 1e-4);
+TEST_P(FarFieldTest, ANodeIsTheSumOfItsMembersValues) {
+  EXPECT_EQ(far_.node_count(), 2);
+  EXPECT_EQ(far_.sums().size(), std::size_t{2 * kDim});
+  for (int node = 0; node < 2; ++node) expect_sum(far_, node);
 }
 
-TEST_F(FarFieldTest, PickedTokensAreTakenOut) {
-  expect_formula({table_->pick(0, 0b0001'0010u)}, 1e-4);
-  expect_formula({table_->pick(1, 0xffu), table_->pick(2, 0x0fu), table_->pick(3, 0x80u)}, 1e-4);
-}
-
-TEST_F(FarFieldTest, NearlyAllPickedIsStillExact) {
-  expect_formula({table_->pick(0, 0xffu), table_->pick(1, 0x7fu)}, 1e-4);
-}
-
-TEST_F(FarFieldTest, ANodeThatIsPickedWholeDoesNotCount) {
-  const Answer answer = ask({table_->pick(2, 0xffu), table_->pick(3, 0xffu)});
-  for (int g = 0; g < kGroup; ++g) EXPECT_EQ(answer.lse[g], answer.nodes[0].weight[g]);
-  const Answer nothing = ask({table_->pick(0, 0xffu), table_->pick(1, 0xffu),
-                              table_->pick(2, 0xffu), table_->pick(3, 0xffu)});
-  for (int g = 0; g < kGroup; ++g) EXPECT_EQ(nothing.lse[g], -INFINITY);
-  for (const float x : nothing.out) EXPECT_EQ(x, 0.0f);
-}
-
-// Where all keys of a node are equal, and values too, there is nothing to approximate.
-TEST_F(FarFieldTest, EqualTokensAreExact) {
-  Tokens tokens = clustered_tokens(4 * kPageSize, kDim, DType::kFloat32, 6);
-  for (std::size_t i = 0; i < tokens.keys.size(); ++i) {
-    tokens.keys[i] = tokens.keys[i % kDim];
-    tokens.values[i] = tokens.values[i % kDim];
-  }
-  tokens.encode();
-  fill(std::move(tokens));
-  const Answer answer = ask({});
-  for (int g = 0; g < kGroup; ++g) {
-    double logit = 0.0;
-    for (int j = 0; j < kDim; ++j) logit += double{queries_[g * kDim + j]} * tokens_.keys[j];
-    EXPECT_NEAR(answer.lse[g], logit + std::log(4.0 * kPageSize), 1e-4);
-    for (int j = 0; j < kDim; ++j) EXPECT_NEAR(answer.out[g * kDim + j], tokens_.values[j], 1e-5);
-  }
-}
-
-TEST_F(FarFieldTest, AddingOneByOneEqualsAssigning) {
+TEST_P(FarFieldTest, AddingOneByOneEqualsAssigning) {
   FarField grown(kDim);
-  grown.reset(mu_);
+  grown.add_node();
+  grown.add_node();
+  for (int token = 0; token < kTokens; ++token) grown.add(token < 16 ? 0 : 1, value(token));
+  for (int node = 0; node < 2; ++node) expect_sum(grown, node);
+  EXPECT_TRUE(std::equal(grown.sums().begin(), grown.sums().end(), far_.sums().begin()))
+      << "in the same order: bitwise";
+}
+
+TEST_P(FarFieldTest, FreeSlotsDoNotCount) {
+  table_->remove(0, 0b1001'0011u);
+  table_->remove(3, 0xffu);
+  pages_of_node_[1] = {2, 4};
   for (int node = 0; node < 2; ++node) {
-    grown.add_node();
-    for (const int page : pages_of_node_[node]) {
-      for (int slot = 0; slot < kPageSize; ++slot) {
-        const int i = page * kPageSize + slot;
-        grown.add(node, tokens_.keys.data() + i * kDim, tokens_.values.data() + i * kDim);
-      }
-    }
-    EXPECT_EQ(grown.tokens(node), 2 * kPageSize);
-    grown.check_node(node, *table_, pages_of_node_[node]);
+    EXPECT_THROW(far_.check_node(node, *table_, pages_of_node_[node]), IntegrityError);
+    far_.assign(node, *table_, pages_of_node_[node]);
+    expect_sum(far_, node);
   }
 }
 
-TEST_F(FarFieldTest, ANodeThatDiffersFromItsMembersIsFound) {
-  far_.add(0, tokens_.keys.data(), tokens_.values.data());
-  EXPECT_THROW(far_.check_node(0, *table_, pages_of_node_[0]), IntegrityError);
-  far_.assign(0, *table_, pages_of_node_[1]);
-  EXPECT_THROW(far_.check_node(0, *table_, pages_of_node_[0]), IntegrityError);
+TEST_P(FarFieldTest, AssigningReplacesWhatWasThere) {
+  const std::vector<float> second(far_.sums().begin() + kDim, far_.sums().end());
+  std::swap(pages_of_node_[0], pages_of_node_[1]);
+  far_.assign(0, *table_, pages_of_node_[0]);
+  expect_sum(far_, 0);
+  EXPECT_TRUE(std::equal(second.begin(), second.end(), far_.sums().begin() + kDim))
+      << "the other node is untouched";
+  far_.assign(1, *table_, {});
+  EXPECT_EQ(far_.tokens(1), 0);
+  for (int j = 0; j < kDim; ++j) EXPECT_EQ(far_.sums()[kDim + j], 0.0f);
+  far_.check_node(1, *table_, {});
 }
 
-TEST_F(FarFieldTest, HugeKeysGiveNoNaN) {
-  Tokens tokens = clustered_tokens(4 * kPageSize, kDim, DType::kFloat32, 7);
-  for (float& x : tokens.keys) x *= 1e15f;
-  tokens.encode();
-  fill(std::move(tokens));
-  for (const auto& picks : {std::vector<PagePick>{}, std::vector{table_->pick(0, 0x11u)}}) {
-    const Answer answer = ask(picks);
-    for (const float x : answer.out) EXPECT_TRUE(std::isfinite(x));
+TEST_P(FarFieldTest, ANewNodeIsEmptyAndLeavesTheOthers) {
+  const std::vector<float> before(far_.sums().begin(), far_.sums().end());
+  const std::size_t bytes = far_.memory_bytes();
+  EXPECT_GE(bytes, before.size() * sizeof(float) + 2 * sizeof(std::int32_t));
+  for (int node = 2; node < 40; ++node) EXPECT_EQ(far_.add_node(), node);
+  EXPECT_GE(far_.memory_bytes(), 40 * (kDim * sizeof(float) + sizeof(std::int32_t)));
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), far_.sums().begin()));
+  for (int node = 2; node < 40; ++node) far_.check_node(node, *table_, {});
+}
+
+TEST_P(FarFieldTest, ACopyIsIndependent) {
+  FarField copy = far_;
+  copy.add(0, value(0));
+  expect_sum(far_, 0);
+  EXPECT_EQ(copy.tokens(0), far_.tokens(0) + 1);
+}
+
+TEST_P(FarFieldTest, ANodeThatDiffersFromItsMembersIsFound) {
+  far_.add(0, value(0));
+  EXPECT_THROW(far_.check_node(0, *table_, pages_of_node_[0]), IntegrityError) << "one too many";
+  far_.assign(0, *table_, std::vector{0});
+  EXPECT_THROW(far_.check_node(0, *table_, pages_of_node_[0]), IntegrityError) << "too few";
+  far_.assign(0, *table_, std::vector{2, 3});
+  EXPECT_THROW(far_.check_node(0, *table_, pages_of_node_[0]), IntegrityError)
+      << "as many, but others";
+}
+
+// One value off by 1 % in one dimension; one that is not a number.
+TEST_P(FarFieldTest, OneWrongDimensionIsFound) {
+  for (const bool nan : {false, true}) {
+    FarField spoilt(kDim);
+    spoilt.add_node();
+    for (int token = 0; token < 16; ++token) {
+      std::vector<float> row(value(token), value(token) + kDim);
+      if (token == 7) row[kDim - 1] = nan ? std::numeric_limits<float>::quiet_NaN() : 1.01f * row[kDim - 1];
+      spoilt.add(0, row.data());
+    }
+    EXPECT_THROW(spoilt.check_node(0, *table_, pages_of_node_[0]), IntegrityError) << nan;
+  }
+}
+
+// Rounding alone is no difference, whatever the sizes are.
+TEST_P(FarFieldTest, RoundingIsAccepted) {
+  for (const float size : {1e-4f, 1.0f, 1e4f}) {
+    Tokens tokens = clustered_tokens(kTokens, kDim, GetParam(), 6);
+    for (std::size_t i = 0; i < tokens.values.size(); ++i) {
+      tokens.values[i] *= i / kDim % 2 == 0 ? size : -size;
+    }
+    tokens.encode();
+    fill(std::move(tokens));
+    FarField backwards(kDim);
+    backwards.add_node();
+    for (int token = 16; token-- > 0;) backwards.add(0, value(token));
+    backwards.check_node(0, *table_, pages_of_node_[0]);
   }
 }
 

@@ -44,8 +44,8 @@ TEST_F(PageTableTest, PagesTakeTheRowsOfAnArrangement) {
   table.add_pages(tokens_.block(0, 5, 10), order, bounds);
   ASSERT_EQ(table.page_count(), 2);
   EXPECT_EQ(table.size(), 5);
-  EXPECT_EQ(table.page(0).mask, 0b11u);
-  EXPECT_EQ(table.page(1).mask, 0b111u);
+  EXPECT_EQ(table.mask(0), 0b11u);
+  EXPECT_EQ(table.mask(1), 0b111u);
   expect_token(table, 0, 0, 3);
   expect_token(table, 0, 1, 1);
   expect_token(table, 1, 2, 4);
@@ -78,8 +78,8 @@ TEST_F(PageTableTest, SplitMovesTheMaskAndLeavesTheOthersInPlace) {
   const int page = open(table, 0);
   for (int token = 1; token < kPageSize; ++token) append(table, page, token);
   const int other = table.split(page, 0b1010'0001u);
-  EXPECT_EQ(table.page(page).mask, 0b0101'1110u);
-  EXPECT_EQ(table.page(other).mask, 0b111u);
+  EXPECT_EQ(table.mask(page), 0b0101'1110u);
+  EXPECT_EQ(table.mask(other), 0b111u);
   expect_token(table, page, 6, 6);
   expect_token(table, other, 0, 0);
   expect_token(table, other, 1, 5);

@@ -1,4 +1,4 @@
-// page_logits, attend_page, attend_logits against softmax attention in double.
+// attend_page against softmax attention in double.
 #include <algorithm>
 
 #include "icecache/attention_state.h"
@@ -40,19 +40,6 @@ class SimdPageTest : public SimdLevel {
       sum += static_cast<double>(queries[row * c.dim + d]) * keys[slot * c.dim + d];
     }
     return sum;
-  }
-
-  void check_logits(const Case& c) {
-    std::vector<float> logits(static_cast<std::size_t>(c.rows) * c.page_size, 77.0f);
-    PageArgs keys_only = args;
-    keys_only.values = nullptr;
-    k().page_logits(keys_only, logits.data());
-    for (int r = 0; r < c.rows; ++r) {
-      for (int s = 0; s < c.page_size; ++s) {
-        const double expected = (c.slots >> s & 1) != 0 ? logit(c, r, s) : 77.0;
-        ASSERT_NEAR(logits[r * c.page_size + s], expected, 1e-5) << describe(c) << " slot " << s;
-      }
-    }
   }
 
   // Two merges: into the empty state, then into one with weight far above, beside and below.
@@ -119,7 +106,6 @@ class SimdPageTest : public SimdLevel {
 
   void check(const Case& c) {
     make(c);
-    check_logits(c);
     check_attend(c);
   }
 
@@ -188,51 +174,6 @@ TEST_P(SimdPageTest, HugeLogitsDoNotOverflow) {
     EXPECT_GE(sum[r], 1.0f);
     EXPECT_LE(sum[r], 1.001f) << "one key outweighs the others";
     EXPECT_NEAR(out[r * c.dim], values[best * c.dim], 1e-3);
-  }
-}
-
-class SimdLogitsTest : public SimdLevel {};
-INSTANTIATE_TEST_SUITE_P(Levels, SimdLogitsTest, testing::Values("scalar", "avx2", "avx512"),
-                         level_name);
-
-TEST_P(SimdLogitsTest, AttendLogitsLeavesOutMinusInfinity) {
-  for (const int group : {1, 3, 4, 8, 16, 21}) {
-    for (const std::int64_t count : {0, 1, 2, 31, 32, 33, 100, 515}) {
-      for (const int dim : {8, 56, 128}) {
-        std::vector<float> logits = normal(static_cast<std::size_t>(group * count), 3.0f);
-        std::vector<float> values = normal(static_cast<std::size_t>(count * dim));
-        for (std::int64_t i = 0; i < count; ++i) {
-          if (i % 4 == 1) {  // an empty node: out for everyone, value undefined
-            for (int g = 0; g < group; ++g) logits[g * count + i] = -kInf;
-            std::fill_n(values.begin() + i * dim, dim, kNan);
-          } else if (i % 4 == 2) {
-            logits[(i % group) * count + i] = -kInf;
-          }
-        }
-        std::vector<float> out(group * dim), max(group), sum(group);
-        const AttentionState state{out.data(), max.data(), sum.data(), group, dim};
-        state.clear();
-        k().attend_logits(logits.data(), values.data(), count, state);
-        for (int g = 0; g < group; ++g) {
-          double best = -kInf, total = 0.0;
-          std::vector<double> expected(dim, 0.0);
-          for (std::int64_t i = 0; i < count; ++i) {
-            best = std::max(best, static_cast<double>(logits[g * count + i]));
-          }
-          for (std::int64_t i = 0; i < count; ++i) {
-            if (logits[g * count + i] == -kInf) continue;
-            const double weight = std::exp(logits[g * count + i] - best);
-            total += weight;
-            for (int d = 0; d < dim; ++d) expected[d] += weight * values[i * dim + d];
-          }
-          ASSERT_EQ(max[g], best) << group << " x " << count;
-          ASSERT_NEAR(sum[g], total, 1e-5 * total) << group << " x " << count;
-          for (int d = 0; d < dim; ++d) {
-            ASSERT_NEAR(out[g * dim + d], expected[d], 2e-5 * (1.0 + total)) << count;
-          }
-        }
-      }
-    }
   }
 }
 

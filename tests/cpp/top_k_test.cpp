@@ -3,71 +3,131 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
-#include <numeric>
 #include <random>
+
+#include "simd/kernels.h"
 
 namespace icecache {
 namespace {
 
-std::vector<std::int32_t> by_sorting(const std::vector<float>& scores, std::int64_t k) {
+using Ranks = std::vector<std::int16_t>;
+constexpr std::int16_t kLowest = std::numeric_limits<std::int16_t>::min();
+constexpr std::int16_t kHighest = std::numeric_limits<std::int16_t>::max();
+
+// The maxima that simd::ScoreRankArgs defines.
+Ranks block_maxima(const Ranks& rank) {
+  const std::size_t blocks = (rank.size() + simd::kRankBlock - 1) / simd::kRankBlock;
+  Ranks maxima(blocks * simd::kRankLanes, kLowest);
+  for (std::size_t i = 0; i < rank.size(); ++i) {
+    std::int16_t& max = maxima[i / simd::kRankBlock * simd::kRankLanes + i % simd::kRankLanes];
+    max = std::max(max, rank[i]);
+  }
+  return maxima;
+}
+
+std::vector<std::int32_t> by_sorting(const Ranks& rank, std::int16_t floor, std::int64_t k) {
   std::vector<std::int32_t> order;
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    if (scores[i] > 0.0f) order.push_back(static_cast<std::int32_t>(i));
+  for (std::size_t i = 0; i < rank.size(); ++i) {
+    if (rank[i] > floor) order.push_back(static_cast<std::int32_t>(i));
   }
   std::stable_sort(order.begin(), order.end(),
-                   [&](std::int32_t a, std::int32_t b) { return scores[a] > scores[b]; });
-  order.resize(
-      std::min<std::size_t>(order.size(), static_cast<std::size_t>(std::max<std::int64_t>(0, k))));
+                   [&](std::int32_t a, std::int32_t b) { return rank[a] > rank[b]; });
+  order.resize(std::min(order.size(), static_cast<std::size_t>(std::max<std::int64_t>(0, k))));
   std::sort(order.begin(), order.end());
   return order;
 }
 
-void expect_agrees(const std::vector<float>& scores) {
-  const std::int64_t n = static_cast<std::int64_t>(scores.size());
+void expect_agrees(const Ranks& rank, std::int16_t floor = -16384) {
+  const Ranks maxima = block_maxima(rank);
+  const auto n = static_cast<std::int64_t>(rank.size());
+  const auto blocks = static_cast<std::int64_t>(maxima.size());
   std::vector<std::int32_t> got{1, 2, 3};
+  // Also around the number of block maxima, where the bound they give begins to hold.
   for (const std::int64_t k : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{2},
-                               n / 3, n - 1, n, n + 5}) {
-    top_k(scores.data(), n, k, got);
-    EXPECT_EQ(got, by_sorting(scores, k)) << "k = " << k;
+                               blocks - 1, blocks, blocks + 1, n / 3, n - 1, n, n + 5}) {
+    top_k(rank, maxima, floor, k, got);
+    EXPECT_EQ(got, by_sorting(rank, floor, k)) << "k = " << k << " of " << n;
   }
 }
 
+Ranks uniform(int n, int low, int high, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_int_distribution<int> distribution(low, high);
+  Ranks rank(n);
+  for (std::int16_t& x : rank) x = static_cast<std::int16_t>(distribution(random));
+  return rank;
+}
+
 TEST(TopK, AgreesWithSorting) {
-  std::mt19937 random(1);
-  for (const int n : {0, 1, 2, 17, 1000, 5000}) {
-    std::vector<float> scores(n);
-    for (float& x : scores) x = std::exp(static_cast<float>(random() % 2000) / 50.0f - 20.0f);
-    expect_agrees(scores);
+  for (const int n : {0, 16, 32, 240, 256, 272, 1008, 1024, 5008, 40000}) {
+    expect_agrees(uniform(n, -9000, 9000, 1));
+    expect_agrees(uniform(n, -9000, 9000, 2), 0);
+    expect_agrees(uniform(n, -16384, -16000, 3));
   }
 }
 
 TEST(TopK, TiesGoToTheLowerIndex) {
-  std::mt19937 random(2);
-  std::vector<float> scores(3000);
-  for (float& x : scores) x = static_cast<float>(random() % 4);
-  expect_agrees(scores);
-  expect_agrees(std::vector<float>(500, 0.25f));
+  expect_agrees(uniform(3008, 0, 3, 2));
+  expect_agrees(uniform(3008, 0, 1, 3));
+  expect_agrees(Ranks(512, 77));
 }
 
-// Scores that share their leading bits fall into one bucket.
-TEST(TopK, TellsScoresApartThatDifferInTheLastBit) {
-  std::vector<float> scores(400);
-  float x = 1.0f;
-  for (float& score : scores) score = x = std::nextafter(x, 2.0f);
-  std::shuffle(scores.begin(), scores.end(), std::mt19937(3));
-  expect_agrees(scores);
+TEST(TopK, NothingAtOrBelowTheFloorIsTaken) {
+  expect_agrees(Ranks(64, -16384));
+  expect_agrees(uniform(640, -3, 3, 4), 2);
+  expect_agrees(uniform(640, -3, 3, 4), 3);
+  Ranks rank(512, -16384);
+  rank[0] = rank[17] = rank[300] = rank[511] = -16383;
+  expect_agrees(rank);
 }
 
-TEST(TopK, TakesTheWholeRangeOfFloats) {
-  using Limits = std::numeric_limits<float>;
-  expect_agrees({0.0f, Limits::denorm_min(), Limits::min(), 1e-30f, 1.0f, Limits::max(),
-                 Limits::infinity(), 0.0f, 3e-40f});
+TEST(TopK, TakesTheWholeRange) {
+  Ranks rank = uniform(528, kLowest, kHighest, 5);
+  rank[3] = kLowest;
+  rank[18] = kHighest;
+  rank[527] = kHighest;
+  for (const std::int16_t floor : {kLowest, std::int16_t{0}, std::int16_t{kHighest - 1}, kHighest}) {
+    expect_agrees(rank, floor);
+  }
 }
 
-TEST(TopK, ScoresOfZeroAreNeverTaken) {
-  expect_agrees(std::vector<float>(64, 0.0f));
-  expect_agrees({0.0f, 1.0f, 0.0f, 2.0f});
+// The best ranks share lanes and blocks: the k-th largest block maximum is far below them.
+TEST(TopK, FindsWhatIsCrowdedInOneLaneOrBlock) {
+  for (const bool lane : {true, false}) {
+    Ranks rank = uniform(4096, -5000, 0, 6);
+    for (int i = 0; i < 4096; ++i) {
+      if (lane ? i % 16 == 5 : i / 256 == 9) rank[i] = static_cast<std::int16_t>(100 + i % 37);
+    }
+    expect_agrees(rank);
+    std::vector<std::int32_t> got;
+    top_k(rank, block_maxima(rank), -16384, 256, got);
+    ASSERT_EQ(got.size(), 256u);
+    for (const std::int32_t i : got) EXPECT_GE(rank[i], 100);
+  }
+}
+
+TEST(TopK, AscendingAndDescending) {
+  Ranks rank(2048);
+  for (int i = 0; i < 2048; ++i) rank[i] = static_cast<std::int16_t>(4 * i - 4000);
+  expect_agrees(rank);
+  std::reverse(rank.begin(), rank.end());
+  expect_agrees(rank);
+}
+
+TEST(KthLargest, AgreesWithSorting) {
+  for (const Ranks& x :
+       {Ranks{7}, Ranks{kLowest, kHighest}, Ranks{-1, 0, 1, -256, 255, 256, -257, kLowest, kHighest},
+        Ranks(100, -1), uniform(1000, kLowest, kHighest, 7), uniform(1000, -2, 2, 8),
+        uniform(777, 250, 260, 9), uniform(777, -260, -250, 10)}) {
+    Ranks sorted = x;
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    for (std::size_t k = 1; k <= x.size(); k += 1 + x.size() / 97) {
+      EXPECT_EQ(kth_largest(x, static_cast<std::int64_t>(k)), sorted[k - 1]) << k;
+    }
+    EXPECT_EQ(kth_largest(x, static_cast<std::int64_t>(x.size())), sorted.back());
+  }
 }
 
 }  // namespace

@@ -43,6 +43,19 @@ void matmul(const float* a, const float* b, float* c, std::int64_t n, std::int64
     for (std::int64_t i = 0; i < n * m; ++i) c[i] = 0.0f;
     return;
   }
+  if (n <= kTileRows) {  // each element of b is used once: packing would cost more than it saves
+    TileArgs tile;
+    tile.a = a;
+    tile.lda = k;
+    tile.depth = static_cast<int>(k);
+    tile.c = c;
+    tile.ldc = m;
+    outer_product<F32>(
+        tile, static_cast<int>(n), static_cast<int>(m),
+        [&](int i, int j) __attribute__((always_inline)) { return b + i * m + j; },
+        Into::kOverwrite);
+    return;
+  }
   for (std::int64_t row = 0; row < n; row += kRowBlock) {
     const int rows = static_cast<int>(smaller(kRowBlock, n - row));
     for (std::int64_t depth = 0; depth < k; depth += kDepth) {

@@ -1,4 +1,4 @@
-// Attention over the slots of a page: page_logits, attend_page, attend_logits.
+// Attention over the slots of a page: attend_page.
 //
 // Slots that take no part are never read: a page's free slots may hold anything, NaN included. The
 // pointers of the others are gathered first, so that the work is that of the set slots.
@@ -29,7 +29,7 @@ struct Rows {
     for (int s = 0; s < args.page_size; ++s) {
       if ((args.slots >> s & 1u) == 0) continue;
       keys[count] = k + static_cast<std::ptrdiff_t>(s) * args.head_dim;
-      values[count] = v == nullptr ? nullptr : v + static_cast<std::ptrdiff_t>(s) * args.head_dim;
+      values[count] = v + static_cast<std::ptrdiff_t>(s) * args.head_dim;
       ++count;
     }
     pad();
@@ -52,11 +52,10 @@ struct FloatRows {
   alignas(64) float keys[kMaxPageSize * kMaxHeadDim];
   alignas(64) float values[kMaxPageSize * kMaxHeadDim];
 
-  ICECACHE_INLINE FloatRows(const Rows<E>& page, int dim, bool with_values) {
+  ICECACHE_INLINE FloatRows(const Rows<E>& page, int dim) {
     for (int s = 0; s < page.count; ++s) {
       convert_row<E>(page.keys[s], keys + s * dim, static_cast<std::size_t>(dim));
       rows.keys[s] = keys + s * dim;
-      if (!with_values) continue;
       convert_row<E>(page.values[s], values + s * dim, static_cast<std::size_t>(dim));
       rows.values[s] = values + s * dim;
     }
@@ -67,7 +66,7 @@ struct FloatRows {
 template <>
 struct FloatRows<F32> {
   const Rows<F32>& rows;
-  ICECACHE_INLINE FloatRows(const Rows<F32>& page, int, bool) : rows(page) {}
+  ICECACHE_INLINE FloatRows(const Rows<F32>& page, int) : rows(page) {}
 };
 
 // Logits [rows, kRowStride] to weights, then state = merge(state, weights x values). At most
@@ -148,7 +147,7 @@ void attend_page_of(const PageArgs& args, const AttentionState& state) {
     attend_few<E>(args, page, state, 0, args.rows);
     return;
   }
-  const FloatRows<E> converted(page, args.head_dim, true);
+  const FloatRows<E> converted(page, args.head_dim);
   if (args.rows <= kDecodeRows) {
     attend_few<F32>(args, converted.rows, state, 0, args.rows);
   } else {
@@ -158,66 +157,6 @@ void attend_page_of(const PageArgs& args, const AttentionState& state) {
 
 void attend_page(const PageArgs& args, const AttentionState& state) {
   with_element(args.dtype, [&](auto e) { attend_page_of<decltype(e)>(args, state); });
-}
-
-template <typename E>
-void scatter_logits(const PageArgs& args, const Rows<E>& page, float* logits) {
-  float block[kDotRows * kRowStride];
-  for (int first = 0; first < args.rows; first += kDotRows) {
-    const int rows = smaller(kDotRows, args.rows - first);
-    const float* queries = args.queries + static_cast<std::ptrdiff_t>(first) * args.head_dim;
-    dot_rows<E>(queries, rows, page.keys, page.padded, args.head_dim, block, kRowStride);
-    for (int r = 0; r < rows; ++r) {
-      float* out = logits + static_cast<std::ptrdiff_t>(first + r) * args.page_size;
-      int i = 0;
-      for (int s = 0; s < args.page_size; ++s) {
-        if ((args.slots >> s & 1u) != 0) out[s] = block[r * kRowStride + i++];
-      }
-    }
-  }
-}
-
-template <typename E>
-void page_logits_of(const PageArgs& args, float* logits) {
-  PageArgs keys_only = args;
-  keys_only.values = nullptr;
-  const Rows<E> page(keys_only);
-  if (page.count == 0) return;
-  if (args.rows <= kFewRows) {
-    scatter_logits<E>(args, page, logits);
-  } else {
-    const FloatRows<E> converted(page, args.head_dim, false);
-    scatter_logits<F32>(args, converted.rows, logits);
-  }
-}
-
-void page_logits(const PageArgs& args, float* logits) {
-  with_element(args.dtype, [&](auto e) { page_logits_of<decltype(e)>(args, logits); });
-}
-
-// In blocks of kMaxPageSize values that at least one query takes part in.
-void attend_logits(const float* logits, const float* values, std::int64_t count,
-                   const AttentionState& state) {
-  alignas(64) float block[kDecodeRows * kRowStride];
-  const float* rows_of[kMaxPageSize];
-  for (int first = 0; first < state.group; first += kDecodeRows) {
-    const int rows = smaller(kDecodeRows, state.group - first);
-    const float* group_logits = logits + first * count;
-    for (std::int64_t i = 0; i < count;) {
-      int taken = 0;
-      for (; i < count && taken < kMaxPageSize; ++i) {
-        bool used = false;
-        for (int r = 0; r < rows; ++r) {
-          const float x = group_logits[r * count + i];
-          block[r * kRowStride + taken] = x;
-          used |= x != -kInfinity;
-        }
-        rows_of[taken] = values + i * state.head_dim;
-        taken += used ? 1 : 0;
-      }
-      if (taken > 0) merge_logits<F32>(block, rows, rows_of, taken, state, first);
-    }
-  }
 }
 
 }  // namespace

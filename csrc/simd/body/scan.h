@@ -1,204 +1,235 @@
-// Streams over what stands for all tokens: sketch_scan over quantised keys, far_scan over
-// summaries.
+// sketch_scan: integer dot products of quantised queries with quantised keys, of all slots.
+//
+// A block of codes holds W consecutive slots, 4 bytes each, so that one multiplication serves W
+// slots and four dims; sums stay in 16 bits as long as they can.
 #pragma once
 
-#include "simd/body/tile.h"
+#include "simd/body/vec.h"
 
 namespace icecache::simd {
 namespace {
 
-// Where a pass of sketch_scan reads and writes.
-struct ScanPass {
-  const std::uint8_t* codes[kScanVectors];  // of each slot vector, in the page's first block
-  std::int64_t slot = 0;                    // of the first score
-  int query = 0;                            // first query
+constexpr int kScanVectors = 2;         // slot vectors per pass
+constexpr int kScanAhead = 2048;        // bytes of codes on their way
+constexpr std::int64_t kScanSlots = 1024;  // slots whose scores are finished while in the L1 cache
+
+// Four query bytes, once for every lane.
+ICECACHE_INLINE VecU four_bytes(const std::int8_t* p) {
+  std::uint32_t x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return VecU{} + x;
+}
+
+// Up to kScanQueries queries, spread over lanes: [dims / 4][query].
+struct ScanQueries {
+  alignas(64) VecU weights[kMaxHeadDim / 4][kScanQueries];
+  int first = 0;
+  int count = 0;
+
+  ICECACHE_INLINE void load(const SketchScanArgs& args, int from) {
+    first = from;
+    count = smaller(kScanQueries, args.group - from);
+    for (int g = 0; g < count; ++g) {
+      const std::int8_t* query = args.queries + static_cast<std::ptrdiff_t>(from + g) * args.rank;
+      for (int j = 0; j < args.rank / 4; ++j) weights[j][g] = four_bytes(query + 4 * j);
+    }
+  }
 };
 
-// Scores of kQueries x kVectors x W slots. kBits: 4 or 8. `block_bytes`: from one block of dims to
-// the next, 4 S.
-template <int kBits, int kQueries, int kVectors>
-ICECACHE_INLINE void scan_pass(const SketchScanArgs& args, const ScanPass& pass, int block_bytes) {
-  constexpr int kDims = 32 / kBits;  // dims in 4 bytes
-  VecF acc[kQueries][kVectors];
+// Adds the dims of `count` blocks, as many as partial sums hold, from block `from` on. `codes`: of W
+// slots, in that block; `block_bytes`: from one block to the next.
+template <int kBits, int kQueries>
+ICECACHE_INLINE void scan_blocks(const std::uint8_t* codes, int block_bytes, int from, int count,
+                                 const ScanQueries& queries, VecI* sum) {
+  constexpr int kFours = kBits == 4 ? 2 : 1;  // four dims each, of one block
+  VecI low[kQueries] = {};
+  VecI high[kQueries] = {};
+  for (int b = from; b < from + count; ++b, codes += block_bytes) {
+    const VecU bytes = load_u32(codes);
+    const VecU lower = bytes & 0x0f0f0f0fu;
+    const VecU upper = (bytes >> 4) & 0x0f0f0f0fu;
 #pragma GCC unroll 4
-  for (int g = 0; g < kQueries; ++g) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[g][v] = splat(args.bias[pass.query + g]);
-  }
-  const float* query = args.queries + static_cast<std::ptrdiff_t>(pass.query) * args.rank;
-  std::ptrdiff_t offset = 0;
-  for (int dim = 0; dim < args.rank; dim += kDims, offset += block_bytes) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kDims; ++j) {
-      VecF code[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const Codes codes(load_u32(pass.codes[v] + offset));
-        code[v] = kBits == 4 ? codes.nibble(j) : codes.byte(j);
-      }
-#pragma GCC unroll 4
-      for (int g = 0; g < kQueries; ++g) {
-        const VecF weight = splat(query[static_cast<std::ptrdiff_t>(g) * args.rank + dim + j]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[g][v] += weight * code[v];
+    for (int g = 0; g < kQueries; ++g) {
+      low[g] = dot4_add(low[g], lower, queries.weights[kFours * b][g]);
+      if (kBits == 4) {
+        low[g] = dot4_add(low[g], upper, queries.weights[kFours * b + 1][g]);
+      } else {
+        high[g] = dot4_add(high[g], upper, queries.weights[b][g]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < kQueries; ++g) {
+    sum[g] = dot4_sum(low[g]);
+    if (kBits == 8) sum[g] += dot4_sum(high[g]) << 4;
+  }
+}
+
+// Scores of kQueries x kScanVectors x W slots. codes[v]: of each slot vector, in its page's first
+// block.
+template <int kBits, int kQueries>
+ICECACHE_INLINE void scan_pass(int rank, int shift, const ScanQueries& queries,
+                               const std::uint8_t* const* codes, int block_bytes,
+                               std::int16_t* scores, std::int64_t stride) {
+  // Additions to a partial sum: two of 4 bits a block, one of each half of 8 bits.
+  constexpr int kBlocks = kBits == 4 ? kDot4Adds / 2 : kDot4Adds;
+  const int blocks = rank * kBits / 32;
+  VecI sum[kScanVectors][kQueries] = {};
+  if (blocks == kBlocks) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      store(args.scores + (pass.query + g) * args.score_stride + pass.slot + v * kWidth, acc[g][v]);
+    for (int v = 0; v < kScanVectors; ++v) {
+      scan_blocks<kBits, kQueries>(codes[v], block_bytes, 0, kBlocks, queries, sum[v]);
     }
+  } else {
+    for (int v = 0; v < kScanVectors; ++v) {
+      for (int b = 0; b < blocks; b += kBlocks) {
+        VecI part[kQueries];
+        scan_blocks<kBits, kQueries>(codes[v] + static_cast<std::ptrdiff_t>(b) * block_bytes,
+                                     block_bytes, b, smaller(kBlocks, blocks - b), queries, part);
+        for (int g = 0; g < kQueries; ++g) sum[v][g] += part[g];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < kQueries; ++g) {
+    store_i16(scores + g * stride, sum[0][g] >> shift, sum[1][g] >> shift);
   }
 }
 
-// All queries over the slots of one pass.
-template <int kBits, int kVectors>
-ICECACHE_INLINE void scan_queries(const SketchScanArgs& args, ScanPass pass, int block_bytes) {
-  for (int g = 0; g < args.group;) {
-    pass.query = g;
-    const int count = smaller(kScanQueries, args.group - g);
-    if (count == kScanQueries) {
-      scan_pass<kBits, kScanQueries, kVectors>(args, pass, block_bytes);
-    } else if (count == 3) {
-      scan_pass<kBits, 3, kVectors>(args, pass, block_bytes);
-    } else if (count == 2) {
-      scan_pass<kBits, 2, kVectors>(args, pass, block_bytes);
-    } else {
-      scan_pass<kBits, 1, kVectors>(args, pass, block_bytes);
-    }
-    g += count;
-  }
-}
-
-// Pages narrower than a vector (S = 8 where W = 16): their blocks are copied side by side into one
-// page of W slots first, missing pages as zeros, and the scores copied out.
-template <int kBits>
-void scan_narrow(const SketchScanArgs& args) {
+// Pages that do not fill a pass: their blocks are copied side by side, what is missing as zeros, and
+// the scores copied out.
+template <int kBits, int kQueries>
+void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
+                 std::int64_t end) {
+  constexpr int kSlots = kScanVectors * kWidth;
   const int blocks = args.rank * kBits / 32;
   const int width = 4 * args.page_size;  // bytes of a block
-  const int together = kWidth / args.page_size;
-  alignas(64) std::uint8_t codes[kMaxHeadDim / 4 * 4 * kWidth] = {};
-  float scores[kMaxGroup * kWidth];
-  for (std::int64_t page = 0; page < args.pages; page += together) {
-    const int here = static_cast<int>(smaller<std::int64_t>(together, args.pages - page));
+  const int together = kSlots / args.page_size;
+  alignas(64) std::uint8_t codes[kMaxHeadDim / 4 * 4 * kSlots] = {};
+  std::int16_t scores[kQueries * kSlots];
+  for (std::int64_t page = first; page < end; page += together) {
+    const int here = static_cast<int>(smaller<std::int64_t>(together, end - page));
     for (int p = 0; p < here; ++p) {
       const std::uint8_t* from = args.codes + (page + p) * blocks * width;
       for (int b = 0; b < blocks; ++b) {
-        __builtin_memcpy(codes + b * 4 * kWidth + p * width, from + b * width,
+        __builtin_memcpy(codes + b * 4 * kSlots + p * width, from + b * width,
                          static_cast<std::size_t>(width));
       }
     }
-    SketchScanArgs wide = args;
-    wide.scores = scores;
-    wide.score_stride = kWidth;
-    ScanPass pass = {};
-    pass.codes[0] = codes;
-    scan_queries<kBits, 1>(wide, pass, 4 * kWidth);
-    const std::int64_t slot = page * args.page_size;
-    for (int g = 0; g < args.group; ++g) {
-      for (int s = 0; s < here * args.page_size; ++s) {
-        args.scores[g * args.score_stride + slot + s] = scores[g * kWidth + s];
-      }
+    const std::uint8_t* vectors[kScanVectors] = {codes, codes + 4 * kWidth};
+    scan_pass<kBits, kQueries>(args.rank, args.shift, queries, vectors, 4 * kSlots, scores, kSlots);
+    for (int g = 0; g < kQueries; ++g) {
+      __builtin_memcpy(
+          args.scores + (queries.first + g) * args.score_stride + page * args.page_size,
+          scores + g * kSlots, sizeof(std::int16_t) * static_cast<std::size_t>(here * args.page_size));
+    }
+  }
+}
+
+template <int kBits, int kQueries>
+void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
+                std::int64_t end) {
+  if (args.page_size < kWidth) return scan_narrow<kBits, kQueries>(args, queries, first, end);
+  // Copies that no store may change.
+  const int rank = args.rank, shift = args.shift, page_size = args.page_size;
+  const int block_bytes = 4 * page_size;
+  const std::ptrdiff_t page_bytes = static_cast<std::ptrdiff_t>(rank) * kBits / 32 * block_bytes;
+  const std::int64_t stride = args.score_stride;
+  const std::uint8_t* codes = args.codes + first * page_bytes;
+  std::int16_t* scores = args.scores + queries.first * stride + first * page_size;
+  if (page_size == kWidth) {  // two pages a pass
+    std::int64_t page = first;
+    for (; page + 2 <= end; page += 2, codes += 2 * page_bytes, scores += 2 * page_size) {
+      const std::uint8_t* both[kScanVectors] = {codes, codes + page_bytes};
+      scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
+    }
+    if (page < end) scan_narrow<kBits, kQueries>(args, queries, page, end);
+    return;
+  }
+  for (std::int64_t page = first; page < end; ++page, codes += page_bytes) {
+    for (std::ptrdiff_t i = 0; i < page_bytes; i += 64) {
+      __builtin_prefetch(codes + kScanAhead + i);
+    }
+    for (int s = 0; s < page_size; s += kScanVectors * kWidth) {
+      const std::uint8_t* both[kScanVectors] = {codes + 4 * s, codes + 4 * (s + kWidth)};
+      scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
+      scores += kScanVectors * kWidth;
     }
   }
 }
 
 template <int kBits>
-void scan_pages(const SketchScanArgs& args) {
-  if (args.page_size < kWidth) return scan_narrow<kBits>(args);
-  const int block_bytes = 4 * args.page_size;
-  const std::ptrdiff_t page_bytes =
-      static_cast<std::ptrdiff_t>(args.rank) * kBits / 32 * block_bytes;
-  const int vectors = args.page_size / kWidth;
-  ScanPass pass = {};
-  if (vectors % kScanVectors == 0) {
-    for (std::int64_t page = 0; page < args.pages; ++page) {
-      for (int v = 0; v < vectors; v += kScanVectors) {
-        for (int i = 0; i < kScanVectors; ++i) {
-          pass.codes[i] = args.codes + page * page_bytes + (v + i) * 4 * kWidth;
-        }
-        pass.slot = page * args.page_size + v * kWidth;
-        scan_queries<kBits, kScanVectors>(args, pass, block_bytes);
+void scan_queries(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
+                  std::int64_t end) {
+  if (queries.count == kScanQueries) {
+    scan_pages<kBits, kScanQueries>(args, queries, first, end);
+  } else if (queries.count == 3) {
+    scan_pages<kBits, smaller(3, kScanQueries)>(args, queries, first, end);
+  } else if (queries.count == 2) {
+    scan_pages<kBits, 2>(args, queries, first, end);
+  } else {
+    scan_pages<kBits, 1>(args, queries, first, end);
+  }
+}
+
+// Slots that hold no token get kNoScore.
+ICECACHE_INLINE void clear_free_slots(const SketchScanArgs& args, std::int64_t first,
+                                      std::int64_t end) {
+  const std::uint32_t full = args.page_size == 32 ? ~0u : (1u << args.page_size) - 1;
+  const Vec8S bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  for (std::int64_t page = first; page < end; ++page) {
+    const std::uint32_t mask = args.masks[page];
+    if (mask == full) continue;
+    for (int s = 0; s < args.page_size; s += 8) {
+      const Vec8S used = (bit & static_cast<std::int16_t>(mask >> s & 255u)) == bit;
+      std::int16_t* at = args.scores + page * args.page_size + s;
+      for (int g = 0; g < args.group; ++g, at += args.score_stride) {
+        const Vec8S kept = (used & load8(at)) | (~used & kNoScore);
+        store_bytes(at, &kept);
       }
     }
-    return;
   }
-  // One vector per page: two pages at a time.
-  std::int64_t page = 0;
-  for (; page + 2 <= args.pages; page += 2) {
-    pass.codes[0] = args.codes + page * page_bytes;
-    pass.codes[1] = pass.codes[0] + page_bytes;
-    pass.slot = page * args.page_size;
-    scan_queries<kBits, 2>(args, pass, block_bytes);
+}
+
+// The largest of n scores, a multiple of 8, and `best`.
+ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t n,
+                                       std::int16_t best) {
+  Vec16S high = Vec16S{} + best;
+  Vec16S higher = high;
+  std::int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    Vec16S a, b;
+    load_bytes(&a, scores + i);
+    load_bytes(&b, scores + i + 16);
+    high = a > high ? a : high;
+    higher = b > higher ? b : higher;
   }
-  if (page < args.pages) {
-    pass.codes[0] = args.codes + page * page_bytes;
-    pass.slot = page * args.page_size;
-    scan_queries<kBits, 1>(args, pass, block_bytes);
+  for (; i < n; ++i) best = scores[i] > best ? scores[i] : best;
+  for (int j = 0; j < 16; ++j) {
+    best = high[j] > best ? high[j] : best;
+    best = higher[j] > best ? higher[j] : best;
   }
+  return best;
 }
 
 void sketch_scan(const SketchScanArgs& args) {
-  if (args.bits == 4) {
-    scan_pages<4>(args);
-  } else {
-    scan_pages<8>(args);
-  }
-}
-
-// Sums of dq . mean and dq^2 . variance for one query and four nodes.
-ICECACHE_INLINE void far_tile(const float* dq, const float* const* mean,
-                              const float* const* variance, int dim, float* first, float* second) {
-  VecF linear[4] = {};
-  VecF square[4] = {};
-  int d = 0;
-  for (; d + kWidth <= dim; d += kWidth) {
-    const VecF q = load(dq + d);
-    const VecF q2 = q * q;
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      linear[c] += q * load(mean[c] + d);
-      square[c] += q2 * load(variance[c] + d);
-    }
-  }
-  if (d < dim) {
-    const int rest = dim - d;
-    const VecF q = load_part(dq + d, rest);
-    const VecF q2 = q * q;
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      linear[c] += q * load_part(mean[c] + d, rest);
-      square[c] += q2 * load_part(variance[c] + d, rest);
-    }
-  }
-  store4(first, reduce4(linear[0], linear[1], linear[2], linear[3]));
-  store4(second, reduce4(square[0], square[1], square[2], square[3]));
-}
-
-void far_scan(const FarScanArgs& args) {
-  for (std::int64_t node = 0; node < args.nodes; node += 4) {
-    const int count = static_cast<int>(smaller<std::int64_t>(4, args.nodes - node));
-    const float* mean[4];
-    const float* variance[4];
-    for (int c = 0; c < 4; ++c) {
-      const std::ptrdiff_t row = (node + smaller(c, count - 1)) * args.head_dim;
-      mean[c] = args.mean + row;
-      variance[c] = args.variance + row;
-    }
-    for (int g = 0; g < args.group; ++g) {
-      float linear[4];
-      float square[4];
-      far_tile(args.dq + static_cast<std::ptrdiff_t>(g) * args.head_dim, mean, variance,
-               args.head_dim, linear, square);
-      for (int c = 0; c < count; ++c) {
-        const float weight = args.log_weight[node + c];
-        const float second = 0.5f * square[c];
-        // An empty node stays out whatever its moments hold.
-        args.out[g * args.nodes + node + c] =
-            weight == -kInfinity ? weight : weight + linear[c] + (second < 1.0f ? second : 1.0f);
+  for (int g = 0; g < args.group; ++g) args.max[g] = kNoScore;
+  ScanQueries queries;
+  const std::int64_t pages_at_once = kScanSlots / args.page_size;
+  for (std::int64_t page = 0; page < args.pages; page += pages_at_once) {
+    const std::int64_t end = smaller(page + pages_at_once, args.pages);
+    for (int g = 0; g < args.group; g += kScanQueries) {
+      if (page == 0 || args.group > kScanQueries) queries.load(args, g);
+      if (args.bits == 4) {
+        scan_queries<4>(args, queries, page, end);
+      } else {
+        scan_queries<8>(args, queries, page, end);
       }
+    }
+    clear_free_slots(args, page, end);
+    for (int g = 0; g < args.group; ++g) {
+      args.max[g] = max_score(args.scores + g * args.score_stride + page * args.page_size,
+                              (end - page) * args.page_size, args.max[g]);
     }
   }
 }

@@ -3,15 +3,17 @@
 
 #include "simd/body/linear.h"
 #include "simd/body/page.h"
+#include "simd/body/rows.h"
 #include "simd/body/scan.h"
+#include "simd/body/score.h"
 
 namespace icecache::simd {
 namespace {
 
 constexpr Kernels make_table(std::string_view name) {
-  return Kernels{name,     to_float,      from_float,    all_finite,  dot,
-                 axpy,     matmul,        page_logits,   attend_page, sketch_scan,
-                 far_scan, attend_logits, softmax_stats, softmax_exp, add_exp};
+  return Kernels{name,        to_float,   from_float, all_finite,    dot,         axpy,
+                 matmul,      attend_page, row_logits, add_rows,      sketch_scan, score_mass,
+                 score_rank,  softmax_stats, softmax_exp, add_exp};
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ typedef std::int32_t VecI __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef std::uint32_t VecU __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef std::uint16_t VecH __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));  // 2 W halves
 typedef float Vec4F __attribute__((vector_size(16)));
+typedef std::int16_t Vec8S __attribute__((vector_size(16)));
+typedef std::int16_t Vec16S __attribute__((vector_size(32)));
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -51,6 +53,23 @@ ICECACHE_INLINE Vec4F load4(const float* p) {
 
 ICECACHE_INLINE void store4(float* p, Vec4F v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+ICECACHE_INLINE Vec8S load8(const std::int16_t* p) {
+  Vec8S v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// For vectors that not every level can return from a function.
+template <typename Vector>
+ICECACHE_INLINE void load_bytes(Vector* v, const void* p) {
+  __builtin_memcpy(v, p, sizeof *v);
+}
+
+template <typename Vector>
+ICECACHE_INLINE void store_bytes(void* p, const Vector* v) {
+  __builtin_memcpy(p, v, sizeof *v);
 }
 
 ICECACHE_INLINE VecF max(VecF a, VecF b) {

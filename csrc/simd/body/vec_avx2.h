@@ -13,7 +13,6 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
 constexpr int kDotRows = 3;
 constexpr int kScanQueries = 4;
-constexpr int kScanVectors = 2;
 
 ICECACHE_INLINE VecF splat(float x) {
   return _mm256_set1_ps(x);
@@ -91,24 +90,33 @@ ICECACHE_INLINE bool any(VecI mask) {
   return _mm256_testz_si256(m, m) == 0;
 }
 
-// See vec_scalar.h. One byte shuffle widens byte j of every slot.
-struct Codes {
-  VecU bits;
-  ICECACHE_INLINE explicit Codes(VecU x) : bits(x) {}
-  ICECACHE_INLINE VecF nibble(int j) const {
-    const VecU nibbles = (j < 4 ? bits : bits >> 4) & 0x0f0f0f0fu;
-    return Codes(nibbles).byte(j & 3);
-  }
-  ICECACHE_INLINE VecF byte(int j) const {
-    // In each 32-bit lane: byte j at the bottom, zeros above (a set top bit asks for zero).
-    const __m256i pick =
-        _mm256_add_epi8(_mm256_setr_epi8(0, -128, -128, -128, 4, -128, -128, -128, 8, -128, -128,
-                                         -128, 12, -128, -128, -128, 0, -128, -128, -128, 4, -128,
-                                         -128, -128, 8, -128, -128, -128, 12, -128, -128, -128),
-                        _mm256_set1_epi32(j));
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(bits), pick));
-  }
-};
+// See vec_scalar.h. The partial sums are pairs of 16 bits: 8 x 2 x 15 x 127 < 2^15.
+constexpr int kDot4Adds = 8;
+
+ICECACHE_INLINE VecI dot4_add(VecI acc, VecU codes, VecU query) {
+  const __m256i products = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes),
+                                                reinterpret_cast<__m256i>(query));
+  __m256i sum = _mm256_add_epi16(reinterpret_cast<__m256i>(acc), products);
+  // One sum after the other: GCC would keep every product and add them as a tree, on the stack.
+  __asm__("" : "+x"(sum));
+  return reinterpret_cast<VecI>(sum);
+}
+
+ICECACHE_INLINE VecI dot4_sum(VecI acc) {
+  return reinterpret_cast<VecI>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(acc), _mm256_set1_epi16(1)));
+}
+
+ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
+  const __m256i packed =
+      _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
+  return reinterpret_cast<VecI>(
+      _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 
 }  // namespace
 }  // namespace icecache::simd

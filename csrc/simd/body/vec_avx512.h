@@ -20,7 +20,6 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
 constexpr int kDotRows = 4;
 constexpr int kScanQueries = 4;
-constexpr int kScanVectors = 2;
 
 ICECACHE_INLINE VecF splat(float x) {
   return _mm512_set1_ps(x);
@@ -94,21 +93,42 @@ ICECACHE_INLINE bool any(VecI mask) {
   return _mm512_test_epi32_mask(m, m) != 0;
 }
 
-// See vec_scalar.h. A permutation of the table 0..15 converts a nibble: it reads 4 bits and no
-// more.
-struct Codes {
-  VecU bits;
-  ICECACHE_INLINE explicit Codes(VecU x) : bits(x) {}
-  ICECACHE_INLINE VecF nibble(int j) const {
-    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const VecU shifted = bits >> (j < 4 ? 8 * j : 8 * (j - 4) + 4);
-    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), values);
-  }
-  ICECACHE_INLINE VecF byte(int j) const {
-    const VecU widened = (bits >> (8 * j)) & 255u;
-    return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(widened));
-  }
-};
+// See vec_scalar.h. Without VNNI the partial sums are pairs of 16 bits: 8 x 2 x 15 x 127 < 2^15.
+constexpr int kDot4Adds = 8;
+
+ICECACHE_INLINE VecI dot4_add(VecI acc, VecU codes, VecU query) {
+  const __m512i weights = reinterpret_cast<__m512i>(query);
+#ifdef __AVX512VNNI__
+  return reinterpret_cast<VecI>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(codes), weights));
+#else
+  const __m512i products = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), weights);
+  __m512i sum = _mm512_add_epi16(reinterpret_cast<__m512i>(acc), products);
+  __asm__("" : "+v"(sum));  // as in vec_avx2.h
+  return reinterpret_cast<VecI>(sum);
+#endif
+}
+
+ICECACHE_INLINE VecI dot4_sum(VecI acc) {
+#ifdef __AVX512VNNI__
+  return acc;
+#else
+  return reinterpret_cast<VecI>(
+      _mm512_madd_epi16(reinterpret_cast<__m512i>(acc), _mm512_set1_epi16(1)));
+#endif
+}
+
+ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtsepi32_epi16(reinterpret_cast<__m512i>(a)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kWidth),
+                      _mm512_cvtsepi32_epi16(reinterpret_cast<__m512i>(b)));
+}
+
+ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
+  return reinterpret_cast<VecI>(
+      _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 
 }  // namespace
 }  // namespace icecache::simd

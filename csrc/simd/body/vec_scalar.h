@@ -12,9 +12,8 @@ typedef std::uint16_t Vec4H __attribute__((vector_size(8)));
 
 constexpr int kTileRows = 4;  // rows x vectors of accumulators in tile.h
 constexpr int kTileVectors = 2;
-constexpr int kDotRows = 2;      // rows x 4 accumulators in dot_rows.h
-constexpr int kScanQueries = 3;  // queries per pass of sketch_scan
-constexpr int kScanVectors = 2;  // slot vectors per pass
+constexpr int kDotRows = 2;      // rows x 4 accumulators in dot_tile
+constexpr int kScanQueries = 2;  // queries per pass of sketch_scan
 
 ICECACHE_INLINE VecF splat(float x) {
   return VecF{x, x, x, x};
@@ -99,18 +98,34 @@ ICECACHE_INLINE bool any(VecI mask) {
   return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
 }
 
-// Sketch codes of W slots, 4 bytes each. nibble(j): dims 0..3 low, 4..7 high nibbles of bytes 0..3.
-struct Codes {
-  VecU bits;
-  ICECACHE_INLINE explicit Codes(VecU x) : bits(x) {}
-  ICECACHE_INLINE VecF nibble(int j) const {
-    return __builtin_convertvector(
-        reinterpret_cast<VecI>((bits >> (j < 4 ? 8 * j : 8 * (j - 4) + 4)) & 15u), VecF);
+// Dot products of four codes (0..15) with four signed query bytes in each 32-bit lane: dot4_add()
+// adds one to a partial sum, at most kDot4Adds of them; dot4_sum() makes lanes of it.
+constexpr int kDot4Adds = 8;
+
+ICECACHE_INLINE VecI dot4_add(VecI acc, VecU codes, VecU query) {
+  for (int j = 0; j < 4; ++j) {
+    const VecI weight = reinterpret_cast<VecI>(query << (24 - 8 * j)) >> 24;
+    acc += reinterpret_cast<VecI>((codes >> (8 * j)) & 255u) * weight;
   }
-  ICECACHE_INLINE VecF byte(int j) const {
-    return __builtin_convertvector(reinterpret_cast<VecI>((bits >> (8 * j)) & 255u), VecF);
-  }
-};
+  return acc;
+}
+
+ICECACHE_INLINE VecI dot4_sum(VecI acc) {
+  return acc;
+}
+
+// 2 W lanes, which fit 16 bits, in order.
+ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
+  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int16_t>(a[i]);
+  for (int i = 0; i < kWidth; ++i) p[kWidth + i] = static_cast<std::int16_t>(b[i]);
+}
+
+ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
+  Vec4H h;
+  __builtin_memcpy(&h, p, sizeof h);
+  typedef std::int16_t Vec4S __attribute__((vector_size(8)));
+  return __builtin_convertvector(reinterpret_cast<Vec4S>(h), VecI);
+}
 
 }  // namespace
 }  // namespace icecache::simd

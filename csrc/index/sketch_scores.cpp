@@ -1,0 +1,80 @@
+#include "index/sketch_scores.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "index/log_sum.h"
+#include "index/top_k.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+
+void SketchScores::resize(int group, int pages, int page_size) {
+  group_ = group;
+  pages_ = pages;
+  page_size_ = page_size;
+  mass_columns_ = simd::mass_stride(group);
+  const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
+  stride_ = (slots + simd::kRankLanes - 1) / simd::kRankLanes * simd::kRankLanes;
+  scores_.resize(static_cast<std::size_t>(group) * stride_);
+  for (int g = 0; g < group; ++g) {
+    std::fill(scores_.begin() + g * stride_ + slots, scores_.begin() + (g + 1) * stride_,
+              simd::kNoScore);
+  }
+  mass_.resize(static_cast<std::size_t>(pages) * mass_columns_);
+}
+
+float SketchScores::log_max(int g) const {
+  return max_[g] == simd::kNoScore ? -INFINITY : bias[g] + unit * max_[g];
+}
+
+void SketchScores::weigh() {
+  weigh_pages(0, pages_);
+}
+
+void SketchScores::weigh_pages(int first, int count) {
+  const std::int64_t slot = static_cast<std::int64_t>(first) * page_size_;
+  simd::kernels().score_mass({scores_.data() + slot, max_,
+                              mass_.data() + static_cast<std::size_t>(first) * mass_columns_,
+                              stride_, count, unit, group_, page_size_});
+}
+
+float SketchScores::log_total(int g) const {
+  float sum = 0.0f;
+  for (int page = 0; page < pages_; ++page) sum += page_mass(page)[g];
+  return log_max(g) + std::log(sum);
+}
+
+void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
+  float sum[kMaxGroup + 3] = {};
+  for (int page = 0; page < pages_; ++page) {
+    for (int g = 0; g < mass_columns_; ++g) sum[g] += page_mass(page)[g];
+  }
+  std::int16_t offset[kMaxGroup];
+  for (int g = 0; g < group_; ++g) {
+    const float total = log_add(log_max(g) + std::log(sum[g]), near_lse[g]);
+    const float units = (total - bias[g]) / unit;
+    constexpr float kBound = simd::kMaxScore;
+    // A head without any token has no total, and no score that it would matter for.
+    offset[g] = units == units ? static_cast<std::int16_t>(std::clamp(units, -kBound, kBound)) : 0;
+  }
+  rank_.resize(stride_);
+  block_max_.resize((stride_ + simd::kRankBlock - 1) / simd::kRankBlock * simd::kRankLanes);
+  simd::kernels().score_rank(
+      {scores_.data(), offset, rank_.data(), block_max_.data(), stride_, stride_, group_});
+  // A free slot ranks by the head of the least offset, below any token there.
+  const std::int16_t least = *std::min_element(offset, offset + group_);
+  top_k(rank_, block_max_, static_cast<std::int16_t>(simd::kNoScore - least), k, slots);
+}
+
+void SketchScores::exclude(std::span<const std::int32_t> slots) {
+  for (std::size_t begin = 0, end = 0; begin < slots.size(); begin = end) {
+    const int page = slots[begin] / page_size_;
+    for (; end < slots.size() && slots[end] / page_size_ == page; ++end) {
+      for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
+    }
+    weigh_pages(page, 1);
+  }
+}
+
+}  // namespace icecache

@@ -1,0 +1,201 @@
+// score_mass against sums of exponentials in double, score_rank against its definition.
+#include <algorithm>
+#include <cmath>
+
+#include "simd/kernels.h"
+#include "simd_levels.h"
+
+namespace icecache::simd {
+namespace {
+
+// What kernels.h promises of a term, with rounding.
+constexpr double kMost = 1.0215, kLeast = 1.0 - 0.0415;
+
+class SimdScoreTest : public SimdLevel {
+ protected:
+  // Scores of pages with free slots, from a normal distribution; some pages and heads hold no token.
+  void make(int group, int page_size, std::int64_t pages, float spread) {
+    group_ = group;
+    page_size_ = page_size;
+    pages_ = pages;
+    stride_ = pages * page_size + 3;
+    scores_.assign(static_cast<std::size_t>(group * stride_), kMaxScore);
+    max_.assign(group, kNoScore);
+    std::normal_distribution<float> normal(0.0f, spread);
+    for (int g = 0; g < group; ++g) {
+      for (std::int64_t i = 0; i < pages * page_size; ++i) {
+        std::int16_t& score = scores_[g * stride_ + i];
+        const std::int64_t page = i / page_size;
+        if (g == 13 || page % 7 == 5 || (page % 2 == 1 && i % 3 == 0)) {
+          score = kNoScore;
+          continue;
+        }
+        score = static_cast<std::int16_t>(std::clamp(normal(random_), -15000.0f, 15000.0f));
+        max_[g] = std::max(max_[g], score);
+      }
+    }
+  }
+
+  std::vector<float> mass(float unit) const {
+    const std::size_t size = static_cast<std::size_t>(pages_) * mass_stride(group_);
+    std::vector<float> mass(size + 4, 77.0f);
+    k().score_mass(
+        {scores_.data(), max_.data(), mass.data(), stride_, pages_, unit, group_, page_size_});
+    for (int i = 0; i < 4; ++i) EXPECT_EQ(mass[size + i], 77.0f) << "wrote past the end";
+    mass.resize(size);
+    return mass;
+  }
+
+  double exact_mass(std::int64_t page, int g, double unit) const {
+    double sum = 0.0;
+    for (int s = 0; s < page_size_; ++s) {
+      const std::int16_t score = scores_[g * stride_ + page * page_size_ + s];
+      if (score != kNoScore) sum += std::exp(unit * (score - max_[g]));
+    }
+    return sum;
+  }
+
+  void check(float unit) {
+    const std::vector<float> got = mass(unit);
+    const int columns = mass_stride(group_);
+    for (std::int64_t p = 0; p < pages_; ++p) {
+      for (int g = 0; g < columns; ++g) {
+        const float found = got[p * columns + g];
+        const double exact = g < group_ ? exact_mass(p, g, unit) : 0.0;
+        // Below the smallest normal float a term is what the bits of a denormal make of it.
+        ASSERT_LE(found, kMost * exact + 1e-36) << where(unit, p, g);
+        ASSERT_GE(found, kLeast * exact - 1e-36) << where(unit, p, g);
+        if (exact == 0.0) {
+          ASSERT_EQ(found, 0.0f) << where(unit, p, g);
+        }
+      }
+    }
+  }
+
+  testing::Message where(float unit, std::int64_t page, int g) const {
+    return testing::Message() << "unit " << unit << ", G " << group_ << ", S " << page_size_
+                              << ", P " << pages_ << ", page " << page << ", query " << g;
+  }
+
+  int group_ = 0, page_size_ = 0;
+  std::int64_t pages_ = 0, stride_ = 0;
+  std::vector<std::int16_t> scores_, max_;
+};
+INSTANTIATE_TEST_SUITE_P(Levels, SimdScoreTest, testing::Values("scalar", "avx2", "avx512"),
+                         level_name);
+
+TEST_P(SimdScoreTest, MassIsWithinItsBoundsOfTheExponentials) {
+  for (int group = 1; group <= kMaxGroup; ++group) {
+    for (const int page_size : {8, 16, 32}) {
+      for (const std::int64_t pages : {0, 1, 2, 3, 65}) {
+        for (const float unit : {1e-9f, 0.003f, 0.05f}) {
+          make(group, page_size, pages, 500.0f);
+          check(unit);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SimdScoreTest, TheMeanOfManyTermsIsWithinAPerMille) {
+  for (const float unit : {0.0007f, 0.004f, 0.02f}) {
+    for (const int page_size : {8, 32}) {
+      make(4, page_size, 2000, 900.0f);
+      const std::vector<float> got = mass(unit);
+      for (int g = 0; g < 4; ++g) {
+        // Term by term, so that no large one hides the others.
+        double sum = 0.0, count = 0.0;
+        for (std::int64_t p = 0; p < pages_; ++p) {
+          const double exact = exact_mass(p, g, unit);
+          if (exact < 1e-30) continue;
+          sum += got[p * 4 + g] / exact;
+          ++count;
+        }
+        EXPECT_NEAR(sum / count, 1.0, 1e-3 + 2.0 / std::sqrt(count) * 0.018)
+            << where(unit, 0, g) << " over " << count;
+      }
+    }
+  }
+}
+
+// One score a page, so that each term is seen: every fraction of an octave.
+TEST_P(SimdScoreTest, EveryTermIsWithinItsBounds) {
+  make(1, 8, 4000, 0.0f);
+  std::fill(scores_.begin(), scores_.end(), kNoScore);
+  for (std::int64_t p = 0; p < pages_; ++p) scores_[p * 8 + p % 8] = static_cast<std::int16_t>(-p);
+  max_[0] = 0;
+  const std::vector<float> got = mass(0.002f);
+  double least = 2.0, most = 0.0, mean = 0.0;
+  for (std::int64_t p = 0; p < pages_; ++p) {
+    const double ratio = got[p * 4] / std::exp(-static_cast<double>(0.002f) * static_cast<double>(p));
+    least = std::min(least, ratio);
+    most = std::max(most, ratio);
+    mean += ratio / static_cast<double>(pages_);
+  }
+  EXPECT_GE(least, kLeast);
+  EXPECT_LE(most, kMost);
+  EXPECT_NEAR(mean, 1.0, 2e-3);
+}
+
+// Whatever the unit, a weight is finite, the largest score weighs about 1, and one that is a
+// hundred nats below weighs nothing.
+TEST_P(SimdScoreTest, AnyUnitIsFine) {
+  for (const std::int16_t top : {kMaxScore, std::int16_t{1}, std::int16_t{-kMaxScore}}) {
+    for (double unit = 1e-20; unit < 1e30; unit *= 1.7) {
+      make(1, 8, 4, 0.0f);
+      std::fill(scores_.begin(), scores_.end(), kNoScore);
+      max_[0] = scores_[3] = top;
+      scores_[8] = scores_[9] = static_cast<std::int16_t>(top - 1);
+      scores_[16] = -kMaxScore;
+      const std::vector<float> got = mass(static_cast<float>(unit));
+      ASSERT_GE(got[0], kLeast) << unit << " at " << top;
+      ASSERT_LE(got[0], kMost) << unit << " at " << top;
+      for (const int page : {1, 2}) {
+        const double exact = exact_mass(page, 0, static_cast<float>(unit));
+        ASSERT_GE(got[4 * page], kLeast * exact - 1e-36) << unit << " at " << top;
+        ASSERT_LE(got[4 * page], kMost * exact + 1e-36) << unit << " at " << top;
+      }
+      ASSERT_EQ(got[12], 0.0f) << unit << " at " << top;
+    }
+  }
+}
+
+TEST_P(SimdScoreTest, Rank) {
+  for (int group = 1; group <= kMaxGroup; ++group) {
+    for (const std::int64_t slots : {0, 16, 32, 240, 256, 272, 512, 1040}) {
+      const std::int64_t stride = slots + 7;
+      std::vector<std::int16_t> scores(static_cast<std::size_t>(group * stride)), offset(group);
+      const auto within = [&](int limit) {
+        return static_cast<std::int16_t>(static_cast<int>(random_() % (2 * limit + 1)) - limit);
+      };
+      for (std::int16_t& x : scores) x = random_() % 5 == 0 ? kNoScore : within(kMaxScore);
+      for (std::int16_t& x : offset) x = within(kMaxScore);
+      // Both ends of the range at once.
+      offset[0] = kMaxScore;
+      if (group > 1) offset[1] = -kMaxScore;
+      if (slots > 0) scores[0] = kNoScore;
+      if (slots > 0 && group > 1) scores[stride] = kMaxScore;
+      const std::size_t maxima = (slots + kRankBlock - 1) / kRankBlock * kRankLanes;
+      std::vector<std::int16_t> rank(slots + 1, 12345), block_max(maxima + 1, 12345);
+      k().score_rank(
+          {scores.data(), offset.data(), rank.data(), block_max.data(), stride, slots, group});
+      std::vector<std::int16_t> expected(maxima, INT16_MIN);
+      for (std::int64_t i = 0; i < slots; ++i) {
+        int best = INT_MIN;
+        for (int g = 0; g < group; ++g) best = std::max(best, scores[g * stride + i] - offset[g]);
+        ASSERT_EQ(rank[i], best) << "G " << group << ", slot " << i << " of " << slots;
+        std::int16_t& max = expected[i / kRankBlock * kRankLanes + i % kRankLanes];
+        max = std::max(max, rank[i]);
+      }
+      for (std::size_t b = 0; b < maxima; ++b) {
+        ASSERT_EQ(block_max[b], expected[b]) << "G " << group << ", maximum " << b << ", " << slots;
+      }
+      ASSERT_EQ(rank[slots], 12345) << "wrote past the end";
+      ASSERT_EQ(block_max[maxima], 12345) << "wrote past the end";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace icecache::simd
