@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -27,6 +28,17 @@ class Result:
     params: dict[str, Any] = field(default_factory=dict)
 
 
+def commit() -> str | None:
+    """Of the checkout that the package runs from, "-dirty" where files differ; None elsewhere."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    folder = Path(icecache.__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """Hardware, versions and command line: what a number means nothing without."""
     build = icecache.build_info()
@@ -37,6 +49,7 @@ def machine() -> dict[str, Any]:
         "simd": icecache.simd_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "icecache": build.version,
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
