@@ -29,14 +29,22 @@ class Result:
 
 
 def commit() -> str | None:
-    """Of the checkout that the package runs from, "-dirty" where files differ; None elsewhere."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    folder = Path(icecache.__file__).parent
+    """Of the checkout that the package runs from, "-dirty" where its sources differ; else None."""
+
+    def git(*command: str) -> str:
+        folder = Path(icecache.__file__).parent
+        done = subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        head = git("rev-parse", "--short", "HEAD")
+        # Not the results: a benchmark that writes its own does not make the next one's dirty.
+        changed = git("status", "--porcelain", "--", ":/csrc", ":/include", ":/python")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return f"{head}-dirty" if changed else head
 
 
 def machine() -> dict[str, Any]:
