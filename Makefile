@@ -29,7 +29,7 @@ SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .PHONY: help demo test build build-test install lint format test-cpp test-python sanitize sanitize-address \
-  sanitize-thread bench-quality setup setup-test clean
+  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
@@ -38,6 +38,7 @@ help:
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
 	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
+	@echo "make bench           measure kernels, steps, builds, searches, a whole model; draw the plots (1 hour)"
 	@echo "make bench-quality   measure what a token budget costs in quality (10 minutes)"
 
 setup:
@@ -45,6 +46,9 @@ setup:
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-bench:
+	@scripts/setup.sh bench
 
 build: setup
 	$(call cmake_build,build/release,$(RELEASE))
@@ -88,6 +92,15 @@ sanitize-thread: setup-test
 	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
 	$(TOOLS) $(SHORT_TRACE) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
 	  --output-on-failure --no-tests=error
+
+build-bench: setup-bench
+	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)
+
+bench: build-bench
+	set -e; for name in kernels step build search generate; do \
+	  $(IN_TREE) $(PYTHON) benchmarks/python/bench_$$name.py \
+	    --json benchmarks/results/$$name.json; done
+	$(IN_TREE) $(PYTHON) benchmarks/python/plots.py
 
 bench-quality: build
 	$(IN_TREE) $(PYTHON) benchmarks/python/bench_quality.py \

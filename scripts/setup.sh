@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh run    for `make demo`: compiler, Python environment with torch and transformers
 #   scripts/setup.sh test   the same, and what the tests and checks need
+#   scripts/setup.sh bench  for `make bench`: as run, and what the benchmarks need
 #
 # Python: the active environment where it has torch >= 2.11 (its torch is never touched), else .venv in
 # the checkout. ICECACHE_PYTHON names another interpreter. ICECACHE_TORCH is what is installed where
@@ -10,9 +11,12 @@
 # Takes well under a second when nothing is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-profile=${1:?usage: scripts/setup.sh run|test}
+profile=${1:?usage: scripts/setup.sh run|test|bench}
 groups=(build run)
-if [ "$profile" = test ]; then groups+=(dev); fi
+case $profile in
+  test) groups+=(dev) ;;
+  bench) groups+=(bench) ;;
+esac
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -44,6 +48,10 @@ if [ "$profile" = test ]; then
   has_header faiss/Index.h ||
     install_debian "FAISS is missing, index=faiss is left out" libfaiss-dev libopenblas-dev ||
     [ "${ICECACHE_FAISS:-AUTO}" != ON ] || exit 1
+fi
+if [ "$profile" = bench ]; then
+  has_header benchmark/benchmark.h ||
+    install_debian "google-benchmark is missing" libbenchmark-dev || exit 1
 fi
 
 # --- Python

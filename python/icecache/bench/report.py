@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -27,6 +28,25 @@ class Result:
     params: dict[str, Any] = field(default_factory=dict)
 
 
+def commit() -> str | None:
+    """Of the checkout that the package runs from, "-dirty" where its sources differ; else None."""
+
+    def git(*command: str) -> str:
+        folder = Path(icecache.__file__).parent
+        done = subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        # Not the results: a benchmark that writes its own does not make the next one's dirty.
+        changed = git("status", "--porcelain", "--", ":/csrc", ":/include", ":/python")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changed else head
+
+
 def machine() -> dict[str, Any]:
     """Hardware, versions and command line: what a number means nothing without."""
     build = icecache.build_info()
@@ -37,6 +57,7 @@ def machine() -> dict[str, Any]:
         "simd": icecache.simd_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "icecache": build.version,
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
