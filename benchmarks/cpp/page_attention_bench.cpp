@@ -1,4 +1,4 @@
-// attend_page and page_logits: a GQA group of 4 queries against pages of 16 tokens, whole or a few
+// attend_page: a GQA group of 4 queries against pages of 16 tokens, whole or a few
 // slots of each, one page a call, pages in random order of address.
 #include <benchmark/benchmark.h>
 
@@ -79,23 +79,11 @@ void attend_page(benchmark::State& state, const Case& c, PageRounds& rounds) {
   report(state, {2 * row_bytes(c), 2.0 * c.slots * kGroup * c.head_dim});
 }
 
-void page_logits(benchmark::State& state, const Case& c, PageRounds& rounds) {
-  std::vector<float> logits(kGroup * Pages::kPageSize);
-  const auto kernel = simd::kernels().page_logits;
-  for (auto _ : state) {
-    kernel(rounds.next(), logits.data());
-    benchmark::ClobberMemory();
-  }
-  report(state, {row_bytes(c), static_cast<double>(c.slots) * kGroup * c.head_dim});
-}
-
-void add_case(const char* name, const Case& c,
-              void (*run)(benchmark::State&, const Case&, PageRounds&)) {
+void add_case(const Case& c) {
   add(
-      std::string(name) + "/" + label(c.dtype, c.head_dim, c.home) +
-          "/slots:" + std::to_string(c.slots),
+      "attend_page/" + label(c.dtype, c.head_dim, c.home) + "/slots:" + std::to_string(c.slots),
       [c] { return std::make_shared<PageRounds>(c); },
-      [c, run](benchmark::State& state, PageRounds& rounds) { run(state, c, rounds); });
+      [c](benchmark::State& state, PageRounds& rounds) { attend_page(state, c, rounds); });
 }
 
 const bool registered = [] {
@@ -103,9 +91,8 @@ const bool registered = [] {
     for (const int head_dim : {64, 128}) {
       for (const Home home : {Home::kMemory, Home::kCache}) {
         for (const int slots : {Pages::kPageSize, 2}) {
-          add_case("attend_page", {dtype, head_dim, home, slots}, attend_page);
+          add_case({dtype, head_dim, home, slots});
         }
-        add_case("page_logits", {dtype, head_dim, home, 1}, page_logits);
       }
     }
   }

@@ -1,5 +1,4 @@
-// The index of one head (index = "tree"): build, insert of one token, select and far field of one
-// step. 4 query heads, budget 256, bfloat16 and float32.
+// The index of one head (index = "tree"): build, insert of one token, select of one step. 4 query heads, budget 256, bfloat16 and float32.
 #include <benchmark/benchmark.h>
 
 #include <cmath>
@@ -148,25 +147,6 @@ void select(benchmark::State& state, Layers& layers) {
   report(state, {bytes / static_cast<double>(state.iterations())});
 }
 
-void far_field(benchmark::State& state, Layers& layers) {
-  const int head_dim = layers.head.shape().head_dim;
-  std::vector<Selection> selections(kQueries);
-  for (int q = 0; q < kQueries; ++q) {
-    layers.indexes[0]->select(layers.head.request(q), selections[q]);
-  }
-  std::vector<float> out(kGroup * head_dim), max(kGroup), sum(kGroup);
-  const AttentionState merged{out.data(), max.data(), sum.data(), kGroup, head_dim};
-  merged.clear();
-  Cycle cycle(layers.indexes.size()), queries(kQueries);
-  double bytes = 0.0;
-  for (auto _ : state) {
-    const std::size_t query = queries.next();
-    bytes += static_cast<double>(layers.indexes[cycle.next()]->far_field(
-        layers.head.request(query), selections[query], merged, nullptr));
-  }
-  report(state, {bytes / static_cast<double>(state.iterations())});
-}
-
 std::string title(const char* name, const Shape& shape) {
   return std::string(name) + "/" + std::string(icecache::name_of(shape.dtype)) +
          "/D:" + std::to_string(shape.head_dim) + "/tokens:" + std::to_string(shape.tokens);
@@ -185,7 +165,6 @@ const bool registered = [] {
             ->Iterations(kSpare / 4)
             ->Unit(benchmark::kMicrosecond);
         add(title("tree_select", shape), layers, select)->Unit(benchmark::kMicrosecond);
-        add(title("tree_far_field", shape), layers, far_field)->Unit(benchmark::kMicrosecond);
       }
     }
   }

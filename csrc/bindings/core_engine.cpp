@@ -68,6 +68,13 @@ void bind_engine(py::module_& module) {
              const Tensors& outputs) { self.attend(ids, layer, views(queries), views(outputs)); },
           Release())
       .def(
+          "step",
+          [](Engine& self, const Ids& ids, int layer, const Tensors& keys, const Tensors& values,
+             const Tensors& queries, const Tensors& outputs) {
+            self.step(ids, layer, views(keys), views(values), views(queries), views(outputs));
+          },
+          Release())
+      .def(
           "observe",
           [](Engine& self, const Ids& ids, int layer, const Tensors& queries) {
             self.observe(ids, layer, views(queries));
@@ -78,6 +85,7 @@ void bind_engine(py::module_& module) {
           [](const Engine& self, SeqId id, int layer, const TensorTuple& keys,
              const TensorTuple& values) { self.gather(id, layer, view(keys), view(values)); },
           Release())
+      .def("address", [](const Engine& self) { return reinterpret_cast<std::uintptr_t>(&self); })
       .def("synchronize", &Engine::synchronize, Release())
       .def("stats", &Engine::stats, Release())
       .def("reset_stats", &Engine::reset_stats, Release())

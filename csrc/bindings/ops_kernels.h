@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "icecache/error.h"
 #include "icecache/types.h"
@@ -22,6 +23,10 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& queries, const Tensor& 
                                            double scale);
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a,
                                         const Tensor& out_b, const Tensor& lse_b);
+
+// Engine::step of the engine at this address; tensors [B, H, T, D].
+Tensor step(std::int64_t engine, const std::vector<std::int64_t>& sequences, std::int64_t layer,
+            const Tensor& keys, const Tensor& values, const Tensor& queries);
 
 // Throws std::runtime_error, which torch hands to Python as RuntimeError.
 template <typename... Parts>

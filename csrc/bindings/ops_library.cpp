@@ -14,10 +14,14 @@ STABLE_TORCH_LIBRARY(icecache, m) {
   m.def(
       "paged_attention(Tensor queries, Tensor pages, Tensor block_table, Tensor slot_masks, "
       "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "step(int engine, int[] sequences, int layer, Tensor keys, Tensor values, Tensor queries) "
+      "-> Tensor");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(icecache, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&icecache::ops::paged_attention));
+  m.impl("step", TORCH_BOX(&icecache::ops::step));
   m.impl("merge_states", TORCH_BOX(&icecache::ops::merge_states));
 }

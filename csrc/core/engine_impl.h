@@ -23,6 +23,14 @@ struct Engine::Impl {
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
 
+  // Engine::append and Engine::attend, with the mutex held.
+  void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
+              std::span<const TensorView> values);
+  void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
+              std::span<const TensorView> outputs);
+  void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
+                    std::span<const TensorView> outputs) const;
+
   // Waits for the background work on a layer or a sequence and takes over its statistics.
   void settle(LayerCache& layer, int number);
   void settle(SequenceCache& sequence);

@@ -17,6 +17,8 @@ constexpr std::int32_t kObserveEvery = 8;
 // A rebuild takes over after this share of the index's tokens, all layers in turn.
 constexpr std::int32_t kRebuildShare = 4;
 constexpr std::int32_t kShortestRebuild = 8;
+// Tokens times heads whose copying takes longer than waking a thread.
+constexpr std::int64_t kTokensWorthThreads = 256;
 
 // Rows [tokens, G, D] fp32 of one KV head's group, times `scale`.
 void load_queries(const TensorView& queries, int kv_head, int group, std::int64_t first,
@@ -54,6 +56,7 @@ void Engine::Impl::check_call(std::span<const SeqId> ids, std::size_t views,
     throw InvalidArgument(
         message(name, " must have one entry per sequence (", ids.size(), "), got ", views));
   }
+  if (ids.size() < 2) return;
   std::set<SeqId> seen;
   for (const SeqId id : ids) {
     if (!seen.insert(id).second) {
@@ -65,7 +68,42 @@ void Engine::Impl::check_call(std::span<const SeqId> ids, std::size_t views,
 void Engine::append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
                     std::span<const TensorView> values) {
   const std::lock_guard lock(impl_->mutex);
-  Impl& self = *impl_;
+  impl_->append(ids, layer, keys, values);
+}
+
+void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
+                    std::span<const TensorView> outputs) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->attend(ids, layer, queries, outputs);
+}
+
+void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
+                  std::span<const TensorView> values, std::span<const TensorView> queries,
+                  std::span<const TensorView> outputs) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->check_attend(ids, queries, outputs);
+  for (std::size_t b = 0; b < ids.size() && b < keys.size(); ++b) {
+    if (queries[b].tokens == keys[b].tokens) continue;
+    throw InvalidArgument(message("queries must have as many tokens as keys (", keys[b].tokens,
+                                  "), got ", queries[b].tokens));
+  }
+  impl_->append(ids, layer, keys, values);
+  try {
+    impl_->attend(ids, layer, queries, outputs);
+  } catch (...) {
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      LayerCache& cache = impl_->layer_of(ids[b], layer);
+      const auto before = cache.length() - static_cast<std::int32_t>(keys[b].tokens);
+      impl_->threads.wait(cache.rebuilds);
+      for (HeadCache& head : cache.heads) head.truncate(before);
+    }
+    throw;
+  }
+}
+
+void Engine::Impl::append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
+                          std::span<const TensorView> values) {
+  Impl& self = *this;
   self.check_call(ids, keys.size(), "keys");
   self.check_call(ids, values.size(), "values");
   std::vector<LayerCache*> layers;
@@ -110,11 +148,18 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
                              " bytes) or release sequences"));
   }
   try {
-    self.threads.parallel_for(
-        static_cast<std::int64_t>(ids.size()) * self.shape.num_kv_heads, [&](std::int64_t i, int) {
-          const std::int64_t b = i / self.shape.num_kv_heads, h = i % self.shape.num_kv_heads;
-          layers[b]->heads[h].append(keys[b], values[b], h);
-        });
+    const std::int64_t rows = static_cast<std::int64_t>(ids.size()) * self.shape.num_kv_heads;
+    const auto append_row = [&](std::int64_t i, int) {
+      const std::int64_t b = i / self.shape.num_kv_heads, h = i % self.shape.num_kv_heads;
+      layers[b]->heads[h].append(keys[b], values[b], h);
+    };
+    std::int64_t tokens = 0;
+    for (const TensorView& view : keys) tokens += view.tokens * self.shape.num_kv_heads;
+    if (tokens >= kTokensWorthThreads) {
+      self.threads.parallel_for(rows, append_row);
+    } else {
+      for (std::int64_t i = 0; i < rows; ++i) append_row(i, 0);
+    }
   } catch (...) {
     for (std::size_t b = 0; b < ids.size(); ++b) {
       for (HeadCache& head : layers[b]->heads) head.truncate(before[b]);
@@ -123,12 +168,25 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
   }
 }
 
-void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
-                    std::span<const TensorView> outputs) {
-  const std::lock_guard lock(impl_->mutex);
-  Impl& self = *impl_;
-  self.check_call(ids, queries.size(), "queries");
-  self.check_call(ids, outputs.size(), "outputs");
+void Engine::Impl::check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
+                                std::span<const TensorView> outputs) const {
+  check_call(ids, queries.size(), "queries");
+  check_call(ids, outputs.size(), "outputs");
+  for (std::size_t b = 0; b < ids.size(); ++b) {
+    check_view("queries", queries[b], shape.num_q_heads);
+    check_view("outputs", outputs[b], shape.num_q_heads);
+    if (outputs[b].tokens != queries[b].tokens) {
+      throw InvalidArgument(message("outputs must have as many tokens as queries (",
+                                    queries[b].tokens, "), got ", outputs[b].tokens));
+    }
+  }
+}
+
+void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
+                          std::span<const TensorView> queries,
+                          std::span<const TensorView> outputs) {
+  Impl& self = *this;
+  check_attend(ids, queries, outputs);
   const int group = self.shape.group(), d = self.shape.head_dim, hkv = self.shape.num_kv_heads;
   struct Task {
     std::size_t item;
@@ -140,13 +198,7 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
   std::vector<Task> tasks;
   for (std::size_t b = 0; b < ids.size(); ++b) {
     layers.push_back(&self.layer_of(ids[b], layer));
-    self.check_view("queries", queries[b], self.shape.num_q_heads);
-    self.check_view("outputs", outputs[b], self.shape.num_q_heads);
     const std::int64_t tokens = queries[b].tokens;
-    if (outputs[b].tokens != tokens) {
-      throw InvalidArgument(message("outputs must have as many tokens as queries (", tokens,
-                                    "), got ", outputs[b].tokens));
-    }
     if (tokens > layers[b]->length()) {
       throw InvalidArgument(message("queries must be of tokens already appended (",
                                     layers[b]->length(), " in sequence ", ids[b], "), got ",

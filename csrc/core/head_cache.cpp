@@ -228,7 +228,8 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   stats.select_seconds += seconds_since(select_start);
 
   const std::int64_t picked = selection.tokens, known = near + picked;
-  const auto nodes = static_cast<std::int64_t>(index_->far_values().size()) / d;
+  const std::span<const std::byte> far_values = index_->far_values();
+  const auto nodes = static_cast<std::int64_t>(far_values.size() / row_bytes);
   weights.assign(known * group, 0.0f);
   far_weights.assign(nodes * group, 0.0f);
   float exact[kMaxGroup], total[kMaxGroup];
@@ -261,12 +262,11 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   });
   stats.bytes_read += selection.bytes_scanned +
                       (near + known) * static_cast<std::int64_t>(row_bytes) +
-                      nodes * d * static_cast<std::int64_t>(sizeof(float));
+                      static_cast<std::int64_t>(far_values.size());
   if (nodes > 0) {
     rows.clear();
-    for (std::int64_t c = 0; c < nodes; ++c) rows.push_back(index_->far_values().data() + c * d);
-    kernels.add_rows({rows.data(), DType::kFloat32, nodes, group, d}, far_weights.data(), nodes,
-                     out);
+    for (std::int64_t c = 0; c < nodes; ++c) rows.push_back(far_values.data() + c * row_bytes);
+    kernels.add_rows({rows.data(), context_.dtype, nodes, group, d}, far_weights.data(), nodes, out);
   }
   for (int g = 0; g < group; ++g) {
     const float share = 1.0f / total[g];

@@ -49,49 +49,6 @@ void attend_tokens(const float* query, const Tokens& tokens, std::int64_t end,
       into);
 }
 
-struct Node {
-  double log_z = kMinusInfinity;
-  std::vector<double> key, value, variance;  // [D]
-};
-
-// The rest of one node, from its unpicked members. Weights are relative to the largest of all
-// members, so that no key norm overflows.
-Node summarise(const Tokens& tokens, const FarField& far, std::int32_t node) {
-  const int dim = tokens.head_dim;
-  const std::size_t size = static_cast<std::size_t>(dim);
-  double max = kMinusInfinity;
-  for (std::int64_t i = 0; i < tokens.count; ++i) {
-    if (far.node[i] == node) max = std::max(max, dot(far.mu, tokens.keys + i * dim, dim));
-  }
-  double total = 0.0, z = 0.0;
-  std::vector<double> key(size, 0.0), value(size, 0.0), square(size, 0.0);
-  for (std::int64_t i = 0; i < tokens.count; ++i) {
-    if (far.node[i] != node) continue;
-    const double weight = std::exp(dot(far.mu, tokens.keys + i * dim, dim) - max);
-    total += weight;
-    if (!far.picked.empty() && far.picked[i]) continue;
-    z += weight;
-    for (int d = 0; d < dim; ++d) {
-      const double k = tokens.keys[i * dim + d];
-      key[d] += weight * k;
-      square[d] += weight * k * k;
-      value[d] += weight * static_cast<double>(tokens.values[i * dim + d]);
-    }
-  }
-  Node rest;
-  if (z <= far.guard * total || z == 0.0) return rest;
-  rest.log_z = max + std::log(z);
-  rest.variance.resize(size);
-  for (int d = 0; d < dim; ++d) {
-    key[d] /= z;
-    value[d] /= z;
-    rest.variance[d] = std::max(0.0, square[d] / z - key[d] * key[d]);
-  }
-  rest.key = std::move(key);
-  rest.value = std::move(value);
-  return rest;
-}
-
 }  // namespace
 
 Attention attend(const float* queries, std::int64_t rows, const Tokens& tokens,
@@ -129,29 +86,33 @@ Attention merge(const Attention& a, const Attention& b) {
   return result;
 }
 
-FarAttention attend_far(const float* queries, std::int64_t rows, const Tokens& tokens,
-                        const FarField& far) {
+FarAttention attend_far(std::int64_t rows, const Tokens& tokens, const FarField& far) {
   const int dim = tokens.head_dim;
-  std::int32_t node_count = 0;
-  for (const std::int32_t node : far.node) node_count = std::max(node_count, node + 1);
-  std::vector<Node> nodes;
-  for (std::int32_t c = 0; c < node_count; ++c) nodes.push_back(summarise(tokens, far, c));
-
+  std::int32_t nodes = 0;
+  for (const std::int32_t node : far.node) nodes = std::max(nodes, node + 1);
+  std::vector<std::vector<std::int64_t>> rest(static_cast<std::size_t>(nodes));
+  for (std::int64_t i = 0; i < tokens.count; ++i) {
+    if (far.node[i] >= 0 && (far.picked.empty() || !far.picked[i])) rest[far.node[i]].push_back(i);
+  }
+  const auto mean = [&](std::size_t c, int d) {
+    double sum = 0.0;
+    for (const std::int64_t i : rest[c]) sum += tokens.values[i * dim + d];
+    return sum / static_cast<double>(rest[c].size());
+  };
   FarAttention result;
   for (std::int64_t r = 0; r < rows; ++r) {
-    std::vector<double> logits;
-    for (const Node& node : nodes) {
-      double linear = 0.0, quadratic = 0.0;
-      for (int d = 0; d < dim && node.log_z != kMinusInfinity; ++d) {
-        const double dq = static_cast<double>(queries[r * dim + d]) - far.mu[d];
-        linear += dq * node.key[d];
-        quadratic += dq * dq * node.variance[d];
+    const double* log_weight = far.log_weight.data() + r * tokens.count;
+    std::vector<double> node_lse;
+    for (const std::vector<std::int64_t>& members : rest) {
+      double max = kMinusInfinity, sum = 0.0;
+      for (const std::int64_t i : members) max = std::max(max, log_weight[i]);
+      for (const std::int64_t i : members) {
+        if (log_weight[i] != kMinusInfinity) sum += std::exp(log_weight[i] - max);
       }
-      logits.push_back(node.log_z + linear + std::min(1.0, quadratic / 2));
+      node_lse.push_back(sum == 0.0 ? kMinusInfinity : max + std::log(sum));
     }
-    attend_row(
-        logits, dim, [&](std::size_t c, int d) { return nodes[c].value[d]; }, result.attention);
-    result.node_lse.insert(result.node_lse.end(), logits.begin(), logits.end());
+    attend_row(node_lse, dim, mean, result.attention);
+    result.node_lse.insert(result.node_lse.end(), node_lse.begin(), node_lse.end());
   }
   return result;
 }

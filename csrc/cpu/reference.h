@@ -38,23 +38,19 @@ Attention attend_causal(const float* queries, std::int64_t tokens_of_queries, in
 // Attention over the union of two disjoint sets of tokens.
 Attention merge(const Attention& a, const Attention& b);
 
-// Far field of design section "far field": every node stands for its members that were not picked,
-// expanded around mu. With w_i = exp(mu.k_i) over those members:
-//   Z = sum w_i, k~ = sum w_i k_i / Z, v~ = sum w_i v_i / Z, var~ = sum w_i k_i^2 / Z - k~^2
-//   weight = Z exp((q - mu).k~ + min(1, (q - mu)^2 . var~ / 2)), value v~
+// Far field: a node stands for its members that were not picked. It weighs the sum of their weights,
+// which are given (exact ones would be the logits q.k_i), and its value is the plain mean of their
+// values.
 struct FarField {
   std::span<const std::int32_t> node;  // [N] node of each token, -1: in none
   std::vector<bool> picked;            // [N], or empty: none
-  const float* mu = nullptr;           // [D], scaled as the queries are
-  // A node is left out where its unpicked members hold no more than this share of its Z.
-  double guard = 0.0;
+  std::span<const double> log_weight;  // [rows, N], -inf: weighs nothing
 };
 // Attention over the nodes, and the log weight of each: node_lse [rows, C] (-inf: empty).
 struct FarAttention {
   Attention attention;
   std::vector<double> node_lse;
 };
-FarAttention attend_far(const float* queries, std::int64_t rows, const Tokens& tokens,
-                        const FarField& far);
+FarAttention attend_far(std::int64_t rows, const Tokens& tokens, const FarField& far);
 
 }  // namespace icecache::reference

@@ -11,29 +11,46 @@ namespace icecache {
 
 int FarField::add_node() {
   sums_.resize(sums_.size() + head_dim_, 0.0f);
+  means_.resize(means_.size() + row_bytes_);
   counts_.push_back(0);
   return node_count() - 1;
 }
 
+void FarField::accumulate(int node, const float* value) {
+  simd::kernels().axpy(1.0f, value, sums_.data() + static_cast<std::size_t>(node) * head_dim_,
+                       head_dim_);
+  ++counts_[node];
+}
+
+void FarField::publish(int node) {
+  float mean[kMaxHeadDim] = {};
+  const float share = 1.0f / static_cast<float>(std::max(1, counts_[node]));
+  simd::kernels().axpy(share, sums_.data() + static_cast<std::size_t>(node) * head_dim_, mean,
+                       head_dim_);
+  simd::kernels().from_float(mean, means_.data() + node * row_bytes_, dtype_, head_dim_);
+}
+
 void FarField::assign(int node, const PageTable& table, std::span<const int> pages) {
   float value[kMaxHeadDim];
-  std::fill_n(row(node), head_dim_, 0.0f);
+  std::fill_n(sums_.data() + static_cast<std::size_t>(node) * head_dim_, head_dim_, 0.0f);
   counts_[node] = 0;
   for (const int page : pages) {
     for (std::uint32_t slots = table.mask(page); slots != 0; slots &= slots - 1) {
       table.value(page, std::countr_zero(slots), value);
-      add(node, value);
+      accumulate(node, value);
     }
   }
+  publish(node);
 }
 
 void FarField::add(int node, const float* value) {
-  simd::kernels().axpy(1.0f, value, row(node), head_dim_);
-  ++counts_[node];
+  accumulate(node, value);
+  publish(node);
 }
 
 std::size_t FarField::memory_bytes() const {
-  return sums_.capacity() * sizeof(float) + counts_.capacity() * sizeof(std::int32_t);
+  return sums_.capacity() * sizeof(float) + means_.capacity() +
+         counts_.capacity() * sizeof(std::int32_t);
 }
 
 void FarField::check_node(int node, const PageTable& table, std::span<const int> pages) const {

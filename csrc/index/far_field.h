@@ -16,12 +16,13 @@ namespace icecache {
 
 class FarField {
  public:
-  explicit FarField(int head_dim) : head_dim_(head_dim) {}
+  FarField(int head_dim, DType dtype)
+      : head_dim_(head_dim), dtype_(dtype), row_bytes_(head_dim * size_of(dtype)) {}
 
   int node_count() const { return static_cast<int>(counts_.size()); }
   std::int32_t tokens(int node) const { return counts_[node]; }
-  // Sums of the nodes' values, picked tokens included: fp32 [C, D].
-  std::span<const float> sums() const { return sums_; }
+  // Mean values of the nodes, picked tokens included: [C, D] in the cache's dtype.
+  std::span<const std::byte> means() const { return means_; }
 
   int add_node();
   // Sums over the tokens in `pages`, replacing what the node held.
@@ -34,10 +35,14 @@ class FarField {
   void check_node(int node, const PageTable& table, std::span<const int> pages) const;
 
  private:
-  float* row(int node) { return sums_.data() + static_cast<std::size_t>(node) * head_dim_; }
+  void accumulate(int node, const float* value);
+  void publish(int node);
 
   int head_dim_;
+  DType dtype_;
+  std::size_t row_bytes_;
   std::vector<float> sums_;           // [C, D]
+  std::vector<std::byte> means_;      // [C, D], what a step reads
   std::vector<std::int32_t> counts_;  // [C]
 };
 

@@ -17,7 +17,7 @@ PagedIndex::PagedIndex(const IndexContext& context)
       sketch_(static_cast<int>(context.config->sketch_rank),
               static_cast<int>(context.config->sketch_bits),
               static_cast<int>(context.config->page_size)),
-      far_(context.head_dim),
+      far_(context.head_dim, context.dtype),
       has_far_field_(context.config->tail == "on") {}
 
 int PagedIndex::node_pages() const {
@@ -202,7 +202,6 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
     scores = &scores_buffer;
     candidates.bytes +=
         sketch_.scan(metric_, request.queries, request.group, table_.masks(), *scores);
-    scores->weigh();
   }
   if (chosen) {
     for (const PagePick& pick : selection.picks) {
@@ -225,11 +224,12 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
     candidates.bytes += rescore(request, candidates);
     if (scores != nullptr) {
       scores->exclude(candidates.slots);
-      for (int g = 0; g < request.group; ++g) candidates.rest_lse[g] = scores->log_total(g);
+      scores->log_totals(candidates.rest_lse.data());
     }
     pick(request, candidates);
   }
-  if (scores != nullptr) scores->exclude(candidates.slots);
+  // Whole pages brought more candidates.
+  if (scores != nullptr && config().select == "page") scores->exclude(candidates.slots);
   take_picked(candidates, request.group, selection);
   weigh_rest(scores, candidates, request.group, selection);
   selection.bytes_scanned = candidates.bytes;
@@ -261,7 +261,9 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
       if (table_.mask(page) == 0) continue;
       const float* from = scores->page_mass(page);
       float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns;
-      for (int g = 0; g < columns; ++g) to[g] += scale[g] * from[g];
+      for (int first = 0; first < columns; first += 4) {
+        for (int g = first; g < first + 4; ++g) to[g] += scale[g] * from[g];
+      }
     }
   }
   for (int g = 0; g < group; ++g) {
@@ -276,10 +278,13 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
           known[i];
     }
   }
-  selection.far_total.assign(group, 0.0f);
+  float total[kMaxGroup + 3] = {};
   for (int c = 0; c < nodes; ++c) {
-    for (int g = 0; g < group; ++g) selection.far_total[g] += mass[c * columns + g];
+    for (int first = 0; first < columns; first += 4) {
+      for (int g = first; g < first + 4; ++g) total[g] += mass[c * columns + g];
+    }
   }
+  selection.far_total.assign(total, total + group);
   // Where tokens are neither sketched nor candidates, only find() or choose_pages() knows of them.
   const bool others = scores == nullptr && static_cast<std::int32_t>(count) < size();
   selection.rest_lse.resize(group);
@@ -300,7 +305,9 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
   }
   selection.far_weights.resize(static_cast<std::size_t>(group) * nodes);
   for (int c = 0; c < nodes; ++c) {
-    const float share = left[c] > 0 ? 1.0f / static_cast<float>(left[c]) : 0.0f;
+    // The mean of those left is (tokens x mean - sum of the picked) / left.
+    const auto tokens = static_cast<float>(far_.tokens(c));
+    const float share = left[c] > 0 ? tokens / static_cast<float>(left[c]) : 0.0f;
     for (int g = 0; g < group; ++g) {
       selection.far_weights[g * nodes + c] = share * mass[c * columns + g];
     }
@@ -309,9 +316,11 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
   std::size_t at = 0;
   for (const PagePick& pick : selection.picks) {
     const int node = node_of_page_[pick.local_page];
+    const float share = 1.0f / static_cast<float>(far_.tokens(node));
     for (int t = std::popcount(pick.slots); t > 0; --t, ++at) {
       for (int g = 0; g < group; ++g) {
-        selection.far_share[g * selection.tokens + at] = selection.far_weights[g * nodes + node];
+        selection.far_share[g * selection.tokens + at] =
+            share * selection.far_weights[g * nodes + node];
       }
     }
   }
@@ -328,7 +337,8 @@ void PagedIndex::far_nodes(const Selection& selection, std::vector<FarNodeInfo>&
   }
   for (std::size_t c = 0; c < nodes.size(); ++c) {
     for (std::size_t g = 0; g < selection.far_shift.size(); ++g) {
-      const float mass = selection.far_weights[g * nodes.size() + c] * static_cast<float>(left[c]);
+      const float mass = selection.far_weights[g * nodes.size() + c] *
+                         static_cast<float>(left[c]) / static_cast<float>(nodes[c].tokens);
       nodes[c].weight.push_back(std::log(mass) + selection.far_shift[g]);
     }
   }

@@ -23,7 +23,7 @@ class PagedIndex : public SemanticIndex {
   void build(const TokenBlock& tokens, const QueryMoments& queries) final;
   void insert(const TokenBlock& tokens) final;
   void select(const SelectRequest& request, Selection& selection) const final;
-  std::span<const float> far_values() const final { return far_.sums(); }
+  std::span<const std::byte> far_values() const final { return far_.means(); }
   void far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const final;
   void truncate(std::int32_t position) final;
   void gather(std::byte* keys, std::byte* values) const final { table_.gather(keys, values); }

@@ -92,8 +92,8 @@ std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int g
   for (int g = 0; g < group; ++g) {
     out.bias[g] += 0.5f * (out.unit - scale);  // shifting rounds down
   }
-  kernels.sketch_scan({codes_.data(), masks.data(), rounded, out.scores(), out.max(), out.stride(),
-                       pages, group, rank_, page_size_, bits_, shift});
+  kernels.sketch_scan({codes_.data(), masks.data(), rounded, out.scores(), out.max(), out.mass(),
+                       out.stride(), pages, group, rank_, page_size_, bits_, shift, out.unit});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

@@ -28,31 +28,29 @@ float SketchScores::log_max(int g) const {
   return max_[g] == simd::kNoScore ? -INFINITY : bias[g] + unit * max_[g];
 }
 
-void SketchScores::weigh() {
-  weigh_pages(0, pages_);
-}
-
-void SketchScores::weigh_pages(int first, int count) {
-  const std::int64_t slot = static_cast<std::int64_t>(first) * page_size_;
-  simd::kernels().score_mass({scores_.data() + slot, max_,
-                              mass_.data() + static_cast<std::size_t>(first) * mass_columns_,
-                              stride_, count, unit, group_, page_size_});
+void SketchScores::log_totals(float* out) const {
+  float sum[kMaxGroup + 3] = {};
+  for (int page = 0; page < pages_; ++page) {
+    const float* mass = page_mass(page);
+    for (int first = 0; first < mass_columns_; first += 4) {
+      for (int g = first; g < first + 4; ++g) sum[g] += mass[g];
+    }
+  }
+  for (int g = 0; g < group_; ++g) out[g] = log_max(g) + std::log(sum[g]);
 }
 
 float SketchScores::log_total(int g) const {
-  float sum = 0.0f;
-  for (int page = 0; page < pages_; ++page) sum += page_mass(page)[g];
-  return log_max(g) + std::log(sum);
+  float totals[kMaxGroup];
+  log_totals(totals);
+  return totals[g];
 }
 
 void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
-  float sum[kMaxGroup + 3] = {};
-  for (int page = 0; page < pages_; ++page) {
-    for (int g = 0; g < mass_columns_; ++g) sum[g] += page_mass(page)[g];
-  }
+  float totals[kMaxGroup];
+  log_totals(totals);
   std::int16_t offset[kMaxGroup];
   for (int g = 0; g < group_; ++g) {
-    const float total = log_add(log_max(g) + std::log(sum[g]), near_lse[g]);
+    const float total = log_add(totals[g], near_lse[g]);
     const float units = (total - bias[g]) / unit;
     constexpr float kBound = simd::kMaxScore;
     // A head without any token has no total, and no score that it would matter for.
@@ -73,7 +71,10 @@ void SketchScores::exclude(std::span<const std::int32_t> slots) {
     for (; end < slots.size() && slots[end] / page_size_ == page; ++end) {
       for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
     }
-    weigh_pages(page, 1);
+    simd::kernels().score_mass(
+        {scores_.data() + static_cast<std::int64_t>(page) * page_size_, max_,
+         mass_.data() + static_cast<std::size_t>(page) * mass_columns_, stride_, 1, unit, group_,
+         page_size_});
   }
 }
 

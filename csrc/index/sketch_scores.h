@@ -22,34 +22,33 @@ class SketchScores {
 
   int group() const { return group_; }
   std::int64_t stride() const { return stride_; }
-  // [G, stride()], [G]: what Sketch::scan writes, with the unit in nats and the bias of each head.
+  // [G, stride()], [G], [P, mass_stride(G)]: what Sketch::scan writes, with the unit in nats and the
+  // bias of each head.
   std::int16_t* scores() { return scores_.data(); }
   std::int16_t* max() { return max_; }
+  float* mass() { return mass_.data(); }
   float unit = 0.0f;
   float bias[kMaxGroup] = {};
 
   // Log of the largest weight of a token, -inf where there is none.
   float log_max(int g) const;
-  // Sums the weights of every page; again after exclude() only for the pages it touched.
-  void weigh();
   // Weights of a page's tokens over exp(log_max(g)): [G].
   const float* page_mass(int page) const {
     return mass_.data() + static_cast<std::size_t>(page) * mass_columns_;
   }
-  // Log of all weights of a head.
+  // Log of the sum of all weights: of every head [G], of one.
+  void log_totals(float* out) const;
   float log_total(int g) const;
 
   // The k slots of most mass, ascending, all where there are fewer. A token's mass is what it
   // weighs in the head of the group that sees it best, beside near_lse and all other tokens; the sum
   // over the group would rank alike (it is at most G times as large) and cost an exponential a score.
-  // Equal masses: the lower slots. REQUIRES: weigh().
+  // Equal masses: the lower slots.
   void top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots);
   // Takes slots (ascending) out of the page masses.
   void exclude(std::span<const std::int32_t> slots);
 
  private:
-  void weigh_pages(int first, int count);
-
   int group_ = 0, pages_ = 0, page_size_ = 0, mass_columns_ = 0;
   std::int64_t stride_ = 0;
   std::vector<std::int16_t> scores_, rank_, block_max_;

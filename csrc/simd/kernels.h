@@ -55,13 +55,15 @@ struct SketchScanArgs {
   const std::int8_t* queries = nullptr;  // [G, R] from -127 to 127
   std::int16_t* scores = nullptr;        // out [G, score_stride >= P * S]
   std::int16_t* max = nullptr;           // out [G]; kNoScore where there is no token
+  float* mass = nullptr;                 // out [P, mass_stride(G)]: as ScoreMassArgs of these scores
   std::int64_t score_stride = 0;
   std::int64_t pages = 0;  // P
   int group = 0, rank = 0, page_size = 0, bits = 0;
-  int shift = 0;  // such that no score exceeds kMaxScore
+  int shift = 0;      // such that no score exceeds kMaxScore
+  float unit = 0.0f;  // of a score, in nats
 };
 
-// Floats of one row of ScoreMassArgs::mass.
+// Floats of one row of a page's masses.
 constexpr int mass_stride(int group) {
   return (group + 3) / 4 * 4;
 }

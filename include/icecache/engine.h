@@ -1,9 +1,10 @@
 // Engine: the KV cache of one model for many sequences, and attention over it.
 //
-// Threads: calls are serialised by one mutex; an Engine may be called from any thread. Building and
-// inserting run on the engine's own threads behind the caller and are waited for by the next call
-// that touches the same (sequence, layer), at a point that does not depend on timing: the same
-// calls give bitwise the same results. Failure: a call that throws leaves every sequence as it was
+// Threads: calls are serialised by one mutex; an Engine may be called from any thread. What a prompt
+// or a chunk of one needs to be indexed runs on the engine's own threads behind the caller, and the
+// next call that touches the same (sequence, layer) waits for it. Decode steps insert their token
+// themselves, and wait for nothing: an index that is built anew meanwhile takes over at a length that
+// was fixed when its building began. The same calls give bitwise the same results. Failure: a call that throws leaves every sequence as it was
 // before the call.
 #pragma once
 
@@ -79,6 +80,11 @@ class Engine {
   // decode_tokens, exact else.
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
               std::span<const TensorView> outputs);
+
+  // append() and then attend() for the same tokens, in one call: both or neither.
+  void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
+            std::span<const TensorView> values, std::span<const TensorView> queries,
+            std::span<const TensorView> outputs);
 
   // For callers that computed the attention of a first chunk themselves: the chunk's last queries
   // [Hq, T, D] shape the metric, and clustering starts behind the caller.

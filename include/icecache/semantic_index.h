@@ -17,6 +17,7 @@
 // does not allocate after its buffers have grown once.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -79,10 +80,10 @@ struct Selection {
   std::int64_t bytes_scanned = 0;  // sketches, candidate keys read by this call
 
   // Where the far field is on, tokens not picked contribute sum over nodes c of far_weights[g, c]
-  // times the sum of c's values (picked ones included), less far_share[g, t] times the value of each
-  // picked token t; they weigh far_total[g]. Else all zero and empty.
-  std::vector<float> far_weights;  // [G, C]
-  std::vector<float> far_share;    // [G, T]
+  // times the mean value of c's tokens (picked ones included), less far_share[g, t] times the value
+  // of each picked token t; they weigh far_total[g]. Else all zero and empty.
+  std::vector<float> far_weights;           // [G, C]
+  std::vector<float> far_share;             // [G, T]
   std::vector<float> far_total, far_shift;  // [G]
 };
 
@@ -107,8 +108,9 @@ class SemanticIndex {
   virtual void insert(const TokenBlock& tokens) = 0;
   // Picks tokens for one step of the group.
   virtual void select(const SelectRequest& request, Selection& selection) const = 0;
-  // Sums of values of the far-field nodes, fp32 [C, D]; empty where the far field is off.
-  virtual std::span<const float> far_values() const = 0;
+  // Mean values of the far-field nodes in the cache's dtype, [C, D]; empty where the far field is
+  // off.
+  virtual std::span<const std::byte> far_values() const = 0;
   // What each node weighs in `selection`.
   virtual void far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const = 0;
 

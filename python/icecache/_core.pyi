@@ -143,6 +143,16 @@ class Engine:
         queries: Sequence[TensorTuple],
         outputs: Sequence[TensorTuple],
     ) -> None: ...
+    def step(
+        self,
+        sequences: Sequence[int],
+        layer: int,
+        keys: Sequence[TensorTuple],
+        values: Sequence[TensorTuple],
+        queries: Sequence[TensorTuple],
+        outputs: Sequence[TensorTuple],
+    ) -> None: ...
+    def address(self) -> int: ...
     def observe(
         self, sequences: Sequence[int], layer: int, queries: Sequence[TensorTuple]
     ) -> None: ...

@@ -7,7 +7,7 @@ Hkv KV heads, D head dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from icecache.errors import InvalidArgument
 
 # torch's threads go on spinning after each of its loops, on the cores that the engine's own would
 # need: the engine runs on them. `icecache doctor` tells why where the operators do not load.
+_step: Callable[..., torch.Tensor] | None = None
 with contextlib.suppress(OSError):
     from icecache import ops
 
     _core.use_parallel_for(ops.parallel_for_address())
+    _step = torch.ops.icecache.step.default
 
 # [B, H, T, D], or one [H, T_b, D] for each sequence.
 Tensors = torch.Tensor | Sequence[torch.Tensor]
@@ -77,6 +79,7 @@ class Engine:
             scale or 0.0,
             chosen._values,
         )
+        self._address = self._engine.address()
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
@@ -133,6 +136,36 @@ class Engine:
         parts = [torch.empty(row.shape, dtype=self.dtype) for row in rows]
         self._engine.attend(list(seqs), layer, _tuples(rows), _tuples(parts))
         return parts
+
+    def step(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """append() and then attend() for the same T tokens of each sequence, in one call.
+
+        Queries [B, Hq, T, D], keys and values [B, Hkv, T, D]; the result is [B, Hq, T, D]. What a
+        decode step calls: for one token it takes less time than the two calls. Both are done or
+        neither.
+        """
+        if _step is not None:
+            try:
+                return _step(self._address, seqs, layer, keys, values, queries)
+            except (RuntimeError, TypeError):
+                pass  # an operator knows only RuntimeError: the calls below raise what it was
+        outputs = torch.empty(queries.shape, dtype=self.dtype)
+        self._engine.step(
+            list(seqs),
+            layer,
+            _tuples(self._rows("keys", keys)),
+            _tuples(self._rows("values", values)),
+            _tuples(self._rows("queries", queries)),
+            _tuples(list(outputs)),
+        )
+        return outputs
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
         """Shows the engine the queries of tokens whose attention the caller computed itself.

@@ -156,6 +156,13 @@ class ReferenceEngine:
             return torch.stack(outputs) if outputs else torch.empty_like(queries)
         return outputs
 
+    def step(
+        self, seqs: Sequence[int], layer: int, queries: Tensors, keys: Tensors, values: Tensors
+    ) -> Any:
+        """append() and attend() of the same tokens."""
+        self.append(seqs, layer, keys, values)
+        return self.attend(seqs, layer, queries)
+
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
         """Checks the form; exact attention needs no metric."""
         rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
@@ -300,46 +307,21 @@ def pick_tokens(
 
 
 def far_field(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    nodes: torch.Tensor,
-    attended: torch.Tensor,
-    mean_query: torch.Tensor,
+    log_weights: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, attended: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the tokens that are not attended weigh together, by node.
 
-    queries [G, D], keys and values [N, D], nodes [N] int64 (-1: in no node), attended [N] bool,
-    mean_query mu [D] (scaled, mean of the group). Returns log weights [G, C] (-inf for a node with
-    nothing left) and values [C, D]: with w_i = exp(mu.k_i) over a node's tokens that are not
-    attended, Z = sum w, k~ and v~ the w-weighted means, var~ the w-weighted diagonal variance,
-    log weight = log Z + (q - mu).k~ + min(1, (q - mu)^2.var~ / 2). A node whose Z is at most 1e-10
-    of its total (all tokens taken along) counts as empty.
+    log_weights [G, N] of the tokens (sketch scores, or exact logits), values [N, D], nodes [N]
+    int64 (-1: in no node), attended [N] bool. Returns log weights [G, C] (-inf for a node with
+    nothing left) and values [C, D]: a node weighs the sum of the weights of its tokens that are not
+    attended, and stands for them with the plain mean of their values.
     """
-    q, k, v, mu = (t.double() for t in (queries, keys, values, mean_query))
-    inside = nodes >= 0
-    size = int(nodes.max()) + 1 if bool(inside.any()) else 0
-    if not size:
-        return q.new_zeros(q.shape[0], 0), v.new_zeros(0, v.shape[1])
-    logits = k @ mu
-    offset = logits[inside].max()
-    everything = torch.where(inside, (logits - offset).exp(), torch.zeros_like(logits))
-    weights = everything.masked_fill(attended, 0.0)
-    target = nodes.clamp_min(0)
-
-    def node_sums(x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(size, *x.shape[1:]).index_add_(0, target, x)
-
-    z = node_sums(weights)
-    has_tokens = z > 1e-10 * node_sums(everything)
-    divisor = torch.where(has_tokens, z, torch.ones_like(z))[:, None]
-    mean_key = node_sums(weights[:, None] * k) / divisor
-    mean_value = node_sums(weights[:, None] * v) / divisor
-    variance = (node_sums(weights[:, None] * k**2) / divisor - mean_key**2).clamp_min(0)
-    difference = q - mu
-    curvature = (0.5 * difference**2 @ variance.T).clamp_max(1.0)
-    log_weights = divisor[:, 0].log() + offset + difference @ mean_key.T + curvature
-    return log_weights.masked_fill(~has_tokens, -torch.inf), mean_value
+    weights, v = log_weights.double(), values.double()
+    size = int(nodes.max()) + 1 if nodes.numel() else 0
+    left = (nodes[:, None] == torch.arange(size)) & ~attended[:, None]  # [N, C]
+    members = weights[:, :, None].masked_fill(~left, -torch.inf)
+    share = left.double() / left.sum(0).clamp_min(1)
+    return members.logsumexp(1), share.T @ v
 
 
 def sparse_attention(

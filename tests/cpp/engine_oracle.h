@@ -1,11 +1,12 @@
 // What an Engine must answer, computed from nothing but the tokens that were appended and, for
 // sparse steps, from what the engine says it looked at (StepTrace): exact attention over sink,
-// window and selected tokens, and the far-field formula over the rest. In double, without any of
-// its code.
+// window and selected tokens, and far-field nodes that stand for the rest. A node's value is made of
+// its tokens; what it weighs is an estimate of the engine, taken from the trace and returned beside
+// what its tokens really weigh. In double, without any of the engine's code.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
-#include <map>
 #include <set>
 #include <vector>
 
@@ -18,10 +19,24 @@ struct OracleHead {
   std::vector<std::vector<float>> keys, values;
 };
 
+// What the engine says of a weight, and what it is; logs, -inf: no weight.
+struct FarWeight {
+  double said = -INFINITY, exact = -INFINITY;
+};
+
 struct OracleResult {
   std::vector<double> out;
-  double rest_share = 0.0;  // weight of the far field in the answer
+  double near_lse = -INFINITY;   // of sink, window and selected
+  std::vector<FarWeight> nodes;  // [C], empty without a far field
+  FarWeight rest;                // over all nodes
 };
+
+inline double log_sum(const std::vector<double>& x) {
+  double max = -INFINITY, sum = 0.0;
+  for (const double v : x) max = std::max(max, v);
+  for (const double v : x) sum += v == -INFINITY ? 0.0 : std::exp(v - max);
+  return sum == 0.0 ? -INFINITY : max + std::log(sum);
+}
 
 // Full causal attention of one query (scaled) over the first `length` tokens.
 inline OracleResult full_attention(const OracleHead& head, const std::vector<double>& query,
@@ -45,71 +60,58 @@ inline OracleResult full_attention(const OracleHead& head, const std::vector<dou
   return result;
 }
 
-// The sparse answer for the selection in `trace`.
+// The sparse answer of head g of the group for the selection in `trace`.
 inline OracleResult sparse_attention(const OracleHead& head, const std::vector<double>& query,
-                                     const StepTrace& trace) {
+                                     const StepTrace& trace, int g) {
   const std::size_t d = query.size();
   std::set<std::int32_t> exact(trace.sink.begin(), trace.sink.end());
   exact.insert(trace.window.begin(), trace.window.end());
   exact.insert(trace.selected.begin(), trace.selected.end());
-  std::vector<double> logits;
-  std::vector<std::vector<double>> values;
-  const auto dot = [&](const std::vector<double>& q, const std::vector<float>& k) {
+  const auto logit = [&](std::int32_t i) {
     double sum = 0.0;
-    for (std::size_t x = 0; x < d; ++x) sum += q[x] * k[x];
+    for (std::size_t x = 0; x < d; ++x) sum += query[x] * head.keys[i][x];
     return sum;
   };
+  OracleResult result;
+  std::vector<double> logits;
+  std::vector<std::vector<double>> values;
   for (const std::int32_t i : exact) {
-    logits.push_back(dot(query, head.keys[i]));
+    logits.push_back(logit(i));
     values.emplace_back(head.values[i].begin(), head.values[i].end());
   }
-  const std::size_t near = logits.size();
-  if (!trace.far_center.empty()) {
-    const std::vector<double> mu(trace.far_center.begin(), trace.far_center.end());
-    std::map<int, std::vector<std::int32_t>> nodes;
+  result.near_lse = log_sum(logits);
+  std::vector<std::vector<std::int32_t>> members(trace.far_nodes.size());
+  if (!members.empty()) {
     for (const PageInfo& page : trace.pages) {
       for (const std::int32_t i : page.positions) {
-        if (!exact.contains(i)) nodes[page.node].push_back(i);
+        if (!exact.contains(i)) members[page.node].push_back(i);
       }
-    }
-    for (const auto& [node, members] : nodes) {
-      double max = -INFINITY;
-      for (const std::int32_t i : members) max = std::max(max, dot(mu, head.keys[i]));
-      double weight = 0.0;
-      std::vector<double> key(d, 0.0), square(d, 0.0), value(d, 0.0);
-      for (const std::int32_t i : members) {
-        const double w = std::exp(dot(mu, head.keys[i]) - max);
-        weight += w;
-        for (std::size_t x = 0; x < d; ++x) {
-          key[x] += w * head.keys[i][x];
-          square[x] += w * head.keys[i][x] * head.keys[i][x];
-          value[x] += w * head.values[i][x];
-        }
-      }
-      double linear = 0.0, quadratic = 0.0;
-      for (std::size_t x = 0; x < d; ++x) {
-        const double mean = key[x] / weight, q = query[x] - mu[x];
-        linear += q * mean;
-        quadratic += q * q * std::max(0.0, square[x] / weight - mean * mean);
-        value[x] /= weight;
-      }
-      logits.push_back(max + std::log(weight) + linear + std::min(1.0, 0.5 * quadratic));
-      values.push_back(value);
     }
   }
-  double max = -INFINITY;
-  for (const double x : logits) max = std::max(max, x);
-  OracleResult result;
+  std::vector<double> said, real;
+  for (std::size_t c = 0; c < members.size(); ++c) {
+    std::vector<double> of_members;
+    for (const std::int32_t i : members[c]) of_members.push_back(logit(i));
+    result.nodes.push_back({trace.far_nodes[c].weight[g], log_sum(of_members)});
+    real.push_back(result.nodes.back().exact);
+    said.push_back(result.nodes.back().said);
+    if (members[c].empty()) continue;
+    std::vector<double> mean(d, 0.0);
+    for (const std::int32_t i : members[c]) {
+      for (std::size_t x = 0; x < d; ++x) {
+        mean[x] += head.values[i][x] / static_cast<double>(members[c].size());
+      }
+    }
+    logits.push_back(said.back());
+    values.push_back(std::move(mean));
+  }
+  result.rest = {log_sum(said), log_sum(real)};
+  const double total = log_sum(logits);
   result.out.assign(d, 0.0);
-  double sum = 0.0, rest = 0.0;
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const double w = std::exp(logits[i] - max);
-    sum += w;
-    if (i >= near) rest += w;
+    const double w = std::exp(logits[i] - total);
     for (std::size_t x = 0; x < d; ++x) result.out[x] += w * values[i][x];
   }
-  for (double& x : result.out) x /= sum;
-  result.rest_share = rest / sum;
   return result;
 }
 

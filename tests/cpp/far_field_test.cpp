@@ -42,8 +42,18 @@ class FarFieldTest : public ::testing::TestWithParam<DType> {
 
   const float* value(int token) const { return tokens_.values.data() + token * kDim; }
 
-  // A node against the sum, in double, over what the table holds of its pages.
-  void expect_sum(const FarField& far, int node) {
+  std::vector<float> mean(const FarField& far, int node) const {
+    const std::size_t row = kDim * size_of(GetParam());
+    std::vector<float> mean(kDim);
+    simd::kernels().to_float(far.means().data() + node * row, GetParam(), mean.data(), kDim);
+    return mean;
+  }
+  static std::vector<std::byte> bytes(const FarField& far) {
+    return {far.means().begin(), far.means().end()};
+  }
+
+  // A node against the mean, in double, over what the table holds of its pages.
+  void expect_mean(const FarField& far, int node) {
     std::vector<double> sum(kDim, 0.0), size(kDim, 0.0);
     int count = 0;
     for (const int page : pages_of_node_[node]) {
@@ -56,8 +66,15 @@ class FarFieldTest : public ::testing::TestWithParam<DType> {
       }
     }
     EXPECT_EQ(far.tokens(node), count);
+    // Half a step of the dtype's mantissa, and of fp16's smallest numbers.
+    const double rounding = GetParam() == DType::kFloat32    ? 0.0
+                            : GetParam() == DType::kBFloat16 ? 0x1p-8
+                                                             : 0x1p-11;
+    const std::vector<float> held = mean(far, node);
     for (int j = 0; j < kDim; ++j) {
-      EXPECT_NEAR(far.sums()[node * kDim + j], sum[j], 1e-6 * size[j]) << node << ", " << j;
+      const double exact = sum[j] / count;
+      EXPECT_NEAR(held[j], exact, 1e-6 * size[j] / count + rounding * std::abs(exact) + 0x1p-25)
+          << node << ", " << j;
     }
     far.check_node(node, *table_, pages_of_node_[node]);
   }
@@ -65,27 +82,26 @@ class FarFieldTest : public ::testing::TestWithParam<DType> {
   Tokens tokens_;
   PoolFixture pool_{16, kPageSize, kDim, 1, GetParam()};
   std::unique_ptr<PageTable> table_;
-  FarField far_{kDim};
+  FarField far_{kDim, GetParam()};
   std::vector<std::vector<int>> pages_of_node_{{0, 1}, {2, 3, 4}};
 };
 INSTANTIATE_TEST_SUITE_P(DTypes, FarFieldTest,
                          ::testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
                          [](const auto& info) { return std::string(name_of(info.param)); });
 
-TEST_P(FarFieldTest, ANodeIsTheSumOfItsMembersValues) {
+TEST_P(FarFieldTest, ANodeIsTheMeanOfItsMembersValues) {
   EXPECT_EQ(far_.node_count(), 2);
-  EXPECT_EQ(far_.sums().size(), std::size_t{2 * kDim});
-  for (int node = 0; node < 2; ++node) expect_sum(far_, node);
+  EXPECT_EQ(far_.means().size(), 2 * kDim * size_of(GetParam()));
+  for (int node = 0; node < 2; ++node) expect_mean(far_, node);
 }
 
 TEST_P(FarFieldTest, AddingOneByOneEqualsAssigning) {
-  FarField grown(kDim);
+  FarField grown(kDim, GetParam());
   grown.add_node();
   grown.add_node();
   for (int token = 0; token < kTokens; ++token) grown.add(token < 16 ? 0 : 1, value(token));
-  for (int node = 0; node < 2; ++node) expect_sum(grown, node);
-  EXPECT_TRUE(std::equal(grown.sums().begin(), grown.sums().end(), far_.sums().begin()))
-      << "in the same order: bitwise";
+  for (int node = 0; node < 2; ++node) expect_mean(grown, node);
+  EXPECT_EQ(bytes(grown), bytes(far_)) << "in the same order: bitwise";
 }
 
 TEST_P(FarFieldTest, FreeSlotsDoNotCount) {
@@ -95,37 +111,41 @@ TEST_P(FarFieldTest, FreeSlotsDoNotCount) {
   for (int node = 0; node < 2; ++node) {
     EXPECT_THROW(far_.check_node(node, *table_, pages_of_node_[node]), IntegrityError);
     far_.assign(node, *table_, pages_of_node_[node]);
-    expect_sum(far_, node);
+    expect_mean(far_, node);
   }
 }
 
 TEST_P(FarFieldTest, AssigningReplacesWhatWasThere) {
-  const std::vector<float> second(far_.sums().begin() + kDim, far_.sums().end());
+  const std::vector<float> second = mean(far_, 1);
   std::swap(pages_of_node_[0], pages_of_node_[1]);
   far_.assign(0, *table_, pages_of_node_[0]);
-  expect_sum(far_, 0);
-  EXPECT_TRUE(std::equal(second.begin(), second.end(), far_.sums().begin() + kDim))
-      << "the other node is untouched";
+  expect_mean(far_, 0);
+  EXPECT_EQ(mean(far_, 0), second);
+  EXPECT_EQ(mean(far_, 1), second) << "the other node is untouched";
   far_.assign(1, *table_, {});
   EXPECT_EQ(far_.tokens(1), 0);
-  for (int j = 0; j < kDim; ++j) EXPECT_EQ(far_.sums()[kDim + j], 0.0f);
+  EXPECT_EQ(mean(far_, 1), std::vector<float>(kDim, 0.0f));
   far_.check_node(1, *table_, {});
 }
 
 TEST_P(FarFieldTest, ANewNodeIsEmptyAndLeavesTheOthers) {
-  const std::vector<float> before(far_.sums().begin(), far_.sums().end());
-  const std::size_t bytes = far_.memory_bytes();
-  EXPECT_GE(bytes, before.size() * sizeof(float) + 2 * sizeof(std::int32_t));
+  const std::vector<std::byte> before = bytes(far_);
+  const std::size_t node_bytes = kDim * (sizeof(float) + size_of(GetParam())) + sizeof(std::int32_t);
+  EXPECT_GE(far_.memory_bytes(), 2 * node_bytes);
   for (int node = 2; node < 40; ++node) EXPECT_EQ(far_.add_node(), node);
-  EXPECT_GE(far_.memory_bytes(), 40 * (kDim * sizeof(float) + sizeof(std::int32_t)));
-  EXPECT_TRUE(std::equal(before.begin(), before.end(), far_.sums().begin()));
-  for (int node = 2; node < 40; ++node) far_.check_node(node, *table_, {});
+  EXPECT_GE(far_.memory_bytes(), 40 * node_bytes);
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), far_.means().begin()));
+  for (int node = 2; node < 40; ++node) {
+    EXPECT_EQ(far_.tokens(node), 0);
+    EXPECT_EQ(mean(far_, node), std::vector<float>(kDim, 0.0f));
+    far_.check_node(node, *table_, {});
+  }
 }
 
 TEST_P(FarFieldTest, ACopyIsIndependent) {
   FarField copy = far_;
   copy.add(0, value(0));
-  expect_sum(far_, 0);
+  expect_mean(far_, 0);
   EXPECT_EQ(copy.tokens(0), far_.tokens(0) + 1);
 }
 
@@ -142,7 +162,7 @@ TEST_P(FarFieldTest, ANodeThatDiffersFromItsMembersIsFound) {
 // One value off by 1 % in one dimension; one that is not a number.
 TEST_P(FarFieldTest, OneWrongDimensionIsFound) {
   for (const bool nan : {false, true}) {
-    FarField spoilt(kDim);
+    FarField spoilt(kDim, GetParam());
     spoilt.add_node();
     for (int token = 0; token < 16; ++token) {
       std::vector<float> row(value(token), value(token) + kDim);
@@ -162,7 +182,7 @@ TEST_P(FarFieldTest, RoundingIsAccepted) {
     }
     tokens.encode();
     fill(std::move(tokens));
-    FarField backwards(kDim);
+    FarField backwards(kDim, GetParam());
     backwards.add_node();
     for (int token = 16; token-- > 0;) backwards.add(0, value(token));
     backwards.check_node(0, *table_, pages_of_node_[0]);

@@ -82,8 +82,22 @@ TEST(ReferenceTest, CausalRowsSeeTheirPast) {
   }
 }
 
+// Logits [rows, N] of the tokens: the weights that make a far field exact.
+std::vector<double> exact_weights(const Data& data) {
+  const std::size_t n = data.keys.size() / data.dim, rows = data.queries.size() / data.dim;
+  std::vector<double> logits(rows * n, 0.0);
+  for (std::size_t r = 0; r < rows; ++r) {
+    for (std::size_t i = 0; i < n; ++i) {
+      for (int d = 0; d < data.dim; ++d) {
+        logits[r * n + i] +=
+            static_cast<double>(data.queries[r * data.dim + d]) * data.keys[i * data.dim + d];
+      }
+    }
+  }
+  return logits;
+}
+
 TEST(ReferenceTest, NodesOfOneTokenAreExactAttention) {
-  // No variance: the expansion has no error, whatever mu is.
   const Data data(20, 8, 3, 4);
   std::vector<std::int32_t> node(20);
   std::vector<bool> picked(20), rest(20);
@@ -92,16 +106,14 @@ TEST(ReferenceTest, NodesOfOneTokenAreExactAttention) {
     picked[i] = i % 3 == 0;
     rest[i] = !picked[i];
   }
-  const std::vector<float> mu(8, 0.3f);
-  const FarAttention far =
-      attend_far(data.queries.data(), 3, data.tokens(), {node, picked, mu.data(), 0.0});
-  expect_equal(far.attention, attend(data.queries.data(), 3, data.tokens(), rest), 1e-11);
+  const std::vector<double> weights = exact_weights(data);
+  const FarAttention far = attend_far(3, data.tokens(), {node, picked, weights});
+  expect_equal(far.attention, attend(data.queries.data(), 3, data.tokens(), rest));
   EXPECT_EQ(far.node_lse[0], -kInf) << "picked";
 }
 
-TEST(ReferenceTest, FarFieldIsExactAtMu) {
-  // At q = mu both terms of the expansion vanish: weight and value are exact for any node.
-  const Data data(64, 16, 1, 5);
+TEST(ReferenceTest, WeightOfTheFarFieldIsExactWithExactWeights) {
+  const Data data(64, 16, 2, 5);
   std::vector<std::int32_t> node(64);
   for (int i = 0; i < 64; ++i) node[i] = i / 16;
   std::vector<bool> picked(64), rest(64, true);
@@ -109,48 +121,64 @@ TEST(ReferenceTest, FarFieldIsExactAtMu) {
     picked[i] = true;
     rest[i] = false;
   }
-  const FarAttention far =
-      attend_far(data.queries.data(), 1, data.tokens(), {node, picked, data.queries.data(), 0.0});
-  expect_equal(far.attention, attend(data.queries.data(), 1, data.tokens(), rest), 1e-11);
+  const std::vector<double> weights = exact_weights(data);
+  const FarAttention far = attend_far(2, data.tokens(), {node, picked, weights});
+  const Attention exact = attend(data.queries.data(), 2, data.tokens(), rest);
+  for (int r = 0; r < 2; ++r) EXPECT_NEAR(far.attention.lse[r], exact.lse[r], 1e-12);
 }
 
-TEST(ReferenceTest, SecondOrderTermIsHalfTheVarianceAndClamped) {
-  // Two keys +a and -a in one dim, mu = 0: k~ = 0, var~ = a^2, log weight log 2 + min(1, (q a)^2 /
-  // 2).
-  const std::vector<float> keys = {2.0f, -2.0f}, values = {1.0f, 5.0f};
-  const std::vector<std::int32_t> node = {0, 0};
-  const float mu = 0.0f;
-  for (const float q : {0.1f, 0.5f, 0.7f, 0.8f, 4.0f}) {
-    const FarAttention far =
-        attend_far(&q, 1, {keys.data(), values.data(), 2, 1}, {node, {}, &mu, 0.0});
-    EXPECT_NEAR(far.node_lse[0], std::log(2.0) + std::min(1.0, 2.0 * q * static_cast<double>(q)),
-                1e-12);
-    EXPECT_NEAR(far.attention.out[0], 3.0, 1e-12);
+TEST(ReferenceTest, NodesOfEqualValuesAreExactAttention) {
+  Data data(30, 8, 2, 6);
+  std::vector<std::int32_t> node(30);
+  for (int i = 0; i < 30; ++i) {
+    node[i] = i % 3;
+    for (int d = 0; d < 8; ++d) data.values[i * 8 + d] = data.values[i % 3 * 8 + d];
+  }
+  const std::vector<double> weights = exact_weights(data);
+  const FarAttention far = attend_far(2, data.tokens(), {node, {}, weights});
+  expect_equal(far.attention, attend(data.queries.data(), 2, data.tokens()));
+}
+
+// Two nodes by hand: weights 1 + 3 with values 2, 6; weight 4, and one picked, with value 10.
+TEST(ReferenceTest, ANodeWeighsTheSumAndIsWorthTheMean) {
+  const std::vector<float> keys(5, 0.0f), values = {2.0f, 6.0f, 10.0f, 99.0f, 77.0f};
+  const std::vector<std::int32_t> node = {0, 0, 1, 1, -1};
+  const std::vector<double> weights = {0.0, std::log(3.0), std::log(4.0), 5.0, 5.0};
+  const Tokens tokens{keys.data(), values.data(), 5, 1};
+  const FarAttention far =
+      attend_far(1, tokens, {node, {false, false, false, true, false}, weights});
+  ASSERT_EQ(far.node_lse.size(), 2u);
+  EXPECT_NEAR(far.node_lse[0], std::log(4.0), 1e-14);
+  EXPECT_NEAR(far.node_lse[1], std::log(4.0), 1e-14);
+  EXPECT_NEAR(far.attention.lse[0], std::log(8.0), 1e-14);
+  EXPECT_NEAR(far.attention.out[0], (4.0 * 4.0 + 4.0 * 10.0) / 8.0, 1e-13);
+}
+
+TEST(ReferenceTest, FarFieldOfNothing) {
+  const Data data(4, 8, 2, 7);
+  const std::vector<std::int32_t> node = {0, 0, 1, 1}, none(4, -1);
+  const std::vector<double> weights = exact_weights(data);
+  const FarAttention picked =
+      attend_far(2, data.tokens(), {node, {true, true, true, true}, weights});
+  for (const double x : picked.node_lse) EXPECT_EQ(x, -kInf);
+  const FarAttention outside = attend_far(2, data.tokens(), {none, {}, weights});
+  EXPECT_TRUE(outside.node_lse.empty());
+  const std::vector<double> nothing(8, -kInf);
+  const FarAttention weightless = attend_far(2, data.tokens(), {node, {}, nothing});
+  for (const FarAttention* far : {&picked, &outside, &weightless}) {
+    for (const double x : far->attention.out) EXPECT_EQ(x, 0.0);
+    for (const double x : far->attention.lse) EXPECT_EQ(x, -kInf);
   }
 }
 
-TEST(ReferenceTest, FarFieldSurvivesHugeNorms) {
-  Data data(32, 8, 2, 6);
-  for (float& k : data.keys) k *= 1e4f;
+TEST(ReferenceTest, FarFieldSurvivesHugeWeights) {
+  const Data data(32, 8, 2, 6);
   const std::vector<std::int32_t> node(32, 0);
-  const std::vector<float> mu(8, 1.0f);
-  const FarAttention far =
-      attend_far(data.queries.data(), 2, data.tokens(), {node, {}, mu.data(), 0.0});
+  std::vector<double> weights(64);
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = i % 2 == 0 ? 1e5 : -1e5;
+  const FarAttention far = attend_far(2, data.tokens(), {node, {}, weights});
   for (const double x : far.attention.out) EXPECT_TRUE(std::isfinite(x));
-  for (const double x : far.attention.lse) EXPECT_TRUE(std::isfinite(x));
-}
-
-TEST(ReferenceTest, GuardLeavesOutWhatIsAlmostAllPicked) {
-  // Weights exp(30) (picked) and exp(0): the rest holds 1e-13 of its node.
-  const std::vector<float> keys = {30.0f, 0.0f}, values = {1.0f, 2.0f};
-  const std::vector<std::int32_t> node = {0, 0};
-  const float mu = 1.0f, q = 1.0f;
-  const Tokens tokens{keys.data(), values.data(), 2, 1};
-  const FarAttention open = attend_far(&q, 1, tokens, {node, {true, false}, &mu, 0.0});
-  EXPECT_NEAR(open.attention.lse[0], 0.0, 1e-12);
-  EXPECT_NEAR(open.attention.out[0], 2.0, 1e-12);
-  const FarAttention guarded = attend_far(&q, 1, tokens, {node, {true, false}, &mu, 1e-10});
-  EXPECT_EQ(guarded.attention.lse[0], -kInf);
+  for (const double x : far.attention.lse) EXPECT_NEAR(x, 1e5 + std::log(16.0), 1e-9);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// sketch_scan against its definition, in integers.
+// sketch_scan against its definition: scores in integers, masses in double.
 #include <algorithm>
+#include <cmath>
 
 #include "simd/kernels.h"
 #include "simd_levels.h"
@@ -46,7 +47,8 @@ class SimdScanTest : public SimdLevel {
     }
   }
 
-  // Sums of all queries, and the shift that they need.
+  // Sums of all queries, the shift that they need, and the weights of pages. The largest score weighs
+  // exp(10) times one of zero.
   void compute(const Case& c) {
     const std::int64_t slots = c.pages * c.page_size;
     sums_.assign(static_cast<std::size_t>(kMaxGroup * slots), 0);
@@ -70,18 +72,40 @@ class SimdScanTest : public SimdLevel {
       reach = std::max({reach, above, -below});
     }
     for (shift_ = 0; reach >> shift_ >= kMaxScore;) ++shift_;
+    unit_ = 10.0f / static_cast<float>((reach >> shift_) + 1);
+    mass_.assign(static_cast<std::size_t>(kMaxGroup * c.pages), 0.0);
+    for (int g = 0; g < kMaxGroup; ++g) {
+      std::int16_t max = kNoScore;
+      for (std::int64_t i = 0; i < slots; ++i) max = std::max(max, expected_score(c, g, i));
+      for (std::int64_t i = 0; i < slots; ++i) {
+        if (!used(c, i)) continue;
+        mass_[g * c.pages + i / c.page_size] +=
+            std::exp(double{unit_} * (expected_score(c, g, i) - max));
+      }
+    }
+  }
+
+  bool used(const Case& c, std::int64_t slot) const {
+    return (masks_[slot / c.page_size] >> slot % c.page_size & 1u) != 0;
+  }
+  std::int16_t expected_score(const Case& c, int g, std::int64_t slot) const {
+    const std::int32_t sum = sums_[g * c.pages * c.page_size + slot];
+    return used(c, slot) ? static_cast<std::int16_t>(sum >> shift_) : kNoScore;
   }
 
   void check(const Case& c, int group) {
     const std::int64_t slots = c.pages * c.page_size, stride = slots + 5;
     std::vector<std::int16_t> scores(static_cast<std::size_t>(group * stride), kUntouched);
     std::vector<std::int16_t> max(group + 1, kUntouched);
+    const int columns = mass_stride(group);
+    std::vector<float> mass(static_cast<std::size_t>(c.pages * columns) + 4, 77.0f);
     SketchScanArgs args;
     args.codes = codes_.data();
     args.masks = masks_.data();
     args.queries = queries_.data();
     args.scores = scores.data();
     args.max = max.data();
+    args.mass = mass.data();
     args.score_stride = stride;
     args.pages = c.pages;
     args.group = group;
@@ -89,6 +113,7 @@ class SimdScanTest : public SimdLevel {
     args.page_size = c.page_size;
     args.bits = c.bits;
     args.shift = shift_;
+    args.unit = unit_;
     k().sketch_scan(args);
     const auto where = [&] {
       return testing::Message() << c.bits << " bits, R " << c.rank << ", S " << c.page_size
@@ -97,24 +122,31 @@ class SimdScanTest : public SimdLevel {
     for (int g = 0; g < group; ++g) {
       std::int16_t best = kNoScore;
       for (std::int64_t i = 0; i < stride; ++i) {
-        std::int16_t expected = kUntouched;
-        if (i < slots) {
-          const bool used = (masks_[i / c.page_size] >> i % c.page_size & 1u) != 0;
-          expected = used ? static_cast<std::int16_t>(sums_[g * slots + i] >> shift_) : kNoScore;
-          best = std::max(best, expected);
-        }
+        const std::int16_t expected = i < slots ? expected_score(c, g, i) : kUntouched;
+        if (i < slots) best = std::max(best, expected);
         ASSERT_EQ(scores[g * stride + i], expected) << where() << ", query " << g << ", slot " << i;
       }
       ASSERT_EQ(max[g], best) << where() << ", query " << g;
     }
     ASSERT_EQ(max[group], kUntouched) << where();
+    for (std::int64_t p = 0; p < c.pages; ++p) {
+      for (int g = 0; g < columns; ++g) {
+        // Within the bounds of score_mass, and nothing where there is no token or no query.
+        const double exact = g < group ? mass_[g * c.pages + p] : 0.0;
+        ASSERT_GE(mass[p * columns + g], 0.9585 * exact) << where() << ", query " << g << ", page " << p;
+        ASSERT_LE(mass[p * columns + g], 1.0215 * exact) << where() << ", query " << g << ", page " << p;
+      }
+    }
+    for (int i = 0; i < 4; ++i) ASSERT_EQ(mass[c.pages * columns + i], 77.0f) << where();
   }
 
   std::vector<std::uint8_t> codes_;
   std::vector<std::int8_t> queries_;  // [kMaxGroup, R]
   std::vector<std::uint32_t> masks_;
   std::vector<std::int32_t> sums_;  // [kMaxGroup, slots]
+  std::vector<double> mass_;        // [kMaxGroup, P]
   int shift_ = 0;
+  float unit_ = 0.0f;
 };
 INSTANTIATE_TEST_SUITE_P(Levels, SimdScanTest, testing::Values("scalar", "avx2", "avx512"),
                          level_name);
@@ -141,13 +173,49 @@ TEST_P(SimdScanTest, EveryRankPageSizeAndGroup) {
 TEST_P(SimdScanTest, ManyPages) {
   for (const int bits : {4, 8}) {
     for (const int page_size : {8, 16, 32}) {
-      const Case c{bits, 32, page_size, 4500 / page_size};
+      const Case c{bits, 32, page_size, 4500 / page_size};  // not whole chunks
       make(c);
       compute(c);
       for (const int group : {1, 3, 4, 6}) {
         check(c, group);
         if (HasFatalFailure()) return;
       }
+    }
+  }
+}
+
+// A chunk may know a maximum that is far from that of all, or none at all.
+TEST_P(SimdScanTest, MassesAreRelativeToTheMaximumOfAll) {
+  for (const int page_size : {8, 32}) {
+    for (const bool first : {true, false}) {
+      const Case c{4, 16, page_size, 3200 / page_size};
+      make(c);
+      const std::size_t page_bytes = static_cast<std::size_t>(page_size) * 8;
+      // One third of the pages scores high, one low, and one holds no token.
+      for (std::int64_t p = 0; p < c.pages; ++p) {
+        const std::int64_t third = first ? 3 * p / c.pages : 2 - 3 * p / c.pages;
+        std::fill_n(codes_.begin() + p * page_bytes, page_bytes, third == 0 ? 0xff : 0x11);
+        masks_[p] = third == 2 ? 0u : all(page_size) & ~(1u << p % 8);
+      }
+      std::fill(queries_.begin(), queries_.end(), static_cast<std::int8_t>(100));
+      compute(c);
+      for (const int group : {1, 5}) {
+        check(c, group);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// So many that chunks grow.
+TEST_P(SimdScanTest, VeryManyPages) {
+  for (const int page_size : {8, 32}) {
+    const Case c{4, 8, page_size, 140000 / page_size};
+    make(c);
+    compute(c);
+    for (const int group : {1, 3}) {
+      check(c, group);
+      if (HasFatalFailure()) return;
     }
   }
 }

@@ -38,6 +38,11 @@ class FailingEngine(CountingEngine):
             raise icecache.OutOfPages("host_memory: the page pool is full")
         super().append(seqs, layer, keys, values)
 
+    def step(self, seqs: Any, layer: int, queries: Any, keys: Any, values: Any) -> torch.Tensor:
+        self.append(seqs, layer, keys, values)
+        result: torch.Tensor = self.attend(seqs, layer, queries)
+        return result
+
 
 def new_cache(model: Model) -> IceCache:
     return IceCache(model.config, engine_class=CountingEngine)

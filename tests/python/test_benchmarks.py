@@ -155,11 +155,11 @@ def test_smollm2_end_to_end(tmp_path: Path) -> None:
 
 
 def test_results_of_google_benchmark_are_converted() -> None:
-    raw = {"name": "far_scan/cache", "iterations": 9, "cpu_time": 2.0, "time_unit": "ms"}
+    raw = {"name": "row_logits/cache", "iterations": 9, "cpu_time": 2.0, "time_unit": "ms"}
     counters = {"bytes_per_second": 4e9, "roof_share": 0.5, "GMAC/s": 3.0, "fma_share": 0.25}
     (one,) = bench_kernels.results([{**raw, **counters}])
     assert one == Result(
-        "far_scan/cache",
+        "row_logits/cache",
         2000.0,
         "us",
         {"gb_per_s": 4.0, "roof_share": 0.5, "gmac_per_s": 3.0, "fma_share": 0.25, "n": 9},
@@ -206,7 +206,7 @@ def test_plots_are_drawn_from_the_results_that_are_there(tmp_path: Path) -> None
     write("search", [*(f"select_us_{n}" for n in lengths), *rivals])
     write("generate", ["decode_speedup_7k", "decode_speedup_static_7k"])
     params = {"gb_per_s": 4.0, "gmac_per_s": 3.0}
-    kernels = [Result("far_scan/float32/D:128/memory", 1.0, "us", params)]
+    kernels = [Result("row_logits/float32/D:128/memory", 1.0, "us", params)]
     roofs = {"read_gbs": 10.0, "fma_gmacs": 50.0}
     write_json(tmp_path / "kernels.json", {**machine(), **roofs}, kernels)
     result = run(plots.main, "--results", str(tmp_path), "--out", str(tmp_path / "docs"))

@@ -239,3 +239,35 @@ def test_python_threads_may_share_an_engine() -> None:
         thread.join()
     assert not failures
     assert engine.memory().sequences == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_step_is_append_and_attend(dtype: torch.dtype) -> None:
+    engines = [Engine(**shape(dtype), token_budget=64) for _ in range(2)]
+    for engine in engines:
+        engine.new_sequence()
+        engine.new_sequence()
+        feed(engine, [0, 1], 200, 1, dtype)
+    for position in range(40):
+        queries = tokens(2, Q_HEADS, 300 + position, dtype).reshape(2, Q_HEADS, 1, DIM)
+        keys = tokens(2, KV_HEADS, 400 + position, dtype).transpose(1, 2).reshape(2, KV_HEADS, 1, DIM)
+        engines[0].append([0, 1], 1, keys, keys)
+        expected = engines[0].attend([0, 1], 1, queries)
+        assert torch.equal(engines[1].step([0, 1], 1, queries, keys, keys), expected)
+
+
+def test_a_step_that_is_refused_changes_nothing() -> None:
+    engine = Engine(**shape(), token_budget=64)
+    engine.new_sequence()
+    feed(engine, [0], 100, 1, torch.float32)
+    query, key = tokens(1, Q_HEADS, 2), tokens(1, KV_HEADS, 3)
+    for call, message in [
+        (lambda: engine.step([0], 0, query, key, tokens(1, KV_HEADS, 4) * torch.nan), "values"),
+        (lambda: engine.step([7], 0, query, key, key), "got 7"),
+        (lambda: engine.step([0], 0, query[0], key, key), "queries must be"),
+        (lambda: engine.step([0], 0, query.double(), key, key), "torch.float64"),
+        (lambda: engine.step([0], 0, key, key, key), "queries"),
+    ]:
+        with pytest.raises(InvalidArgument, match=message):
+            call()
+        assert engine.length(0, 0) == 100

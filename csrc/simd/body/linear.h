@@ -50,10 +50,8 @@ void matmul(const float* a, const float* b, float* c, std::int64_t n, std::int64
     tile.depth = static_cast<int>(k);
     tile.c = c;
     tile.ldc = m;
-    outer_product<F32>(
-        tile, static_cast<int>(n), static_cast<int>(m),
-        [&](int i, int j) __attribute__((always_inline)) { return b + i * m + j; },
-        Into::kOverwrite);
+    outer_product<F32>(tile, static_cast<int>(n), static_cast<int>(m), StridedRows{b, m},
+                       Into::kOverwrite);
     return;
   }
   for (std::int64_t row = 0; row < n; row += kRowBlock) {
@@ -73,10 +71,8 @@ void matmul(const float* a, const float* b, float* c, std::int64_t n, std::int64
         tile.depth = depths;
         tile.c = c + row * m + column;
         tile.ldc = m;
-        outer_product<F32>(
-            tile, rows, columns,
-            [&](int i, int j) __attribute__((always_inline)) { return panel + i * kColumns + j; },
-            depth == 0 ? Into::kOverwrite : Into::kAdd);
+        outer_product<F32>(tile, rows, columns, StridedRows{panel, kColumns},
+                           depth == 0 ? Into::kOverwrite : Into::kAdd);
       }
     }
   }

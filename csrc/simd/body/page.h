@@ -89,9 +89,9 @@ ICECACHE_INLINE void merge_logits(float* logits, int rows, const typename E::Ele
   tile.c = state.out + static_cast<std::ptrdiff_t>(first_row) * dim;
   tile.ldc = dim;
   tile.scale = factor;
-  outer_product<E>(
-      tile, rows, dim, [&](int s, int d) __attribute__((always_inline)) { return values[s] + d; },
-      Into::kScale);
+  const void* rows_of[kMaxPageSize];
+  for (int s = 0; s < count; ++s) rows_of[s] = values[s];
+  outer_product<E>(tile, rows, dim, ScatteredRows<E>{rows_of, rows_of, count - 1}, Into::kScale);
 }
 
 // At most kDecodeRows rows from `first_row` on.
@@ -131,10 +131,7 @@ void attend_many(const PageArgs& args, const Rows<F32>& page, const AttentionSta
     tile.depth = dim;
     tile.c = logits;
     tile.ldc = kRowStride;
-    outer_product<F32>(
-        tile, rows, columns,
-        [&](int d, int s) __attribute__((always_inline)) { return transposed + d * columns + s; },
-        Into::kOverwrite);
+    outer_product<F32>(tile, rows, columns, StridedRows{transposed, columns}, Into::kOverwrite);
     merge_logits<F32>(logits, rows, page.values, page.count, state, first);
   }
 }

@@ -1,16 +1,18 @@
-// sketch_scan: integer dot products of quantised queries with quantised keys, of all slots.
+// sketch_scan: integer dot products of quantised queries with quantised keys, of all slots, and the
+// weights that follow.
 //
 // A block of codes holds W consecutive slots, 4 bytes each, so that one multiplication serves W
 // slots and four dims; sums stay in 16 bits as long as they can.
 #pragma once
 
-#include "simd/body/vec.h"
+#include "simd/body/exp.h"
+#include "simd/body/score.h"
 
 namespace icecache::simd {
 namespace {
 
 constexpr int kScanVectors = 2;         // slot vectors per pass
-constexpr int kScanAhead = 2048;        // bytes of codes on their way
+constexpr int kScanAhead = 4096;        // bytes of codes on their way
 constexpr std::int64_t kScanSlots = 1024;  // slots whose scores are finished while in the L1 cache
 
 // Four query bytes, once for every lane.
@@ -28,7 +30,8 @@ struct ScanQueries {
 
   ICECACHE_INLINE void load(const SketchScanArgs& args, int from) {
     first = from;
-    count = smaller(kScanQueries, args.group - from);
+    // 8 bits are rare, and not worth the code of more queries at once.
+    count = args.bits == 8 ? 1 : smaller(kScanQueries, args.group - from);
     for (int g = 0; g < count; ++g) {
       const std::int8_t* query = args.queries + static_cast<std::ptrdiff_t>(from + g) * args.rank;
       for (int j = 0; j < args.rank / 4; ++j) weights[j][g] = four_bytes(query + 4 * j);
@@ -158,17 +161,18 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
   }
 }
 
-template <int kBits>
 void scan_queries(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
                   std::int64_t end) {
-  if (queries.count == kScanQueries) {
-    scan_pages<kBits, kScanQueries>(args, queries, first, end);
+  if (args.bits == 8) {
+    scan_pages<8, 1>(args, queries, first, end);
+  } else if (queries.count == kScanQueries) {
+    scan_pages<4, kScanQueries>(args, queries, first, end);
   } else if (queries.count == 3) {
-    scan_pages<kBits, smaller(3, kScanQueries)>(args, queries, first, end);
+    scan_pages<4, smaller(3, kScanQueries)>(args, queries, first, end);
   } else if (queries.count == 2) {
-    scan_pages<kBits, 2>(args, queries, first, end);
+    scan_pages<4, 2>(args, queries, first, end);
   } else {
-    scan_pages<kBits, 1>(args, queries, first, end);
+    scan_pages<4, 1>(args, queries, first, end);
   }
 }
 
@@ -212,25 +216,57 @@ ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t 
   return best;
 }
 
+// Masses of pages [first, end), which are relative to one maximum, made relative to another. A maximum
+// that is not the largest leaves no weight of these pages above exp(unit (from - to)).
+ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first, std::int64_t end,
+                                  const std::int16_t* from) {
+  const int columns = mass_stride(args.group);
+  float factor[kMaxGroup + 3] = {};
+  bool same = true;
+  for (int g = 0; g < args.group; ++g) {
+    same = same && from[g] == args.max[g];
+    factor[g] = exp(args.unit * static_cast<float>(from[g] - args.max[g]));
+  }
+  if (same) return;
+  for (std::int64_t page = first; page < end; ++page) {
+    for (int g = 0; g < columns; g += 4) {
+      float* mass = args.mass + page * columns + g;
+      store4(mass, load4(mass) * load4(factor + g));
+    }
+  }
+}
+
+// Chunk by chunk: what follows from the scores is done while they are in the L1 cache. A chunk's
+// masses are relative to its own maximum until all are known.
 void sketch_scan(const SketchScanArgs& args) {
+  constexpr std::int64_t kMaxChunks = 64;  // whose maxima are kept; longer scans take longer chunks
+  const std::int64_t slots = args.pages * args.page_size;
+  const std::int64_t chunk_slots =
+      (slots + kMaxChunks * kScanSlots - 1) / (kMaxChunks * kScanSlots) * kScanSlots;
+  const std::int64_t chunk_pages = chunk_slots / args.page_size;
+  std::int16_t chunk_max[kMaxChunks][kMaxGroup];
   for (int g = 0; g < args.group; ++g) args.max[g] = kNoScore;
   ScanQueries queries;
-  const std::int64_t pages_at_once = kScanSlots / args.page_size;
-  for (std::int64_t page = 0; page < args.pages; page += pages_at_once) {
-    const std::int64_t end = smaller(page + pages_at_once, args.pages);
-    for (int g = 0; g < args.group; g += kScanQueries) {
-      if (page == 0 || args.group > kScanQueries) queries.load(args, g);
-      if (args.bits == 4) {
-        scan_queries<4>(args, queries, page, end);
-      } else {
-        scan_queries<8>(args, queries, page, end);
-      }
+  std::int64_t chunk = 0;
+  for (std::int64_t page = 0; page < args.pages; page += chunk_pages, ++chunk) {
+    const std::int64_t end = smaller(page + chunk_pages, args.pages);
+    for (int g = 0; g < args.group; g += queries.count) {
+      queries.load(args, g);
+      scan_queries(args, queries, page, end);
     }
     clear_free_slots(args, page, end);
+    const std::int64_t slot = page * args.page_size;
     for (int g = 0; g < args.group; ++g) {
-      args.max[g] = max_score(args.scores + g * args.score_stride + page * args.page_size,
-                              (end - page) * args.page_size, args.max[g]);
+      chunk_max[chunk][g] = max_score(args.scores + g * args.score_stride + slot,
+                                      (end - page) * args.page_size, kNoScore);
+      args.max[g] = chunk_max[chunk][g] > args.max[g] ? chunk_max[chunk][g] : args.max[g];
     }
+    score_mass({args.scores + slot, chunk_max[chunk], args.mass + page * mass_stride(args.group),
+                args.score_stride, end - page, args.unit, args.group, args.page_size});
+  }
+  chunk = 0;
+  for (std::int64_t page = 0; page < args.pages; page += chunk_pages, ++chunk) {
+    rescale_mass(args, page, smaller(page + chunk_pages, args.pages), chunk_max[chunk]);
   }
 }
 

@@ -152,6 +152,26 @@ void outer_rows(TileArgs t, int rows, const BRow& b, Into into, int last) {
   }
 }
 
+// Rows of b that lie side by side: row k, column j.
+struct StridedRows {
+  const float* base;
+  std::ptrdiff_t stride;
+  ICECACHE_INLINE const float* operator()(int k, int j) const { return base + k * stride + j; }
+};
+
+// Rows of b that lie anywhere. Each access asks for the same columns of a row of the next block.
+template <typename E>
+struct ScatteredRows {
+  const void* const* rows;
+  const void* const* next;
+  int last;  // rows of the next block, less one
+  ICECACHE_INLINE const typename E::Element* operator()(int k, int j) const {
+    typedef typename E::Element Element;
+    __builtin_prefetch(static_cast<const Element*>(next[smaller(k, last)]) + j);
+    return static_cast<const Element*>(rows[k]) + j;
+  }
+};
+
 // c[rows, columns] from a[rows, depth] and b: row_at(k, column) points at b[k][column].
 template <typename E, typename RowAt>
 ICECACHE_INLINE void outer_product(const TileArgs& args, int rows, int columns, const RowAt& row_at,

@@ -133,8 +133,7 @@ def measure(case: StepCase, steps: int, tick: Callable[[], None] = lambda: None)
             took = {}
             for name, engine in engines.items():
                 start = time.perf_counter()
-                engine.append(sequences[name], layer, new, new)
-                engine.attend(sequences[name], layer, query)
+                engine.step(sequences[name], layer, query, new, new)
                 took[name] = time.perf_counter() - start
             packed = query.view(case.batch, case.kv_heads, case.group, case.head_dim)
             start = time.perf_counter()

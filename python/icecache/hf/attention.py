@@ -123,16 +123,16 @@ class _Call:
         """All rows at once: no padding in the chunk, and all rows empty before it or none."""
         sequences = self.rows.sequences
         is_first = self.chunk.earlier[0] == 0
-        if is_first and self.has_sinks:
+        if not is_first:
+            return self.engine.step(sequences, self.layer, query, key, value)
+        if self.has_sinks:
             self.engine.append(sequences, self.layer, *with_sink_token(key, value))
-        else:
-            self.engine.append(sequences, self.layer, key, value)
-        if is_first and not self.has_sinks:
-            output = self._stock(query, key, value)
-            self.engine.observe(sequences, self.layer, query)
-            return output
-        result: torch.Tensor = self.engine.attend(sequences, self.layer, query)
-        return result
+            result: torch.Tensor = self.engine.attend(sequences, self.layer, query)
+            return result
+        self.engine.append(sequences, self.layer, key, value)
+        output = self._stock(query, key, value)
+        self.engine.observe(sequences, self.layer, query)
+        return output
 
     def ragged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Row by row, on the real tokens.
