@@ -1,5 +1,5 @@
-// row_logits and add_rows: 4 query heads against the rows of a step: 320 candidates' keys, 220 picked
-// values, 512 far-field nodes (32k tokens in nodes of 64), which lie side by side.
+// row_logits and add_rows: 4 query heads against the rows of a step: 320 candidates' keys, 220
+// picked values, 512 far-field nodes (32k tokens in nodes of 64), which lie side by side.
 #include <benchmark/benchmark.h>
 
 #include <memory>

@@ -1,5 +1,5 @@
-// sketch_scan: 4 query heads against the sketches of 32k keys, 32 coordinates of 4 bits each, with the
-// weights of all pages; score_rank: what orders its scores.
+// sketch_scan: 4 query heads against the sketches of 32k keys, 32 coordinates of 4 bits each, with
+// the weights of all pages; score_rank: what orders its scores.
 #include <benchmark/benchmark.h>
 
 #include <memory>
@@ -76,8 +76,8 @@ void score_rank(benchmark::State& state, const Codes& codes) {
   std::vector<std::int16_t> rank(kTokens), block_max(kTokens / simd::kRankBlock * simd::kRankLanes);
   const std::int16_t offset[kGroup] = {100, -100, 50, 0};
   for (auto _ : state) {
-    simd::kernels().score_rank({scan.scores.data(), offset, rank.data(), block_max.data(), kTokens,
-                                kTokens, kGroup});
+    simd::kernels().score_rank(
+        {scan.scores.data(), offset, rank.data(), block_max.data(), kTokens, kTokens, kGroup});
     benchmark::ClobberMemory();
   }
   report(state, {2.0 * kGroup * kTokens, 0.0});

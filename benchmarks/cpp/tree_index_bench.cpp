@@ -1,4 +1,5 @@
-// The index of one head (index = "tree"): build, insert of one token, select of one step. 4 query heads, budget 256, bfloat16 and float32.
+// The index of one head (index = "tree"): build, insert of one token, select of one step. 4 query
+// heads, budget 256, bfloat16 and float32.
 #include <benchmark/benchmark.h>
 
 #include <cmath>

@@ -172,9 +172,9 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
   use_rebuild();
-  const auto due = std::min(position - static_cast<std::int32_t>(config.window_tokens) + 1 -
-                                tail_.first_position(),
-                            tail_.count());
+  const auto due = std::min(
+      position - static_cast<std::int32_t>(config.window_tokens) + 1 - tail_.first_position(),
+      tail_.count());
   if (due > 0) {
     try {
       insert(due);
@@ -207,9 +207,9 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, auto first) {
     rows.clear();
     for (std::size_t i = 0; i < batch.size(); ++i) add_slots(lease.page(i), batch[i].slots);
-    kernels.row_logits({rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group,
-                        d},
-                       queries, logits.data() + first, near);
+    kernels.row_logits(
+        {rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group, d}, queries,
+        logits.data() + first, near);
   });
   float near_lse[kMaxGroup];
   for (int g = 0; g < group; ++g) near_lse[g] = log_sum(logits.data() + g * near, near);
@@ -256,9 +256,9 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, auto first) {
     rows.clear();
     for (std::size_t i = 0; i < batch.size(); ++i) add_slots(lease.page(i) + half, batch[i].slots);
-    kernels.add_rows({rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group,
-                      d},
-                     weights.data() + first, known, out);
+    kernels.add_rows(
+        {rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group, d},
+        weights.data() + first, known, out);
   });
   stats.bytes_read += selection.bytes_scanned +
                       (near + known) * static_cast<std::int64_t>(row_bytes) +
@@ -266,7 +266,8 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   if (nodes > 0) {
     rows.clear();
     for (std::int64_t c = 0; c < nodes; ++c) rows.push_back(far_values.data() + c * row_bytes);
-    kernels.add_rows({rows.data(), context_.dtype, nodes, group, d}, far_weights.data(), nodes, out);
+    kernels.add_rows({rows.data(), context_.dtype, nodes, group, d}, far_weights.data(), nodes,
+                     out);
   }
   for (int g = 0; g < group; ++g) {
     const float share = 1.0f / total[g];
@@ -315,8 +316,8 @@ std::int32_t HeadCache::next_window_start() const {
   return length() - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
 }
 
-// Built anew when most of the index is not from the last build: the basis and the tree are then older
-// than the tokens they serve. Doubling keeps the cost per token constant.
+// Built anew when most of the index is not from the last build: the basis and the tree are then
+// older than the tokens they serve. Doubling keeps the cost per token constant.
 bool HeadCache::has_doubled(std::int32_t more) const {
   return index_ != nullptr && index_->size() + more >= 2 * built_tokens_;
 }
@@ -384,9 +385,9 @@ void HeadCache::update_index(HeadStats& stats) {
 std::shared_ptr<IndexRebuild> HeadCache::start_rebuild(std::int32_t delay,
                                                        std::int32_t ready_after) {
   if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay)) return nullptr;
-  rebuild_ = std::make_shared<IndexRebuild>(
-      context_, *index_, moments_, static_cast<std::int32_t>(context_.config->sink_tokens),
-      length() + ready_after);
+  rebuild_ = std::make_shared<IndexRebuild>(context_, *index_, moments_,
+                                            static_cast<std::int32_t>(context_.config->sink_tokens),
+                                            length() + ready_after);
   return rebuild_;
 }
 

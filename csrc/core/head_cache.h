@@ -49,9 +49,9 @@ class HeadCache {
 
   // Queries [n, D], unscaled, that the metric of the next build is made from.
   void observe(const float* queries, int n);
-  // Moves the tokens below the window of the next step from the tail into the index, which is built,
-  // extended or built anew, however long that takes. Without a change where the sequence fits the
-  // budget or pages run out.
+  // Moves the tokens below the window of the next step from the tail into the index, which is
+  // built, extended or built anew, however long that takes. Without a change where the sequence
+  // fits the budget or pages run out.
   void update_index(HeadStats& stats);
   // True where update_index() would build.
   bool build_is_due() const;

@@ -1,9 +1,10 @@
 // IndexRebuild: a new index of a head's tokens, made on a background thread while decoding goes on
 // with the old one.
 //
-// Decoding never waits for it and its results do not depend on timing: the new index takes over at a
-// length that is fixed when the rebuild starts, which is so far away that the work is long done. Until
-// then the old index takes every token; the rebuild is told of each and catches up, a few a step.
+// Decoding never waits for it and its results do not depend on timing: the new index takes over at
+// a length that is fixed when the rebuild starts, which is so far away that the work is long done.
+// Until then the old index takes every token; the rebuild is told of each and catches up, a few a
+// step.
 //
 // Threads: run() on a background thread, once; afterwards (the caller has waited) the owner alone.
 #pragma once
@@ -43,7 +44,8 @@ class IndexRebuild {
   std::size_t row_bytes_;
   std::int32_t first_position_, count_, ready_at_;
   std::unique_ptr<SemanticIndex> fresh_;
-  std::vector<std::byte> late_keys_, late_values_;  // rows from position first_position_ + count_ on
+  std::vector<std::byte> late_keys_,
+      late_values_;  // rows from position first_position_ + count_ on
   std::int32_t followed_ = 0, inserted_ = 0;
 };
 

@@ -38,9 +38,9 @@ Attention attend_causal(const float* queries, std::int64_t tokens_of_queries, in
 // Attention over the union of two disjoint sets of tokens.
 Attention merge(const Attention& a, const Attention& b);
 
-// Far field: a node stands for its members that were not picked. It weighs the sum of their weights,
-// which are given (exact ones would be the logits q.k_i), and its value is the plain mean of their
-// values.
+// Far field: a node stands for its members that were not picked. It weighs the sum of their
+// weights, which are given (exact ones would be the logits q.k_i), and its value is the plain mean
+// of their values.
 struct FarField {
   std::span<const std::int32_t> node;  // [N] node of each token, -1: in none
   std::vector<bool> picked;            // [N], or empty: none

@@ -121,9 +121,8 @@ int CentroidTree::nearest(const float* coordinates) const {
     for (std::size_t i = 0; i < parent.children.size(); ++i) {
       if (std::isnan(parent.half_norms[i])) continue;
       // Larger where the distance is smaller.
-      const float score =
-          kernels.dot(coordinates, parent.centroids.data() + i * rank_, rank_) -
-          parent.half_norms[i];
+      const float score = kernels.dot(coordinates, parent.centroids.data() + i * rank_, rank_) -
+                          parent.half_norms[i];
       if (next < 0 || score > best) {
         best = score;
         next = parent.children[i];

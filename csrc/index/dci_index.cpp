@@ -79,8 +79,7 @@ DciIndex::Arrangement DciIndex::arrange(const float* keys, const float* coordina
   return arrangement;
 }
 
-void DciIndex::built(const float* keys, const float* coordinates,
-                     const Arrangement& arrangement) {
+void DciIndex::built(const float* keys, const float* coordinates, const Arrangement& arrangement) {
   (void)keys, (void)coordinates, (void)arrangement;
   tree_ = std::move(pending_->tree);
   cells_.resize(tree_.cell_count());
@@ -132,8 +131,7 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& sca
     for (int j = 0; j < group * s; ++j) {
       if (std::isnan(logits[j])) logits[j] = -INFINITY;
     }
-    scan.bytes +=
-        table().count(page) * d * static_cast<std::int64_t>(size_of(table().dtype()));
+    scan.bytes += table().count(page) * d * static_cast<std::int64_t>(size_of(table().dtype()));
   }
 }
 

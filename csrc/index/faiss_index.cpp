@@ -32,8 +32,7 @@ class FaissIndex final : public TreeIndex {
   void find(const SelectRequest& request, SketchScores* scores,
             Candidates& candidates) const override;
 
-  void built(const float* keys, const float* coordinates,
-             const Arrangement& arrangement) override {
+  void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override {
     TreeIndex::built(keys, coordinates, arrangement);
     if (search_) build_search();
   }
@@ -115,8 +114,8 @@ void FaissIndex::find(const SelectRequest& request, SketchScores* scores,
                       Candidates& candidates) const {
   if (!search_) return TreeIndex::find(request, scores, candidates);
   // Each head of the group looks for its own; together they may find up to G times as many.
-  candidates.bytes += search_->search(request.queries, request.group, wanted_candidates(request),
-                                      candidates.slots);
+  candidates.bytes +=
+      search_->search(request.queries, request.group, wanted_candidates(request), candidates.slots);
   std::sort(candidates.slots.begin(), candidates.slots.end());
   candidates.slots.erase(std::unique(candidates.slots.begin(), candidates.slots.end()),
                          candidates.slots.end());

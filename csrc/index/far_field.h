@@ -1,4 +1,5 @@
-// FarField: one summary per node of tokens, so that what is not picked is still seen, only coarsely.
+// FarField: one summary per node of tokens, so that what is not picked is still seen, only
+// coarsely.
 //
 // A node stands for its unpicked tokens with the mean of their values. What it weighs for a query
 // is the sum of its tokens' weights, which the sketch scores tell (PagedIndex::weigh_rest).

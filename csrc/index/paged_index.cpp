@@ -51,9 +51,9 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
     sketch_.resize(table_.page_count());
     for (int p = 0; p < table_.page_count(); ++p) {
       for (int i = arrangement.bounds[p]; i < arrangement.bounds[p + 1]; ++i) {
-        sketch_.write(p, i - arrangement.bounds[p],
-                      coordinates.data() +
-                          static_cast<std::size_t>(arrangement.order[i]) * metric_.rank);
+        sketch_.write(
+            p, i - arrangement.bounds[p],
+            coordinates.data() + static_cast<std::size_t>(arrangement.order[i]) * metric_.rank);
       }
     }
   }
@@ -337,8 +337,8 @@ void PagedIndex::far_nodes(const Selection& selection, std::vector<FarNodeInfo>&
   }
   for (std::size_t c = 0; c < nodes.size(); ++c) {
     for (std::size_t g = 0; g < selection.far_shift.size(); ++g) {
-      const float mass = selection.far_weights[g * nodes.size() + c] *
-                         static_cast<float>(left[c]) / static_cast<float>(nodes[c].tokens);
+      const float share = static_cast<float>(left[c]) / static_cast<float>(nodes[c].tokens);
+      const float mass = left[c] > 0 ? share * selection.far_weights[g * nodes.size() + c] : 0.0f;
       nodes[c].weight.push_back(std::log(mass) + selection.far_shift[g]);
     }
   }

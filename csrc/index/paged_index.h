@@ -1,6 +1,7 @@
-// PagedIndex: what all indexes share. It owns the pages, the sketches and the far field, inserts with
-// splits, truncates, forks, rescores candidates with exact keys, spends the budget on them and weighs
-// the rest. An implementation says how tokens are arranged into pages and how candidates are found.
+// PagedIndex: what all indexes share. It owns the pages, the sketches and the far field, inserts
+// with splits, truncates, forks, rescores candidates with exact keys, spends the budget on them and
+// weighs the rest. An implementation says how tokens are arranged into pages and how candidates are
+// found.
 #pragma once
 
 #include <cstdint>
@@ -50,9 +51,9 @@ class PagedIndex : public SemanticIndex {
     std::vector<std::int32_t> slots;  // slot ids, ascending, each once
     // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.
     std::vector<float> rest_lse;
-    std::vector<float> logits;   // [G, slots] exact
-    std::vector<char> picked;    // [slots]
-    std::int64_t bytes = 0;      // read to find them
+    std::vector<float> logits;  // [G, slots] exact
+    std::vector<char> picked;   // [slots]
+    std::int64_t bytes = 0;     // read to find them
     std::size_t size() const { return slots.size(); }
   };
 

@@ -10,9 +10,9 @@
 
 namespace icecache {
 
-// Candidates are worth their attention mass, normalised per head over sink, window and candidates and
-// summed over the group. A page is worth its best member. With mass_target the ranking is followed
-// past the budget until every head's estimated share is reached.
+// Candidates are worth their attention mass, normalised per head over sink, window and candidates
+// and summed over the group. A page is worth its best member. With mass_target the ranking is
+// followed past the budget until every head's estimated share is reached.
 void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) const {
   thread_local std::vector<float> mass_buffer;
   thread_local std::vector<std::int32_t> ranking_buffer;
@@ -48,9 +48,9 @@ void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
   int tokens = 0;
   for (const std::int32_t i : ranking) {
     if (tokens >= limit) break;
-    if (tokens >= request.budget &&
-        std::all_of(share, share + request.group,
-                    [&](float x) { return x >= request.mass_target; })) {
+    if (tokens >= request.budget && std::all_of(share, share + request.group, [&](float x) {
+          return x >= request.mass_target;
+        })) {
       break;
     }
     if (candidates.picked[i] == 0) {

@@ -173,8 +173,7 @@ std::uint32_t PositionalIndex::split_mask(int page) const {
   return table().mask(page) & (~0u << half);
 }
 
-void PositionalIndex::token_added(int page, int slot, const float* key,
-                                  const float* coordinates) {
+void PositionalIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
   (void)slot, (void)key, (void)coordinates;
   refresh(page);
 }

@@ -39,7 +39,7 @@ class Sketch {
   int page_bytes() const { return page_size_ * rank_ * bits_ / 8; }
 
   int rank_, bits_, page_size_;
-  std::vector<float> low_, step_;    // [R]
+  std::vector<float> low_, step_;  // [R]
   // Codes, and behind them what the scan asks for in advance.
   std::vector<std::uint8_t> codes_;  // [P, page_bytes()]
 };

@@ -71,10 +71,9 @@ void SketchScores::exclude(std::span<const std::int32_t> slots) {
     for (; end < slots.size() && slots[end] / page_size_ == page; ++end) {
       for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
     }
-    simd::kernels().score_mass(
-        {scores_.data() + static_cast<std::int64_t>(page) * page_size_, max_,
-         mass_.data() + static_cast<std::size_t>(page) * mass_columns_, stride_, 1, unit, group_,
-         page_size_});
+    simd::kernels().score_mass({scores_.data() + static_cast<std::int64_t>(page) * page_size_, max_,
+                                mass_.data() + static_cast<std::size_t>(page) * mass_columns_,
+                                stride_, 1, unit, group_, page_size_});
   }
 }
 

@@ -22,8 +22,8 @@ class SketchScores {
 
   int group() const { return group_; }
   std::int64_t stride() const { return stride_; }
-  // [G, stride()], [G], [P, mass_stride(G)]: what Sketch::scan writes, with the unit in nats and the
-  // bias of each head.
+  // [G, stride()], [G], [P, mass_stride(G)]: what Sketch::scan writes, with the unit in nats and
+  // the bias of each head.
   std::int16_t* scores() { return scores_.data(); }
   std::int16_t* max() { return max_; }
   float* mass() { return mass_.data(); }
@@ -41,9 +41,9 @@ class SketchScores {
   float log_total(int g) const;
 
   // The k slots of most mass, ascending, all where there are fewer. A token's mass is what it
-  // weighs in the head of the group that sees it best, beside near_lse and all other tokens; the sum
-  // over the group would rank alike (it is at most G times as large) and cost an exponential a score.
-  // Equal masses: the lower slots.
+  // weighs in the head of the group that sees it best, beside near_lse and all other tokens; the
+  // sum over the group would rank alike (it is at most G times as large) and cost an exponential a
+  // score. Equal masses: the lower slots.
   void top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots);
   // Takes slots (ascending) out of the page masses.
   void exclude(std::span<const std::int32_t> slots);

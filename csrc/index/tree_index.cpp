@@ -35,14 +35,12 @@ TreeIndex::Arrangement TreeIndex::arrange(const float* keys, const float* coordi
   return arrangement;
 }
 
-void TreeIndex::built(const float* keys, const float* coordinates,
-                      const Arrangement& arrangement) {
+void TreeIndex::built(const float* keys, const float* coordinates, const Arrangement& arrangement) {
   (void)keys;
   page_sums_.assign(static_cast<std::size_t>(table().page_count()) * rank(), 0.0f);
   for (int page = 0; page < table().page_count(); ++page) {
     for (int i = arrangement.bounds[page]; i < arrangement.bounds[page + 1]; ++i) {
-      const float* y =
-          coordinates + static_cast<std::size_t>(arrangement.order[i]) * rank();
+      const float* y = coordinates + static_cast<std::size_t>(arrangement.order[i]) * rank();
       for (int j = 0; j < rank(); ++j) page_sums_[page * rank() + j] += y[j];
     }
   }
@@ -148,8 +146,7 @@ void TreeIndex::page_split(int page, int other, std::uint32_t moved) {
 
 void TreeIndex::page_opened(int page) {
   page_sums_.resize(static_cast<std::size_t>(table().page_count()) * rank());
-  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * rank(), rank(),
-              0.0f);
+  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * rank(), rank(), 0.0f);
   // The token itself is added by token_added().
   if (node_of(page) == tree_.leaf_count()) {
     tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * rank(), 0);

@@ -26,6 +26,9 @@ bool cpu_has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+bool cpu_has_avx512vnni() {
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
 #else
 bool cpu_has_avx2() {
   return false;
@@ -33,7 +36,27 @@ bool cpu_has_avx2() {
 bool cpu_has_avx512() {
   return false;
 }
+bool cpu_has_avx512vnni() {
+  return false;
+}
 #endif
+
+struct Level {
+  std::string_view name;
+  bool (*on_this_cpu)();
+  const Kernels* (*table)();
+};
+// Best first.
+constexpr Level kLevels[] = {
+    {"avx512vnni", cpu_has_avx512vnni, avx512vnni_table},
+    {"avx512", cpu_has_avx512, avx512_table},
+    {"avx2", cpu_has_avx2, avx2_table},
+    {"scalar", [] { return true; }, scalar_table},
+};
+
+const Kernels* available(const Level& level) {
+  return level.on_this_cpu() ? level.table() : nullptr;
+}
 
 const Kernels& chosen() {
   const char* name = std::getenv("ICECACHE_SIMD");
@@ -51,22 +74,22 @@ const Kernels* avx2_kernels() {
 const Kernels* avx512_kernels() {
   return cpu_has_avx512() ? avx512_table() : nullptr;
 }
+const Kernels* avx512vnni_kernels() {
+  return cpu_has_avx512vnni() ? avx512vnni_table() : nullptr;
+}
 
 const Kernels& find_kernels(std::string_view name) {
-  const Kernels* avx512 = avx512_kernels();
-  const Kernels* avx2 = avx2_kernels();
-  if (name.empty()) return avx512 != nullptr ? *avx512 : avx2 != nullptr ? *avx2 : scalar_kernels();
-  if (name == "scalar") return scalar_kernels();
-  if (name != "avx2" && name != "avx512") {
+  for (const Level& level : kLevels) {
+    if (!name.empty() && level.name != name) continue;
+    if (const Kernels* found = available(level); found != nullptr) return *found;
+    if (name.empty()) continue;
     throw InvalidArgument(
-        message("ICECACHE_SIMD must be scalar, avx2 or avx512, got \"", name, "\""));
+        message("ICECACHE_SIMD=", name, " is not available: ",
+                level.table() != nullptr ? "this CPU lacks it" : "this build lacks it",
+                "; best here: ", find_kernels("").name));
   }
-  const Kernels* level = name == "avx2" ? avx2 : avx512;
-  if (level != nullptr) return *level;
-  const bool built = (name == "avx2" ? avx2_table() : avx512_table()) != nullptr;
-  throw InvalidArgument(message("ICECACHE_SIMD=", name, " is not available: ",
-                                built ? "this CPU lacks it" : "this build lacks it",
-                                "; best here: ", find_kernels("").name));
+  throw InvalidArgument(
+      message("ICECACHE_SIMD must be scalar, avx2, avx512 or avx512vnni, got \"", name, "\""));
 }
 
 const Kernels& kernels() {
@@ -76,8 +99,8 @@ const Kernels& kernels() {
 
 std::vector<std::string> available_levels() {
   std::vector<std::string> names;
-  for (const Kernels* level : {avx512_kernels(), avx2_kernels(), &scalar_kernels()}) {
-    if (level != nullptr) names.emplace_back(level->name);
+  for (const Level& level : kLevels) {
+    if (available(level) != nullptr) names.emplace_back(level.name);
   }
   return names;
 }

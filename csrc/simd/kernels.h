@@ -1,9 +1,10 @@
 // The inner loops of the engine, one table of functions per ISA level, chosen once at run time.
 //
 // Every level computes the same function; levels differ in rounding only (each is tested against
-// the scalar one). ICECACHE_SIMD=scalar|avx2|avx512 overrides the choice; a level that the CPU
-// lacks is refused with its name. All pointers are non-null unless said otherwise, unaligned, not
-// aliased. No function allocates, throws or keeps state; all may be called from any thread.
+// the scalar one). ICECACHE_SIMD=scalar|avx2|avx512|avx512vnni overrides the choice; a level that
+// the CPU lacks is refused with its name. All pointers are non-null unless said otherwise,
+// unaligned, not aliased. No function allocates, throws or keeps state; all may be called from any
+// thread.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +56,7 @@ struct SketchScanArgs {
   const std::int8_t* queries = nullptr;  // [G, R] from -127 to 127
   std::int16_t* scores = nullptr;        // out [G, score_stride >= P * S]
   std::int16_t* max = nullptr;           // out [G]; kNoScore where there is no token
-  float* mass = nullptr;                 // out [P, mass_stride(G)]: as ScoreMassArgs of these scores
+  float* mass = nullptr;  // out [P, mass_stride(G)]: as ScoreMassArgs of these scores
   std::int64_t score_stride = 0;
   std::int64_t pages = 0;  // P
   int group = 0, rank = 0, page_size = 0, bits = 0;
@@ -135,6 +136,7 @@ const Kernels& scalar_kernels();
 // nullptr where the build or the CPU lacks the level.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512vnni_kernels();
 
 // The best level of this CPU, or the one ICECACHE_SIMD names. Throws InvalidArgument for a name
 // that is unknown or not available here. The choice is made at the first call.

@@ -7,7 +7,8 @@
 namespace icecache::simd {
 
 const Kernels* scalar_table();
-const Kernels* avx2_table();    // nullptr where the compiler lacks AVX2, FMA or F16C
-const Kernels* avx512_table();  // nullptr where the compiler lacks AVX-512 F, BW, DQ or VL
+const Kernels* avx2_table();        // nullptr where the compiler lacks AVX2, FMA or F16C
+const Kernels* avx512_table();      // nullptr where the compiler lacks AVX-512 F, BW, DQ or VL
+const Kernels* avx512vnni_table();  // the same and VNNI
 
 }  // namespace icecache::simd

@@ -1,11 +1,11 @@
 // Engine: the KV cache of one model for many sequences, and attention over it.
 //
-// Threads: calls are serialised by one mutex; an Engine may be called from any thread. What a prompt
-// or a chunk of one needs to be indexed runs on the engine's own threads behind the caller, and the
-// next call that touches the same (sequence, layer) waits for it. Decode steps insert their token
-// themselves, and wait for nothing: an index that is built anew meanwhile takes over at a length that
-// was fixed when its building began. The same calls give bitwise the same results. Failure: a call that throws leaves every sequence as it was
-// before the call.
+// Threads: calls are serialised by one mutex; an Engine may be called from any thread. What a
+// prompt or a chunk of one needs to be indexed runs on the engine's own threads behind the caller,
+// and the next call that touches the same (sequence, layer) waits for it. Decode steps insert their
+// token themselves, and wait for nothing: an index that is built anew meanwhile takes over at a
+// length that was fixed when its building began. The same calls give bitwise the same results.
+// Failure: a call that throws leaves every sequence as it was before the call.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +48,8 @@ struct StepTrace {
   std::vector<std::int32_t> sink, window, selected;  // positions
   std::vector<PageInfo> pages;                       // the whole map of pages
   std::vector<FarNodeInfo> far_nodes;                // indexed by PageInfo::node
-  std::vector<float> near_lse;    // [G] log weight attended exactly
-  std::vector<float> total_lse;   // [G] with the rest
+  std::vector<float> near_lse;                       // [G] log weight attended exactly
+  std::vector<float> total_lse;                      // [G] with the rest
 };
 
 class Engine {

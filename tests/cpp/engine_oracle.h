@@ -1,8 +1,8 @@
 // What an Engine must answer, computed from nothing but the tokens that were appended and, for
 // sparse steps, from what the engine says it looked at (StepTrace): exact attention over sink,
-// window and selected tokens, and far-field nodes that stand for the rest. A node's value is made of
-// its tokens; what it weighs is an estimate of the engine, taken from the trace and returned beside
-// what its tokens really weigh. In double, without any of the engine's code.
+// window and selected tokens, and far-field nodes that stand for the rest. A node's value is made
+// of its tokens; what it weighs is an estimate of the engine, taken from the trace and returned
+// beside what its tokens really weigh. In double, without any of the engine's code.
 #pragma once
 
 #include <algorithm>

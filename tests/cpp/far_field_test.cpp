@@ -130,7 +130,8 @@ TEST_P(FarFieldTest, AssigningReplacesWhatWasThere) {
 
 TEST_P(FarFieldTest, ANewNodeIsEmptyAndLeavesTheOthers) {
   const std::vector<std::byte> before = bytes(far_);
-  const std::size_t node_bytes = kDim * (sizeof(float) + size_of(GetParam())) + sizeof(std::int32_t);
+  const std::size_t node_bytes =
+      kDim * (sizeof(float) + size_of(GetParam())) + sizeof(std::int32_t);
   EXPECT_GE(far_.memory_bytes(), 2 * node_bytes);
   for (int node = 2; node < 40; ++node) EXPECT_EQ(far_.add_node(), node);
   EXPECT_GE(far_.memory_bytes(), 40 * node_bytes);
@@ -166,7 +167,8 @@ TEST_P(FarFieldTest, OneWrongDimensionIsFound) {
     spoilt.add_node();
     for (int token = 0; token < 16; ++token) {
       std::vector<float> row(value(token), value(token) + kDim);
-      if (token == 7) row[kDim - 1] = nan ? std::numeric_limits<float>::quiet_NaN() : 1.01f * row[kDim - 1];
+      if (token == 7)
+        row[kDim - 1] = nan ? std::numeric_limits<float>::quiet_NaN() : 1.01f * row[kDim - 1];
       spoilt.add(0, row.data());
     }
     EXPECT_THROW(spoilt.check_node(0, *table_, pages_of_node_[0]), IntegrityError) << nan;

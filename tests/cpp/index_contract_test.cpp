@@ -131,8 +131,8 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     bool operator==(const Answer& other) const {
       const Selection& a = selection;
       const Selection& b = other.selection;
-      return out == other.out && lse == other.lse && a.tokens == b.tokens &&
-             a.logits == b.logits && a.rest_lse == b.rest_lse && a.far_weights == b.far_weights &&
+      return out == other.out && lse == other.lse && a.tokens == b.tokens && a.logits == b.logits &&
+             a.rest_lse == b.rest_lse && a.far_weights == b.far_weights &&
              a.far_share == b.far_share && a.far_total == b.far_total &&
              a.far_shift == b.far_shift &&
              std::equal(a.picks.begin(), a.picks.end(), b.picks.begin(), b.picks.end(),
@@ -158,7 +158,8 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     const std::size_t nodes = means.size() / kDim;
     EXPECT_EQ(selection.logits.size(), kGroup * picked);
     EXPECT_EQ(selection.far_weights.size(), kGroup * nodes);
-    EXPECT_EQ(selection.far_share.size(), GetParam().tail == std::string("on") ? kGroup * picked : 0);
+    EXPECT_EQ(selection.far_share.size(),
+              GetParam().tail == std::string("on") ? kGroup * picked : 0);
     std::vector<float> keys, values;
     picked_rows(selection, keys, values);
     answer.out.assign(kGroup * kDim, 0.0f);

@@ -17,9 +17,10 @@ class SimdLevel : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     const std::string name = GetParam();
-    const Kernels* level = name == "scalar" ? &scalar_kernels()
-                           : name == "avx2" ? avx2_kernels()
-                                            : avx512_kernels();
+    const Kernels* level = name == "scalar"   ? &scalar_kernels()
+                           : name == "avx2"   ? avx2_kernels()
+                           : name == "avx512" ? avx512_kernels()
+                                              : avx512vnni_kernels();
     if (level == nullptr) GTEST_SKIP() << "SIMD level " << name << " is not available here";
     kernels_ = level;
   }
@@ -37,6 +38,11 @@ class SimdLevel : public testing::TestWithParam<const char*> {
  private:
   const Kernels* kernels_ = nullptr;
 };
+
+// Names of all levels, for INSTANTIATE_TEST_SUITE_P.
+inline auto all_levels() {
+  return testing::Values("scalar", "avx2", "avx512", "avx512vnni");
+}
 
 inline std::string level_name(const testing::TestParamInfo<const char*>& info) {
   return info.param;

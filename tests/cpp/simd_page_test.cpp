@@ -113,8 +113,7 @@ class SimdPageTest : public SimdLevel {
   std::vector<std::byte> key_bytes, value_bytes;
   PageArgs args;
 };
-INSTANTIATE_TEST_SUITE_P(Levels, SimdPageTest, testing::Values("scalar", "avx2", "avx512"),
-                         level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdPageTest, all_levels(), level_name);
 
 TEST_P(SimdPageTest, EveryHeadDimPageSizeGroupAndType) {
   for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {

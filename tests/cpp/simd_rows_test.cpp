@@ -86,8 +86,7 @@ class SimdRowsTest : public SimdLevel {
   std::vector<const void*> rows_;
   std::vector<float> values_;  // [N, D]
 };
-INSTANTIATE_TEST_SUITE_P(Levels, SimdRowsTest, testing::Values("scalar", "avx2", "avx512"),
-                         level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdRowsTest, all_levels(), level_name);
 
 TEST_P(SimdRowsTest, EveryHeadDimGroupCountAndType) {
   for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {
@@ -119,7 +118,8 @@ TEST_P(SimdRowsTest, LogitsDoNotDependOnTheNeighbours) {
     for (int g = 0; g < c.group; ++g) {
       for (std::int64_t i = 0; i < c.count; ++i) {
         float alone = kNan;
-        k().row_logits({rows_.data() + i, dtype, 1, 1, c.dim}, queries.data() + g * c.dim, &alone, 1);
+        k().row_logits({rows_.data() + i, dtype, 1, 1, c.dim}, queries.data() + g * c.dim, &alone,
+                       1);
         EXPECT_EQ(together[g * c.count + i], alone) << describe(c, g, i);
       }
     }

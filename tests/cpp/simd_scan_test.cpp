@@ -22,7 +22,8 @@ class SimdScanTest : public SimdLevel {
     codes_.resize(static_cast<std::size_t>(c.pages) * c.page_size * c.rank * c.bits / 8);
     for (std::uint8_t& x : codes_) x = static_cast<std::uint8_t>(random_());
     queries_.resize(static_cast<std::size_t>(kMaxGroup) * c.rank);
-    for (std::int8_t& q : queries_) q = static_cast<std::int8_t>(static_cast<int>(random_() % 255) - 127);
+    for (std::int8_t& q : queries_)
+      q = static_cast<std::int8_t>(static_cast<int>(random_() % 255) - 127);
     masks_.resize(c.pages);
     const std::uint32_t full = all(c.page_size);
     for (std::int64_t p = 0; p < c.pages; ++p) {
@@ -30,9 +31,7 @@ class SimdScanTest : public SimdLevel {
     }
   }
 
-  static std::uint32_t all(int page_size) {
-    return page_size == 32 ? ~0u : (1u << page_size) - 1u;
-  }
+  static std::uint32_t all(int page_size) { return page_size == 32 ? ~0u : (1u << page_size) - 1u; }
 
   // The codes of a slot, read as the layout's definition says.
   void slot_codes(const Case& c, std::int64_t slot, std::int32_t* out) const {
@@ -43,12 +42,14 @@ class SimdScanTest : public SimdLevel {
           codes_.data() +
           ((page * blocks + dim / per_block) * c.page_size + slot % c.page_size) * 4;
       const int within = dim % per_block;
-      out[dim] = c.bits == 8 ? bytes[within] : within < 4 ? bytes[within] & 15 : bytes[within - 4] >> 4;
+      out[dim] = c.bits == 8  ? bytes[within]
+                 : within < 4 ? bytes[within] & 15
+                              : bytes[within - 4] >> 4;
     }
   }
 
-  // Sums of all queries, the shift that they need, and the weights of pages. The largest score weighs
-  // exp(10) times one of zero.
+  // Sums of all queries, the shift that they need, and the weights of pages. The largest score
+  // weighs exp(10) times one of zero.
   void compute(const Case& c) {
     const std::int64_t slots = c.pages * c.page_size;
     sums_.assign(static_cast<std::size_t>(kMaxGroup * slots), 0);
@@ -133,8 +134,10 @@ class SimdScanTest : public SimdLevel {
       for (int g = 0; g < columns; ++g) {
         // Within the bounds of score_mass, and nothing where there is no token or no query.
         const double exact = g < group ? mass_[g * c.pages + p] : 0.0;
-        ASSERT_GE(mass[p * columns + g], 0.9585 * exact) << where() << ", query " << g << ", page " << p;
-        ASSERT_LE(mass[p * columns + g], 1.0215 * exact) << where() << ", query " << g << ", page " << p;
+        ASSERT_GE(mass[p * columns + g], 0.9585 * exact)
+            << where() << ", query " << g << ", page " << p;
+        ASSERT_LE(mass[p * columns + g], 1.0215 * exact)
+            << where() << ", query " << g << ", page " << p;
       }
     }
     for (int i = 0; i < 4; ++i) ASSERT_EQ(mass[c.pages * columns + i], 77.0f) << where();
@@ -148,8 +151,7 @@ class SimdScanTest : public SimdLevel {
   int shift_ = 0;
   float unit_ = 0.0f;
 };
-INSTANTIATE_TEST_SUITE_P(Levels, SimdScanTest, testing::Values("scalar", "avx2", "avx512"),
-                         level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdScanTest, all_levels(), level_name);
 
 TEST_P(SimdScanTest, EveryRankPageSizeAndGroup) {
   for (const int bits : {4, 8}) {

@@ -13,7 +13,8 @@ constexpr double kMost = 1.0215, kLeast = 1.0 - 0.0415;
 
 class SimdScoreTest : public SimdLevel {
  protected:
-  // Scores of pages with free slots, from a normal distribution; some pages and heads hold no token.
+  // Scores of pages with free slots, from a normal distribution; some pages and heads hold no
+  // token.
   void make(int group, int page_size, std::int64_t pages, float spread) {
     group_ = group;
     page_size_ = page_size;
@@ -81,8 +82,7 @@ class SimdScoreTest : public SimdLevel {
   std::int64_t pages_ = 0, stride_ = 0;
   std::vector<std::int16_t> scores_, max_;
 };
-INSTANTIATE_TEST_SUITE_P(Levels, SimdScoreTest, testing::Values("scalar", "avx2", "avx512"),
-                         level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdScoreTest, all_levels(), level_name);
 
 TEST_P(SimdScoreTest, MassIsWithinItsBoundsOfTheExponentials) {
   for (int group = 1; group <= kMaxGroup; ++group) {
@@ -128,7 +128,8 @@ TEST_P(SimdScoreTest, EveryTermIsWithinItsBounds) {
   const std::vector<float> got = mass(0.002f);
   double least = 2.0, most = 0.0, mean = 0.0;
   for (std::int64_t p = 0; p < pages_; ++p) {
-    const double ratio = got[p * 4] / std::exp(-static_cast<double>(0.002f) * static_cast<double>(p));
+    const double ratio =
+        got[p * 4] / std::exp(-static_cast<double>(0.002f) * static_cast<double>(p));
     least = std::min(least, ratio);
     most = std::max(most, ratio);
     mean += ratio / static_cast<double>(pages_);

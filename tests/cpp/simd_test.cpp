@@ -14,7 +14,7 @@ namespace {
 const std::size_t kLengths[] = {0, 1, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 100, 257, 1025};
 
 class SimdTest : public SimdLevel {};
-INSTANTIATE_TEST_SUITE_P(Levels, SimdTest, testing::Values("scalar", "avx2", "avx512"), level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdTest, all_levels(), level_name);
 
 // The value of a half, from its definition.
 double half_value(std::uint16_t h, int exponent_bits, int mantissa_bits) {

@@ -141,8 +141,7 @@ TEST_P(SketchForms, FreeSlotsHaveNoScore) {
     EXPECT_EQ(scores.bias[g], everything.bias[g]);
     std::int16_t best = simd::kNoScore;
     for (std::int64_t i = 0; i < scores.stride(); ++i) {
-      const bool used =
-          i < kPages * page_size && (masks[i / page_size] >> i % page_size & 1u) != 0;
+      const bool used = i < kPages * page_size && (masks[i / page_size] >> i % page_size & 1u) != 0;
       const std::int64_t at = g * scores.stride() + i;
       ASSERT_EQ(scores.scores()[at], used ? everything.scores()[at] : simd::kNoScore) << i;
       best = std::max(best, scores.scores()[at]);

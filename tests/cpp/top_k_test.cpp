@@ -88,7 +88,8 @@ TEST(TopK, TakesTheWholeRange) {
   rank[3] = kLowest;
   rank[18] = kHighest;
   rank[527] = kHighest;
-  for (const std::int16_t floor : {kLowest, std::int16_t{0}, std::int16_t{kHighest - 1}, kHighest}) {
+  for (const std::int16_t floor :
+       {kLowest, std::int16_t{0}, std::int16_t{kHighest - 1}, kHighest}) {
     expect_agrees(rank, floor);
   }
 }
@@ -117,10 +118,10 @@ TEST(TopK, AscendingAndDescending) {
 }
 
 TEST(KthLargest, AgreesWithSorting) {
-  for (const Ranks& x :
-       {Ranks{7}, Ranks{kLowest, kHighest}, Ranks{-1, 0, 1, -256, 255, 256, -257, kLowest, kHighest},
-        Ranks(100, -1), uniform(1000, kLowest, kHighest, 7), uniform(1000, -2, 2, 8),
-        uniform(777, 250, 260, 9), uniform(777, -260, -250, 10)}) {
+  for (const Ranks& x : {Ranks{7}, Ranks{kLowest, kHighest},
+                         Ranks{-1, 0, 1, -256, 255, 256, -257, kLowest, kHighest}, Ranks(100, -1),
+                         uniform(1000, kLowest, kHighest, 7), uniform(1000, -2, 2, 8),
+                         uniform(777, 250, 260, 9), uniform(777, -260, -250, 10)}) {
     Ranks sorted = x;
     std::sort(sorted.begin(), sorted.end(), std::greater<>());
     for (std::size_t k = 1; k <= x.size(); k += 1 + x.size() / 97) {

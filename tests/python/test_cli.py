@@ -164,7 +164,7 @@ def test_a_wrong_simd_level_is_found_by_doctor_and_refused_by_engines() -> None:
     assert found.returncode == 1
     simd = {one["part"]: one for one in json.loads(found.stdout)["findings"]}["SIMD"]
     assert simd["state"] == "broken"
-    assert simd["found"] == 'ICECACHE_SIMD must be scalar, avx2 or avx512, got "sse9"'
+    assert simd["found"] == 'ICECACHE_SIMD must be scalar, avx2, avx512 or avx512vnni, got "sse9"'
     assert simd["advice"] == "unset ICECACHE_SIMD"
 
 

@@ -6,7 +6,7 @@
 namespace icecache::simd {
 namespace {
 
-constexpr std::int64_t kRowsAhead = 12;   // of row_logits
+constexpr std::int64_t kRowsAhead = 12;  // of row_logits
 constexpr std::int64_t kRowsBlock = 32;  // rows of add_rows that stay in the L1 cache
 
 ICECACHE_INLINE void prefetch_row(const void* row, int bytes) {
@@ -89,8 +89,8 @@ void row_logits(const RowsArgs& args, const float* queries, float* logits, std::
                [&](auto e) { row_logits_of<decltype(e)>(args, queries, logits, stride); });
 }
 
-// Block by block of rows, each of which the columns of the tiles walk over again and again; each walk
-// asks for the same columns of the next block.
+// Block by block of rows, each of which the columns of the tiles walk over again and again; each
+// walk asks for the same columns of the next block.
 template <typename E>
 void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride, float* out) {
   typedef typename E::Element Element;

@@ -11,8 +11,8 @@
 namespace icecache::simd {
 namespace {
 
-constexpr int kScanVectors = 2;         // slot vectors per pass
-constexpr int kScanAhead = 4096;        // bytes of codes on their way
+constexpr int kScanVectors = 2;            // slot vectors per pass
+constexpr int kScanAhead = 4096;           // bytes of codes on their way
 constexpr std::int64_t kScanSlots = 1024;  // slots whose scores are finished while in the L1 cache
 
 // Four query bytes, once for every lane.
@@ -39,8 +39,8 @@ struct ScanQueries {
   }
 };
 
-// Adds the dims of `count` blocks, as many as partial sums hold, from block `from` on. `codes`: of W
-// slots, in that block; `block_bytes`: from one block to the next.
+// Adds the dims of `count` blocks, as many as partial sums hold, from block `from` on. `codes`: of
+// W slots, in that block; `block_bytes`: from one block to the next.
 template <int kBits, int kQueries>
 ICECACHE_INLINE void scan_blocks(const std::uint8_t* codes, int block_bytes, int from, int count,
                                  const ScanQueries& queries, VecI* sum) {
@@ -99,8 +99,8 @@ ICECACHE_INLINE void scan_pass(int rank, int shift, const ScanQueries& queries,
   }
 }
 
-// Pages that do not fill a pass: their blocks are copied side by side, what is missing as zeros, and
-// the scores copied out.
+// Pages that do not fill a pass: their blocks are copied side by side, what is missing as zeros,
+// and the scores copied out.
 template <int kBits, int kQueries>
 void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
                  std::int64_t end) {
@@ -124,7 +124,8 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
     for (int g = 0; g < kQueries; ++g) {
       __builtin_memcpy(
           args.scores + (queries.first + g) * args.score_stride + page * args.page_size,
-          scores + g * kSlots, sizeof(std::int16_t) * static_cast<std::size_t>(here * args.page_size));
+          scores + g * kSlots,
+          sizeof(std::int16_t) * static_cast<std::size_t>(here * args.page_size));
     }
   }
 }
@@ -216,8 +217,8 @@ ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t 
   return best;
 }
 
-// Masses of pages [first, end), which are relative to one maximum, made relative to another. A maximum
-// that is not the largest leaves no weight of these pages above exp(unit (from - to)).
+// Masses of pages [first, end), which are relative to one maximum, made relative to another. A
+// maximum that is not the largest leaves no weight of these pages above exp(unit (from - to)).
 ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first, std::int64_t end,
                                   const std::int16_t* from) {
   const int columns = mass_stride(args.group);

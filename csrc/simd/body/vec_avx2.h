@@ -94,8 +94,8 @@ ICECACHE_INLINE bool any(VecI mask) {
 constexpr int kDot4Adds = 8;
 
 ICECACHE_INLINE VecI dot4_add(VecI acc, VecU codes, VecU query) {
-  const __m256i products = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes),
-                                                reinterpret_cast<__m256i>(query));
+  const __m256i products =
+      _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(query));
   __m256i sum = _mm256_add_epi16(reinterpret_cast<__m256i>(acc), products);
   // One sum after the other: GCC would keep every product and add them as a tree, on the stack.
   __asm__("" : "+x"(sum));

@@ -99,8 +99,8 @@ constexpr int kDot4Adds = 8;
 ICECACHE_INLINE VecI dot4_add(VecI acc, VecU codes, VecU query) {
   const __m512i weights = reinterpret_cast<__m512i>(query);
 #ifdef __AVX512VNNI__
-  return reinterpret_cast<VecI>(_mm512_dpbusd_epi32(
-      reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(codes), weights));
+  return reinterpret_cast<VecI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc),
+                                                    reinterpret_cast<__m512i>(codes), weights));
 #else
   const __m512i products = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), weights);
   __m512i sum = _mm512_add_epi16(reinterpret_cast<__m512i>(acc), products);
