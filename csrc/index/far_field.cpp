@@ -69,7 +69,13 @@ void FarField::check_node(int node, const PageTable& table, std::span<const int>
   }
   if (count != counts_[node])
     throw IntegrityError(message("node ", node, " counts ", counts_[node], " tokens, has ", count));
+  float mean[kMaxHeadDim];
+  simd::kernels().to_float(means_.data() + node * row_bytes_, dtype_, mean, head_dim_);
+  const double rounding = dtype_ == DType::kFloat32 ? 1e-6 : 1.0 / 256.0;
   for (int i = 0; i < head_dim_; ++i) {
+    const double exact = count > 0 ? sum[i] / count : 0.0;
+    if (!(std::abs(mean[i] - exact) <= rounding * (1e-6 + std::abs(exact)) + 1e-5 * size[i]))
+      throw IntegrityError(message("node ", node, " has a mean that is not its sum's"));
     const float held = sums_[static_cast<std::size_t>(node) * head_dim_ + i];
     if (!(std::abs(held - sum[i]) <= 1e-5 * (1e-6 + size[i])))
       throw IntegrityError(message("node ", node, " differs from its members in dimension ", i));

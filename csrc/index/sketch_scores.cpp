@@ -48,21 +48,25 @@ float SketchScores::log_total(int g) const {
 void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
   float totals[kMaxGroup];
   log_totals(totals);
+  // In units above the bias; only how the heads differ matters. A head without any weight has no
+  // total.
+  float above[kMaxGroup], least = INFINITY;
+  for (int g = 0; g < group_; ++g) {
+    above[g] = (log_add(totals[g], near_lse[g]) - bias[g]) / unit;
+    if (std::isfinite(above[g])) least = std::min(least, above[g]);
+  }
   std::int16_t offset[kMaxGroup];
   for (int g = 0; g < group_; ++g) {
-    const float total = log_add(totals[g], near_lse[g]);
-    const float units = (total - bias[g]) / unit;
-    constexpr float kBound = simd::kMaxScore;
-    // A head without any token has no total, and no score that it would matter for.
-    offset[g] = units == units ? static_cast<std::int16_t>(std::clamp(units, -kBound, kBound)) : 0;
+    const float units = std::isfinite(above[g]) ? above[g] - least : 0.0f;
+    offset[g] = static_cast<std::int16_t>(std::min<float>(units, simd::kMaxScore));
   }
   rank_.resize(stride_);
   block_max_.resize((stride_ + simd::kRankBlock - 1) / simd::kRankBlock * simd::kRankLanes);
   simd::kernels().score_rank(
       {scores_.data(), offset, rank_.data(), block_max_.data(), stride_, stride_, group_});
   // A free slot ranks by the head of the least offset, below any token there.
-  const std::int16_t least = *std::min_element(offset, offset + group_);
-  top_k(rank_, block_max_, static_cast<std::int16_t>(simd::kNoScore - least), k, slots);
+  const std::int16_t free = simd::kNoScore - *std::min_element(offset, offset + group_);
+  top_k(rank_, block_max_, free, k, slots);
 }
 
 void SketchScores::exclude(std::span<const std::int32_t> slots) {
@@ -73,7 +77,7 @@ void SketchScores::exclude(std::span<const std::int32_t> slots) {
     }
     simd::kernels().score_mass({scores_.data() + static_cast<std::int64_t>(page) * page_size_, max_,
                                 mass_.data() + static_cast<std::size_t>(page) * mass_columns_,
-                                stride_, 1, unit, group_, page_size_});
+                                nullptr, stride_, 1, unit, group_, page_size_});
   }
 }
 

@@ -75,6 +75,8 @@ struct ScoreMassArgs {
   const std::int16_t* scores = nullptr;  // [G, score_stride]
   const std::int16_t* max = nullptr;     // [G]
   float* mass = nullptr;                 // out [P, mass_stride(G)]; columns behind G are zero
+  // [P] bit s: slot s of the page has a score; null: kNoScore alone tells.
+  const std::uint32_t* masks = nullptr;
   std::int64_t score_stride = 0;
   std::int64_t pages = 0;
   float unit = 0.0f;  // nats

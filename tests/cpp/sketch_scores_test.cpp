@@ -24,8 +24,8 @@ struct Form {
 
 // What Sketch::scan leaves beside scores, maxima, unit and bias.
 void weigh(SketchScores& scores, int pages, int page_size) {
-  simd::kernels().score_mass({scores.scores(), scores.max(), scores.mass(), scores.stride(), pages,
-                              scores.unit, scores.group(), page_size});
+  simd::kernels().score_mass({scores.scores(), scores.max(), scores.mass(), nullptr,
+                              scores.stride(), pages, scores.unit, scores.group(), page_size});
 }
 
 class SketchScoresForms : public ::testing::TestWithParam<Form> {

@@ -6,7 +6,7 @@
 namespace icecache::simd {
 namespace {
 
-constexpr std::int64_t kRowsAhead = 12;  // of row_logits
+constexpr std::int64_t kRowsAhead = 16;  // of row_logits
 constexpr std::int64_t kRowsBlock = 32;  // rows of add_rows that stay in the L1 cache
 
 ICECACHE_INLINE void prefetch_row(const void* row, int bytes) {

@@ -263,7 +263,8 @@ void sketch_scan(const SketchScanArgs& args) {
       args.max[g] = chunk_max[chunk][g] > args.max[g] ? chunk_max[chunk][g] : args.max[g];
     }
     score_mass({args.scores + slot, chunk_max[chunk], args.mass + page * mass_stride(args.group),
-                args.score_stride, end - page, args.unit, args.group, args.page_size});
+                args.masks + page, args.score_stride, end - page, args.unit, args.group,
+                args.page_size});
   }
   chunk = 0;
   for (std::int64_t page = 0; page < args.pages; page += chunk_pages, ++chunk) {
