@@ -86,15 +86,20 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
   const SymmetricEigen main = symmetric_eigen(seen, d);
   metric.from_key.assign(static_cast<std::size_t>(d) * rank, 0.0f);
   metric.from_query.assign(static_cast<std::size_t>(d) * rank, 0.0f);
+  std::vector<double> key(rank), query(rank);
   for (int i = 0; i < d; ++i) {
-    for (int j = 0; j < rank; ++j) {
-      double key = 0.0, query = 0.0;
-      for (int k = 0; k < d; ++k) {
-        key += root[i * d + k] * main.vectors[k * d + j];
-        query += inverse[i * d + k] * main.vectors[k * d + j];
+    std::fill(key.begin(), key.end(), 0.0);
+    std::fill(query.begin(), query.end(), 0.0);
+    for (int k = 0; k < d; ++k) {
+      const double to_key = root[i * d + k], to_query = inverse[i * d + k];
+      for (int j = 0; j < rank; ++j) {
+        key[j] += to_key * main.vectors[k * d + j];
+        query[j] += to_query * main.vectors[k * d + j];
       }
-      metric.from_key[i * rank + j] = static_cast<float>(key);
-      metric.from_query[i * rank + j] = static_cast<float>(query);
+    }
+    for (int j = 0; j < rank; ++j) {
+      metric.from_key[i * rank + j] = static_cast<float>(key[j]);
+      metric.from_query[i * rank + j] = static_cast<float>(query[j]);
     }
   }
   return metric;
