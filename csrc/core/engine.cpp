@@ -149,7 +149,6 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
   const std::lock_guard lock(impl_->mutex);
   SequenceCache& cache = impl_->sequence(sequence);
   impl_->settle(cache);
-  impl_->drop_rebuilds(cache);
   std::int64_t longest = 0;
   for (const LayerCache& layer : cache.layers) {
     longest = std::max<std::int64_t>(longest, layer.length());

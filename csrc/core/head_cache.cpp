@@ -36,6 +36,7 @@ HeadCache::HeadCache(const HeadCache& other)
       tail_(other.tail_),
       index_(other.index_ ? other.index_->fork() : nullptr),
       built_tokens_(other.built_tokens_),
+      next_rebuild_(other.next_rebuild_),
       moments_(other.moments_) {}
 
 std::int32_t HeadCache::length() const {
@@ -69,7 +70,7 @@ void HeadCache::truncate(std::int32_t length) noexcept {
     index_->truncate(length);
     if (index_->size() == 0) index_.reset();
   }
-  rebuild_ = nullptr;
+  if (rebuild_ != nullptr && !rebuild_->truncate(length)) rebuild_ = nullptr;
   trace_ = {};
 }
 
@@ -384,7 +385,11 @@ void HeadCache::update_index(HeadStats& stats) {
 
 std::shared_ptr<IndexRebuild> HeadCache::start_rebuild(std::int32_t delay,
                                                        std::int32_t ready_after) {
-  if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay)) return nullptr;
+  if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay) ||
+      length() < next_rebuild_) {
+    return nullptr;
+  }
+  next_rebuild_ = length() + ready_after;
   rebuild_ = std::make_shared<IndexRebuild>(context_, *index_, moments_,
                                             static_cast<std::int32_t>(context_.config->sink_tokens),
                                             length() + ready_after);

@@ -101,7 +101,10 @@ class HeadCache {
   PageRun tail_;
   std::unique_ptr<SemanticIndex> index_;
   std::int32_t built_tokens_ = 0;  // in the index when it was last built
+  // Not copied: a fork does without the rebuild that is under way, until the length at which it
+  // would have taken over. Forks at every step, as beams make them, do not start one at every step.
   std::shared_ptr<IndexRebuild> rebuild_;
+  std::int32_t next_rebuild_ = 0;
   QueryMoments moments_;
   StepTrace trace_;
 };

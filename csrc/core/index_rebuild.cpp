@@ -42,6 +42,20 @@ void IndexRebuild::follow(const TokenBlock& tokens) {
   followed_ += tokens.count;
 }
 
+bool IndexRebuild::truncate(std::int32_t position) {
+  const std::int32_t kept = position - (first_position_ + count_);
+  if (kept < 0) return false;
+  if (kept >= followed_) return true;
+  followed_ = kept;
+  late_keys_.resize(kept * row_bytes_);
+  late_values_.resize(kept * row_bytes_);
+  if (inserted_ > kept && fresh_ != nullptr) {  // hence the build is done
+    fresh_->truncate(position);
+    inserted_ = kept;
+  }
+  return true;
+}
+
 bool IndexRebuild::catch_up(std::int32_t length) {
   if (length < ready_at_) return false;
   const std::int32_t count = std::min(kTokensPerStep, followed_ - inserted_);

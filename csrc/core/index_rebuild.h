@@ -29,6 +29,8 @@ class IndexRebuild {
 
   // Tokens that the old index took meanwhile.
   void follow(const TokenBlock& tokens);
+  // Takes back tokens at positions from `position` on. False where the build itself holds some.
+  bool truncate(std::int32_t position);
   // Once the sequence has `length` tokens: inserts some of those. True when none is left.
   bool catch_up(std::int32_t length);
   // The new index; null where pages ran out.

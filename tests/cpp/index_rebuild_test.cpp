@@ -65,6 +65,25 @@ TEST_F(IndexRebuildTest, TakesTheTokensOfItsStartAndThoseThatFollowed) {
   expect_holds(*fresh, 240);
 }
 
+TEST_F(IndexRebuildTest, RejectedTokensAreTakenBack) {
+  IndexRebuild rebuild(pool_.context, *old_, moments_, kFirst, 210);
+  rebuild.run();
+  grow(rebuild, 200, 230);
+  const auto back = [&](int tokens) {
+    old_->truncate(kFirst + tokens);
+    return rebuild.truncate(kFirst + tokens);
+  };
+  EXPECT_TRUE(back(230));
+  EXPECT_TRUE(back(225)) << "none inserted yet";
+  EXPECT_FALSE(rebuild.catch_up(210));
+  EXPECT_TRUE(back(203)) << "some inserted";
+  grow(rebuild, 203, 220);
+  while (!rebuild.catch_up(210)) {
+  }
+  expect_holds(*rebuild.take(), 220);
+  EXPECT_FALSE(back(199)) << "of the build itself";
+}
+
 TEST_F(IndexRebuildTest, WithoutPagesThereIsNoNewIndex) {
   std::vector<PageId> taken;
   pool_.pool->allocate(pool_.pool->free_pages() - 3, {}, taken);
