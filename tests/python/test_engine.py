@@ -249,8 +249,9 @@ def test_step_is_append_and_attend(dtype: torch.dtype) -> None:
         engine.new_sequence()
         feed(engine, [0, 1], 200, 1, dtype)
     for position in range(40):
-        queries = tokens(2, Q_HEADS, 300 + position, dtype).reshape(2, Q_HEADS, 1, DIM)
-        keys = tokens(2, KV_HEADS, 400 + position, dtype).transpose(1, 2).reshape(2, KV_HEADS, 1, DIM)
+        # Rows of a larger tensor: strides are not those of a contiguous one.
+        queries = tokens(2, Q_HEADS, 300 + position, dtype).permute(2, 1, 0, 3)
+        keys = tokens(2, KV_HEADS, 400 + position, dtype).permute(2, 1, 0, 3)
         engines[0].append([0, 1], 1, keys, keys)
         expected = engines[0].attend([0, 1], 1, queries)
         assert torch.equal(engines[1].step([0, 1], 1, queries, keys, keys), expected)
@@ -261,13 +262,14 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
     engine.new_sequence()
     feed(engine, [0], 100, 1, torch.float32)
     query, key = tokens(1, Q_HEADS, 2), tokens(1, KV_HEADS, 3)
-    for call, message in [
-        (lambda: engine.step([0], 0, query, key, tokens(1, KV_HEADS, 4) * torch.nan), "values"),
-        (lambda: engine.step([7], 0, query, key, key), "got 7"),
-        (lambda: engine.step([0], 0, query[0], key, key), "queries must be"),
-        (lambda: engine.step([0], 0, query.double(), key, key), "torch.float64"),
-        (lambda: engine.step([0], 0, key, key, key), "queries"),
-    ]:
+    refused: list[tuple[Any, str]] = [
+        ((0, 0, query, key, tokens(1, KV_HEADS, 4) * torch.nan), "values"),
+        ((7, 0, query, key, key), "got 7"),
+        ((0, 0, query[0], key, key), "queries must be"),
+        ((0, 0, query.double(), key, key), "torch.float64"),
+        ((0, 0, key, key, key), "queries"),
+    ]
+    for (sequence, *arguments), message in refused:
         with pytest.raises(InvalidArgument, match=message):
-            call()
+            engine.step([sequence], *arguments)
         assert engine.length(0, 0) == 100
