@@ -20,7 +20,14 @@ def test_the_parameters_are_those_of_the_command(readme: str) -> None:
     assert CliRunner().invoke(app, ["config", "--markdown"]).stdout.strip() in readme
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/index.md", "docs/threads.md"])
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    *(f"docs/{n}.md" for n in ("index", "threads", "performance")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str, repository: Path) -> None:
     text = (repository / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
