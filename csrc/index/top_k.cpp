@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 
-#include "simd/kernels.h"
+#include "simd/lane_mask.h"
 
 namespace icecache {
 namespace {
@@ -39,7 +40,6 @@ std::int16_t kth_largest(std::span<const std::int16_t> x, std::int64_t k) {
 
 void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> block_max,
            std::int16_t floor, std::int64_t k, std::vector<std::int32_t>& out) {
-  constexpr std::int64_t kLanes = simd::kRankLanes, kBlock = simd::kRankBlock;
   out.clear();
   const auto n = static_cast<std::int64_t>(rank.size());
   if (k <= 0 || n == 0) return;
@@ -47,41 +47,35 @@ void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> blo
   const std::span<const std::int16_t> bounding =
       static_cast<std::int64_t>(block_max.size()) >= k ? block_max : rank;
   if (n > k) bound = std::max<int>(bound, kth_largest(bounding, k));
-  // One bit a slot keeps them in order.
-  thread_local std::vector<std::uint64_t> chosen_bits;
+  if (bound > INT16_MAX) return;
+
   thread_local std::vector<std::int16_t> chosen_ranks;
   // By reference: each mention of a thread_local in a shared library is a call.
-  std::vector<std::uint64_t>& chosen = chosen_bits;
-  std::vector<std::int16_t>& values = chosen_ranks;
-  chosen.assign((n + 63) / 64, 0);
-  values.clear();
-  for (std::size_t b = 0; b < block_max.size(); ++b) {
-    if (block_max[b] < bound) continue;
-    const std::int64_t begin = static_cast<std::int64_t>(b) / kLanes * kBlock + b % kLanes;
-    const std::int64_t rows = std::min(kBlock / kLanes, (n - begin + kLanes - 1) / kLanes);
-    std::uint32_t hits = 0;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      hits |= static_cast<std::uint32_t>(rank[begin + r * kLanes] >= bound) << r;
-    }
-    for (; hits != 0; hits &= hits - 1) {
-      const std::int64_t i = begin + std::countr_zero(hits) * kLanes;
-      chosen[i / 64] |= std::uint64_t{1} << (i % 64);
-      values.push_back(rank[i]);
-    }
+  std::vector<std::int16_t>& chosen = chosen_ranks;
+  chosen.clear();
+  const auto take = [&](std::int64_t i) {
+    out.push_back(static_cast<std::int32_t>(i));
+    chosen.push_back(rank[i]);
+  };
+  std::int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    std::uint64_t bits = simd::lanes_at_least(&rank[i], static_cast<std::int16_t>(bound));
+    for (; bits != 0; bits &= bits - 1) take(i + std::countr_zero(bits));
   }
+  for (; i < n; ++i) {
+    if (rank[i] >= bound) take(i);
+  }
+  if (static_cast<std::int64_t>(chosen.size()) <= k) return;
+
   // How many of those that equal the last one fit.
-  int last = bound;
-  std::int64_t ties = n;
-  if (static_cast<std::int64_t>(values.size()) > k) {
-    last = kth_largest(values, k);
-    ties = k - std::count_if(values.begin(), values.end(), [&](int v) { return v > last; });
+  const int last = kth_largest(chosen, k);
+  std::int64_t ties =
+      k - std::count_if(chosen.begin(), chosen.end(), [&](int v) { return v > last; });
+  std::size_t kept = 0;
+  for (std::size_t c = 0; c < chosen.size(); ++c) {
+    if (chosen[c] > last || (chosen[c] == last && ties-- > 0)) out[kept++] = out[c];
   }
-  for (std::size_t word = 0; word < chosen.size(); ++word) {
-    for (std::uint64_t bits = chosen[word]; bits != 0; bits &= bits - 1) {
-      const auto i = static_cast<std::int32_t>(64 * word) + std::countr_zero(bits);
-      if (rank[i] > last || (rank[i] == last && ties-- > 0)) out.push_back(i);
-    }
-  }
+  out.resize(kept);
 }
 
 }  // namespace icecache
