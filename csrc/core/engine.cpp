@@ -84,6 +84,7 @@ void Engine::Impl::settle(SequenceCache& sequence) {
 }
 
 void Engine::Impl::drop_rebuilds(SequenceCache& sequence) {
+  settle(sequence);
   for (LayerCache& layer : sequence.layers) {
     threads.wait(layer.rebuilds);
     for (HeadCache& head : layer.heads) head.drop_rebuild();
@@ -164,9 +165,7 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
 
 void Engine::release(SeqId sequence) {
   const std::lock_guard lock(impl_->mutex);
-  SequenceCache& cache = impl_->sequence(sequence);
-  impl_->settle(cache);
-  impl_->drop_rebuilds(cache);
+  impl_->drop_rebuilds(impl_->sequence(sequence));
   impl_->sequences.erase(sequence);
 }
 

@@ -36,7 +36,7 @@ struct Engine::Impl {
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add);
 
-  // Gives up rebuilds under way, and with them their pages.
+  // Settles a sequence and gives up its rebuilds under way, and with them their pages.
   void drop_rebuilds(SequenceCache& sequence);
 
   // Hands the layer's new queries and due tokens to the background.
