@@ -186,7 +186,8 @@ ICECACHE_INLINE void clear_free_slots(const SketchScanArgs& args, std::int64_t f
     const std::uint32_t mask = args.masks[page];
     if (mask == full) continue;
     for (int s = 0; s < args.page_size; s += 8) {
-      const Vec8S used = (bit & static_cast<std::int16_t>(mask >> s & 255u)) == bit;
+      const auto m = static_cast<std::int16_t>(mask >> s & 255u);
+      const Vec8S used = (bit & Vec8S{m, m, m, m, m, m, m, m}) == bit;
       std::int16_t* at = args.scores + page * args.page_size + s;
       for (int g = 0; g < args.group; ++g, at += args.score_stride) {
         const Vec8S kept = (used & load8(at)) | (~used & kNoScore);
