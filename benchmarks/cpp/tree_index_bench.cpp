@@ -76,7 +76,6 @@ class Head {
     context_.scale = cache.softmax_scale();
 
     const std::vector<float> recent = clustered(256 * kGroup, shape.head_dim, 19);
-    moments_.reset(shape.head_dim);
     moments_.observe(recent.data(), 256 * kGroup, shape.head_dim);
     queries_ = clustered(kQueries * kGroup, shape.head_dim, 20);
     for (float& x : queries_) x *= context_.scale;

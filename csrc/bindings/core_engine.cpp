@@ -35,6 +35,10 @@ void bind_engine(py::module_& module) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
+  py::enum_<Phase>(module, "Phase", "See icecache.Phase.")
+      .value("auto", Phase::kAuto)
+      .value("prefill", Phase::kPrefill)
+      .value("prompt_end", Phase::kPromptEnd);
 
   // Arguments are converted while the GIL is held; it is released for the call itself.
   using Release = py::call_guard<py::gil_scoped_release>;
@@ -70,9 +74,12 @@ void bind_engine(py::module_& module) {
       .def(
           "step",
           [](Engine& self, const Ids& ids, int layer, const Tensors& keys, const Tensors& values,
-             const Tensors& queries, const Tensors& outputs) {
-            self.step(ids, layer, views(keys), views(values), views(queries), views(outputs));
+             const Tensors& queries, const Tensors& outputs, const std::vector<Phase>& phases) {
+            self.step(ids, layer, views(keys), views(values), views(queries), views(outputs),
+                      phases);
           },
+          py::arg("sequences"), py::arg("layer"), py::arg("keys"), py::arg("values"),
+          py::arg("queries"), py::arg("outputs"), py::arg("phases") = std::vector<Phase>{},
           Release())
       .def(
           "observe",

@@ -29,6 +29,31 @@ std::vector<TensorView> views(const char* name, const Tensor& tensor) {
   return result;
 }
 
+// Rows of a tensor [N, H, D] as one [H, T, D] a sequence.
+std::vector<TensorView> packed_views(const char* name, const Tensor& tensor,
+                                     const std::vector<std::int64_t>& firsts,
+                                     const std::vector<std::int64_t>& counts) {
+  require(tensor.dim() == 3, name, " must be [N, H, D], got ", shape_text(tensor));
+  require(tensor.is_cpu(), name, " must be on the CPU");
+  require(tensor.stride(2) == 1 || tensor.size(2) == 1, name, " must have unit stride in D");
+  const DType dtype = dtype_of(name, tensor);
+  std::vector<TensorView> result(firsts.size());
+  for (std::size_t b = 0; b < result.size(); ++b) {
+    require(firsts[b] >= 0 && counts[b] >= 0 && firsts[b] + counts[b] <= tensor.size(0), name,
+            " must hold rows ", firsts[b], " to ", firsts[b] + counts[b], ", got ",
+            shape_text(tensor));
+    result[b] = {static_cast<std::byte*>(tensor.data_ptr()) +
+                     firsts[b] * tensor.stride(0) * static_cast<std::int64_t>(size_of(dtype)),
+                 dtype,
+                 tensor.size(1),
+                 counts[b],
+                 tensor.size(2),
+                 tensor.stride(1),
+                 tensor.stride(0)};
+  }
+  return result;
+}
+
 }  // namespace
 
 Tensor step(std::int64_t engine, const std::vector<std::int64_t>& sequences, std::int64_t layer,
@@ -40,6 +65,26 @@ Tensor step(std::int64_t engine, const std::vector<std::int64_t>& sequences, std
                                           views("values", values), query_views,
                                           views("outputs", out));
   return out;
+}
+
+void step_packed(std::int64_t engine, const std::vector<std::int64_t>& sequences,
+                 std::int64_t layer, const Tensor& keys, const Tensor& values,
+                 const Tensor& queries, Tensor outputs, const std::vector<std::int64_t>& firsts,
+                 const std::vector<std::int64_t>& counts, const std::vector<std::int64_t>& phases) {
+  require(firsts.size() == sequences.size() && counts.size() == firsts.size() &&
+              phases.size() == firsts.size(),
+          "sequences, firsts, counts and phases must be of one length, got ", sequences.size(),
+          ", ", firsts.size(), ", ", counts.size(), " and ", phases.size());
+  std::vector<Phase> treated(phases.size());
+  for (std::size_t b = 0; b < phases.size(); ++b) {
+    require(phases[b] >= 0 && phases[b] <= 2, "phases must be 0, 1 or 2, got ", phases[b]);
+    treated[b] = static_cast<Phase>(phases[b]);
+  }
+  reinterpret_cast<Engine*>(engine)->step(
+      sequences, static_cast<int>(layer), packed_views("keys", keys, firsts, counts),
+      packed_views("values", values, firsts, counts),
+      packed_views("queries", queries, firsts, counts),
+      packed_views("outputs", outputs, firsts, counts), treated);
 }
 
 }  // namespace icecache::ops

@@ -27,6 +27,13 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
 // Engine::step of the engine at this address; tensors [B, H, T, D].
 Tensor step(std::int64_t engine, const std::vector<std::int64_t>& sequences, std::int64_t layer,
             const Tensor& keys, const Tensor& values, const Tensor& queries);
+// The same on tensors [N, H, D] that hold the tokens of all sequences: rows firsts[b] ..
+// firsts[b] + counts[b] are those of sequence b. Other rows of `outputs` stay as they are.
+// phases: one icecache::Phase each.
+void step_packed(std::int64_t engine, const std::vector<std::int64_t>& sequences,
+                 std::int64_t layer, const Tensor& keys, const Tensor& values,
+                 const Tensor& queries, Tensor outputs, const std::vector<std::int64_t>& firsts,
+                 const std::vector<std::int64_t>& counts, const std::vector<std::int64_t>& phases);
 
 // Throws std::runtime_error, which torch hands to Python as RuntimeError.
 template <typename... Parts>

@@ -17,11 +17,15 @@ STABLE_TORCH_LIBRARY(icecache, m) {
   m.def(
       "step(int engine, int[] sequences, int layer, Tensor keys, Tensor values, Tensor queries) "
       "-> Tensor");
+  m.def(
+      "step_packed(int engine, int[] sequences, int layer, Tensor keys, Tensor values, "
+      "Tensor queries, Tensor(a!) outputs, int[] firsts, int[] counts, int[] phases) -> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(icecache, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&icecache::ops::paged_attention));
   m.impl("step", TORCH_BOX(&icecache::ops::step));
+  m.impl("step_packed", TORCH_BOX(&icecache::ops::step_packed));
   m.impl("merge_states", TORCH_BOX(&icecache::ops::merge_states));
 }

@@ -27,7 +27,7 @@ struct Engine::Impl {
   void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
               std::span<const TensorView> values);
   void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
-              std::span<const TensorView> outputs);
+              std::span<const TensorView> outputs, std::span<const Phase> phases = {});
   void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
                     std::span<const TensorView> outputs) const;
 
@@ -39,8 +39,9 @@ struct Engine::Impl {
   // Settles a sequence and gives up its rebuilds under way, and with them their pages.
   void drop_rebuilds(SequenceCache& sequence);
 
-  // Hands the layer's new queries and due tokens to the background.
-  void schedule_update(LayerCache& layer, const TensorView& queries);
+  // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
+  // background.
+  void schedule_update(LayerCache& layer, const TensorView& queries, Phase phase = Phase::kAuto);
   // After a decode step within the budget, whose tokens are in the index: what is to be built anew
   // goes to the background. Layers take their turns, so that few hold two indexes at a time.
   void schedule_rebuild(LayerCache& layer, int number);

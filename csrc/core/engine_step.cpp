@@ -79,9 +79,10 @@ void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const Tenso
 
 void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
                   std::span<const TensorView> values, std::span<const TensorView> queries,
-                  std::span<const TensorView> outputs) {
+                  std::span<const TensorView> outputs, std::span<const Phase> phases) {
   const std::lock_guard lock(impl_->mutex);
   impl_->check_attend(ids, queries, outputs);
+  if (!phases.empty()) impl_->check_call(ids, phases.size(), "phases");
   for (std::size_t b = 0; b < ids.size() && b < keys.size(); ++b) {
     if (queries[b].tokens == keys[b].tokens) continue;
     throw InvalidArgument(message("queries must have as many tokens as keys (", keys[b].tokens,
@@ -89,7 +90,7 @@ void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorV
   }
   impl_->append(ids, layer, keys, values);
   try {
-    impl_->attend(ids, layer, queries, outputs);
+    impl_->attend(ids, layer, queries, outputs, phases);
   } catch (...) {
     for (std::size_t b = 0; b < ids.size(); ++b) {
       LayerCache& cache = impl_->layer_of(ids[b], layer);
@@ -183,8 +184,8 @@ void Engine::Impl::check_attend(std::span<const SeqId> ids, std::span<const Tens
 }
 
 void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
-                          std::span<const TensorView> queries,
-                          std::span<const TensorView> outputs) {
+                          std::span<const TensorView> queries, std::span<const TensorView> outputs,
+                          std::span<const Phase> phases) {
   Impl& self = *this;
   check_attend(ids, queries, outputs);
   const int group = self.shape.group(), d = self.shape.head_dim, hkv = self.shape.num_kv_heads;
@@ -196,6 +197,11 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
   };
   std::vector<LayerCache*> layers;
   std::vector<Task> tasks;
+  // True where a sequence's tokens come from decoding, not from a prompt.
+  const auto decodes = [&](std::size_t b) {
+    const Phase phase = phases.empty() ? Phase::kAuto : phases[b];
+    return phase == Phase::kAuto && queries[b].tokens <= config.decode_tokens;
+  };
   for (std::size_t b = 0; b < ids.size(); ++b) {
     layers.push_back(&self.layer_of(ids[b], layer));
     const std::int64_t tokens = queries[b].tokens;
@@ -206,7 +212,7 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     }
     if (layers[b]->heads.front().rebuild_is_ready()) self.threads.wait(layers[b]->rebuilds);
     for (int h = 0; h < hkv; ++h) {
-      if (tokens <= self.config.decode_tokens && layers[b]->heads[h].sparse()) {
+      if (decodes(b) && layers[b]->heads[h].sparse()) {
         if (tokens > 0) tasks.push_back({b, h, 0, tokens, true});
         continue;
       }
@@ -244,9 +250,7 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
       state.clear();
       head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, state, task_stats[i]);
       finish(state, result.data());
-      if (queries[task.item].tokens <= self.config.decode_tokens) {
-        task_stats[i].dense_steps = task.tokens;
-      }
+      if (decodes(task.item)) task_stats[i].dense_steps = task.tokens;
     }
     const TensorView& out = outputs[task.item];
     for (std::int64_t t = 0; t < task.tokens; ++t) {
@@ -260,10 +264,10 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     self.collect(layer, tasks[i].head, task_stats[i]);
   }
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    if (queries[b].tokens <= self.config.decode_tokens && layers[b]->heads.front().sparse()) {
+    if (decodes(b) && layers[b]->heads.front().sparse()) {
       self.schedule_rebuild(*layers[b], layer);
     } else {
-      self.schedule_update(*layers[b], queries[b]);
+      self.schedule_update(*layers[b], queries[b], phases.empty() ? Phase::kAuto : phases[b]);
     }
   }
 }
@@ -279,26 +283,31 @@ void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const Tens
   for (std::size_t b = 0; b < ids.size(); ++b) impl_->schedule_update(*layers[b], queries[b]);
 }
 
-void Engine::Impl::schedule_update(LayerCache& layer, const TensorView& queries) {
+void Engine::Impl::schedule_update(LayerCache& layer, const TensorView& queries, Phase phase) {
   if (layer.heads.front().dense() || queries.tokens == 0) return;
   // A chunk of prefill builds by itself what is due.
   threads.wait(layer.rebuilds);
   for (HeadCache& head : layer.heads) head.drop_rebuild();
   const int group = shape.group();
-  const std::int64_t tokens = std::min<std::int64_t>(queries.tokens, QueryMoments::kHorizon);
+  // Whole tokens; the first rows of the first one may be more than is needed.
+  const std::int64_t all = queries.tokens * group;
+  const std::int64_t needed = layer.heads.front().needed_queries(all);
+  const std::int64_t tokens = (needed + group - 1) / group;
   const std::size_t head_rows = static_cast<std::size_t>(tokens) * group;
   auto rows = std::make_shared<std::vector<float>>(head_rows * shape.head_dim * shape.num_kv_heads);
   for (int h = 0; h < shape.num_kv_heads; ++h) {
     load_queries(queries, h, group, queries.tokens - tokens, tokens, 1.0f,
                  rows->data() + h * head_rows * shape.head_dim);
   }
-  const auto update = [this, &layer, rows, head_rows](int h) {
+  const auto update = [this, &layer, rows, head_rows, all, needed, phase](int h) {
     HeadCache& head = layer.heads[h];
-    head.observe(rows->data() + h * head_rows * shape.head_dim, static_cast<int>(head_rows));
-    head.update_index(layer.job_stats[h]);
+    const float* end = rows->data() + (h + 1) * head_rows * shape.head_dim;
+    head.observe(end - needed * shape.head_dim, needed, all - needed);
+    if (phase != Phase::kPrefill) head.update_index(layer.job_stats[h]);
   };
   // Builds take long: one job per head, so that all index threads share them.
-  if (layer.heads.front().build_is_due() || tokens > config.decode_tokens) {
+  if (phase != Phase::kPrefill &&
+      (layer.heads.front().build_is_due() || tokens > config.decode_tokens)) {
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       threads.submit(layer.jobs, [update, h] { update(h); });
     }

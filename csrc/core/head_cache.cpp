@@ -309,8 +309,8 @@ void HeadCache::record(const SelectRequest& request, const Selection& selection,
   }
 }
 
-void HeadCache::observe(const float* queries, int n) {
-  if (!dense_) moments_.observe(queries, n, context_.head_dim);
+void HeadCache::observe(const float* queries, std::int64_t n, std::int64_t skipped) {
+  if (!dense_) moments_.observe(queries, n, context_.head_dim, skipped);
 }
 
 std::int32_t HeadCache::next_window_start() const {

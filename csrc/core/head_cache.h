@@ -47,8 +47,9 @@ class HeadCache {
   // REQUIRES: sparse().
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats);
 
-  // Queries [n, D], unscaled, that the metric of the next build is made from.
-  void observe(const float* queries, int n);
+  // Queries [n, D], unscaled, that the metric of the next build is made from: see QueryMoments.
+  void observe(const float* queries, std::int64_t n, std::int64_t skipped = 0);
+  std::int64_t needed_queries(std::int64_t n) const { return moments_.needed(n); }
   // Moves the tokens below the window of the next step from the tail into the index, which is
   // built, extended or built anew, however long that takes. Without a change where the sequence
   // fits the budget or pages run out.

@@ -51,9 +51,9 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
 
   // root = U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
   std::vector<double> root(static_cast<std::size_t>(d) * d, 0.0), inverse(root);
-  if (queries.count > 0.0) {
-    std::vector<double> second(queries.second.begin(), queries.second.end());
-    for (double& x : second) x /= queries.count;
+  if (queries.count() > 0) {
+    std::vector<double> second = queries.second();
+    for (double& x : second) x /= static_cast<double>(queries.count());
     const SymmetricEigen eigen = symmetric_eigen(second, d);
     double trace = 0.0;
     for (double x : eigen.values) trace += std::max(0.0, x);

@@ -52,6 +52,14 @@ struct StepTrace {
   std::vector<float> total_lse;                      // [G] with the rest
 };
 
+// How a call of Engine::step treats the tokens of one sequence.
+enum class Phase : std::uint8_t {
+  kAuto = 0,     // as append() and attend() do
+  kPrefill = 1,  // a chunk of a prompt, more of it to come: exact, and nothing is indexed
+  kPromptEnd =
+      2,  // the last chunk of a prompt: exact, then the prompt is indexed behind the caller
+};
+
 class Engine {
  public:
   // Throws InvalidArgument for shapes and configurations that are not supported.
@@ -81,10 +89,12 @@ class Engine {
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
               std::span<const TensorView> outputs);
 
-  // append() and then attend() for the same tokens, in one call: both or neither.
+  // append() and then attend() for the same tokens, in one call: both or neither. `phases`: one per
+  // sequence, or none for kAuto. A prompt in chunks of kPrefill and one of kPromptEnd has the index
+  // that it would have in one chunk, however it is cut.
   void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
             std::span<const TensorView> values, std::span<const TensorView> queries,
-            std::span<const TensorView> outputs);
+            std::span<const TensorView> outputs, std::span<const Phase> phases = {});
 
   // For callers that computed the attention of a first chunk themselves: the chunk's last queries
   // [Hq, T, D] shape the metric, and clustering starts behind the caller.

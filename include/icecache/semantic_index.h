@@ -40,18 +40,27 @@ struct TokenBlock {
   std::int32_t first_position = 0;
 };
 
-// First and second moments of the group's recent queries (post-RoPE, unscaled), over all its heads.
-// They define the metric in which keys are compared: distances that queries cannot see do not
-// count.
-struct QueryMoments {
-  std::vector<float> second;  // [D, D] sum of q q^T
-  std::vector<float> first;   // [D] sum of q
-  double count = 0.0;         // weight of the queries seen
+// Second moments of the group's recent queries (post-RoPE, unscaled), over all its heads. They
+// define the metric in which keys are compared: distances that queries cannot see do not count.
+//
+// Recent: the last whole block of kBlock rows and those since. So the same rows give bitwise the
+// same moments however they come in calls.
+class QueryMoments {
+ public:
+  static constexpr std::int64_t kBlock = 512;
 
-  void reset(int head_dim);
-  // Adds n rows; what was there is forgotten by n / kHorizon (all of it for n >= kHorizon).
-  void observe(const float* queries, int n, int head_dim);
-  static constexpr int kHorizon = 256;
+  // Of the next n rows only the last needed(n) count: the others may be skipped.
+  std::int64_t needed(std::int64_t n) const;
+  // `skipped` rows that do not count, then n rows [n, D]. REQUIRES: n >= needed(skipped + n).
+  void observe(const float* queries, std::int64_t n, int head_dim, std::int64_t skipped = 0);
+
+  std::int64_t count() const;          // rows in the sum
+  std::vector<double> second() const;  // [D, D] sum of q q^T; empty where count() is 0
+
+ private:
+  std::int64_t seen_ = 0;                // all rows
+  std::vector<float> before_, current_;  // [D, D]; the last whole block, and the one begun
+  bool has_before_ = false;
 };
 
 // Tokens of one page that were picked. Bit s of `slots` stands for slot s.

@@ -27,7 +27,7 @@ from icecache.config import Config, config_fields
 
 if TYPE_CHECKING:
     from icecache import models, ops
-    from icecache.engine import Engine
+    from icecache.engine import Engine, Phase
     from icecache.hf import IceCache, ModelStats, disable, enable, stats
 
 __version__ = build_info().version
@@ -37,6 +37,7 @@ _LAZY = {
     "Engine": "icecache.engine",
     "IceCache": "icecache.hf",
     "ModelStats": "icecache.hf",
+    "Phase": "icecache.engine",
     "disable": "icecache.hf",
     "enable": "icecache.hf",
     "stats": "icecache.hf",
@@ -56,6 +57,7 @@ __all__ = [
     "MemoryStats",
     "ModelStats",
     "OutOfPages",
+    "Phase",
     "StepTrace",
     "Unavailable",
     "__version__",

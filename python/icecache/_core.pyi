@@ -10,6 +10,11 @@ class DType:
     bfloat16: DType
     float16: DType
 
+class Phase:
+    auto: Phase
+    prefill: Phase
+    prompt_end: Phase
+
 class ConfigField:
     @property
     def name(self) -> str: ...
@@ -151,6 +156,7 @@ class Engine:
         values: Sequence[TensorTuple],
         queries: Sequence[TensorTuple],
         outputs: Sequence[TensorTuple],
+        phases: Sequence[Phase] = ...,
     ) -> None: ...
     def address(self) -> int: ...
     def observe(

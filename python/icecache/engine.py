@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from icecache.errors import InvalidArgument
 # torch's threads go on spinning after each of its loops, on the cores that the engine's own would
 # need: the engine runs on them. `icecache doctor` tells why where the operators do not load.
 _step: Callable[..., torch.Tensor] | None = None
+_step_packed: Callable[..., None] | None = None
 with contextlib.suppress(OSError):
     from icecache import ops
 
     _core.use_parallel_for(ops.parallel_for_address())
     _step = torch.ops.icecache.step.default
+    _step_packed = torch.ops.icecache.step_packed.default
 
 # [B, H, T, D], or one [H, T_b, D] for each sequence.
 Tensors = torch.Tensor | Sequence[torch.Tensor]
@@ -33,6 +36,17 @@ _DTYPES = {
     torch.bfloat16: _core.DType.bfloat16,
     torch.float16: _core.DType.float16,
 }
+
+
+class Phase(IntEnum):
+    """How Engine.step_packed() treats the tokens of one sequence."""
+
+    AUTO = 0  # as append() and attend() do
+    PREFILL = 1  # a chunk of a prompt, more of it to come: exact, and nothing is indexed
+    PROMPT_END = 2  # the last chunk of a prompt: exact, then indexed behind the caller
+
+
+_PHASES = {phase: getattr(_core.Phase, phase.name.lower()) for phase in Phase}
 
 
 class Engine:
@@ -166,6 +180,64 @@ class Engine:
             _tuples(list(outputs)),
         )
         return outputs
+
+    def step_packed(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        outputs: torch.Tensor,
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        phases: Sequence[Phase],
+    ) -> None:
+        """append() and then attend(), for sequences with unequal numbers of tokens.
+
+        Queries and outputs [N, Hq, D], keys and values [N, Hkv, D]; rows firsts[b] up to
+        firsts[b] + counts[b] are those of seqs[b]. Other rows of `outputs` stay as they are. A
+        prompt in chunks of PREFILL and one of PROMPT_END has the index that it would have in one
+        chunk, however it is cut. All sequences take their tokens or none does.
+        """
+        if _step_packed is not None:
+            try:
+                _step_packed(
+                    self._address,
+                    seqs,
+                    layer,
+                    keys,
+                    values,
+                    queries,
+                    outputs,
+                    firsts,
+                    counts,
+                    [int(phase) for phase in phases],
+                )
+                return
+            except (RuntimeError, TypeError):
+                pass  # as in step()
+
+        def rows(name: str, tensor: torch.Tensor) -> list[_core.TensorTuple]:
+            parts = []
+            for first, count in zip(firsts, counts, strict=True):
+                if not 0 <= first <= first + count <= tensor.shape[0]:
+                    raise InvalidArgument(
+                        f"{name} must hold rows {first} to {first + count}, "
+                        f"got {list(tensor.shape)}"
+                    )
+                parts.append(tensor[first : first + count].transpose(0, 1))
+            return _tuples(self._rows(name, parts))
+
+        self._engine.step(
+            list(seqs),
+            layer,
+            rows("keys", keys),
+            rows("values", values),
+            rows("queries", queries),
+            rows("outputs", outputs),
+            [_PHASES[Phase(phase)] for phase in phases],
+        )
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
         """Shows the engine the queries of tokens whose attention the caller computed itself.

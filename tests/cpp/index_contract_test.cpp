@@ -100,7 +100,6 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
   // Queries that look like keys.
   static QueryMoments moments(const Tokens& all) {
     QueryMoments moments;
-    moments.reset(kDim);
     moments.observe(all.keys.data(), std::min(64, all.count()), kDim);
     return moments;
   }

@@ -21,7 +21,6 @@ constexpr int kDim = 32, kGroup = 2, kPageSize = 8, kFirst = 4;
 class IndexRebuildTest : public ::testing::Test {
  protected:
   IndexRebuildTest() : all_(clustered_tokens(400, kDim, DType::kFloat32, 3)) {
-    moments_.reset(kDim);
     moments_.observe(all_.keys.data(), 64, kDim);
     old_ = make_index(pool_.context);
     old_->build(all_.block(0, 200, kFirst), moments_);

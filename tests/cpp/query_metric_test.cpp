@@ -112,33 +112,43 @@ TEST(QueryMetric, StaysFiniteForDegenerateInput) {
   }
 }
 
-TEST(QueryMoments, WholeHorizonForgetsTheRest) {
+// The same rows in calls of any length, also where those that do not count are left out.
+TEST(QueryMoments, DoNotDependOnHowRowsCome) {
   const int d = 8;
-  const std::vector<float> old = normal_rows(300, d, 7);
-  const std::vector<float> recent = normal_rows(QueryMoments::kHorizon, d, 8);
-  QueryMoments both, fresh;
-  both.observe(old.data(), 300, d);
-  both.observe(recent.data(), QueryMoments::kHorizon, d);
-  fresh.observe(recent.data(), QueryMoments::kHorizon, d);
-  EXPECT_EQ(both.second, fresh.second);
-  EXPECT_EQ(both.first, fresh.first);
-  EXPECT_EQ(both.count, fresh.count);
+  const std::int64_t total = 4 * QueryMoments::kBlock + 100;
+  const std::vector<float> rows = normal_rows(static_cast<int>(total), d, 7);
+  QueryMoments whole;
+  whole.observe(rows.data(), total, d);
+  EXPECT_EQ(whole.count(), QueryMoments::kBlock + 100);
+  for (const std::int64_t chunk : {1, 7, 511, 512, 513, 1500, 2148}) {
+    QueryMoments chunked, skipping;
+    for (std::int64_t at = 0; at < total; at += chunk) {
+      const std::int64_t n = std::min(chunk, total - at), needed = skipping.needed(n);
+      chunked.observe(rows.data() + at * d, n, d);
+      skipping.observe(rows.data() + (at + n - needed) * d, needed, d, n - needed);
+    }
+    for (const QueryMoments* moments : {&chunked, &skipping}) {
+      EXPECT_EQ(moments->count(), whole.count()) << chunk;
+      EXPECT_EQ(moments->second(), whole.second()) << chunk;
+    }
+  }
 }
 
-TEST(QueryMoments, AreMeansOfTheRows) {
-  const int d = 8;
-  const std::vector<float> rows = normal_rows(40, d, 9);
+TEST(QueryMoments, AreSumsOverTheLastBlockAndTheRest) {
+  const int d = 8, n = static_cast<int>(QueryMoments::kBlock) * 2 + 40;
+  const std::vector<float> rows = normal_rows(n, d, 9);
   QueryMoments moments;
-  moments.observe(rows.data(), 40, d);
-  EXPECT_EQ(moments.count, 40.0);
+  EXPECT_EQ(moments.count(), 0);
+  EXPECT_TRUE(moments.second().empty());
+  moments.observe(rows.data(), n, d);
+  EXPECT_EQ(moments.count(), QueryMoments::kBlock + 40);
   for (int i = 0; i < d; ++i) {
-    double first = 0.0;
-    for (int n = 0; n < 40; ++n) first += rows[n * d + i];
-    EXPECT_NEAR(moments.first[i], first, 1e-4);
     for (int j = 0; j < d; ++j) {
       double second = 0.0;
-      for (int n = 0; n < 40; ++n) second += static_cast<double>(rows[n * d + i]) * rows[n * d + j];
-      EXPECT_NEAR(moments.second[i * d + j], second, 1e-3);
+      for (int r = n - static_cast<int>(moments.count()); r < n; ++r) {
+        second += static_cast<double>(rows[r * d + i]) * rows[r * d + j];
+      }
+      EXPECT_NEAR(moments.second()[i * d + j], second, 1e-3);
     }
   }
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from icecache import Engine, InvalidArgument, OutOfPages, _core, ops
+from icecache import Engine, InvalidArgument, OutOfPages, Phase, _core, ops
 from icecache.reference import ReferenceEngine
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 32
@@ -273,3 +273,113 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
         with pytest.raises(InvalidArgument, match=message):
             engine.step([sequence], *arguments)
         assert engine.length(0, 0) == 100
+
+
+# --- step_packed: sequences with unequal numbers of tokens, prompts in chunks
+
+
+def packed(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values [count, H, D]."""
+    return tuple(  # type: ignore[return-value]
+        tokens(count, heads, seed + index)[0].transpose(0, 1).contiguous()
+        for index, heads in enumerate((Q_HEADS, KV_HEADS, KV_HEADS))
+    )
+
+
+def prefill_in_chunks(engine: Engine, sequence: int, length: int, chunk: int) -> torch.Tensor:
+    """Outputs [length, Hq, D] of the last layer."""
+    outputs = torch.empty(length, Q_HEADS, DIM)
+    for first in range(0, length, chunk):
+        count = min(chunk, length - first)
+        phase = Phase.PROMPT_END if first + count == length else Phase.PREFILL
+        for layer in range(LAYERS):
+            queries, keys, values = packed(length, 10 * layer)
+            engine.step_packed(
+                [sequence], layer, queries, keys, values, outputs, [first], [count], [phase]
+            )
+    return outputs
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 299])
+def test_a_prompt_in_chunks_is_exact_and_has_the_index_of_one_chunk(chunk: int) -> None:
+    whole, chunked = (Engine(**shape(), token_budget=64, telemetry="trace") for _ in range(2))
+    reference = ReferenceEngine(**shape())
+    for engine in (whole, chunked, reference):
+        engine.new_sequence()
+    length = 300
+    got = prefill_in_chunks(chunked, 0, length, chunk)
+    prefill_in_chunks(whole, 0, length, length)
+    queries, keys, values = (t.transpose(0, 1)[None] for t in packed(length, 10))
+    reference.append([0], 1, keys, values)
+    want = reference.attend([0], 1, queries)[0].transpose(0, 1)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    for step in range(3):  # within the budget from here on
+        queries, keys, values = packed(1, 1000 + step)
+        outputs = [torch.empty(1, Q_HEADS, DIM) for _ in range(2)]
+        for engine, output in zip((whole, chunked), outputs, strict=True):
+            for layer in range(LAYERS):
+                engine.step_packed(
+                    [0], layer, queries, keys, values, output, [0], [1], [Phase.AUTO]
+                )
+        assert torch.equal(outputs[0], outputs[1])
+    traces = [engine.trace(0, 0, 0) for engine in (whole, chunked)]
+    assert traces[0].selected and traces[0].selected == traces[1].selected
+    assert [page.positions for page in traces[0].pages] == [
+        page.positions for page in traces[1].pages
+    ]
+    chunked.check_integrity()
+
+
+def test_prefill_and_decoding_in_one_call_touch_only_their_rows() -> None:
+    together, alone = (Engine(**shape(), token_budget=64) for _ in range(2))
+    for engine in (together, alone):
+        for _ in range(2):
+            prefill_in_chunks(engine, engine.new_sequence(), 200, 200)
+    queries, keys, values = packed(40, 77)
+    outputs = torch.full((40, Q_HEADS, DIM), 5.0)
+    rows = [(0, 3, 1, Phase.AUTO), (1, 10, 25, Phase.PREFILL)]
+    together.step_packed(
+        [row[0] for row in rows],
+        0,
+        queries,
+        keys,
+        values,
+        outputs,
+        [row[1] for row in rows],
+        [row[2] for row in rows],
+        [row[3] for row in rows],
+    )
+    for sequence, first, count, phase in rows:
+        output = torch.empty(40, Q_HEADS, DIM)
+        alone.step_packed([sequence], 0, queries, keys, values, output, [first], [count], [phase])
+        assert torch.equal(outputs[first : first + count], output[first : first + count])
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[3] = untouched[10:35] = False
+    assert (outputs[untouched] == 5.0).all()
+    assert together.length(0) == 201 and together.length(1) == 225
+
+
+def test_step_packed_refuses_what_does_not_fit_and_changes_nothing() -> None:
+    engine = Engine(**shape())
+    engine.new_sequence()
+    queries, keys, values = packed(4, 1)
+    outputs = torch.empty_like(queries)
+
+    def step(**changed: Any) -> None:
+        given = {"queries": queries, "keys": keys, "values": values, "outputs": outputs}
+        given |= {"firsts": [0], "counts": [4], "phases": [Phase.AUTO]} | changed
+        engine.step_packed([0], 0, **given)
+
+    broken = keys.clone()
+    broken[2, 1, 0] = float("nan")
+    with pytest.raises(InvalidArgument, match=r"keys must be finite.*position 2"):
+        step(keys=broken)
+    with pytest.raises(InvalidArgument, match=r"float32 as the cache, got torch\.bfloat16"):
+        step(values=values.bfloat16())
+    with pytest.raises(InvalidArgument, match="must hold rows 0 to 5"):
+        step(counts=[5])
+    with pytest.raises(ValueError):
+        step(phases=[])
+    assert engine.length(0) == 0
+    step()
+    assert engine.length(0) == 4
