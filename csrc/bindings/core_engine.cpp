@@ -97,6 +97,7 @@ void bind_engine(py::module_& module) {
       .def("stats", &Engine::stats, Release())
       .def("reset_stats", &Engine::reset_stats, Release())
       .def("memory", &Engine::memory, Release())
+      .def("pool_bytes", &Engine::pool_bytes)
       .def("trace", &Engine::trace, Release())
       .def("check_integrity", &Engine::check_integrity, Release())
       .def("config", [](const Engine& self) { return self.config(); })

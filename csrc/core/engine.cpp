@@ -240,6 +240,10 @@ MemoryStats Engine::memory() const {
   return memory;
 }
 
+std::int64_t Engine::pool_bytes() const {
+  return static_cast<std::int64_t>(impl_->pool.used_pages() * impl_->pool.page_bytes());
+}
+
 StepTrace Engine::trace(SeqId sequence, int layer, int kv_head) const {
   const std::lock_guard lock(impl_->mutex);
   const LayerCache& cache = impl_->layer_of(sequence, layer);

@@ -109,6 +109,8 @@ class Engine {
   HeadStats stats(int layer, int kv_head) const;
   void reset_stats();
   MemoryStats memory() const;
+  // Of MemoryStats only pool_bytes; waits for nothing.
+  std::int64_t pool_bytes() const;
   // The last decode step of (sequence, layer, KV head); empty where there was none.
   StepTrace trace(SeqId sequence, int layer, int kv_head) const;
   void check_integrity() const;

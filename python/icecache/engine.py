@@ -218,6 +218,12 @@ class Engine:
             except (RuntimeError, TypeError):
                 pass  # as in step()
 
+        if not len(seqs) == len(firsts) == len(counts) == len(phases):
+            raise InvalidArgument(
+                "seqs, firsts, counts and phases must be of one length, got "
+                f"{len(seqs)}, {len(firsts)}, {len(counts)} and {len(phases)}"
+            )
+
         def rows(name: str, tensor: torch.Tensor) -> list[_core.TensorTuple]:
             parts = []
             for first, count in zip(firsts, counts, strict=True):
@@ -270,6 +276,10 @@ class Engine:
     def memory(self) -> _core.MemoryStats:
         """Bytes held; waits for background work."""
         return self._engine.memory()
+
+    def pool_bytes(self) -> int:
+        """Bytes of pages in use, of `host_memory`; waits for nothing."""
+        return self._engine.pool_bytes()
 
     def trace(self, seq: int, layer: int, kv_head: int) -> _core.StepTrace:
         """What the last decode step looked at; empty unless telemetry is "trace"."""

@@ -1,0 +1,171 @@
+"""The attention backend: full attention by the engine, all other layers as they were.
+
+vLLM's platform chooses the backend; ours takes its place under the same name and hands back the
+stock parts wherever IceCache was not asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from icecache.vllm.names import (
+    AttentionBackendEnum,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+    FullAttentionSpec,
+    get_current_vllm_config,
+    register_backend,
+)
+from icecache.vllm.settings import is_wanted
+from icecache.vllm.spec import IceCacheSpec
+from icecache.vllm.store import Batch
+from icecache.vllm.support import check_attention
+from icecache.vllm.worker import Shape, current_worker, has_layers, worker_for
+
+
+@dataclass
+class IceCacheMetadata(AttentionMetadata):  # type: ignore[misc]
+    """What the layers of one step share."""
+
+    batch: Batch
+
+
+class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
+    """Full attention of one layer: every token goes to the engine, which keeps and attends them."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.worker = worker_for(get_current_vllm_config())
+        check_attention(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=str(getattr(attn_type, "value", attn_type)),
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size, self.scale = head_size, float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.worker.add_layer(Shape(num_heads, num_kv_heads, head_size, self.scale))
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: IceCacheMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Query, output [N, Hq, D], key, value [N, Hkv, D]; `kv_cache` is not read.
+
+        Rows beyond those of the batch's requests come out as zeros.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("IceCache: quantised attention output is not supported")
+        batch = None if attn_metadata is None else attn_metadata.batch
+        store = self.worker.store
+        if batch is None or store is None or sum(batch.counts) < output.shape[0]:
+            output.zero_()
+        if batch is not None and store is not None:
+            store.attend(layer.layer_name, query, key, value, output, batch)
+        return output
+
+    def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: forward() hands the tokens to the engine."""
+
+
+class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # type: ignore[misc]
+    """Finds the requests of a batch's rows."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.worker = worker_for(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> IceCacheMetadata:
+        """Of the step that the connector announced; empty for a dummy batch."""
+        rows = common_attn_metadata.num_reqs
+        starts = common_attn_metadata.query_start_loc_cpu[: rows + 1].tolist()
+        blocks = common_attn_metadata.block_table_tensor[:rows, 0].tolist()
+        return IceCacheMetadata(self.worker.begin(starts, blocks))
+
+
+class _Impl(CPUAttentionBackendImpl):  # type: ignore[misc]
+    """What vLLM calls to make a layer's implementation: ours or the stock one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        window = args[5] if len(args) > 5 else kwargs.get("sliding_window")
+        if is_wanted(get_current_vllm_config()) and window is None:
+            return IceCacheAttention(*args, **kwargs)
+        return CPUAttentionBackendImpl(*args, **kwargs)
+
+
+class _Builder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """What vLLM calls to make a group's metadata builder: ours or the stock one."""
+
+    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kv_cache_spec, IceCacheSpec):
+            return IceCacheMetadataBuilder(kv_cache_spec, *args, **kwargs)
+        return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
+
+
+class IceCacheBackend(CPUAttentionBackend):  # type: ignore[misc]
+    """In place of vLLM's attention backend for CPUs."""
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """As in vLLM's backend where IceCache was not asked for."""
+        return _Impl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        """As get_impl_cls()."""
+        return _Builder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """One block a request, for the layers that the engine serves."""
+        worker = current_worker()
+        if not has_layers(worker) or type(spec) is not FullAttentionSpec:
+            return spec
+        assert worker is not None
+        return IceCacheSpec.of(spec, worker.host_slots(spec.dtype))
+
+
+def register_backends() -> None:
+    """Takes the place of the backend that vLLM's platform chooses."""
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, f"{IceCacheBackend.__module__}.{IceCacheBackend.__name__}"
+    )

@@ -1,0 +1,179 @@
+"""The KV connector: request ids, lifecycle, failures and statistics, between scheduler and workers.
+
+It moves no keys or values: those go from the attention layers to the engine of the same process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icecache import InvalidArgument, Phase
+from icecache.vllm.metadata import ScheduledRow, StepMetadata
+from icecache.vllm.metrics import Meter, PrometheusMetrics, Stats
+from icecache.vllm.names import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+    init_logger,
+)
+from icecache.vllm.spec import IceCacheSpec, slots_needed
+from icecache.vllm.support import check_config
+from icecache.vllm.worker import current_worker
+
+logger = init_logger(__name__)
+
+
+class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """Named by `kv_connector` in vLLM's kv_transfer_config. Both roles are in this class."""
+
+    requires_kv_delivery = False
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """Raises InvalidArgument where vLLM's configuration cannot be served."""
+        check_config(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        served = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, IceCacheSpec)]
+        if len(served) != 1:
+            raise InvalidArgument(
+                f"IceCache needs one group of full-attention layers that are alike, got "
+                f"{[type(g.kv_cache_spec).__name__ for g in groups]}; serve this model with stock "
+                "vLLM"
+            )
+        self._group = served[0]
+        self._can_fail_alone = len(groups) == 1
+        spec = groups[self._group].kv_cache_spec
+        # Scheduler's side, by request: its block, and the tokens that are prompt (also those that
+        # a preempted request had made before).
+        self._block: dict[str, int] = {}
+        self._prompt: dict[str, int] = {}
+        self._prompt_given: dict[str, int] = {}
+        self._store = None
+        if role == KVConnectorRole.WORKER:
+            worker = current_worker()
+            assert worker is not None and worker.shapes, "layers are made before the connector"
+            self._worker = worker
+            self._store = worker.open_store(groups[self._group].layer_names, spec.dtype)
+            self._meter = Meter(self._store)
+        else:
+            longest = vllm_config.model_config.max_model_len
+            logger.info(
+                "IceCache: host memory holds %s tokens, %.1f requests of %s tokens at once",
+                f"{spec.host_slots:,}",
+                spec.host_slots / slots_needed(longest),
+                f"{longest:,}",
+            )
+
+    # --- scheduler's side
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """No tokens from elsewhere."""
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Nothing to load."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """Every row of the step with the phase that it is in."""
+        output = scheduler_output
+        gone = set(output.finished_req_ids) | set(output.preempted_req_ids or ())
+        for request in output.finished_req_ids:
+            self._block.pop(request, None)
+            self._prompt.pop(request, None)
+            self._prompt_given.pop(request, None)
+        position: dict[str, int] = {}
+        for new in output.scheduled_new_reqs:
+            # The V2 runner sends resumed requests as new ones, with all their tokens.
+            tokens = new.prefill_token_ids or new.prompt_token_ids
+            given = tokens if tokens is not None else new.prompt_embeds
+            self._block[new.req_id] = new.block_ids[self._group][0]
+            self._prompt[new.req_id] = self._prompt_given[new.req_id] = len(given)
+            position[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for request, blocks, computed, made in zip(
+            cached.req_ids,
+            cached.new_block_ids,
+            cached.num_computed_tokens,
+            cached.num_output_tokens,
+            strict=True,
+        ):
+            position[request] = computed
+            if request in cached.resumed_req_ids:
+                self._block[request] = blocks[self._group][0]
+                self._prompt[request] = self._prompt_given[request] + made
+        rows = []
+        for request, count in output.num_scheduled_tokens.items():
+            first, prompt = position[request], self._prompt[request]
+            phase = Phase.AUTO
+            if first < prompt:
+                phase = Phase.PROMPT_END if first + count >= prompt else Phase.PREFILL
+            rows.append(ScheduledRow(request, self._block[request], first, count, phase))
+        return StepMetadata(rows=rows, gone=gone)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The block is free at once; the next step tells the workers."""
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As request_finished()."""
+        return False, None
+
+    # --- worker's side
+
+    def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
+        """First thing in every step, before the batch's metadata is built."""
+        assert self._store is not None
+        self._store.release(kv_connector_metadata.gone)
+        self._worker.step = kv_connector_metadata
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of requests that were lost: the scheduler fails them, and them alone."""
+        assert self._store is not None
+        lost = {row.block for row in self._worker.step.rows if row.request in self._store.failed}
+        if lost and not self._can_fail_alone:
+            raise RuntimeError(
+                "IceCache: a request failed, and vLLM cannot end one alone in a model with sliding "
+                f"windows: {self._store.failed}"
+            )
+        return lost
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        """What happened since the last call."""
+        return self._meter.since_last() if self._store is not None else None
+
+    def shutdown(self) -> None:
+        """Frees all pages."""
+        if self._store is not None:
+            self._worker.store = self._store = None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kw: Any) -> None:
+        """The layer's attention has done it."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is under way."""
+
+    # --- logger's side
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        """Stats from what a worker sent."""
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> PrometheusMetrics:
+        """For vLLM's /metrics."""
+        return PrometheusMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,164 @@
+"""Statistics of the workers' engines, for vLLM's log and for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+
+from icecache.vllm.names import KVConnectorPromMetrics, KVConnectorStats
+from icecache.vllm.store import Store
+
+_INTERVAL = 1.0  # seconds between two looks at the engine
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that a worker reports."""
+
+    name: str
+    help: str
+    is_gauge: bool = False  # else a counter: a worker reports what was added
+
+
+METRICS = (
+    Metric("steps", "Decode queries answered within the token budget, per layer and KV head"),
+    Metric("dense_steps", "Decode queries that attended to everything, per layer and KV head"),
+    Metric("tokens_selected", "Tokens picked by the index"),
+    Metric("pages_selected", "Pages that picked tokens came from"),
+    Metric("page_hits", "Picked pages that the device had"),
+    Metric("page_misses", "Picked pages that had to be moved to the device"),
+    Metric("read_bytes", "Bytes of sketches, summaries, keys and values read"),
+    Metric("moved_bytes", "Bytes moved from host to device"),
+    Metric("attention_mass", "Sum over steps of the share of attention that was exact"),
+    Metric("select_seconds", "Time spent selecting tokens, summed over threads"),
+    Metric("attend_seconds", "Time spent attending, selection included, summed over threads"),
+    Metric("index_seconds", "Time spent building and extending indexes, summed over threads"),
+    Metric("failed_requests", "Requests that failed alone"),
+    Metric("host_bytes", "Bytes of pages in use", is_gauge=True),
+    Metric("host_capacity_bytes", "Bytes of pages that host_memory holds", is_gauge=True),
+    Metric("requests", "Requests that hold pages", is_gauge=True),
+)
+_COUNTERS = [metric.name for metric in METRICS if not metric.is_gauge]
+
+
+class Stats(KVConnectorStats):  # type: ignore[misc]
+    """One number for each of METRICS, over an interval; empty where nothing was decoded."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> Stats:
+        """Counters add up; of gauges the later ones count."""
+        for name, value in other.data.items():
+            if name in _COUNTERS:
+                self.data[name] = self.data.get(name, 0) + value
+            else:
+                self.data[name] = value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For the log: what an operator looks at."""
+        steps = self.data.get("steps", 0)
+        pages = self.data.get("page_hits", 0) + self.data.get("page_misses", 0)
+        line: dict[str, int | float] = {
+            "IceCache host GiB": round(self.data.get("host_bytes", 0) / 2**30, 3),
+            "requests": self.data.get("requests", 0),
+        }
+        if steps:
+            line["exact attention mass"] = round(self.data["attention_mass"] / steps, 4)
+            line["select us per head"] = round(self.data["select_seconds"] / steps * 1e6, 1)
+        if pages:
+            line["page hit rate"] = round(self.data["page_hits"] / pages, 3)
+        return line
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class Meter:
+    """Turns the engine's sums into what was added since the last look."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last = dict.fromkeys(_COUNTERS, 0.0)
+        self._next = 0.0
+
+    def since_last(self) -> Stats | None:
+        """None within a second of the last look."""
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + _INTERVAL
+        sums = _sums(self._store)
+        data = {name: sums[name] - self._last[name] for name in _COUNTERS}
+        self._last = {name: sums[name] for name in _COUNTERS}
+        engine = self._store.engine
+        data["host_bytes"] = engine.pool_bytes()
+        data["host_capacity_bytes"] = int(engine.config.host_memory)
+        data["requests"] = self._store.requests
+        return Stats(data=data)
+
+
+def _sums(store: Store) -> dict[str, float]:
+    engine = store.engine
+    sums = dict.fromkeys(_COUNTERS, 0.0)
+    for layer in range(engine.num_layers):
+        for head in range(engine.num_kv_heads):
+            one = engine.stats(layer, head)
+            sums["steps"] += one.steps
+            sums["dense_steps"] += one.dense_steps
+            sums["tokens_selected"] += one.tokens_selected
+            sums["pages_selected"] += one.pages_selected
+            sums["page_hits"] += one.hits
+            sums["page_misses"] += one.misses
+            sums["read_bytes"] += one.bytes_read
+            sums["moved_bytes"] += one.bytes_moved
+            sums["attention_mass"] += one.mass
+            sums["select_seconds"] += one.select_seconds
+            sums["attend_seconds"] += one.attend_seconds
+            sums["index_seconds"] += one.index_seconds
+    sums["failed_requests"] = store.requests_failed
+    return sums
+
+
+class PrometheusMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """`icecache:NAME` for each of METRICS, with vLLM's own labels."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Mapping[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._metrics: dict[str, dict[int, Any]] = {}
+        for metric in METRICS:
+            options: dict[str, Any] = {}
+            if metric.is_gauge:
+                options["multiprocess_mode"] = "mostrecent"
+            made = metric_types[Gauge if metric.is_gauge else Counter](
+                name=f"icecache:{metric.name}",
+                documentation=metric.help,
+                labelnames=labelnames,
+                **options,
+            )
+            self._metrics[metric.name] = {
+                engine: made.labels(*values) for engine, values in per_engine_labelvalues.items()
+            }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Adds what a worker reported."""
+        for metric in METRICS:
+            value = transfer_stats_data.get(metric.name)
+            if value is None:
+                continue
+            series = self._metrics[metric.name][engine_idx]
+            if metric.is_gauge:
+                series.set(value)
+            else:
+                series.inc(value)

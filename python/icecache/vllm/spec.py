@@ -1,0 +1,114 @@
+"""How many of vLLM's blocks a request holds, and when host memory is full.
+
+The engine keeps the keys and values of a request, all of them, in its pages. Of vLLM's pool a
+request holds one block for life: a seat, whose number tells the worker which row of a batch is
+whose. vLLM's scheduler thereby admits as many and as long requests as host memory holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from icecache.vllm.names import AttentionSpec, KVCacheSpecRegistry, SingleTypeKVCacheManager
+
+# What a request takes of host memory beside its tokens, as a share and in tokens: full pages split
+# while tokens are inserted, and sinks and window begin pages of their own.
+_SLACK, _ENDS = 1.25, 64
+
+
+def slots_needed(tokens: int) -> int:
+    """Token slots of host memory, of every layer and KV head, that a request of `tokens` takes."""
+    return int(tokens * _SLACK) + _ENDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
+    """KV-cache spec of a full-attention layer that the engine serves."""
+
+    host_slots: int = 0  # tokens that the pages in host memory hold, of every layer and KV head
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, host_slots: int) -> IceCacheSpec:
+        """In place of a stock spec."""
+        shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+        return cls(**shared, host_slots=host_slots)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of vLLM's pool that one request takes at most."""
+        return int(self.page_size_bytes)
+
+
+class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
+    """One block a request, and no more tokens in all than host memory holds."""
+
+    def __init__(self, kv_cache_spec: IceCacheSpec, **kwargs: Any) -> None:
+        kwargs["max_admission_blocks_per_request"] = 1
+        super().__init__(kv_cache_spec, **kwargs)
+        self.host_slots = kv_cache_spec.host_slots
+        self.tokens: dict[str, int] = {}  # of each request: those it has, or was admitted for
+        self._asked: dict[str, int] = {}  # by a request that was told how many blocks it needs
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """0 or 1; more than there are where host memory does not hold `num_tokens` more.
+
+        Then the scheduler lets a new request wait, and preempts where a running one must grow.
+        """
+        others = sum(slots_needed(n) for other, n in self.tokens.items() if other != request_id)
+        if others > 0 and others + slots_needed(num_tokens) > self.host_slots:
+            return int(self.block_pool.get_num_free_blocks()) + 1
+        self._asked[request_id] = max(num_tokens, self._asked.get(request_id, 0))
+        return 0 if self.req_to_blocks.get(request_id) else 1
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[Any]:
+        """The request's block, if it has none yet."""
+        asked = self._asked.pop(request_id, 0)
+        self.tokens[request_id] = max(num_tokens, asked, self.tokens.get(request_id, 0))
+        blocks = self.req_to_blocks[request_id]
+        if blocks:
+            return []
+        blocks.extend(self.block_pool.get_new_blocks(1))
+        return list(blocks)
+
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the connector offers no tokens from elsewhere."""
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """The block of a request that ends or is preempted."""
+        self.tokens.pop(request_id, None)
+        self._asked.pop(request_id, None)
+        return list(super().pop_blocks_for_free(request_id))
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """0: cascade attention has no blocks to share."""
+        return 0
+
+    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the block stays for life."""
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """0: no block leaves."""
+        return 0
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: prefix caching is refused."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: Sequence[int], *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """No hit."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
+def register_spec() -> None:
+    """Makes vLLM's registry give IceCacheSpec its manager."""
+    # Before ours: a registry that is not empty takes itself for filled.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        IceCacheSpec, IceCacheManager, uniform_type_base_spec=IceCacheSpec
+    )

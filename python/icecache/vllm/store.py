@@ -1,0 +1,167 @@
+"""The worker's engine: which sequence is whose, and one step over all requests of a batch.
+
+One per worker process; each tensor-parallel rank has the KV heads that are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from icecache import Config, Engine, Error, Phase
+from icecache.vllm.names import init_logger
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a step computes of one request."""
+
+    request: str
+    first: int  # row of its first new token in the batch
+    count: int  # new tokens
+    position: int  # of the first new token
+    phase: Phase
+
+
+@dataclass
+class Batch:
+    """The rows of one step, as Engine.step_packed takes them. Rows that fail leave."""
+
+    rows: list[Row] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+
+    def add(self, row: Row, sequence: int) -> None:
+        self.rows.append(row)
+        self.sequences.append(sequence)
+        self.firsts.append(row.first)
+        self.counts.append(row.count)
+        self.phases.append(row.phase)
+
+    def drop(self, index: int) -> None:
+        for column in (self.rows, self.sequences, self.firsts, self.counts, self.phases):
+            del column[index]  # type: ignore[attr-defined]
+
+
+class Store:
+    """Requests' sequences in one engine. Not thread-safe: a worker steps on one thread."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        scale: float,
+        config: Config,
+    ) -> None:
+        """`layers`: names of the attention layers that are served, in the model's order."""
+        self.engine = Engine(
+            num_layers=len(layers),
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            scale=scale,
+            config=config,
+        )
+        self._layer = {name: index for index, name in enumerate(layers)}
+        self._sequence: dict[str, int] = {}
+        self._length: dict[str, int] = {}
+        self.failed: dict[str, str] = {}  # requests that this worker lost, and why
+        self.requests_failed = 0  # since the start
+
+    @property
+    def requests(self) -> int:
+        """Requests that hold pages."""
+        return len(self._sequence)
+
+    def release(self, requests: Iterable[str]) -> None:
+        """Ends requests, or lets go of preempted ones. Unknown ones are none of this worker's."""
+        for request in requests:
+            self.failed.pop(request, None)
+            self._length.pop(request, None)
+            sequence = self._sequence.pop(request, None)
+            if sequence is not None:
+                self.engine.release(sequence)
+
+    def begin(self, rows: Iterable[Row]) -> Batch:
+        """Before the first layer of a step: every row's sequence at its position."""
+        batch = Batch()
+        for row in rows:
+            if row.position == 0:
+                self.release([row.request])
+                self._sequence[row.request] = self.engine.new_sequence()
+                self._length[row.request] = 0
+            if row.request in self.failed:
+                continue
+            length = self._length.get(row.request, 0)
+            if row.position < length:  # tokens that the scheduler took back
+                self.engine.truncate(self._sequence[row.request], row.position)
+            elif row.position > length:
+                self._fail(row.request, f"holds {length} tokens, {row.position} were expected")
+                continue
+            self._length[row.request] = row.position + row.count
+            batch.add(row, self._sequence[row.request])
+        return batch
+
+    def attend(
+        self,
+        layer: str,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        outputs: torch.Tensor,
+        batch: Batch,
+    ) -> None:
+        """One layer of a step: queries, outputs [N, Hq, D], keys, values [N, Hkv, D].
+
+        A request whose keys or values are not finite, or that finds no page, fails alone: its rows
+        come out as zeros in this and all later layers, and `failed` names it.
+        """
+        number = self._layer[layer]
+        try:
+            self._step(number, queries, keys, values, outputs, batch)
+            return
+        except Error:
+            pass
+        # All rows or none: find those that cannot.
+        for index in reversed(range(len(batch.rows))):
+            alone = Batch()
+            alone.add(batch.rows[index], batch.sequences[index])
+            try:
+                self._step(number, queries, keys, values, outputs, alone)
+            except Error as error:
+                row = batch.rows[index]
+                self._fail(row.request, str(error))
+                outputs[row.first : row.first + row.count] = 0
+                batch.drop(index)
+
+    def _step(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        outputs: torch.Tensor,
+        batch: Batch,
+    ) -> None:
+        if batch.rows:
+            self.engine.step_packed(
+                batch.sequences, layer, queries, keys, values, outputs,
+                batch.firsts, batch.counts, batch.phases,
+            )
+
+    def _fail(self, request: str, reason: str) -> None:
+        """Frees its pages at once: others may be waiting for them."""
+        logger.error("IceCache: request %s fails: %s", request, reason)
+        self.release([request])
+        self.failed[request] = reason
+        self.requests_failed += 1

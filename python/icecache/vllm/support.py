@@ -1,0 +1,112 @@
+"""What the plugin does not serve: each is refused at start, with what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+
+from icecache import InvalidArgument
+from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
+from icecache.vllm.settings import CONNECTOR, CONNECTOR_MODULE, KEY, engine_config
+from icecache.vllm.spec import slots_needed
+
+NAME = "IceCache"
+
+
+def check_version() -> None:
+    """Raises InvalidArgument for a vLLM that the plugin is not made for."""
+    if not is_supported_version():
+        raise InvalidArgument(
+            f"{NAME} needs vLLM {FIRST[0]}.{FIRST[1]} or newer and below {END[0]}.{END[1]}, got "
+            f"{installed_version()}; install one of those, or start without {NAME}"
+        )
+
+
+def check_config(vllm_config: Any) -> None:
+    """Raises InvalidArgument where a server could not give right tokens, or not start."""
+    check_version()
+    engine_config(vllm_config)
+    transfer = vllm_config.kv_transfer_config
+    flags = (
+        f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_connector_module_path": '
+        f'"{CONNECTOR_MODULE}", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}}\''
+    )
+    if transfer is None or transfer.kv_connector is None:
+        _refuse("no KV connector", f"add {flags}, or start with `icecache serve`")
+    if transfer.kv_connector != CONNECTOR:
+        _refuse(
+            f"the KV connector {transfer.kv_connector}",
+            f"{NAME} has its own and cannot share: add {flags}",
+        )
+    if transfer.kv_load_failure_policy != "fail":
+        _refuse(
+            f"kv_load_failure_policy={transfer.kv_load_failure_policy!r}",
+            'set it to "fail": a request whose pages are lost must fail, not go on',
+        )
+    if KEY not in (vllm_config.additional_config or {}):
+        _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if cache.enable_prefix_caching:
+        _refuse("prefix caching", "pages are not shared yet: add --no-enable-prefix-caching")
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        _refuse(f"--kv-cache-dtype {cache.cache_dtype}", "leave it at auto")
+    if vllm_config.speculative_config is not None:
+        _refuse("speculative decoding", "start without --speculative-config")
+    if parallel.decode_context_parallel_size > 1:
+        _refuse("decode context parallelism", "use --tensor-parallel-size")
+    if parallel.pipeline_parallel_size > 1:
+        _refuse("pipeline parallelism", "use --tensor-parallel-size")
+    if vllm_config.model_config.is_encoder_decoder:
+        _refuse("encoder-decoder models", "serve them with stock vLLM")
+    if vllm_config.model_config.use_mla:
+        _refuse("multi-head latent attention", "serve such models with stock vLLM")
+
+
+def check_attention(
+    *,
+    alibi_slopes: Any,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    sinks: Any,
+    kv_cache_dtype: str,
+) -> None:
+    """Raises InvalidArgument for full attention of a kind that the engine does not compute."""
+    model = "serve this model with stock vLLM"
+    if alibi_slopes is not None:
+        _refuse("ALiBi", model)
+    if logits_soft_cap:
+        _refuse(f"soft-capping of attention logits ({logits_soft_cap:g})", model)
+    if attn_type != "decoder":
+        _refuse(f"{attn_type} attention", model)
+    if kv_sharing_target_layer_name is not None:
+        _refuse(f"layers that share the KV cache of {kv_sharing_target_layer_name}", model)
+    if sinks is not None:
+        _refuse("learned attention sinks", model)
+    if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
+
+
+def check_memory(host_memory: int, slot_bytes: int, max_model_len: int) -> None:
+    """Raises InvalidArgument where `host_memory` (bytes) does not hold one longest request.
+
+    `slot_bytes`: of one token in all layers and KV heads of this worker.
+    """
+    needed = slots_needed(max_model_len) * slot_bytes
+    if host_memory < needed:
+        raise InvalidArgument(
+            f"host_memory: expected at least {needed / 2**30:.3f} GiB, room for one request of "
+            f"{max_model_len:,} tokens (--max-model-len), got {host_memory / 2**30:.3f} GiB; raise "
+            "host_memory or lower --max-model-len"
+        )
+    available = psutil.virtual_memory().total
+    if host_memory > available:
+        raise InvalidArgument(
+            f"host_memory: expected at most this machine's {available / 2**30:.1f} GiB, got "
+            f"{host_memory / 2**30:.1f} GiB"
+        )
+
+
+def _refuse(what: str, remedy: str) -> None:
+    raise InvalidArgument(f"{NAME} does not serve with {what}: {remedy}")

@@ -1,0 +1,124 @@
+"""What one worker process knows: the layers it serves, its store, and the step under way.
+
+vLLM makes layers, specs, metadata builders and the connector each by themselves and hands none of
+them to another; they meet here. One model at a time: the newest VllmConfig is the one in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from icecache import InvalidArgument
+from icecache.vllm.metadata import StepMetadata
+from icecache.vllm.names import VllmConfig
+from icecache.vllm.settings import engine_config
+from icecache.vllm.store import Batch, Row, Store
+from icecache.vllm.support import check_config, check_memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an attention layer on this worker: its own heads where ranks share them."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+
+class Worker:
+    """Not thread-safe: a worker loads and steps on one thread."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        check_config(vllm_config)
+        self.vllm_config = vllm_config
+        self.config = engine_config(vllm_config)
+        self.shapes: list[Shape] = []  # one per layer that the engine serves
+        self.store: Store | None = None
+        self.step = StepMetadata()
+
+    def add_layer(self, shape: Shape) -> None:
+        """A layer whose attention the engine computes. All must be alike."""
+        if self.shapes and shape != self.shapes[0]:
+            raise InvalidArgument(
+                f"IceCache does not serve full-attention layers that differ: expected "
+                f"{self.shapes[0]}, got {shape}; serve this model with stock vLLM"
+            )
+        self.shapes.append(shape)
+
+    def host_slots(self, dtype: torch.dtype) -> int:
+        """Tokens that the pages in host memory hold, of every layer and KV head.
+
+        Raises InvalidArgument where they do not hold one longest request.
+        """
+        shape, page_size = self.shapes[0], int(self.config.page_size)
+        heads = len(self.shapes) * shape.num_kv_heads
+        page_bytes = 2 * page_size * shape.head_dim * dtype.itemsize
+        memory = int(self.config.host_memory)
+        check_memory(
+            memory,
+            page_bytes * heads // page_size,
+            self.vllm_config.model_config.max_model_len,
+        )
+        return memory // page_bytes // heads * page_size
+
+    def open_store(self, layer_names: list[str], dtype: torch.dtype) -> Store:
+        """The engine, when the cache's groups are known."""
+        shape = self.shapes[0]
+        self.store = Store(
+            layer_names,
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype,
+            shape.scale,
+            self.config,
+        )
+        return self.store
+
+    def begin(self, starts: list[int], blocks: list[int]) -> Batch:
+        """The batch of the step under way.
+
+        `starts` [B + 1]: where each row's new tokens begin among all; `blocks` [B]: the row's block
+        of vLLM's pool. Rows without tokens are padding. A dummy batch, which has no step, is empty.
+        """
+        if self.store is None or not self.step.rows:
+            return Batch()
+        by_block = {row.block: row for row in self.step.rows}
+        rows = []
+        for index, block in enumerate(blocks):
+            count = starts[index + 1] - starts[index]
+            if count == 0:
+                continue
+            row = by_block.pop(block, None)
+            if row is None or row.count != count:
+                raise RuntimeError(
+                    f"IceCache: row {index} of the batch has {count} tokens and block {block}, "
+                    f"which is not what the scheduler announced: {self.step.rows}"
+                )
+            rows.append(Row(row.request, starts[index], count, row.position, row.phase))
+        return self.store.begin(rows)
+
+
+_current: Worker | None = None
+
+
+def worker_for(vllm_config: VllmConfig) -> Worker:
+    """This process's worker; a new one for another config. Raises as check_config()."""
+    global _current
+    if _current is None or _current.vllm_config is not vllm_config:
+        _current = Worker(vllm_config)
+    return _current
+
+
+def current_worker() -> Worker | None:
+    """The worker of the model loaded last; None where no layer is served."""
+    return _current
+
+
+def has_layers(worker: Any) -> bool:
+    """True for a worker that serves layers."""
+    return worker is not None and bool(worker.shapes)
