@@ -13,6 +13,7 @@ from icecache.cli.config import config
 from icecache.cli.demo import demo
 from icecache.cli.doctor import doctor
 from icecache.cli.generate import generate
+from icecache.cli.serve import serve
 from icecache.errors import Error
 
 __all__ = ["app"]
@@ -80,4 +81,6 @@ def _main(
 
 for command in (demo, generate, doctor, config):
     app.command()(command)
+# vLLM's flags are passed on as they are.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.add_typer(bench, name="bench")

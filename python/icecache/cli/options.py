@@ -20,7 +20,7 @@ Settings: TypeAlias = Annotated[
 ]
 
 
-def parse_settings(settings: Sequence[str] | None, **fields: int | None) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str] | None, **fields: int | str | None) -> dict[str, Any]:
     """["name=value", ...] and those `fields` that are not None, as arguments of Config.
 
     Raises InvalidArgument for another form, an unknown name, a bad value, and a name given twice.

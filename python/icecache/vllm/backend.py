@@ -28,7 +28,7 @@ from icecache.vllm.settings import is_wanted
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch
 from icecache.vllm.support import check_attention
-from icecache.vllm.worker import Shape, current_worker, has_layers, worker_for
+from icecache.vllm.worker import Shape, current_worker, worker_for
 
 
 @dataclass
@@ -158,10 +158,10 @@ class IceCacheBackend(CPUAttentionBackend):  # type: ignore[misc]
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """One block a request, for the layers that the engine serves."""
         worker = current_worker()
-        if not has_layers(worker) or type(spec) is not FullAttentionSpec:
+        if worker is None or not worker.shapes or type(spec) is not FullAttentionSpec:
             return spec
-        assert worker is not None
-        return IceCacheSpec.of(spec, worker.host_slots(spec.dtype))
+        store = worker.open_store(spec.dtype)
+        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes)
 
 
 def register_backends() -> None:

@@ -53,7 +53,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             worker = current_worker()
             assert worker is not None and worker.shapes, "layers are made before the connector"
             self._worker = worker
-            self._store = worker.open_store(groups[self._group].layer_names, spec.dtype)
+            self._store = worker.open_store(spec.dtype)
+            self._store.name_layers(groups[self._group].layer_names)
             self._meter = Meter(self._store)
         else:
             longest = vllm_config.model_config.max_model_len

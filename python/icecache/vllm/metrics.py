@@ -98,7 +98,7 @@ class Meter:
         self._last = {name: sums[name] for name in _COUNTERS}
         engine = self._store.engine
         data["host_bytes"] = engine.pool_bytes()
-        data["host_capacity_bytes"] = int(engine.config.host_memory)
+        data["host_capacity_bytes"] = self._store.host_memory
         data["requests"] = self._store.requests
         return Stats(data=data)
 

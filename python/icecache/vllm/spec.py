@@ -98,7 +98,11 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: Sequence[int], *args: Any,
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: Sequence[int],
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[Any], ...], int]:
         """No hit."""
@@ -109,6 +113,4 @@ def register_spec() -> None:
     """Makes vLLM's registry give IceCacheSpec its manager."""
     # Before ours: a registry that is not empty takes itself for filled.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        IceCacheSpec, IceCacheManager, uniform_type_base_spec=IceCacheSpec
-    )
+    KVCacheSpecRegistry.register(IceCacheSpec, IceCacheManager, uniform_type_base_spec=IceCacheSpec)

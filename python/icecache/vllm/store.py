@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from icecache import Config, Engine, Error, Phase
+from icecache import Config, Engine, Error, InvalidArgument, Phase
 from icecache.vllm.names import init_logger
 
 logger = init_logger(__name__)
@@ -54,7 +54,7 @@ class Store:
 
     def __init__(
         self,
-        layers: Sequence[str],
+        num_layers: int,
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -62,9 +62,8 @@ class Store:
         scale: float,
         config: Config,
     ) -> None:
-        """`layers`: names of the attention layers that are served, in the model's order."""
         self.engine = Engine(
-            num_layers=len(layers),
+            num_layers=num_layers,
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -72,11 +71,31 @@ class Store:
             scale=scale,
             config=config,
         )
-        self._layer = {name: index for index, name in enumerate(layers)}
+        self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
         self._sequence: dict[str, int] = {}
         self._length: dict[str, int] = {}
         self.failed: dict[str, str] = {}  # requests that this worker lost, and why
         self.requests_failed = 0  # since the start
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of pages, of all requests."""
+        return int(self.engine.config.host_memory)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in all layers and KV heads of this worker."""
+        engine = self.engine
+        row = engine.head_dim * engine.dtype.itemsize
+        return 2 * engine.num_layers * engine.num_kv_heads * row
+
+    def name_layers(self, names: Sequence[str]) -> None:
+        """The layers that will attend, in the model's order."""
+        if len(names) != self.engine.num_layers:
+            raise InvalidArgument(
+                f"IceCache: expected {self.engine.num_layers} layers to serve, got {list(names)}"
+            )
+        self.layers = {name: index for index, name in enumerate(names)}
 
     @property
     def requests(self) -> int:
@@ -126,7 +145,7 @@ class Store:
         A request whose keys or values are not finite, or that finds no page, fails alone: its rows
         come out as zeros in this and all later layers, and `failed` names it.
         """
-        number = self._layer[layer]
+        number = self.layers[layer]
         try:
             self._step(number, queries, keys, values, outputs, batch)
             return
@@ -155,8 +174,15 @@ class Store:
     ) -> None:
         if batch.rows:
             self.engine.step_packed(
-                batch.sequences, layer, queries, keys, values, outputs,
-                batch.firsts, batch.counts, batch.phases,
+                batch.sequences,
+                layer,
+                queries,
+                keys,
+                values,
+                outputs,
+                batch.firsts,
+                batch.counts,
+                batch.phases,
             )
 
     def _fail(self, request: str, reason: str) -> None:

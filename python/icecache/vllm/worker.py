@@ -7,7 +7,6 @@ them to another; they meet here. One model at a time: the newest VllmConfig is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -49,34 +48,26 @@ class Worker:
             )
         self.shapes.append(shape)
 
-    def host_slots(self, dtype: torch.dtype) -> int:
-        """Tokens that the pages in host memory hold, of every layer and KV head.
+    def open_store(self, dtype: torch.dtype) -> Store:
+        """The engine, once all layers are known.
 
-        Raises InvalidArgument where they do not hold one longest request.
+        Raises InvalidArgument where host memory does not hold one longest request.
         """
-        shape, page_size = self.shapes[0], int(self.config.page_size)
-        heads = len(self.shapes) * shape.num_kv_heads
-        page_bytes = 2 * page_size * shape.head_dim * dtype.itemsize
-        memory = int(self.config.host_memory)
-        check_memory(
-            memory,
-            page_bytes * heads // page_size,
-            self.vllm_config.model_config.max_model_len,
-        )
-        return memory // page_bytes // heads * page_size
-
-    def open_store(self, layer_names: list[str], dtype: torch.dtype) -> Store:
-        """The engine, when the cache's groups are known."""
-        shape = self.shapes[0]
-        self.store = Store(
-            layer_names,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            dtype,
-            shape.scale,
-            self.config,
-        )
+        if self.store is None:
+            shape = self.shapes[0]
+            store = Store(
+                len(self.shapes),
+                shape.num_q_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                dtype,
+                shape.scale,
+                self.config,
+            )
+            check_memory(
+                store.host_memory, store.slot_bytes, self.vllm_config.model_config.max_model_len
+            )
+            self.store = store
         return self.store
 
     def begin(self, starts: list[int], blocks: list[int]) -> Batch:
@@ -117,8 +108,3 @@ def worker_for(vllm_config: VllmConfig) -> Worker:
 def current_worker() -> Worker | None:
     """The worker of the model loaded last; None where no layer is served."""
     return _current
-
-
-def has_layers(worker: Any) -> bool:
-    """True for a worker that serves layers."""
-    return worker is not None and bool(worker.shapes)
