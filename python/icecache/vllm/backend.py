@@ -28,14 +28,26 @@ from icecache.vllm.settings import is_wanted
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch
 from icecache.vllm.support import check_attention
-from icecache.vllm.worker import Shape, current_worker, worker_for
+from icecache.vllm.worker import Shape, Worker, current_worker, worker_for
 
 
 @dataclass
 class IceCacheMetadata(AttentionMetadata):  # type: ignore[misc]
-    """What the layers of one step share."""
+    """What the layers of one step share. The first of them finds the requests of the rows.
 
-    batch: Batch
+    Not the builder: vLLM's V2 runner builds metadata before the connector has the step's.
+    """
+
+    worker: Worker
+    starts: list[int]  # [B + 1] where each row's new tokens begin
+    blocks: list[int]  # [B] each row's block of vLLM's pool
+    _batch: Batch | None = None
+
+    def batch(self) -> Batch:
+        """The requests of the rows; raises RuntimeError where they are not the scheduler's."""
+        if self._batch is None:
+            self._batch = self.worker.begin(self.starts, self.blocks)
+        return self._batch
 
 
 class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
@@ -87,7 +99,7 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("IceCache: quantised attention output is not supported")
-        batch = None if attn_metadata is None else attn_metadata.batch
+        batch = None if attn_metadata is None else attn_metadata.batch()
         store = self.worker.store
         if batch is None or store is None or sum(batch.counts) < output.shape[0]:
             output.zero_()
@@ -100,7 +112,7 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
 
 
 class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # type: ignore[misc]
-    """Finds the requests of a batch's rows."""
+    """Reads the form of a batch."""
 
     def __init__(
         self,
@@ -115,11 +127,11 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> IceCacheMetadata:
-        """Of the step that the connector announced; empty for a dummy batch."""
+        """Of a batch in whatever order the runner has its rows."""
         rows = common_attn_metadata.num_reqs
         starts = common_attn_metadata.query_start_loc_cpu[: rows + 1].tolist()
         blocks = common_attn_metadata.block_table_tensor[:rows, 0].tolist()
-        return IceCacheMetadata(self.worker.begin(starts, blocks))
+        return IceCacheMetadata(self.worker, starts, blocks)
 
 
 class _Impl(CPUAttentionBackendImpl):  # type: ignore[misc]

@@ -1,0 +1,205 @@
+"""Runs one scenario on a real vLLM engine in this process, and prints its result as JSON.
+
+    python drive.py SCENARIO '{"model": FOLDER, "icecache": {...} | null, "llm": {...}, ...}'
+
+A process of its own for each: vLLM keeps a process's first connector for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCABULARY, NAN_TOKEN = 512, 7
+
+
+def make(spec: dict[str, Any]) -> Any:
+    """vllm.LLM, through the plugin unless spec["icecache"] is None."""
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
+        "gpu_memory_utilization": 0.3,
+        "skip_tokenizer_init": spec.get("tokenizer") is None,
+    }
+    if spec["icecache"] is not None:
+        from icecache.vllm import engine_args
+
+        arguments |= engine_args(**spec["icecache"])
+    return LLM(model=spec["model"], **(arguments | spec.get("llm", {})))
+
+
+def sampling(tokens: int, **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more
+    )
+
+
+def inner(llm: Any) -> dict[str, Any]:
+    """What a test looks at behind the API."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    result = {"scheduler": scheduler, "pool": pool, "preemptions": [0]}
+    preempt = scheduler._preempt_request
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result["preemptions"][0] += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return result
+
+
+def store_of() -> Any:
+    from icecache.vllm.worker import current_worker
+
+    worker = current_worker()
+    assert worker is not None and worker.store is not None
+    return worker.store
+
+
+def generate(spec: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of spec["prompts"], all at once, and what the engine saw of it."""
+    llm = make(spec)
+    seen = inner(llm)
+    free = seen["pool"].get_num_free_blocks()
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in spec["prompts"]],
+        sampling(spec["tokens"]),
+        use_tqdm=False,
+    )
+    result = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "preemptions": seen["preemptions"][0],
+        "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+    }
+    if spec["icecache"] is not None:
+        llm.llm_engine.step()  # tells the workers of the last ones that finished
+        engine = store_of().engine
+        stats = [
+            engine.stats(layer, head)
+            for layer in range(engine.num_layers)
+            for head in range(engine.num_kv_heads)
+        ]
+        result |= {
+            "steps": sum(one.steps for one in stats),
+            "dense_steps": sum(one.dense_steps for one in stats),
+            "requests": store_of().requests,
+        }
+    return result
+
+
+def storm(spec: dict[str, Any]) -> dict[str, Any]:
+    """spec["count"] random requests, a share of them aborted; each then served alone."""
+    llm = make(spec)
+    seen = inner(llm)
+    engine = llm.llm_engine
+    free = seen["pool"].get_num_free_blocks()
+    generator = random.Random(spec.get("seed", 0))
+    prompts, lengths = {}, {}
+    for number in range(spec["count"]):
+        name = f"r{number}"
+        size = generator.choice([1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)])
+        prompts[name] = [generator.randrange(8, VOCABULARY) for _ in range(size)]
+        lengths[name] = generator.randint(1, 24)
+    waiting, running, answers = list(prompts), set(), {}
+    most = 0
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(generator.randint(0, 3)):
+            if waiting and len(running) < 12:
+                name = waiting.pop()
+                engine.add_request(
+                    name, {"prompt_token_ids": prompts[name]}, sampling(lengths[name])
+                )
+                running.add(name)
+        if running and generator.random() < spec["abort_share"]:
+            victim = generator.choice(sorted(running))
+            engine.abort_request([victim])
+            running.discard(victim)
+        for output in engine.step():
+            if output.finished and output.request_id in running:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+                running.discard(output.request_id)
+        most = max(most, store_of().requests)
+    engine.step()
+    store = store_of()
+    store.engine.check_integrity()
+    result = {
+        "answered": len(answers),
+        "most_requests": most,
+        "preemptions": seen["preemptions"][0],
+        "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+        "requests_left": store.requests,
+        "page_bytes_left": store.engine.pool_bytes(),
+    }
+    differing = []
+    for name in sorted(answers)[:: spec.get("every", 1)]:
+        alone = llm.generate(
+            [{"prompt_token_ids": prompts[name]}], sampling(lengths[name]), use_tqdm=False
+        )
+        if list(alone[0].outputs[0].token_ids) != answers[name]:
+            differing.append(name)
+    return {**result, "differing": differing}
+
+
+def broken(spec: dict[str, Any]) -> dict[str, Any]:
+    """Requests whose keys are NaN, between others."""
+    llm = make(spec)
+    engine = llm.llm_engine
+    generator = random.Random(1)
+    prompts = {
+        f"r{n}": [generator.randrange(8, VOCABULARY) for _ in range(150)] for n in range(4)
+    }
+    prompts["bad"] = [*prompts["r0"][:100], NAN_TOKEN, *prompts["r0"][:40]]
+    for name, prompt in prompts.items():
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(12))
+    reasons, answers = {}, {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                reasons[output.request_id] = output.outputs[0].finish_reason
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+    engine.step()
+    alone = {
+        name: list(
+            llm.generate([{"prompt_token_ids": prompt}], sampling(12), use_tqdm=False)[0]
+            .outputs[0]
+            .token_ids
+        )
+        for name, prompt in prompts.items()
+        if name != "bad"
+    }
+    engine.step()
+    return {
+        "reasons": reasons,
+        "differing": [name for name in alone if alone[name] != answers[name]],
+        "failed": store_of().requests_failed,
+        "requests_left": store_of().requests,
+    }
+
+
+SCENARIOS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "generate": generate,
+    "storm": storm,
+    "broken": broken,
+}
+
+if __name__ == "__main__":
+    result = SCENARIOS[sys.argv[1]](json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    print("RESULT " + json.dumps(result), flush=True)
+    os._exit(0)  # vLLM's threads would keep the process for seconds

@@ -1,0 +1,62 @@
+"""Models that the tests serve: tiny random ones, and SmolLM2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 512
+NAN_TOKEN = 7  # its embedding is NaN
+
+
+def tiny_llama(folder: Path, heads: tuple[int, int] = (4, 2), head_dim: int = 32) -> Path:
+    """Two layers of random weights; `heads`: query and KV heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head_dim,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.normal_(0.0, 0.15)
+        model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_gemma3(folder: Path) -> Path:
+    """Sliding layers between full ones."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return folder

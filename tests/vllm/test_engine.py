@@ -1,0 +1,150 @@
+"""The plugin in a real vLLM engine: the same tokens as stock, nothing leaked, others unharmed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EngineFailed, Run
+
+SIZES = [1, 2, 5, 15, 16, 17, 33, 64, 100, 127, 128, 129, 200, 300, 500, 900]
+SMALL = {"max_model_len": 1024, "block_size": 32, "max_num_seqs": 16}
+
+
+def prompts(sizes: list[int]) -> list[list[int]]:
+    generator = random.Random(3)
+    return [[generator.randrange(8, 512) for _ in range(size)] for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def stock(run: Run, llama: Path) -> list[list[int]]:
+    """What vLLM itself answers to 16 prompts."""
+    result = run("generate", model=llama, prompts=prompts(SIZES), tokens=24, llm=SMALL)
+    return list(result["tokens"])
+
+
+@pytest.mark.parametrize(
+    "llm",
+    [
+        {"max_num_batched_tokens": 2048},
+        {"max_num_batched_tokens": 64},
+        {"max_num_batched_tokens": 128, "long_prefill_token_threshold": 7},
+        {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 1},
+    ],
+    ids=["whole prompts", "64 a step", "chunks of 7", "token by token"],
+)
+def test_exact_mode_gives_the_tokens_of_stock(
+    run: Run, llama: Path, stock: list[list[int]], llm: dict[str, Any]
+) -> None:
+    result = run(
+        "generate",
+        model=llama,
+        prompts=prompts(SIZES),
+        tokens=24,
+        icecache={"exact": True, "host_memory": "256M"},
+        llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
+    )
+    assert result["tokens"] == stock
+    assert result["dense_steps"] > 0 and result["steps"] == 0
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+
+
+def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
+    run: Run, llama: Path, stock: list[list[int]]
+) -> None:
+    result = run(
+        "generate",
+        model=llama,
+        prompts=prompts(SIZES),
+        tokens=24,
+        icecache={"token_budget": 1024, "host_memory": "256M"},
+        llm={**SMALL, "num_gpu_blocks_override": 17},
+    )
+    assert result["tokens"] == stock
+
+
+def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
+    run: Run, llama: Path
+) -> None:
+    answers = []
+    for llm in ({"max_num_batched_tokens": 2048}, {"max_num_batched_tokens": 48}):
+        result = run(
+            "generate",
+            model=llama,
+            prompts=prompts([300, 400, 500]),
+            tokens=24,
+            icecache={"token_budget": 64, "host_memory": "256M"},
+            llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
+        )
+        assert result["steps"] > 0
+        answers.append(result["tokens"])
+    assert answers[0] == answers[1]
+
+
+def test_a_full_host_memory_preempts_and_resumes(
+    run: Run, llama: Path, stock: list[list[int]]
+) -> None:
+    # 1 KiB a token of both layers and KV heads: room for the longest request, not for all.
+    result = run(
+        "generate",
+        model=llama,
+        prompts=prompts(SIZES),
+        tokens=24,
+        icecache={"exact": True, "host_memory": 1400 * 1024},
+        llm={**SMALL, "num_gpu_blocks_override": 17, "scheduler_reserve_full_isl": False},
+    )
+    assert result["preemptions"] > 0
+    assert result["tokens"] == stock
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+
+
+def test_sliding_layers_stay_stock(run: Run, gemma: Path) -> None:
+    llm = {**SMALL, "disable_hybrid_kv_cache_manager": False}
+    given = {"model": gemma, "prompts": prompts([5, 100, 300]), "tokens": 16}
+    want = run("generate", **given, llm=llm)
+    got = run("generate", **given, llm=llm, icecache={"exact": True, "host_memory": "256M"})
+    assert got["tokens"] == want["tokens"]
+    assert got["dense_steps"] > 0
+
+
+def test_500_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> None:
+    result = run(
+        "storm",
+        model=llama,
+        count=500,
+        abort_share=0.15,
+        icecache={"exact": True, "host_memory": "8M", "integrity": "always"},
+        llm={**SMALL, "num_gpu_blocks_override": 13, "max_num_batched_tokens": 96},
+    )
+    assert result["most_requests"] >= 8
+    assert 100 < result["answered"] < 500
+    assert result["differing"] == []
+    assert result["blocks_lost"] == 0
+    assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
+
+
+@pytest.mark.parametrize("chunk", [2048, 64])
+def test_a_request_with_nan_fails_alone(run: Run, llama: Path, chunk: int) -> None:
+    result = run(
+        "broken",
+        model=llama,
+        icecache={"exact": True, "host_memory": "64M"},
+        llm={**SMALL, "num_gpu_blocks_override": 17, "max_num_batched_tokens": chunk},
+    )
+    assert result["reasons"].pop("bad") == "error"
+    assert set(result["reasons"].values()) == {"length"}
+    assert result["differing"] == [] and result["failed"] == 1 and result["requests_left"] == 0
+
+
+def test_too_little_host_memory_is_refused_at_start(run: Run, llama: Path) -> None:
+    with pytest.raises(EngineFailed, match=r"host_memory: expected at least .* GiB, room for one"):
+        run(
+            "generate",
+            model=llama,
+            prompts=prompts([5]),
+            tokens=4,
+            icecache={"host_memory": "1M"},
+            llm=SMALL,
+        )
