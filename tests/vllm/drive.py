@@ -161,9 +161,7 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
     llm = make(spec)
     engine = llm.llm_engine
     generator = random.Random(1)
-    prompts = {
-        f"r{n}": [generator.randrange(8, VOCABULARY) for _ in range(150)] for n in range(4)
-    }
+    prompts = {f"r{n}": [generator.randrange(8, VOCABULARY) for _ in range(150)] for n in range(4)}
     prompts["bad"] = [*prompts["r0"][:100], NAN_TOKEN, *prompts["r0"][:40]]
     for name, prompt in prompts.items():
         engine.add_request(name, {"prompt_token_ids": prompt}, sampling(12))

@@ -60,3 +60,10 @@ def tiny_gemma3(folder: Path) -> Path:
                 weight.normal_(0.0, 0.15)
     model.save_pretrained(folder)
     return folder
+
+
+def manual(characters: int) -> str:
+    """The beginning of a long real text that every Python has."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))[:characters]
