@@ -1,0 +1,191 @@
+"""What is refused at start, on vLLM's own configuration classes: the reason and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from icecache import InvalidArgument
+from icecache.vllm import engine_args, names, support
+from icecache.vllm.connector import IceCacheConnector
+from icecache.vllm.spec import IceCacheManager, IceCacheSpec, slots_needed
+from vllm import EngineArgs
+
+
+def config(model: Path, **changes: Any) -> Any:
+    """vLLM's configuration of a server with the plugin."""
+    arguments: dict[str, Any] = {"model": str(model), "dtype": "float32", "max_model_len": 1024}
+    return EngineArgs(**{**arguments, **engine_args(), **changes}).create_engine_config()
+
+
+def test_the_plain_configuration_is_served(llama: Path) -> None:
+    support.check_config(config(llama))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_prefix_caching": True}, "prefix caching.*--no-enable-prefix-caching"),
+        ({"kv_transfer_config": None}, "no KV connector: add --kv-transfer-config.*icecache serve"),
+        ({"additional_config": {}}, "no settings: add --additional-config"),
+        ({"additional_config": {"icecache": {"token_budgets": 3}}}, "token_budgets"),
+        ({"additional_config": {"icecache": {"sketch_bits": "x"}}}, "sketch_bits must"),
+        ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: leave it at auto"),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "speculative decoding: start without",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_served(
+    llama: Path, changes: dict[str, Any], message: str
+) -> None:
+    given = config(llama, **changes)
+    with pytest.raises(InvalidArgument, match=message):
+        support.check_config(given)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("decode_context_parallel_size", 2, "decode context parallelism: use --tensor"),
+        ("pipeline_parallel_size", 2, "pipeline parallelism: use --tensor"),
+    ],
+)
+def test_a_parallelism_that_cannot_be_served(
+    llama: Path, field: str, value: int, message: str
+) -> None:
+    given = config(llama)
+    setattr(given.parallel_config, field, value)
+    with pytest.raises(InvalidArgument, match=message):
+        support.check_config(given)
+
+
+def test_another_connector_and_another_failure_policy(llama: Path) -> None:
+    given = config(llama)
+    given.kv_transfer_config.kv_load_failure_policy = "recompute"
+    with pytest.raises(InvalidArgument, match="must fail, not go on"):
+        support.check_config(given)
+    given.kv_transfer_config.kv_connector = "OffloadingConnector"
+    with pytest.raises(InvalidArgument, match="the KV connector OffloadingConnector"):
+        support.check_config(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 50.0}, r"soft-capping of attention logits \(50\)"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"kv_sharing_target_layer_name": "layer.0"}, "share the KV cache of layer.0"),
+        ({"sinks": object()}, "learned attention sinks"),
+        ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8"),
+    ],
+)
+def test_attention_that_the_engine_does_not_compute(change: dict[str, Any], message: str) -> None:
+    usual: dict[str, Any] = {
+        "alibi_slopes": None,
+        "logits_soft_cap": None,
+        "attn_type": "decoder",
+        "kv_sharing_target_layer_name": None,
+        "sinks": None,
+        "kv_cache_dtype": "auto",
+    }
+    support.check_attention(**usual)
+    with pytest.raises(InvalidArgument, match=message):
+        support.check_attention(**{**usual, **change})
+
+
+def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, served in (
+        ("0.28.9", False),
+        ("0.29.0", True),
+        ("0.33.1rc1", True),
+        ("0.34.0", False),
+        ("1.0", False),
+        ("dev", False),
+    ):
+        monkeypatch.setattr(names, "installed_version", lambda version=version: version)
+        assert names.is_supported_version() is served, version
+    monkeypatch.setattr(support, "is_supported_version", lambda: False)
+    with pytest.raises(InvalidArgument, match=r"needs vLLM 0\.29 or newer and below 0\.34, got "):
+        support.check_version()
+
+
+def test_host_memory_for_one_longest_request() -> None:
+    support.check_memory(slots_needed(1000) * 64, 64, 1000)
+    with pytest.raises(InvalidArgument, match=r"host_memory: expected at least .*1,000 tokens"):
+        support.check_memory(slots_needed(1000) * 64 - 1, 64, 1000)
+    with pytest.raises(InvalidArgument, match="at most this machine's"):
+        support.check_memory(1 << 60, 64, 1000)
+
+
+def test_every_name_that_the_plugin_touches_is_there() -> None:
+    assert names.is_supported_version()
+    for name in names.__all__:
+        assert getattr(names, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("ours", "methods"),
+    [
+        (
+            IceCacheManager,
+            {
+                "get_num_blocks_to_allocate",
+                "allocate_new_blocks",
+                "pop_blocks_for_free",
+                "allocate_external_computed_blocks",
+                "cache_blocks",
+                "remove_skipped_blocks",
+                "get_num_skipped_tokens",
+                "find_longest_cache_hit",
+            },
+        ),
+        (IceCacheSpec, {"max_memory_usage_bytes"}),
+        (
+            IceCacheConnector,
+            {
+                "get_num_new_matched_tokens",
+                "update_state_after_alloc",
+                "build_connector_meta",
+                "request_finished",
+                "request_finished_all_groups",
+                "handle_preemptions",
+                "get_block_ids_with_load_errors",
+                "get_kv_connector_stats",
+                "shutdown",
+                "start_load_kv",
+                "wait_for_layer_load",
+                "save_kv_layer",
+                "wait_for_save",
+                "build_kv_connector_stats",
+                "build_prom_metrics",
+                "requires_kv_delivery",
+            },
+        ),
+    ],
+)
+def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
+    own: Callable[[str], bool] = lambda name: not name.startswith("_")  # noqa: E731
+    public = {name for name in vars(ours) if own(name) and callable(getattr(ours, name))}
+    assert public - {"of", "get_num_common_prefix_blocks"} <= methods
+    for name in methods:
+        assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
+
+
+def test_no_module_but_names_imports_vllm() -> None:
+    folder = Path(names.__file__).parent
+    for path in folder.glob("*.py"):
+        if path.name != "names.py":
+            assert not re.search(r"^\s*(from|import) vllm", path.read_text(), re.MULTILINE), path
