@@ -366,7 +366,12 @@ def test_step_packed_refuses_what_does_not_fit_and_changes_nothing() -> None:
     outputs = torch.empty_like(queries)
 
     def step(**changed: Any) -> None:
-        given = {"queries": queries, "keys": keys, "values": values, "outputs": outputs}
+        given: dict[str, Any] = {
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "outputs": outputs,
+        }
         given |= {"firsts": [0], "counts": [4], "phases": [Phase.AUTO]} | changed
         engine.step_packed([0], 0, **given)
 

@@ -11,7 +11,8 @@ import pytest
 from icecache import InvalidArgument
 from icecache.vllm import engine_args, names, support
 from icecache.vllm.connector import IceCacheConnector
-from icecache.vllm.spec import IceCacheManager, IceCacheSpec, slots_needed
+from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from vllm import EngineArgs
 
 

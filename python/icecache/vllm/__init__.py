@@ -10,6 +10,7 @@ changes nothing until a server or an `LLM` is configured for IceCache, see `engi
 settings   what a user sets, and the vLLM arguments that follow from it
 names      every vLLM name that the plugin touches
 support    what is refused, and what to do instead
+host_memory  how much of it a request takes
 spec       how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager
 connector  request ids, lifecycle and statistics between scheduler and workers
 backend    the attention backend

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from icecache import InvalidArgument, Phase
+from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
@@ -16,7 +17,7 @@ from icecache.vllm.names import (
     SupportsHMA,
     init_logger,
 )
-from icecache.vllm.spec import IceCacheSpec, slots_needed
+from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.support import check_config
 from icecache.vllm.worker import current_worker
 

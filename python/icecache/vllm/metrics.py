@@ -49,7 +49,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
     """One number for each of METRICS, over an interval; empty where nothing was decoded."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> Stats:
         """Counters add up; of gauges the later ones count."""

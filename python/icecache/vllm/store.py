@@ -46,7 +46,7 @@ class Batch:
 
     def drop(self, index: int) -> None:
         for column in (self.rows, self.sequences, self.firsts, self.counts, self.phases):
-            del column[index]  # type: ignore[attr-defined]
+            del column[index]
 
 
 class Store:

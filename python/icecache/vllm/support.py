@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 
 from icecache import InvalidArgument
+from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
 from icecache.vllm.settings import CONNECTOR, CONNECTOR_MODULE, KEY, engine_config
-from icecache.vllm.spec import slots_needed
 
 NAME = "IceCache"
 

@@ -1,0 +1,12 @@
+"""How much host memory a request takes."""
+
+from __future__ import annotations
+
+# What a request takes of host memory beside its tokens, as a share and in tokens: full pages split
+# while tokens are inserted, and sinks and window begin pages of their own.
+_SLACK, _ENDS = 1.25, 64
+
+
+def slots_needed(tokens: int) -> int:
+    """Token slots of host memory, of every layer and KV head, that a request of `tokens` takes."""
+    return int(tokens * _SLACK) + _ENDS
