@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="make test-vllm makes an environment with vLLM")
 
+# One process with its engine, little memory, no word beside errors, no question to a hub.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 DRIVE = Path(__file__).with_name("drive.py")
 
 Run = Callable[..., dict[str, Any]]
@@ -34,6 +42,7 @@ def run() -> Run:
             capture_output=True,
             text=True,
             timeout=600,
+            env={**os.environ, **ENVIRONMENT},
         )
         for line in done.stdout.splitlines():
             if line.startswith("RESULT "):

@@ -14,12 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-VOCABULARY, NAN_TOKEN = 512, 7
+from models import NAN_TOKEN, VOCABULARY
 
 
 def make(spec: dict[str, Any]) -> Any:
@@ -32,7 +27,7 @@ def make(spec: dict[str, Any]) -> Any:
         "enable_prefix_caching": False,
         "seed": 0,
         "gpu_memory_utilization": 0.3,
-        "skip_tokenizer_init": spec.get("tokenizer") is None,
+        "skip_tokenizer_init": True,
     }
     if spec["icecache"] is not None:
         from icecache.vllm import engine_args
@@ -41,19 +36,25 @@ def make(spec: dict[str, Any]) -> Any:
     return LLM(model=spec["model"], **(arguments | spec.get("llm", {})))
 
 
-def sampling(tokens: int, **more: Any) -> Any:
+def sampling(tokens: int) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy tokens of all prompts, served together."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling(tokens), use_tqdm=False
     )
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def inner(llm: Any) -> dict[str, Any]:
     """What a test looks at behind the API."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    result = {"scheduler": scheduler, "pool": pool, "preemptions": [0]}
+    result = {"pool": pool, "preemptions": [0]}
     preempt = scheduler._preempt_request
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -77,29 +78,16 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     llm = make(spec)
     seen = inner(llm)
     free = seen["pool"].get_num_free_blocks()
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in spec["prompts"]],
-        sampling(spec["tokens"]),
-        use_tqdm=False,
-    )
-    result = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    result: dict[str, Any] = {
+        "tokens": answers(llm, spec["prompts"], spec["tokens"]),
         "preemptions": seen["preemptions"][0],
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
     }
     if spec["icecache"] is not None:
         llm.llm_engine.step()  # tells the workers of the last ones that finished
-        engine = store_of().engine
-        stats = [
-            engine.stats(layer, head)
-            for layer in range(engine.num_layers)
-            for head in range(engine.num_kv_heads)
-        ]
-        result |= {
-            "steps": sum(one.steps for one in stats),
-            "dense_steps": sum(one.dense_steps for one in stats),
-            "requests": store_of().requests,
-        }
+        from icecache.vllm.metrics import sums
+
+        result |= {**sums(store_of()), "requests": store_of().requests}
     return result
 
 
@@ -116,7 +104,7 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
         size = generator.choice([1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)])
         prompts[name] = [generator.randrange(8, VOCABULARY) for _ in range(size)]
         lengths[name] = generator.randint(1, 24)
-    waiting, running, answers = list(prompts), set(), {}
+    waiting, running, made = list(prompts), set(), {}
     most = 0
     while waiting or engine.has_unfinished_requests():
         for _ in range(generator.randint(0, 3)):
@@ -132,27 +120,25 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
             running.discard(victim)
         for output in engine.step():
             if output.finished and output.request_id in running:
-                answers[output.request_id] = list(output.outputs[0].token_ids)
+                made[output.request_id] = list(output.outputs[0].token_ids)
                 running.discard(output.request_id)
         most = max(most, store_of().requests)
     engine.step()
     store = store_of()
     store.engine.check_integrity()
     result = {
-        "answered": len(answers),
+        "answered": len(made),
         "most_requests": most,
         "preemptions": seen["preemptions"][0],
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
         "requests_left": store.requests,
         "page_bytes_left": store.engine.pool_bytes(),
     }
-    differing = []
-    for name in sorted(answers)[:: spec.get("every", 1)]:
-        alone = llm.generate(
-            [{"prompt_token_ids": prompts[name]}], sampling(lengths[name]), use_tqdm=False
-        )
-        if list(alone[0].outputs[0].token_ids) != answers[name]:
-            differing.append(name)
+    differing = [
+        name
+        for name in sorted(made)
+        if answers(llm, [prompts[name]], lengths[name]) != [made[name]]
+    ]
     return {**result, "differing": differing}
 
 
@@ -165,26 +151,22 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
     prompts["bad"] = [*prompts["r0"][:100], NAN_TOKEN, *prompts["r0"][:40]]
     for name, prompt in prompts.items():
         engine.add_request(name, {"prompt_token_ids": prompt}, sampling(12))
-    reasons, answers = {}, {}
+    reasons, made = {}, {}
     while engine.has_unfinished_requests():
         for output in engine.step():
             if output.finished:
                 reasons[output.request_id] = output.outputs[0].finish_reason
-                answers[output.request_id] = list(output.outputs[0].token_ids)
+                made[output.request_id] = list(output.outputs[0].token_ids)
     engine.step()
-    alone = {
-        name: list(
-            llm.generate([{"prompt_token_ids": prompt}], sampling(12), use_tqdm=False)[0]
-            .outputs[0]
-            .token_ids
-        )
+    differing = [
+        name
         for name, prompt in prompts.items()
-        if name != "bad"
-    }
+        if name != "bad" and answers(llm, [prompt], 12) != [made[name]]
+    ]
     engine.step()
     return {
         "reasons": reasons,
-        "differing": [name for name in alone if alone[name] != answers[name]],
+        "differing": differing,
         "failed": store_of().requests_failed,
         "requests_left": store_of().requests,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
@@ -11,26 +12,23 @@ VOCABULARY = 512
 NAN_TOKEN = 7  # its embedding is NaN
 
 
-def tiny_llama(folder: Path, heads: tuple[int, int] = (4, 2), head_dim: int = 32) -> Path:
-    """Two layers of random weights; `heads`: query and KV heads."""
+def tiny_llama(folder: Path) -> Path:
+    """Two layers of random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=head_dim,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = LlamaForCausalLM(config)
+    model = _random(LlamaForCausalLM(config))
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name:
-                weight.normal_(0.0, 0.15)
         model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
     model.save_pretrained(folder)
     return folder
@@ -53,13 +51,17 @@ def tiny_gemma3(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = Gemma3ForCausalLM(config)
+    _random(Gemma3ForCausalLM(config)).save_pretrained(folder)
+    return folder
+
+
+def _random(model: Any) -> Any:
+    """Weights large enough that the answers of different prompts differ."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.normal_(0.0, 0.15)
-    model.save_pretrained(folder)
-    return folder
+    return model
 
 
 def manual(characters: int) -> str:

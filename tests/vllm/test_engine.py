@@ -18,6 +18,20 @@ def prompts(sizes: list[int]) -> list[list[int]]:
     return [[generator.randrange(8, 512) for _ in range(size)] for size in sizes]
 
 
+def serve(
+    run: Run, model: Path, icecache: dict[str, Any], sizes: list[int] = SIZES, **llm: Any
+) -> dict[str, Any]:
+    """24 greedy tokens of each prompt through the plugin, in a pool of one block a request."""
+    return run(
+        "generate",
+        model=model,
+        prompts=prompts(sizes),
+        tokens=24,
+        icecache={"host_memory": "256M", **icecache},
+        llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
+    )
+
+
 @pytest.fixture(scope="module")
 def stock(run: Run, llama: Path) -> list[list[int]]:
     """What vLLM itself answers to 16 prompts."""
@@ -38,14 +52,7 @@ def stock(run: Run, llama: Path) -> list[list[int]]:
 def test_exact_mode_gives_the_tokens_of_stock(
     run: Run, llama: Path, stock: list[list[int]], llm: dict[str, Any]
 ) -> None:
-    result = run(
-        "generate",
-        model=llama,
-        prompts=prompts(SIZES),
-        tokens=24,
-        icecache={"exact": True, "host_memory": "256M"},
-        llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
-    )
+    result = serve(run, llama, {"exact": True}, **llm)
     assert result["tokens"] == stock
     assert result["dense_steps"] > 0 and result["steps"] == 0
     assert result["blocks_lost"] == 0 and result["requests"] == 0
@@ -54,14 +61,7 @@ def test_exact_mode_gives_the_tokens_of_stock(
 def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
     run: Run, llama: Path, stock: list[list[int]]
 ) -> None:
-    result = run(
-        "generate",
-        model=llama,
-        prompts=prompts(SIZES),
-        tokens=24,
-        icecache={"token_budget": 1024, "host_memory": "256M"},
-        llm={**SMALL, "num_gpu_blocks_override": 17},
-    )
+    result = serve(run, llama, {"token_budget": 1024})
     assert result["tokens"] == stock
 
 
@@ -69,14 +69,9 @@ def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
     run: Run, llama: Path
 ) -> None:
     answers = []
-    for llm in ({"max_num_batched_tokens": 2048}, {"max_num_batched_tokens": 48}):
-        result = run(
-            "generate",
-            model=llama,
-            prompts=prompts([300, 400, 500]),
-            tokens=24,
-            icecache={"token_budget": 64, "host_memory": "256M"},
-            llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
+    for chunk in (2048, 48):
+        result = serve(
+            run, llama, {"token_budget": 64}, [300, 400, 500], max_num_batched_tokens=chunk
         )
         assert result["steps"] > 0
         answers.append(result["tokens"])
@@ -87,14 +82,8 @@ def test_a_full_host_memory_preempts_and_resumes(
     run: Run, llama: Path, stock: list[list[int]]
 ) -> None:
     # 1 KiB a token of both layers and KV heads: room for the longest request, not for all.
-    result = run(
-        "generate",
-        model=llama,
-        prompts=prompts(SIZES),
-        tokens=24,
-        icecache={"exact": True, "host_memory": 1400 * 1024},
-        llm={**SMALL, "num_gpu_blocks_override": 17, "scheduler_reserve_full_isl": False},
-    )
+    memory = {"exact": True, "host_memory": 1400 * 1024}
+    result = serve(run, llama, memory, scheduler_reserve_full_isl=False)
     assert result["preemptions"] > 0
     assert result["tokens"] == stock
     assert result["blocks_lost"] == 0 and result["requests"] == 0
