@@ -8,17 +8,27 @@
 namespace icecache::ops {
 namespace {
 
+// What every view of a tensor needs; `form` is that of its dimensions.
+DType checked(const char* name, const Tensor& tensor, std::int64_t dims, const char* form) {
+  require(tensor.dim() == dims, name, " must be ", form, ", got ", shape_text(tensor));
+  require(tensor.is_cpu(), name, " must be on the CPU");
+  require(tensor.stride(dims - 1) == 1 || tensor.size(dims - 1) == 1, name,
+          " must have unit stride in D");
+  return dtype_of(name, tensor);
+}
+
+// Element `offset` of a tensor.
+std::byte* element(const Tensor& tensor, DType dtype, std::int64_t offset) {
+  return static_cast<std::byte*>(tensor.data_ptr()) +
+         offset * static_cast<std::int64_t>(size_of(dtype));
+}
+
 // One [H, T, D] of each sequence of a tensor [B, H, T, D].
 std::vector<TensorView> views(const char* name, const Tensor& tensor) {
-  require(tensor.dim() == 4, name, " must be [B, H, T, D], got ", shape_text(tensor));
-  require(tensor.is_cpu(), name, " must be on the CPU");
-  require(tensor.stride(3) == 1 || tensor.size(3) == 1, name, " must have unit stride in D");
-  const DType dtype = dtype_of(name, tensor);
+  const DType dtype = checked(name, tensor, 4, "[B, H, T, D]");
   std::vector<TensorView> result(tensor.size(0));
   for (std::size_t b = 0; b < result.size(); ++b) {
-    result[b] = {static_cast<std::byte*>(tensor.data_ptr()) +
-                     static_cast<std::int64_t>(b) * tensor.stride(0) *
-                         static_cast<std::int64_t>(size_of(dtype)),
+    result[b] = {element(tensor, dtype, static_cast<std::int64_t>(b) * tensor.stride(0)),
                  dtype,
                  tensor.size(1),
                  tensor.size(2),
@@ -33,17 +43,13 @@ std::vector<TensorView> views(const char* name, const Tensor& tensor) {
 std::vector<TensorView> packed_views(const char* name, const Tensor& tensor,
                                      const std::vector<std::int64_t>& firsts,
                                      const std::vector<std::int64_t>& counts) {
-  require(tensor.dim() == 3, name, " must be [N, H, D], got ", shape_text(tensor));
-  require(tensor.is_cpu(), name, " must be on the CPU");
-  require(tensor.stride(2) == 1 || tensor.size(2) == 1, name, " must have unit stride in D");
-  const DType dtype = dtype_of(name, tensor);
+  const DType dtype = checked(name, tensor, 3, "[N, H, D]");
   std::vector<TensorView> result(firsts.size());
   for (std::size_t b = 0; b < result.size(); ++b) {
     require(firsts[b] >= 0 && counts[b] >= 0 && firsts[b] + counts[b] <= tensor.size(0), name,
             " must hold rows ", firsts[b], " to ", firsts[b] + counts[b], ", got ",
             shape_text(tensor));
-    result[b] = {static_cast<std::byte*>(tensor.data_ptr()) +
-                     firsts[b] * tensor.stride(0) * static_cast<std::int64_t>(size_of(dtype)),
+    result[b] = {element(tensor, dtype, firsts[b] * tensor.stride(0)),
                  dtype,
                  tensor.size(1),
                  counts[b],

@@ -23,7 +23,7 @@ struct Engine::Impl {
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
 
-  // Engine::append and Engine::attend, with the mutex held.
+  // Engine::append and Engine::attend, with the mutex held. REQUIRES of attend: check_attend().
   void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
               std::span<const TensorView> values);
   void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,

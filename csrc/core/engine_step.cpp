@@ -74,6 +74,7 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
 void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
                     std::span<const TensorView> outputs) {
   const std::lock_guard lock(impl_->mutex);
+  impl_->check_attend(ids, queries, outputs);
   impl_->attend(ids, layer, queries, outputs);
 }
 
@@ -187,7 +188,6 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
                           std::span<const TensorView> queries, std::span<const TensorView> outputs,
                           std::span<const Phase> phases) {
   Impl& self = *this;
-  check_attend(ids, queries, outputs);
   const int group = self.shape.group(), d = self.shape.head_dim, hkv = self.shape.num_kv_heads;
   struct Task {
     std::size_t item;
@@ -197,10 +197,10 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
   };
   std::vector<LayerCache*> layers;
   std::vector<Task> tasks;
+  const auto phase_of = [&](std::size_t b) { return phases.empty() ? Phase::kAuto : phases[b]; };
   // True where a sequence's tokens come from decoding, not from a prompt.
   const auto decodes = [&](std::size_t b) {
-    const Phase phase = phases.empty() ? Phase::kAuto : phases[b];
-    return phase == Phase::kAuto && queries[b].tokens <= config.decode_tokens;
+    return phase_of(b) == Phase::kAuto && queries[b].tokens <= config.decode_tokens;
   };
   for (std::size_t b = 0; b < ids.size(); ++b) {
     layers.push_back(&self.layer_of(ids[b], layer));
@@ -267,7 +267,7 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     if (decodes(b) && layers[b]->heads.front().sparse()) {
       self.schedule_rebuild(*layers[b], layer);
     } else {
-      self.schedule_update(*layers[b], queries[b], phases.empty() ? Phase::kAuto : phases[b]);
+      self.schedule_update(*layers[b], queries[b], phase_of(b));
     }
   }
 }

@@ -54,10 +54,9 @@ struct StepTrace {
 
 // How a call of Engine::step treats the tokens of one sequence.
 enum class Phase : std::uint8_t {
-  kAuto = 0,     // as append() and attend() do
-  kPrefill = 1,  // a chunk of a prompt, more of it to come: exact, and nothing is indexed
-  kPromptEnd =
-      2,  // the last chunk of a prompt: exact, then the prompt is indexed behind the caller
+  kAuto = 0,       // as append() and attend() do
+  kPrefill = 1,    // a chunk of a prompt, more of it to come: exact, and nothing is indexed
+  kPromptEnd = 2,  // the last chunk of a prompt: exact, then indexed behind the caller
 };
 
 class Engine {

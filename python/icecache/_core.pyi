@@ -11,6 +11,7 @@ class DType:
     float16: DType
 
 class Phase:
+    def __init__(self, value: int) -> None: ...
     auto: Phase
     prefill: Phase
     prompt_end: Phase

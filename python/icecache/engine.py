@@ -46,9 +46,6 @@ class Phase(IntEnum):
     PROMPT_END = 2  # the last chunk of a prompt: exact, then indexed behind the caller
 
 
-_PHASES = {phase: getattr(_core.Phase, phase.name.lower()) for phase in Phase}
-
-
 class Engine:
     """KV cache of one model for many sequences, and attention over it within a token budget.
 
@@ -242,7 +239,7 @@ class Engine:
             rows("values", values),
             rows("queries", queries),
             rows("outputs", outputs),
-            [_PHASES[Phase(phase)] for phase in phases],
+            [_core.Phase(Phase(phase)) for phase in phases],
         )
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:

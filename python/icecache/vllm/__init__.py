@@ -7,15 +7,17 @@ changes nothing until a server or an `LLM` is configured for IceCache, see `engi
 
     icecache serve MODEL --token-budget 256 --host-memory 8G [vLLM flags]
 
-settings   what a user sets, and the vLLM arguments that follow from it
-names      every vLLM name that the plugin touches
-support    what is refused, and what to do instead
+settings     what a user sets, and the vLLM arguments that follow from it
+names        every vLLM name that the plugin touches
+support      what is refused, and what to do instead
 host_memory  how much of it a request takes
-spec       how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager
-connector  request ids, lifecycle and statistics between scheduler and workers
-backend    the attention backend
-store      the worker's engine: requests, their sequences and their steps
-metrics    statistics, for the log and for Prometheus
+spec         how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager
+connector    request ids, lifecycle and statistics between scheduler and workers
+backend      the attention backend
+metadata     what the scheduler tells the workers with every step
+worker       what one worker process knows: its layers, its store and the step under way
+store        the worker's engine: requests, their sequences and their steps
+metrics      statistics, for the log and for Prometheus
 """
 
 from __future__ import annotations

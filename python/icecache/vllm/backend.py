@@ -98,10 +98,13 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
         Rows beyond those of the batch's requests come out as zeros.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("IceCache: quantised attention output is not supported")
+            raise NotImplementedError(
+                "IceCache does not quantise the output of attention: start without a compilation "
+                "pass that fuses the two"
+            )
         batch = None if attn_metadata is None else attn_metadata.batch()
         store = self.worker.store
-        if batch is None or store is None or sum(batch.counts) < output.shape[0]:
+        if batch is None or store is None or batch.tokens < output.shape[0]:
             output.zero_()
         if batch is not None and store is not None:
             store.attend(layer.layer_name, query, key, value, output, batch)

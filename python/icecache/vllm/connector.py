@@ -129,7 +129,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- worker's side
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
-        """First thing in every step, before the batch's metadata is built."""
+        """In every step before its forward, also in one without tokens."""
         assert self._store is not None
         self._store.release(kv_connector_metadata.gone)
         self._worker.step = kv_connector_metadata

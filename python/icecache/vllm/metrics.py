@@ -22,21 +22,46 @@ class Metric:
     name: str
     help: str
     is_gauge: bool = False  # else a counter: a worker reports what was added
+    of_heads: str = ""  # the field of HeadStats whose sum over layers and KV heads it is
 
 
 METRICS = (
-    Metric("steps", "Decode queries answered within the token budget, per layer and KV head"),
-    Metric("dense_steps", "Decode queries that attended to everything, per layer and KV head"),
-    Metric("tokens_selected", "Tokens picked by the index"),
-    Metric("pages_selected", "Pages that picked tokens came from"),
-    Metric("page_hits", "Picked pages that the device had"),
-    Metric("page_misses", "Picked pages that had to be moved to the device"),
-    Metric("read_bytes", "Bytes of sketches, summaries, keys and values read"),
-    Metric("moved_bytes", "Bytes moved from host to device"),
-    Metric("attention_mass", "Sum over steps of the share of attention that was exact"),
-    Metric("select_seconds", "Time spent selecting tokens, summed over threads"),
-    Metric("attend_seconds", "Time spent attending, selection included, summed over threads"),
-    Metric("index_seconds", "Time spent building and extending indexes, summed over threads"),
+    Metric(
+        "steps",
+        "Decode queries answered within the token budget, per layer and KV head",
+        of_heads="steps",
+    ),
+    Metric(
+        "dense_steps",
+        "Decode queries that attended to everything, per layer and KV head",
+        of_heads="dense_steps",
+    ),
+    Metric("tokens_selected", "Tokens picked by the index", of_heads="tokens_selected"),
+    Metric("pages_selected", "Pages that picked tokens came from", of_heads="pages_selected"),
+    Metric("page_hits", "Picked pages that the device had", of_heads="hits"),
+    Metric("page_misses", "Picked pages that had to be moved to the device", of_heads="misses"),
+    Metric(
+        "read_bytes", "Bytes of sketches, summaries, keys and values read", of_heads="bytes_read"
+    ),
+    Metric("moved_bytes", "Bytes moved from host to device", of_heads="bytes_moved"),
+    Metric(
+        "attention_mass", "Sum over steps of the share of attention that was exact", of_heads="mass"
+    ),
+    Metric(
+        "select_seconds",
+        "Time spent selecting tokens, summed over threads",
+        of_heads="select_seconds",
+    ),
+    Metric(
+        "attend_seconds",
+        "Time spent attending, selection included, summed over threads",
+        of_heads="attend_seconds",
+    ),
+    Metric(
+        "index_seconds",
+        "Time spent building and extending indexes, summed over threads",
+        of_heads="index_seconds",
+    ),
     Metric("failed_requests", "Requests that failed alone"),
     Metric("host_bytes", "Bytes of pages in use", is_gauge=True),
     Metric("host_capacity_bytes", "Bytes of pages that host_memory holds", is_gauge=True),
@@ -93,9 +118,9 @@ class Meter:
         if now < self._next:
             return None
         self._next = now + _INTERVAL
-        sums = _sums(self._store)
-        data = {name: sums[name] - self._last[name] for name in _COUNTERS}
-        self._last = {name: sums[name] for name in _COUNTERS}
+        totals = sums(self._store)
+        data = {name: totals[name] - self._last[name] for name in _COUNTERS}
+        self._last = totals
         engine = self._store.engine
         data["host_bytes"] = engine.pool_bytes()
         data["host_capacity_bytes"] = self._store.host_memory
@@ -103,26 +128,21 @@ class Meter:
         return Stats(data=data)
 
 
-def _sums(store: Store) -> dict[str, float]:
+def sums(store: Store) -> dict[str, float]:
+    """Every counter since the start."""
     engine = store.engine
-    sums = dict.fromkeys(_COUNTERS, 0.0)
-    for layer in range(engine.num_layers):
-        for head in range(engine.num_kv_heads):
-            one = engine.stats(layer, head)
-            sums["steps"] += one.steps
-            sums["dense_steps"] += one.dense_steps
-            sums["tokens_selected"] += one.tokens_selected
-            sums["pages_selected"] += one.pages_selected
-            sums["page_hits"] += one.hits
-            sums["page_misses"] += one.misses
-            sums["read_bytes"] += one.bytes_read
-            sums["moved_bytes"] += one.bytes_moved
-            sums["attention_mass"] += one.mass
-            sums["select_seconds"] += one.select_seconds
-            sums["attend_seconds"] += one.attend_seconds
-            sums["index_seconds"] += one.index_seconds
-    sums["failed_requests"] = store.requests_failed
-    return sums
+    heads = [
+        engine.stats(layer, head)
+        for layer in range(engine.num_layers)
+        for head in range(engine.num_kv_heads)
+    ]
+    total: dict[str, float] = {
+        metric.name: sum(getattr(one, metric.of_heads) for one in heads)
+        for metric in METRICS
+        if metric.of_heads
+    }
+    total["failed_requests"] = store.requests_failed
+    return total
 
 
 class PrometheusMetrics(KVConnectorPromMetrics):  # type: ignore[misc]

@@ -9,7 +9,12 @@ from icecache import Config, InvalidArgument
 
 KEY = "icecache"  # of vLLM's additional_config
 CONNECTOR = "IceCacheConnector"
-CONNECTOR_MODULE = "icecache.vllm.connector"
+KV_TRANSFER = {
+    "kv_connector": CONNECTOR,
+    "kv_connector_module_path": "icecache.vllm.connector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "fail",
+}
 
 
 def engine_args(**settings: Any) -> dict[str, Any]:
@@ -21,12 +26,7 @@ def engine_args(**settings: Any) -> dict[str, Any]:
     Config(**settings)
     return {
         "additional_config": {KEY: settings},
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "fail",
-        },
+        "kv_transfer_config": dict(KV_TRANSFER),
         "enable_prefix_caching": False,
         "disable_hybrid_kv_cache_manager": False,
     }

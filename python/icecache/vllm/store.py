@@ -6,11 +6,12 @@ One per worker process; each tensor-parallel rank has the KV heads that are its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from icecache import Config, Engine, Error, InvalidArgument, Phase
+from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 
 logger = init_logger(__name__)
@@ -21,32 +22,27 @@ class Row:
     """What a step computes of one request."""
 
     request: str
+    sequence: int  # of the engine
     first: int  # row of its first new token in the batch
     count: int  # new tokens
-    position: int  # of the first new token
     phase: Phase
 
 
-@dataclass
 class Batch:
-    """The rows of one step, as Engine.step_packed takes them. Rows that fail leave."""
+    """The rows of one step. Those that fail leave."""
 
-    rows: list[Row] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)
-    firsts: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        self.keep(rows)
 
-    def add(self, row: Row, sequence: int) -> None:
-        self.rows.append(row)
-        self.sequences.append(sequence)
-        self.firsts.append(row.first)
-        self.counts.append(row.count)
-        self.phases.append(row.phase)
-
-    def drop(self, index: int) -> None:
-        for column in (self.rows, self.sequences, self.firsts, self.counts, self.phases):
-            del column[index]
+    def keep(self, rows: Sequence[Row]) -> None:
+        """These rows and no others."""
+        self.rows = list(rows)
+        # As Engine.step_packed takes them, once for all layers.
+        self.sequences = [row.sequence for row in rows]
+        self.firsts = [row.first for row in rows]
+        self.counts = [row.count for row in rows]
+        self.phases = [row.phase for row in rows]
+        self.tokens = sum(self.counts)
 
 
 class Store:
@@ -111,10 +107,13 @@ class Store:
             if sequence is not None:
                 self.engine.release(sequence)
 
-    def begin(self, rows: Iterable[Row]) -> Batch:
-        """Before the first layer of a step: every row's sequence at its position."""
-        batch = Batch()
-        for row in rows:
+    def begin(self, scheduled: Iterable[tuple[int, ScheduledRow]]) -> Batch:
+        """Before the first layer of a step: every row's sequence at its position.
+
+        With each row comes that of its first new token in the batch.
+        """
+        rows = []
+        for first, row in scheduled:
             if row.position == 0:
                 self.release([row.request])
                 self._sequence[row.request] = self.engine.new_sequence()
@@ -128,8 +127,8 @@ class Store:
                 self._fail(row.request, f"holds {length} tokens, {row.position} were expected")
                 continue
             self._length[row.request] = row.position + row.count
-            batch.add(row, self._sequence[row.request])
-        return batch
+            rows.append(Row(row.request, self._sequence[row.request], first, row.count, row.phase))
+        return Batch(rows)
 
     def attend(
         self,
@@ -152,16 +151,15 @@ class Store:
         except Error:
             pass
         # All rows or none: find those that cannot.
-        for index in reversed(range(len(batch.rows))):
-            alone = Batch()
-            alone.add(batch.rows[index], batch.sequences[index])
+        kept = []
+        for row in batch.rows:
             try:
-                self._step(number, queries, keys, values, outputs, alone)
+                self._step(number, queries, keys, values, outputs, Batch([row]))
+                kept.append(row)
             except Error as error:
-                row = batch.rows[index]
                 self._fail(row.request, str(error))
                 outputs[row.first : row.first + row.count] = 0
-                batch.drop(index)
+        batch.keep(kept)
 
     def _step(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import psutil
@@ -9,9 +10,10 @@ import psutil
 from icecache import InvalidArgument
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
-from icecache.vllm.settings import CONNECTOR, CONNECTOR_MODULE, KEY, engine_config
+from icecache.vllm.settings import CONNECTOR, KEY, KV_TRANSFER, engine_config
 
 NAME = "IceCache"
+_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def check_version() -> None:
@@ -28,10 +30,7 @@ def check_config(vllm_config: Any) -> None:
     check_version()
     engine_config(vllm_config)
     transfer = vllm_config.kv_transfer_config
-    flags = (
-        f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_connector_module_path": '
-        f'"{CONNECTOR_MODULE}", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}}\''
-    )
+    flags = f"--kv-transfer-config '{json.dumps(KV_TRANSFER)}'"
     if transfer is None or transfer.kv_connector is None:
         _refuse("no KV connector", f"add {flags}, or start with `icecache serve`")
     if transfer.kv_connector != CONNECTOR:
@@ -49,7 +48,7 @@ def check_config(vllm_config: Any) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if cache.enable_prefix_caching:
         _refuse("prefix caching", "pages are not shared yet: add --no-enable-prefix-caching")
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+    if cache.cache_dtype not in _CACHE_DTYPES:
         _refuse(f"--kv-cache-dtype {cache.cache_dtype}", "leave it at auto")
     if vllm_config.speculative_config is not None:
         _refuse("speculative decoding", "start without --speculative-config")
@@ -84,7 +83,7 @@ def check_attention(
         _refuse(f"layers that share the KV cache of {kv_sharing_target_layer_name}", model)
     if sinks is not None:
         _refuse("learned attention sinks", model)
-    if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+    if kv_cache_dtype not in _CACHE_DTYPES:
         _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
 
 

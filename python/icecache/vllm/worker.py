@@ -14,7 +14,7 @@ from icecache import InvalidArgument
 from icecache.vllm.metadata import StepMetadata
 from icecache.vllm.names import VllmConfig
 from icecache.vllm.settings import engine_config
-from icecache.vllm.store import Batch, Row, Store
+from icecache.vllm.store import Batch, Store
 from icecache.vllm.support import check_config, check_memory
 
 
@@ -90,7 +90,7 @@ class Worker:
                     f"IceCache: row {index} of the batch has {count} tokens and block {block}, "
                     f"which is not what the scheduler announced: {self.step.rows}"
                 )
-            rows.append(Row(row.request, starts[index], count, row.position, row.phase))
+            rows.append((starts[index], row))
         return self.store.begin(rows)
 
 
