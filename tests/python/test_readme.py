@@ -23,7 +23,7 @@ def test_the_parameters_are_those_of_the_command(readme: str) -> None:
 PAGES = [
     "README.md",
     "CHANGELOG.md",
-    *(f"docs/{n}.md" for n in ("index", "threads", "performance")),
+    *(f"docs/{n}.md" for n in ("index", "threads", "performance", "vllm", "vllm-design")),
 ]
 
 
