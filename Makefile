@@ -28,12 +28,13 @@ SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: help demo test build build-test install lint format test-cpp test-python sanitize sanitize-address \
-  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench clean
+.PHONY: help demo test build build-test install lint format test-cpp test-python test-vllm sanitize sanitize-address \
+  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench setup-vllm clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
 	@echo "make test            build and run all tests (test-cpp, test-python)"
+	@echo "make test-vllm       the plugin in a real vLLM, which goes into .venv-vllm (20 minutes)"
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
@@ -49,6 +50,9 @@ setup-test:
 
 setup-bench:
 	@scripts/setup.sh bench
+
+setup-vllm:
+	@scripts/setup_vllm.sh
 
 build: setup
 	$(call cmake_build,build/release,$(RELEASE))
@@ -69,6 +73,10 @@ test-cpp: build-test
 
 test-python: build-test
 	$(IN_TREE) $(PYTHON) -m pytest $(ARGS)
+
+# Scenarios run in processes of their own, one after the other: each takes all cores.
+test-vllm: setup-vllm
+	.venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm $(ARGS)
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror
