@@ -1,4 +1,4 @@
-// softmax_stats, softmax_exp and add_exp over a row of scores, one a token. Rows are as long as a
+// softmax_stats and add_exp over a row of scores, one a token. Rows are as long as a
 // sequence and were written a moment before they are read, so they are in the cache.
 #include <benchmark/benchmark.h>
 
@@ -25,19 +25,6 @@ void softmax_stats(benchmark::State& state) {
   report(state, {4.0 * static_cast<double>(n)});
 }
 BENCHMARK(softmax_stats)->Arg(kShort)->Arg(kLong);
-
-void softmax_exp(benchmark::State& state) {
-  const auto n = state.range(0);
-  std::vector<float> row = normal(n, 3.0f, 6);
-  const auto kernel = simd::kernels().softmax_exp;
-  float max = 0.0f, sum = 0.0f;
-  for (auto _ : state) {
-    kernel(row.data(), n, &max, &sum);
-    benchmark::ClobberMemory();
-  }
-  report(state, {8.0 * static_cast<double>(n)});
-}
-BENCHMARK(softmax_exp)->Arg(kShort)->Arg(kLong);
 
 void add_exp(benchmark::State& state) {
   const auto n = state.range(0);

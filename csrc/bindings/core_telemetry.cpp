@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/core_bindings.h"
+#include "core/machine.h"
 #include "icecache/engine.h"
 
 namespace py = pybind11;
@@ -117,6 +118,8 @@ void bind_telemetry(py::module_& module) {
   module.def("simd_level", &simd_level,
              "Kernels in use: avx512, avx2 or scalar. Raises InvalidArgument where ICECACHE_SIMD "
              "asks for what is not there.");
+  module.def("usable_memory", &usable_memory,
+             "Bytes of memory, or the control group's limit where that is smaller.");
 }
 
 }  // namespace icecache::bindings

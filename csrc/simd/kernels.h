@@ -128,8 +128,6 @@ struct Kernels {
 
   // max and sum of exp(x - max) over n; (-inf, 0) when n == 0 or all are -inf.
   void (*softmax_stats)(const float* x, std::int64_t n, float* max, float* sum);
-  // The same, and x becomes exp(x - max); zeros where all are -inf.
-  void (*softmax_exp)(float* x, std::int64_t n, float* max, float* sum);
   // y[i] += exp(x[i] - shift); relative error of exp <= 1e-6; exp(-inf) is 0.
   void (*add_exp)(const float* x, float shift, float* y, std::int64_t n);
 };

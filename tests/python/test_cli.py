@@ -200,7 +200,7 @@ def test_doctor_prints_a_table() -> None:
 
 @pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
-    ("version", "expected"), [(None, "not installed"), ("4.57.1", "4.57.1 is older than 5.23")]
+    ("version", "expected"), [(None, "not installed"), ("4.57.1", "4.57.1 is older than 5.16")]
 )
 def test_doctor_fails_where_something_needed_is_missing(
     monkeypatch: pytest.MonkeyPatch, version: str | None, expected: str
@@ -222,7 +222,7 @@ def test_doctor_fails_where_something_needed_is_missing(
         "part": "transformers",
         "state": "broken",
         "found": expected,
-        "advice": "pip install 'transformers>=5.23'",
+        "advice": "pip install 'transformers>=5.16'",
     }
 
 

@@ -33,16 +33,18 @@ class EngineFailed(AssertionError):
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """run(scenario, model=..., icecache={...} or None, llm={...}, ...)."""
+    """run(scenario, environment={...}, model=..., icecache={...} or None, llm={...}, ...)."""
 
-    def run(scenario: str, **spec: Any) -> dict[str, Any]:
+    def run(
+        scenario: str, environment: dict[str, str] | None = None, **spec: Any
+    ) -> dict[str, Any]:
         spec.setdefault("icecache", None)
         done = subprocess.run(
             [sys.executable, str(DRIVE), scenario, json.dumps(spec, default=str)],
             capture_output=True,
             text=True,
             timeout=600,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )
         for line in done.stdout.splitlines():
             if line.startswith("RESULT "):

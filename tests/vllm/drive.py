@@ -65,6 +65,13 @@ def inner(llm: Any) -> dict[str, Any]:
     return result
 
 
+def poison(llm: Any) -> None:
+    """NaN in every block of vLLM's pool."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    for cache in worker.model_runner.kv_caches:
+        cache.fill_(float("nan"))
+
+
 def store_of() -> Any:
     from icecache.vllm.worker import current_worker
 
@@ -77,6 +84,8 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens of spec["prompts"], all at once, and what the engine saw of it."""
     llm = make(spec)
     seen = inner(llm)
+    if spec.get("poison"):
+        poison(llm)
     free = seen["pool"].get_num_free_blocks()
     result: dict[str, Any] = {
         "tokens": answers(llm, spec["prompts"], spec["tokens"]),
@@ -89,6 +98,11 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
 
         result |= {**sums(store_of()), "requests": store_of().requests}
     return result
+
+
+def ranks(spec: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of spec["prompts"] where workers are processes of their own."""
+    return {"tokens": answers(make(spec), spec["prompts"], spec["tokens"])}
 
 
 def storm(spec: dict[str, Any]) -> dict[str, Any]:
@@ -143,14 +157,16 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def broken(spec: dict[str, Any]) -> dict[str, Any]:
-    """Requests whose keys are NaN, between others."""
+    """Requests whose keys are NaN, between others; one of them for a single token."""
     llm = make(spec)
     engine = llm.llm_engine
     generator = random.Random(1)
     prompts = {f"r{n}": [generator.randrange(8, VOCABULARY) for _ in range(150)] for n in range(4)}
     prompts["bad"] = [*prompts["r0"][:100], NAN_TOKEN, *prompts["r0"][:40]]
+    prompts["bad, one token"] = [NAN_TOKEN, *prompts["r1"][:30]]
     for name, prompt in prompts.items():
-        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(12))
+        tokens = 1 if "one token" in name else 12
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(tokens))
     reasons, made = {}, {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -161,11 +177,12 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
     differing = [
         name
         for name, prompt in prompts.items()
-        if name != "bad" and answers(llm, [prompt], 12) != [made[name]]
+        if not name.startswith("bad") and answers(llm, [prompt], 12) != [made[name]]
     ]
     engine.step()
     return {
         "reasons": reasons,
+        "tokens_of_lost": [made[name] for name in prompts if name.startswith("bad")],
         "differing": differing,
         "failed": store_of().requests_failed,
         "requests_left": store_of().requests,
@@ -174,6 +191,7 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "generate": generate,
+    "ranks": ranks,
     "storm": storm,
     "broken": broken,
 }

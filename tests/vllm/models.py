@@ -12,7 +12,7 @@ VOCABULARY = 512
 NAN_TOKEN = 7  # its embedding is NaN
 
 
-def tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path, num_q_heads: int = 4, num_kv_heads: int = 2) -> Path:
     """Two layers of random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -20,17 +20,14 @@ def tiny_llama(folder: Path) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_q_heads,
+        num_key_value_heads=num_kv_heads,
         head_dim=32,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = _random(LlamaForCausalLM(config))
-    with torch.no_grad():
-        model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
-    model.save_pretrained(folder)
+    _random(LlamaForCausalLM(config)).save_pretrained(folder)
     return folder
 
 
@@ -56,11 +53,12 @@ def tiny_gemma3(folder: Path) -> Path:
 
 
 def _random(model: Any) -> Any:
-    """Weights large enough that the answers of different prompts differ."""
+    """Weights large enough that the answers of different prompts differ; NAN_TOKEN's are NaN."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.normal_(0.0, 0.15)
+        model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
     return model
 
 

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 from conftest import EngineFailed, Run
 
@@ -19,7 +20,12 @@ def prompts(sizes: list[int]) -> list[list[int]]:
 
 
 def serve(
-    run: Run, model: Path, icecache: dict[str, Any], sizes: list[int] = SIZES, **llm: Any
+    run: Run,
+    model: Path,
+    icecache: dict[str, Any],
+    sizes: list[int] = SIZES,
+    poison: bool = False,
+    **llm: Any,
 ) -> dict[str, Any]:
     """24 greedy tokens of each prompt through the plugin, in a pool of one block a request."""
     return run(
@@ -27,6 +33,7 @@ def serve(
         model=model,
         prompts=prompts(sizes),
         tokens=24,
+        poison=poison,
         icecache={"host_memory": "256M", **icecache},
         llm={**SMALL, **llm, "num_gpu_blocks_override": 17},
     )
@@ -63,6 +70,26 @@ def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
 ) -> None:
     result = serve(run, llama, {"token_budget": 1024})
     assert result["tokens"] == stock
+
+
+def test_blocks_of_vllm_are_never_read(
+    run: Run, llama: Path, stock: list[list[int]]
+) -> None:
+    result = serve(run, llama, {"exact": True}, max_num_batched_tokens=64, poison=True)
+    assert result["tokens"] == stock
+
+
+def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
+    model = models.tiny_llama(tmp_path, num_q_heads=8, num_kv_heads=4)
+    given = {"model": model, "prompts": prompts(SIZES[:12]), "tokens": 24}
+    memory = {"host_memory": "64M"}
+    one = run("ranks", **given, llm=SMALL)["tokens"]
+    two = {**SMALL, "tensor_parallel_size": 2, "max_num_batched_tokens": 64}
+    # Two processes on the same cores: bound to them all, as they would on a machine with more.
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    for settings in ({"exact": True}, {"token_budget": 1024}):
+        got = run("ranks", **given, llm=two, icecache={**memory, **settings}, environment=bound)
+        assert got["tokens"] == one
 
 
 def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
@@ -114,17 +141,30 @@ def test_500_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> 
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 
 
-@pytest.mark.parametrize("chunk", [2048, 64])
-def test_a_request_with_nan_fails_alone(run: Run, llama: Path, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "llm"),
+    [
+        ("llama", {"max_num_batched_tokens": 2048}),
+        ("llama", {"max_num_batched_tokens": 64}),
+        ("gemma", {"max_num_batched_tokens": 64}),
+    ],
+)
+def test_a_request_with_nan_fails_alone(
+    run: Run, request: pytest.FixtureRequest, model: str, llm: dict[str, Any]
+) -> None:
+    if model == "llama":
+        llm["num_gpu_blocks_override"] = 17
     result = run(
         "broken",
-        model=llama,
+        model=request.getfixturevalue(model),
         icecache={"exact": True, "host_memory": "64M"},
-        llm={**SMALL, "num_gpu_blocks_override": 17, "max_num_batched_tokens": chunk},
+        llm={**SMALL, **llm},
     )
     assert result["reasons"].pop("bad") == "error"
+    assert result["reasons"].pop("bad, one token") == "error"
+    assert result["tokens_of_lost"] == [[], []]
     assert set(result["reasons"].values()) == {"length"}
-    assert result["differing"] == [] and result["failed"] == 1 and result["requests_left"] == 0
+    assert result["differing"] == [] and result["failed"] == 2 and result["requests_left"] == 0
 
 
 def test_too_little_host_memory_is_refused_at_start(run: Run, llama: Path) -> None:

@@ -12,6 +12,7 @@ from icecache import InvalidArgument
 from icecache.vllm import engine_args, names, support
 from icecache.vllm.connector import IceCacheConnector
 from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.scheduler import IceCacheAsyncScheduler, IceCacheScheduler, make_scheduler
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from vllm import EngineArgs
 
@@ -35,6 +36,7 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
         ({"additional_config": {"icecache": {"token_budgets": 3}}}, "token_budgets"),
         ({"additional_config": {"icecache": {"sketch_bits": "x"}}}, "sketch_bits must"),
         ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
+        ({"scheduler_cls": None}, "the scheduler of vLLM alone: .*add --scheduler-cls icecache"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: leave it at auto"),
         (
             {
@@ -72,11 +74,8 @@ def test_a_parallelism_that_cannot_be_served(
         support.check_config(given)
 
 
-def test_another_connector_and_another_failure_policy(llama: Path) -> None:
+def test_another_connector(llama: Path) -> None:
     given = config(llama)
-    given.kv_transfer_config.kv_load_failure_policy = "recompute"
-    with pytest.raises(InvalidArgument, match="must fail, not go on"):
-        support.check_config(given)
     given.kv_transfer_config.kv_connector = "OffloadingConnector"
     with pytest.raises(InvalidArgument, match="the KV connector OffloadingConnector"):
         support.check_config(given)
@@ -154,6 +153,7 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
             },
         ),
         (IceCacheSpec, {"max_memory_usage_bytes"}),
+        (IceCacheScheduler.__mro__[1], {"update_from_output"}),
         (
             IceCacheConnector,
             {
@@ -164,6 +164,7 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
                 "request_finished_all_groups",
                 "handle_preemptions",
                 "get_block_ids_with_load_errors",
+                "clear_connector_metadata",
                 "get_kv_connector_stats",
                 "shutdown",
                 "start_load_kv",

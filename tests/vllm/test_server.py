@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -137,6 +138,42 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
         if server.metrics()["icecache:requests"] <= 1:
             return
     pytest.fail(f"pages are still held: {server.metrics()}")
+
+
+def test_equal_prompts_with_different_salts_are_answered_alike(server: Server) -> None:
+    client = server.client()
+    given: Any = {"model": server.model, "prompt": manual(2000), "temperature": 0, "max_tokens": 8}
+    texts = {
+        client.completions.create(**given, extra_body=body).choices[0].text
+        for body in ({}, {"cache_salt": "one"}, {"cache_salt": "two"})
+    }
+    assert len(texts) == 1
+
+
+def test_a_killed_engine_leaves_nothing_behind(smollm2: Path, tmp_path: Path) -> None:
+    options = ("--token-budget", "128", "--host-memory", "1G")
+    shared = set(Path("/dev/shm").iterdir())
+    with serving(smollm2, tmp_path / "first", *options) as server:
+        client = server.client()
+        stream = client.completions.create(
+            model=server.model, prompt=manual(4000), max_tokens=500, stream=True
+        )
+        next(iter(stream))
+        for child in children(server.process.pid):
+            os.kill(child, signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            for _part in stream:
+                pass
+        server.process.wait(60)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    with serving(smollm2, tmp_path / "second", *options) as server:
+        given: Any = {"model": server.model, "prompt": "Hi", "max_tokens": 3}
+        assert server.client().completions.create(**given).usage.completion_tokens == 3
+
+
+def children(process: int) -> list[int]:
+    """Processes that it started, itself not."""
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_prometheus_has_our_metrics(server: Server) -> None:

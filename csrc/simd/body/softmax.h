@@ -1,4 +1,4 @@
-// Sums of exponentials: softmax_stats, softmax_exp, add_exp, and the online softmax step of the
+// Sums of exponentials: softmax_stats, add_exp, and the online softmax step of the
 // attention kernels.
 #pragma once
 
@@ -31,22 +31,6 @@ void softmax_stats(const float* x, std::int64_t n, float* max, float* sum) {
   float rest = 0.0f;
   for (; i < n; ++i) rest += exp(x[i] - best);
   *sum = reduce_add(total[0] + total[1]) + rest;
-}
-
-void softmax_exp(float* x, std::int64_t n, float* max, float* sum) {
-  const float best = max_of(x, n);
-  const float shift = best == -kInfinity ? 0.0f : best;
-  *max = best;
-  VecF total = {};
-  std::int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const VecF e = exp(load(x + i) - shift);
-    store(x + i, e);
-    total += e;
-  }
-  float rest = 0.0f;
-  for (; i < n; ++i) rest += x[i] = exp(x[i] - shift);
-  *sum = reduce_add(total) + rest;
 }
 
 // exp(x - shift), and 0 for x = -inf whatever the shift is.

@@ -11,9 +11,9 @@ namespace icecache::simd {
 namespace {
 
 constexpr Kernels make_table(std::string_view name) {
-  return Kernels{name,       to_float,      from_float,  all_finite, dot,         axpy,
-                 matmul,     attend_page,   row_logits,  add_rows,   sketch_scan, score_mass,
-                 score_rank, softmax_stats, softmax_exp, add_exp};
+  return Kernels{name,   to_float,    from_float, all_finite, dot,         axpy,       matmul,
+                 attend_page, row_logits, add_rows, sketch_scan, score_mass, score_rank,
+                 softmax_stats, add_exp};
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
@@ -73,6 +74,8 @@ def _main(
         ),
     ] = False,
 ) -> None:
+    if context.invoked_subcommand == "serve":
+        return  # the environment is vLLM's
     # Models are local folders: transformers would else ask a server about some of their files.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Warnings of transformers would interleave with the generated text.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import icecache
+from icecache._core import usable_memory
 from icecache.errors import Error
 from icecache.machine import cpu_name, usable_cores
 
@@ -35,7 +36,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("icecache", OK, f"{build.version} ({build.compiler}{debug})")
     yield Finding("Python", OK, f"{platform.python_version()} on {platform.platform()}")
     yield _package("torch", "2.11")
-    yield _package("transformers", "5.23")
+    yield _package("transformers", "5.16")
     yield _package("gguf", "0.10")
     yield _operators()
     yield Finding("CPU", OK, f"{cpu_name()}, {usable_cores()} cores usable")
@@ -95,9 +96,8 @@ def _simd() -> Finding:
 
 
 def _memory() -> Finding:
-    page = os.sysconf("SC_PAGE_SIZE") / 2**30
-    whole = page * os.sysconf("SC_PHYS_PAGES")
-    free = page * os.sysconf("SC_AVPHYS_PAGES")
+    whole = usable_memory() / 2**30
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
     return Finding(
         "memory",
         OK,

@@ -17,12 +17,17 @@ from icecache.errors import InvalidArgument, Unavailable
 _MAX_NUM_SEQS = 64  # where the user names no --max-num-seqs
 
 # Set from our own options: given as vLLM's too, one of the two would be ignored.
-_OURS = ("--additional-config", "--kv-transfer-config", "--enable-prefix-caching")
+_OURS = (
+    "--additional-config",
+    "--kv-transfer-config",
+    "--scheduler-cls",
+    "--enable-prefix-caching",
+)
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or name of a model.")],
+    model: Annotated[str, typer.Argument(help='Folder or name of a model, or "smollm2".')],
     token_budget: Annotated[
         int | None, typer.Option(help="Tokens attended per KV head in a decode step.")
     ] = None,
@@ -40,6 +45,10 @@ def serve(
     """
     given = {"token_budget": token_budget, "host_memory": host_memory}
     fields: dict[str, Any] = parse_settings(settings, **given)
+    if model == "smollm2":
+        from icecache.models import smollm2
+
+        model = str(smollm2())
     command = server_command(model, fields, context.args)
     if dry_run:
         import shlex
@@ -69,16 +78,31 @@ def server_command(model: str, fields: dict[str, Any], flags: Sequence[str]) -> 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--additional-config", json.dumps(arguments["additional_config"])]
     command += ["--kv-transfer-config", json.dumps(arguments["kv_transfer_config"])]
+    command += ["--scheduler-cls", arguments["scheduler_cls"]]
     command += ["--no-enable-prefix-caching", "--no-disable-hybrid-kv-cache-manager"]
     if "--max-num-seqs" not in names:
         command += ["--max-num-seqs", str(_MAX_NUM_SEQS)]
-    if "--num-gpu-blocks-override" not in names:
+    if "--num-gpu-blocks-override" not in names and _is_all_ours(model):
         # One block a request, and the one that vLLM keeps for itself.
         seqs = _value(flags, "--max-num-seqs") or str(_MAX_NUM_SEQS)
         if not seqs.isdigit():
             raise InvalidArgument(f"--max-num-seqs must be a number of requests, got {seqs!r}")
         command += ["--num-gpu-blocks-override", str(int(seqs) + 1)]
     return [*command, *flags]
+
+
+def _is_all_ours(model: str) -> bool:
+    """True where no layer but full attention, which the engine serves, takes blocks of vLLM."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError):  # vLLM will tell, in its own words
+        return False
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return getattr(config, "sliding_window", None) is None
+    return {*types} == {"full_attention"}
 
 
 def _value(flags: Sequence[str], name: str) -> str | None:

@@ -32,7 +32,7 @@ def check_transformers() -> None:
         import transformers
 
         raise Unavailable(
-            f"transformers: icecache needs the cache interface of transformers 5.23, found "
+            f"transformers: icecache needs the cache interface of transformers 5.16, found "
             f"{transformers.__version__}; run pip install -U transformers"
         )
 

@@ -42,7 +42,6 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "vLLM"
             )
         self._group = served[0]
-        self._can_fail_alone = len(groups) == 1
         spec = groups[self._group].kv_cache_spec
         # Scheduler's side, by request: its block, and the tokens that are prompt (also those that
         # a preempted request had made before).
@@ -135,15 +134,14 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker.step = kv_connector_metadata
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks of requests that were lost: the scheduler fails them, and them alone."""
+        """Blocks of requests that were lost: our scheduler ends those."""
         assert self._store is not None
-        lost = {row.block for row in self._worker.step.rows if row.request in self._store.failed}
-        if lost and not self._can_fail_alone:
-            raise RuntimeError(
-                "IceCache: a request failed, and vLLM cannot end one alone in a model with sliding "
-                f"windows: {self._store.failed}"
-            )
-        return lost
+        return {row.block for row in self._worker.step.rows if row.request in self._store.failed}
+
+    def clear_connector_metadata(self) -> None:
+        """The step is over: a dummy batch that follows is none of its rows."""
+        super().clear_connector_metadata()
+        self._worker.step = StepMetadata()
 
     def get_kv_connector_stats(self) -> Stats | None:
         """What happened since the last call."""

@@ -53,11 +53,16 @@ if is_supported_version():
         CPUAttentionMetadataBuilder,
     )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+    from vllm.v1.request import RequestStatus
 
 __all__ = [
+    "AsyncScheduler",
     "AttentionBackendEnum",
     "AttentionImpl",
     "AttentionMetadata",
@@ -66,6 +71,8 @@ __all__ = [
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
     "CPUAttentionMetadataBuilder",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
     "FullAttentionSpec",
     "KVCacheSpecRegistry",
     "KVConnectorBase_V1",
@@ -73,6 +80,8 @@ __all__ = [
     "KVConnectorPromMetrics",
     "KVConnectorRole",
     "KVConnectorStats",
+    "RequestStatus",
+    "Scheduler",
     "SingleTypeKVCacheManager",
     "SupportsHMA",
     "VllmConfig",

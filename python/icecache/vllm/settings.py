@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icecache import Config, InvalidArgument
+from icecache._core import usable_memory
 
 KEY = "icecache"  # of vLLM's additional_config
 CONNECTOR = "IceCacheConnector"
@@ -13,8 +14,8 @@ KV_TRANSFER = {
     "kv_connector": CONNECTOR,
     "kv_connector_module_path": "icecache.vllm.connector",
     "kv_role": "kv_both",
-    "kv_load_failure_policy": "fail",
 }
+SCHEDULER = "icecache.vllm.scheduler.make_scheduler"
 
 
 def engine_args(**settings: Any) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def engine_args(**settings: Any) -> dict[str, Any]:
     return {
         "additional_config": {KEY: settings},
         "kv_transfer_config": dict(KV_TRANSFER),
+        "scheduler_cls": SCHEDULER,
         "enable_prefix_caching": False,
         "disable_hybrid_kv_cache_manager": False,
     }
@@ -47,4 +49,8 @@ def engine_config(vllm_config: Any) -> Config:
         raise InvalidArgument(
             f"additional_config: expected {{{KEY!r}: {{NAME: VALUE}}}}, got {settings!r}"
         )
+    settings, ranks = dict(settings), vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1 and settings.get("host_memory", "auto") in ("auto", 0):
+        # Ranks share a machine: half of its memory is for all of them.
+        settings["host_memory"] = usable_memory() // 2 // ranks
     return Config(**settings)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import psutil
-
 from icecache import InvalidArgument
+from icecache._core import usable_memory
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
-from icecache.vllm.settings import CONNECTOR, KEY, KV_TRANSFER, engine_config
+from icecache.vllm.settings import CONNECTOR, KEY, KV_TRANSFER, SCHEDULER, engine_config
 
 NAME = "IceCache"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -38,10 +37,10 @@ def check_config(vllm_config: Any) -> None:
             f"the KV connector {transfer.kv_connector}",
             f"{NAME} has its own and cannot share: add {flags}",
         )
-    if transfer.kv_load_failure_policy != "fail":
+    if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
         _refuse(
-            f"kv_load_failure_policy={transfer.kv_load_failure_policy!r}",
-            'set it to "fail": a request whose pages are lost must fail, not go on',
+            f"the scheduler {vllm_config.scheduler_config.scheduler_cls or 'of vLLM alone'}",
+            f"a request whose pages are lost must fail alone: add --scheduler-cls {SCHEDULER}",
         )
     if KEY not in (vllm_config.additional_config or {}):
         _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
@@ -99,7 +98,7 @@ def check_memory(host_memory: int, slot_bytes: int, max_model_len: int) -> None:
             f"{max_model_len:,} tokens (--max-model-len), got {host_memory / 2**30:.3f} GiB; raise "
             "host_memory or lower --max-model-len"
         )
-    available = psutil.virtual_memory().total
+    available = usable_memory()
     if host_memory > available:
         raise InvalidArgument(
             f"host_memory: expected at most this machine's {available / 2**30:.1f} GiB, got "

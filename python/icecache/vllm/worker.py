@@ -91,6 +91,8 @@ class Worker:
                     f"which is not what the scheduler announced: {self.step.rows}"
                 )
             rows.append((starts[index], row))
+        if by_block:
+            raise RuntimeError(f"IceCache: rows that are not in the batch: {[*by_block.values()]}")
         return self.store.begin(rows)
 
 

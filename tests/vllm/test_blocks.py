@@ -1,0 +1,173 @@
+"""Seats and metadata on vLLM's own classes, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from icecache import Phase
+from icecache.vllm.backend import IceCacheMetadataBuilder
+from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.metadata import ScheduledRow
+from icecache.vllm.spec import IceCacheManager, IceCacheSpec
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.utils import AttentionGroup
+
+BLOCK = 16
+
+
+def spec(host_slots: int) -> IceCacheSpec:
+    return IceCacheSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, host_slots=host_slots
+    )
+
+
+def manager(pool: BlockPool, host_slots: int) -> IceCacheManager:
+    return IceCacheManager(
+        kv_cache_spec=spec(host_slots),
+        block_pool=pool,
+        enable_caching=False,
+        kv_cache_group_id=0,
+        scheduler_block_size=BLOCK,
+    )
+
+
+def needed(seats: IceCacheManager, request: str, tokens: int) -> int:
+    return seats.get_num_blocks_to_allocate(request, tokens, [], 0, tokens)
+
+
+def test_a_request_holds_one_block_for_life() -> None:
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=False, hash_block_size=BLOCK)
+    seats = manager(pool, 10_000)
+    free = pool.get_num_free_blocks()
+    assert needed(seats, "a", 5000) == 1
+    (block,) = seats.allocate_new_blocks("a", 5000)
+    assert not block.is_null
+    assert needed(seats, "a", 5001) == 0 and seats.allocate_new_blocks("a", 5001) == []
+    assert pool.get_num_free_blocks() == free - 1
+    seats.free("a")
+    assert pool.get_num_free_blocks() == free and not seats.tokens
+
+
+def test_seats_run_out() -> None:
+    pool = BlockPool(num_gpu_blocks=3, enable_caching=False, hash_block_size=BLOCK)
+    seats = manager(pool, 10_000)
+    for request in ("a", "b"):
+        assert needed(seats, request, 10) <= pool.get_num_free_blocks()
+        seats.allocate_new_blocks(request, 10)
+    assert needed(seats, "c", 10) > pool.get_num_free_blocks()
+
+
+def test_host_memory_is_shared_by_all_and_never_denied_to_one_alone() -> None:
+    pool = BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=BLOCK)
+    seats = manager(pool, slots_needed(1000) + slots_needed(100))
+    assert needed(seats, "a", 1000) == 1
+    seats.allocate_new_blocks("a", 10)  # its first chunk; admitted for the whole prompt
+    assert needed(seats, "b", 101) > pool.get_num_free_blocks()
+    assert needed(seats, "b", 100) == 1
+    seats.allocate_new_blocks("b", 100)
+    assert needed(seats, "b", 101) > pool.get_num_free_blocks()  # b must wait for a, or a go
+    seats.free("a")
+    assert needed(seats, "b", 101) == 0
+    assert needed(seats, "b", 1_000_000) == 0  # alone: that one longest request fits is checked
+
+
+class SomeWorker:
+    """Records what the builder's metadata asks for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def begin(self, starts: list[int], blocks: list[int]) -> str:
+        self.asked.append((starts, blocks))
+        return "batch"
+
+
+def builder(worker: SomeWorker) -> IceCacheMetadataBuilder:
+    made = IceCacheMetadataBuilder.__new__(IceCacheMetadataBuilder)
+    made.worker = worker
+    return made
+
+
+def batch_of_three() -> dict[str, object]:
+    """Two decoding rows and a chunk of 5, as a runner has them in its padded buffers."""
+    starts = torch.tensor([0, 1, 2, 7], dtype=torch.int32)
+    table = torch.zeros(4, 8, dtype=torch.int32)
+    table[:3, 0] = torch.tensor([5, 2, 7])
+    return {
+        "query_start_loc_cpu": starts,
+        "seq_lens": torch.tensor([30, 900, 5], dtype=torch.int32),
+        "num_reqs": 3,
+        "max_query_len": 5,
+        "max_seq_len": 900,
+        "slot_mapping": torch.zeros(7, dtype=torch.int64),
+        "table": table,
+    }
+
+
+def test_metadata_as_the_v1_runner_builds_it() -> None:
+    worker, batch = SomeWorker(), batch_of_three()
+    table, starts = batch.pop("table"), batch["query_start_loc_cpu"]
+    common = CommonAttentionMetadata(
+        **batch,  # type: ignore[arg-type]
+        query_start_loc=starts,
+        num_actual_tokens=7,
+        block_table_tensor=table,
+    )
+    metadata = builder(worker).build(0, common)
+    assert worker.asked == []  # nothing before the first layer
+    assert metadata.batch() == metadata.batch() == "batch"
+    assert worker.asked == [([0, 1, 2, 7], [5, 2, 7])]
+
+
+def test_metadata_as_the_v2_runner_builds_it() -> None:
+    worker, batch = SomeWorker(), batch_of_three()
+    group = AttentionGroup(
+        backend=object,  # type: ignore[arg-type]
+        layer_names=["layer.0", "layer.1"],
+        kv_cache_spec=spec(100),
+        kv_cache_group_id=0,
+        metadata_builders=[builder(worker)],
+    )
+
+    class Groups:
+        kv_cache_groups = (group,)
+
+    metadata = build_attn_metadata(
+        attn_groups=[[group]],
+        num_reqs=3,
+        num_tokens=7,
+        query_start_loc_gpu=batch["query_start_loc_cpu"],
+        query_start_loc_cpu=batch["query_start_loc_cpu"],
+        max_query_len=5,
+        seq_lens=batch["seq_lens"],
+        max_seq_len=900,
+        block_tables=[batch["table"]],
+        slot_mappings=[batch["slot_mapping"]],
+        kv_cache_config=Groups,
+    )
+    assert metadata["layer.0"] is metadata["layer.1"]
+    assert metadata["layer.0"].batch() == "batch"
+    assert worker.asked == [([0, 1, 2, 7], [5, 2, 7])]
+
+
+def test_a_batch_that_is_not_the_schedulers_is_an_error() -> None:
+    from icecache.vllm.worker import Worker
+
+    worker = Worker.__new__(Worker)
+    worker.store = object()  # type: ignore[assignment]
+    row = ScheduledRow("a", block=3, position=0, count=4, phase=Phase.PREFILL)
+
+    def step(*rows: ScheduledRow) -> None:
+        from icecache.vllm.metadata import StepMetadata
+
+        worker.step = StepMetadata(rows=list(rows))
+
+    step(row)
+    for starts, blocks in (([0, 4], [2]), ([0, 5], [3])):
+        with pytest.raises(RuntimeError, match="not what the scheduler announced"):
+            worker.begin(starts, blocks)
+    step(row, ScheduledRow("b", block=4, position=9, count=1, phase=Phase.AUTO))
+    with pytest.raises(RuntimeError, match="rows that are not in the batch.*'b'"):
+        worker.begin([0, 4], [3])
