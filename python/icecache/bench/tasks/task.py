@@ -53,6 +53,6 @@ def find_tasks(names: Sequence[str], known: Sequence[Task]) -> list[Task]:
     for name in names:
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, 3)
-            hint = f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(by_name)}"
-            raise InvalidArgument(f"task: no task is called {name!r}{hint}")
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(by_name)}"
+            raise InvalidArgument(f"task: no task is called {name!r}; {hint}")
     return [by_name[name] for name in names] if names else list(known)
