@@ -1,5 +1,5 @@
-// attend_pages (the picks of a decode step) and attend_causal_run (prefill): pages of 16 tokens, 4
-// query heads a KV head.
+// attend_pages, of a decode step's picks and of a prompt's last tokens: pages of 16 tokens, 4 query
+// heads a KV head.
 #include <benchmark/benchmark.h>
 
 #include <memory>
@@ -44,7 +44,7 @@ void attend_pages_of_step(benchmark::State& state, const Shape& shape, const Pag
   for (auto _ : state) {
     const std::size_t first = cycle.next() * kPicked;
     for (int i = 0; i < kPicked; ++i) picked[i] = {pages.keys(first + i), 0xffffu};
-    attend_pages(picked, rows.queries.data(), shape.layout(), rows.state);
+    attend_pages(picked, {rows.queries.data(), 1, kGroup}, shape.layout(), rows.state);
     benchmark::ClobberMemory();
   }
   const double tokens = kPicked * Pages::kPageSize;
@@ -57,12 +57,11 @@ constexpr int kTile = 128, kPrompt = 4096;
 
 void attend_prefill_tile(benchmark::State& state, const Shape& shape, const Pages& pages) {
   Rows rows(kTile * kGroup, shape.head_dim);
-  std::vector<const std::byte*> run_pages;
-  for (int i = 0; i < kPrompt / Pages::kPageSize; ++i) run_pages.push_back(pages.keys(i));
-  const CausalRun run{run_pages, 0, 0, kPrompt};
-  const QueryBlock block{rows.queries.data(), kTile, kGroup, kPrompt - kTile};
+  std::vector<PageSlots> prompt;
+  for (int i = 0; i < kPrompt / Pages::kPageSize; ++i) prompt.push_back({pages.keys(i), 0xffffu});
+  const QueryBlock block{rows.queries.data(), kTile, kGroup, kPrompt - kTile + 1};
   for (auto _ : state) {
-    attend_causal_run(run, block, shape.layout(), rows.state);
+    attend_pages(prompt, block, shape.layout(), rows.state);
     benchmark::ClobberMemory();
   }
   const double pairs = kTile * (kPrompt - 0.5 * (kTile - 1));  // query and token that meet
@@ -88,7 +87,7 @@ const bool registered = [] {
       const std::int64_t prompt_bytes =
           2 * kPrompt * head_dim * static_cast<std::int64_t>(size_of(dtype));
       add(
-          "attend_causal_run/" + std::string(icecache::name_of(dtype)) +
+          "attend_pages/prompt/" + std::string(icecache::name_of(dtype)) +
               "/D:" + std::to_string(head_dim),
           [=] { return std::make_shared<Pages>(prompt_bytes, dtype, head_dim); },
           [=](benchmark::State& state, Pages& pages) { attend_prefill_tile(state, shape, pages); })

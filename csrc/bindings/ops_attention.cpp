@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& queries, const Tensor& 
       for (float& x : scaled) x *= static_cast<float>(scale);
       const AttentionState state{result.data(), max, sum, s.group, s.dim};
       state.clear();
-      attend_pages(picked, scaled.data(), s.layout, state);
+      attend_pages(picked, {scaled.data(), 1, s.group}, s.layout, state);
       for (int g = 0; g < s.group; ++g) lse_rows[first + g] = state.lse(g);
       finish(state, result.data());
       simd::kernels().from_float(result.data(), out_rows + first * row_bytes, s.layout.dtype,

@@ -8,12 +8,9 @@
 #include "icecache/error.h"
 #include "index/log_sum.h"
 #include "simd/kernels.h"
-#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
-
-constexpr std::size_t kAhead = 6;  // pages whose rows are on their way
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -100,61 +97,43 @@ void HeadCache::with_pages(std::span<const PagePick> picks, HeadStats& stats,
   }
 }
 
-void HeadCache::attend_picks(std::span<const PagePick> picks, const float* queries, int rows,
+void HeadCache::attend_picks(std::span<const PagePick> picks, QueryBlock block,
                              const AttentionState& state, HeadStats& stats) const {
   const int d = context_.head_dim, s = static_cast<int>(context_.config->page_size);
-  const std::size_t row_bytes = d * size_of(context_.dtype);
+  const auto row_bytes = static_cast<std::int64_t>(d * size_of(context_.dtype));
+  thread_local std::vector<PageSlots> pages;
   with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, std::int64_t) {
+    pages.clear();
+    std::int64_t tokens = 0;
     for (std::size_t i = 0; i < batch.size(); ++i) {
-      if (i + kAhead < batch.size()) {
-        for (std::uint32_t slots = batch[i + kAhead].slots; slots != 0; slots &= slots - 1) {
-          const std::byte* row = lease.page(i + kAhead) + std::countr_zero(slots) * row_bytes;
-          simd::prefetch(row, row_bytes);
-          simd::prefetch(row + s * row_bytes, row_bytes);
-        }
-      }
-      const std::byte* page = lease.page(i);
-      simd::kernels().attend_page(
-          {queries, page, page + s * row_bytes, context_.dtype, rows, d, s, batch[i].slots}, state);
-      stats.bytes_read += static_cast<std::int64_t>(2 * row_bytes) * std::popcount(batch[i].slots);
+      pages.push_back({lease.page(i), batch[i].slots});
+      tokens += std::popcount(batch[i].slots);
     }
+    attend_pages(pages, block, {d, s, context_.dtype}, state);
+    stats.bytes_read += 2 * row_bytes * tokens;
+    if (block.seen != QueryBlock::kAll) block.seen -= tokens;
   });
 }
 
-void HeadCache::attend_run(const PageRun& run, const float* queries, int tokens,
-                           std::int32_t first_position, const AttentionState& state,
-                           HeadStats& stats) const {
-  const int group = context_.group, d = context_.head_dim;
+void HeadCache::attend_run(const PageRun& run, QueryBlock block, std::int32_t first_position,
+                           const AttentionState& state, HeadStats& stats) const {
   thread_local std::vector<PagePick> picks;
   picks.clear();
-  run.picks(first_position + 1, picks);
-  attend_picks(picks, queries, tokens * group, state, stats);
-  // What the first query may not see, one query token at a time.
-  for (int t = 1; t < tokens; ++t) {
-    picks.clear();
-    run.picks(first_position + t + 1, picks);
-    std::erase_if(picks, [&](PagePick& pick) {
-      const std::int32_t base = run.page_position(pick.local_page);
-      for (std::int32_t s = 0; s < context_.config->page_size; ++s) {
-        if (base + s <= first_position) pick.slots &= ~(1u << s);
-      }
-      return pick.slots == 0;
-    });
-    const AttentionState one{state.out + static_cast<std::ptrdiff_t>(t) * group * d,
-                             state.max + t * group, state.sum + t * group, group, d};
-    attend_picks(picks, queries + static_cast<std::ptrdiff_t>(t) * group * d, group, one, stats);
-  }
+  run.picks(first_position + block.tokens, picks);
+  block.seen = first_position + 1 - run.first_position();
+  attend_picks(picks, block, state, stats);
 }
 
 void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
                              const AttentionState& state, HeadStats& stats) const {
-  attend_run(sink_, queries, tokens, first_position, state, stats);
+  const QueryBlock block{queries, tokens, context_.group};
+  attend_run(sink_, block, first_position, state, stats);
   if (index_) {
     std::vector<PagePick> picks;
     index_->all_pages(picks);
-    attend_picks(picks, queries, tokens * context_.group, state, stats);
+    attend_picks(picks, block, state, stats);
   }
-  attend_run(tail_, queries, tokens, first_position, state, stats);
+  attend_run(tail_, block, first_position, state, stats);
 }
 
 namespace {

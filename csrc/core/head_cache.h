@@ -16,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu/paged_attention.h"
 #include "core/index_rebuild.h"
 #include "core/page_run.h"
 #include "core/residency.h"
@@ -76,10 +77,10 @@ class HeadCache {
   void check_integrity() const;
 
  private:
-  void attend_picks(std::span<const PagePick> picks, const float* queries, int rows,
-                    const AttentionState& state, HeadStats& stats) const;
-  // Pages of a run for T query tokens: whole pages at once, the causal edge token by token.
-  void attend_run(const PageRun& run, const float* queries, int tokens, std::int32_t first_position,
+  void attend_picks(std::span<const PagePick> picks, QueryBlock block, const AttentionState& state,
+                    HeadStats& stats) const;
+  // The first query stands at `first_position`; none sees what comes after it.
+  void attend_run(const PageRun& run, QueryBlock block, std::int32_t first_position,
                   const AttentionState& state, HeadStats& stats) const;
   // Where the window begins for the step after the newest token.
   std::int32_t next_window_start() const;

@@ -1,95 +1,113 @@
 #include "cpu/paged_attention.h"
 
 #include <algorithm>
+#include <bit>
+#include <utility>
+#include <vector>
 
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
 
-// Query rows that go over all pages together: their queries and outputs stay in the L2 cache.
-constexpr int kRowsTogether = 96;
+// Query rows that go over all tokens together: their queries and outputs stay in the L2 cache, and
+// the transposition of a block's keys serves all of them.
+constexpr int kRowsTogether = 192;
 
-// Slots [begin, end) of a page, end <= 32.
-std::uint32_t slot_range(std::int64_t begin, std::int64_t end) {
-  const std::uint64_t below_end = (std::uint64_t{1} << end) - 1;
-  const std::uint64_t below_begin = (std::uint64_t{1} << begin) - 1;
-  return static_cast<std::uint32_t>(below_end & ~below_begin);
-}
+struct TokenBlock {
+  const void* keys[simd::kMaxBlock];
+  const void* values[simd::kMaxBlock];
+  int count = 0;
+};
+
+// The tokens of a list of pages, in order, block by block.
+class Tokens {
+ public:
+  Tokens(std::span<const PageSlots> pages, const PageLayout& layout)
+      : pages_(pages),
+        row_bytes_(size_of(layout.dtype) * static_cast<std::size_t>(layout.head_dim)),
+        value_offset_(row_bytes_ * static_cast<std::size_t>(layout.page_size)),
+        slots_(pages.empty() ? 0 : pages.front().slots) {}
+
+  // Empty at the end. Where `ask`, their rows are asked for.
+  void next(TokenBlock& block, bool ask) {
+    block.count = 0;
+    while (block.count < simd::kMaxBlock && page_ < pages_.size()) {
+      if (slots_ == 0) {
+        if (++page_ < pages_.size()) slots_ = pages_[page_].slots;
+        continue;
+      }
+      const std::byte* key = pages_[page_].page + std::countr_zero(slots_) * row_bytes_;
+      slots_ &= slots_ - 1;
+      block.keys[block.count] = key;
+      block.values[block.count] = key + value_offset_;
+      ++block.count;
+      if (ask) {
+        simd::prefetch(key, row_bytes_);
+        simd::prefetch(key + value_offset_, row_bytes_);
+      }
+    }
+  }
+
+ private:
+  std::span<const PageSlots> pages_;
+  std::size_t row_bytes_, value_offset_;
+  std::size_t page_ = 0;
+  std::uint32_t slots_;  // of the page, those to come
+};
 
 AttentionState rows_of(const AttentionState& state, std::ptrdiff_t first, int rows) {
   return {state.out + first * state.head_dim, state.max + first, state.sum + first, rows,
           state.head_dim};
 }
 
-// Rows of one group x token block against one page at a time.
-class PageKernel {
- public:
-  PageKernel(const float* queries, const PageLayout& layout, const AttentionState& state)
-      : attend_page_(simd::kernels().attend_page), state_(state) {
-    args_.queries = queries;
-    args_.dtype = layout.dtype;
-    args_.head_dim = layout.head_dim;
-    args_.page_size = layout.page_size;
-    value_offset_ = size_of(layout.dtype) * static_cast<std::size_t>(layout.page_size) *
-                    static_cast<std::size_t>(layout.head_dim);
-  }
-
-  void operator()(const PageSlots& page, std::ptrdiff_t first_row, int rows) const {
-    if (rows <= 0 || page.slots == 0) return;
-    simd::PageArgs args = args_;
-    args.queries += first_row * args.head_dim;
-    args.keys = page.page;
-    args.values = page.page + value_offset_;
-    args.rows = rows;
-    args.slots = page.slots;
-    attend_page_(args, rows_of(state_, first_row, rows));
-  }
-
- private:
-  void (*attend_page_)(const simd::PageArgs&, const AttentionState&);
-  simd::PageArgs args_;
-  std::size_t value_offset_ = 0;
-  AttentionState state_;
-};
-
-}  // namespace
-
-void attend_pages(std::span<const PageSlots> pages, const float* queries, const PageLayout& layout,
-                  const AttentionState& state) {
-  const PageKernel attend(queries, layout, state);
-  for (int first = 0; first < state.group; first += kRowsTogether) {
-    const int rows = std::min(kRowsTogether, state.group - first);
-    for (const PageSlots& page : pages) attend(page, first, rows);
+// Queries [begin, end) of a block. Blocks of tokens begin at multiples of their size in the list: a
+// row adds up the same terms in the same order whatever rows are beside it.
+void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
+                 const PageLayout& layout, const AttentionState& state) {
+  const auto attend = simd::kernels().attend_block;
+  const int group = queries.group;
+  simd::BlockArgs args;
+  args.dtype = layout.dtype;
+  args.head_dim = layout.head_dim;
+  thread_local std::vector<int> seen;
+  const bool ask = (end - begin) * group <= simd::kFewRows;  // else what is asked for comes in time
+  TokenBlock blocks[2];
+  TokenBlock *now = &blocks[0], *later = &blocks[1];
+  tokens.next(*now, ask);
+  for (std::int64_t first = 0; now->count > 0; first += simd::kMaxBlock, std::swap(now, later)) {
+    tokens.next(*later, ask);
+    const auto seen_by = [&](int t) { return queries.seen + t - first; };
+    if (seen_by(end - 1) <= 0) return;
+    const int from = begin + static_cast<int>(std::clamp<std::int64_t>(1 - seen_by(begin), 0,
+                                                                       end - begin));
+    args.keys = now->keys;
+    args.values = now->values;
+    args.count = static_cast<int>(std::min<std::int64_t>(now->count, seen_by(end - 1)));
+    seen.clear();
+    if (seen_by(from) < args.count) {
+      for (int t = from; t < end; ++t) {
+        const auto count = static_cast<int>(std::min<std::int64_t>(seen_by(t), args.count));
+        seen.insert(seen.end(), static_cast<std::size_t>(group), count);
+      }
+    }
+    const std::ptrdiff_t first_row = static_cast<std::ptrdiff_t>(from) * group;
+    args.queries = queries.queries + first_row * layout.head_dim;
+    args.rows = (end - from) * group;
+    args.seen = seen.empty() ? nullptr : seen.data();
+    attend(args, rows_of(state, first_row, args.rows));
   }
 }
 
-void attend_causal_run(const CausalRun& run, const QueryBlock& block, const PageLayout& layout,
-                       const AttentionState& state) {
-  const PageKernel attend(block.queries, layout, state);
-  const std::int64_t page_size = layout.page_size;
-  const std::int64_t end_slot = run.offset + run.count;
-  const int tokens_together = std::max(1, kRowsTogether / block.group);
-  for (int begin = 0; begin < block.tokens; begin += tokens_together) {
-    const int end = std::min(begin + tokens_together, block.tokens);
-    for (std::int64_t slot = 0; slot < end_slot; slot += page_size) {
-      const std::byte* page = run.pages[static_cast<std::size_t>(slot / page_size)];
-      const std::int64_t from = std::max<std::int64_t>(run.offset - slot, 0);
-      const std::int64_t to = std::min(end_slot - slot, page_size);
-      // Slot s of this page stands at `position` + s; query t sees slots up to seen(t).
-      const std::int64_t position = run.first_position - run.offset + slot;
-      const auto seen = [&](std::int64_t t) { return block.first_position + t - position + 1; };
-      if (seen(end - 1) <= from) break;  // later pages are later still
-      // The causal edge, query by query, then the queries that see all of the page together.
-      int t = begin;
-      for (; t < end && seen(t) < to; ++t) {
-        if (seen(t) <= from) continue;
-        attend({page, slot_range(from, seen(t))}, static_cast<std::ptrdiff_t>(t) * block.group,
-               block.group);
-      }
-      attend({page, slot_range(from, to)}, static_cast<std::ptrdiff_t>(t) * block.group,
-             (end - t) * block.group);
-    }
+}  // namespace
+
+void attend_pages(std::span<const PageSlots> pages, const QueryBlock& block,
+                  const PageLayout& layout, const AttentionState& state) {
+  const int together = std::max(1, kRowsTogether / block.group);
+  for (int begin = 0; begin < block.tokens; begin += together) {
+    attend_rows(Tokens(pages, layout), block, begin, std::min(begin + together, block.tokens),
+                layout, state);
   }
 }
 

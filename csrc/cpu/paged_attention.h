@@ -2,11 +2,13 @@
 //
 // A page is [2][S][D] in `dtype`: S key rows, then S value rows. Queries are fp32 and already
 // multiplied by the softmax scale. Results are merged into an AttentionState whose `group` is the
-// number of query rows. Kernels come from simd::kernels(). No threads, no state, no allocation.
+// number of query rows. Kernels come from simd::kernels(). No threads; scratch memory of its own for
+// each thread.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "icecache/attention_state.h"
@@ -26,29 +28,18 @@ struct PageSlots {
   std::uint32_t slots = 0;
 };
 
-// Every row of queries [state.group, D] sees every slot.
-void attend_pages(std::span<const PageSlots> pages, const float* queries, const PageLayout& layout,
-                  const AttentionState& state);
-
-// Consecutive tokens in order of position: token i is in slot (offset + i) % S of page
-// (offset + i) / S and stands at position first_position + i.
-struct CausalRun {
-  std::span<const std::byte* const> pages;  // at least ceil((offset + count) / S)
-  int offset = 0;                           // 0 <= offset < S
-  std::int64_t first_position = 0;
-  std::int64_t count = 0;
-};
-
-// T query tokens of a group: query t stands at position first_position + t.
+// T query tokens of a group. Of the tokens of all pages, in order, query t sees the first seen + t.
 struct QueryBlock {
+  static constexpr std::int64_t kAll = std::numeric_limits<std::int32_t>::max();
+
   const float* queries = nullptr;  // [T, G, D]
-  int tokens = 0;                  // T
+  int tokens = 1;                  // T
   int group = 0;                   // G
-  std::int64_t first_position = 0;
+  std::int64_t seen = kAll;        // by the first query; may be negative
 };
 
-// Row (t, g) sees the run's tokens at positions up to its own. state.group == T * G.
-void attend_causal_run(const CausalRun& run, const QueryBlock& block, const PageLayout& layout,
-                       const AttentionState& state);
+// state.group == T * G.
+void attend_pages(std::span<const PageSlots> pages, const QueryBlock& block,
+                  const PageLayout& layout, const AttentionState& state);
 
 }  // namespace icecache

@@ -18,16 +18,19 @@
 
 namespace icecache::simd {
 
-// Slots of one page against a group of queries.
-struct PageArgs {
-  const float* queries = nullptr;  // [rows, D], scaled
-  const void* keys = nullptr;      // [S, D]
-  const void* values = nullptr;    // [S, D]
+// Query rows against a block of tokens that lie anywhere in memory. With at most kFewRows rows, only
+// tokens that a row sees are read; with more, all are, and must be finite.
+constexpr int kMaxBlock = 64;
+constexpr int kFewRows = 16;
+struct BlockArgs {
+  const float* queries = nullptr;       // [rows, D], scaled
+  const void* const* keys = nullptr;    // [count] of [D]
+  const void* const* values = nullptr;  // [count] of [D]
+  const int* seen = nullptr;            // [rows] row r sees the first seen[r] >= 1; null: all
   DType dtype = DType::kFloat32;
-  int rows = 0;             // queries: G, or G x T in prefill; any number
-  int head_dim = 0;         // D, a multiple of 8, at most 256
-  int page_size = 0;        // S: 8, 16 or 32
-  std::uint32_t slots = 0;  // bit s: slot s takes part
+  int count = 0;     // at most kMaxBlock
+  int rows = 0;      // G, or G x T in prefill; any number
+  int head_dim = 0;  // D, a multiple of 8, at most 256
 };
 
 // Rows that lie anywhere in memory, in one element type.
@@ -113,8 +116,8 @@ struct Kernels {
   void (*matmul)(const float* a, const float* b, float* c, std::int64_t n, std::int64_t k,
                  std::int64_t m);
 
-  // Merges the set slots into the state of `rows` queries (state.group == rows).
-  void (*attend_page)(const PageArgs& args, const AttentionState& state);
+  // Merges the tokens into the state of `rows` queries (state.group == rows).
+  void (*attend_block)(const BlockArgs& args, const AttentionState& state);
 
   // logits[g * stride + i] = queries[g] . rows[i]; queries [G, D].
   void (*row_logits)(const RowsArgs& args, const float* queries, float* logits,

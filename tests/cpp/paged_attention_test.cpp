@@ -19,7 +19,7 @@ namespace {
 class PagedTokens {
  public:
   PagedTokens(std::int64_t count, int offset, const PageLayout& layout, unsigned seed)
-      : layout_(layout) {
+      : layout_(layout), offset_(offset) {
     const std::int64_t s = layout.page_size, d = layout.head_dim;
     const std::size_t row = static_cast<std::size_t>(d) * size_of(layout.dtype);
     std::mt19937 random(seed);
@@ -44,6 +44,20 @@ class PagedTokens {
   }
 
   std::span<const std::byte* const> pages() const { return pages_; }
+  // All tokens.
+  std::vector<PageSlots> run() const {
+    std::vector<PageSlots> picks;
+    const std::int64_t s = layout_.page_size;
+    for (std::size_t p = 0; p < pages_.size(); ++p) {
+      const std::int64_t base = static_cast<std::int64_t>(p) * s;
+      std::uint32_t slots = 0;
+      for (std::int64_t i = 0; i < s; ++i) {
+        if (base + i >= offset_ && base + i < offset_ + tokens().count) slots |= 1u << i;
+      }
+      picks.push_back({pages_[p], slots});
+    }
+    return picks;
+  }
   reference::Tokens tokens() const {
     return {keys_.data(), values_.data(),
             static_cast<std::int64_t>(keys_.size()) / layout_.head_dim, layout_.head_dim};
@@ -51,6 +65,7 @@ class PagedTokens {
 
  private:
   PageLayout layout_;
+  int offset_;
   std::vector<std::vector<std::byte>> storage_;
   std::vector<const std::byte*> pages_;
   std::vector<float> keys_, values_;
@@ -117,7 +132,7 @@ TEST(PagedAttentionTest, WholeAndPartialPagesEqualTheReference) {
             picks.push_back({paged.pages()[p], slots});
           }
           State state(group, 40);
-          attend_pages(picks, queries.data(), layout, state.view);
+          attend_pages(picks, {queries.data(), 1, group}, layout, state.view);
           expect_matches(state, reference::attend(queries.data(), group, paged.tokens(), subset));
           if (HasFatalFailure()) FAIL() << "S " << s << " N " << count << " G " << group;
         }
@@ -126,10 +141,10 @@ TEST(PagedAttentionTest, WholeAndPartialPagesEqualTheReference) {
   }
 }
 
-TEST(PagedAttentionTest, CausalRunEqualsTheReference) {
+TEST(PagedAttentionTest, CausalAttentionEqualsTheReference) {
   for (const int s : {8, 16, 32}) {
     for (const int offset : {0, 3, s - 1}) {
-      for (const int count : {0, 1, s - 1, s, s + 1, 3 * s + 5}) {
+      for (const int count : {0, 1, s - 1, s, s + 1, 3 * s + 5, 200}) {
         for (const auto& [tokens, group] :
              {std::pair{1, 1}, {2, 16}, {s, 3}, {70, 3}, {s + 1, 4}, {7, 8}}) {
           const PageLayout layout{24, s, kDTypes[(count + group) % 3]};
@@ -138,8 +153,8 @@ TEST(PagedAttentionTest, CausalRunEqualsTheReference) {
           // Queries before, across, at the end of and behind the run.
           for (const std::int64_t first : {-5, 0, count / 2, count - tokens, count + 4}) {
             State state(tokens * group, 24);
-            attend_causal_run({paged.pages(), offset, 1000, count},
-                              {queries.data(), tokens, group, 1000 + first}, layout, state.view);
+            attend_pages(paged.run(), {queries.data(), tokens, group, first + 1}, layout,
+                         state.view);
             expect_matches(state, reference::attend_causal(queries.data(), tokens, group, first,
                                                            paged.tokens()));
             if (HasFatalFailure()) {
@@ -167,8 +182,7 @@ TEST(PagedAttentionTest, ChunkedPrefillEqualsOneChunk) {
       const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(first) * group;
       const AttentionState part{state.out.data() + row * 64, state.max.data() + row,
                                 state.sum.data() + row, tokens * group, 64};
-      attend_causal_run({paged.pages(), 0, 0, length},
-                        {queries.data() + row * 64, tokens, group, first}, layout, part);
+      attend_pages(paged.run(), {queries.data() + row * 64, tokens, group, first + 1}, layout, part);
     }
     expect_matches(state, expected);
     if (HasFatalFailure()) FAIL() << "chunks of " << chunk;
@@ -182,8 +196,8 @@ TEST(PagedAttentionTest, PartsMergeToTheWhole) {
   State whole(4, 32), first(4, 32), second(4, 32);
   std::vector<PageSlots> picks;
   for (const std::byte* page : paged.pages()) picks.push_back({page, 0xffu});
-  attend_pages(std::span(picks).first(3), queries.data(), layout, first.view);
-  attend_pages(std::span(picks).subspan(3), queries.data(), layout, second.view);
+  attend_pages(std::span(picks).first(3), {queries.data(), 1, 4}, layout, first.view);
+  attend_pages(std::span(picks).subspan(3), {queries.data(), 1, 4}, layout, second.view);
   merge(first.view, second.view);
   expect_matches(first, reference::attend(queries.data(), 4, paged.tokens()));
 }

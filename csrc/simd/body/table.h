@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd/body/linear.h"
-#include "simd/body/page.h"
+#include "simd/body/block.h"
 #include "simd/body/rows.h"
 #include "simd/body/scan.h"
 #include "simd/body/score.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr Kernels make_table(std::string_view name) {
   return Kernels{name,   to_float,    from_float, all_finite, dot,         axpy,       matmul,
-                 attend_page, row_logits, add_rows, sketch_scan, score_mass, score_rank,
+                 attend_block, row_logits, add_rows, sketch_scan, score_mass, score_rank,
                  softmax_stats, add_exp};
 }
 

@@ -1,4 +1,4 @@
-// attend_page against softmax attention in double.
+// attend_block against softmax attention in double.
 #include <algorithm>
 
 #include "icecache/attention_state.h"
@@ -8,15 +8,15 @@
 namespace icecache::simd {
 namespace {
 
-class SimdPageTest : public SimdLevel {
+class SimdBlockTest : public SimdLevel {
  protected:
   struct Case {
     int rows, dim, page_size;
     DType dtype;
-    std::uint32_t slots;
+    std::uint64_t slots;  // of a page of up to 64
   };
 
-  // A page whose free slots hold NaN, and queries for it.
+  // The tokens of a page whose free slots hold NaN, and queries for them.
   void make(const Case& c) {
     queries = normal(static_cast<std::size_t>(c.rows) * c.dim, 1.0f / std::sqrt(c.dim));
     for (std::vector<float>* part : {&keys, &values}) {
@@ -30,8 +30,22 @@ class SimdPageTest : public SimdLevel {
     value_bytes = encode(values, c.dtype);
     keys = decode(key_bytes, c.dtype);
     values = decode(value_bytes, c.dtype);
-    args = PageArgs{queries.data(), key_bytes.data(), value_bytes.data(), c.dtype, c.rows, c.dim,
-                    c.page_size,    c.slots};
+    key_rows.clear();
+    value_rows.clear();
+    const std::size_t row_bytes = static_cast<std::size_t>(c.dim) * size_of(c.dtype);
+    for (int s = 0; s < c.page_size; ++s) {
+      if ((c.slots >> s & 1) == 0) continue;
+      key_rows.push_back(key_bytes.data() + s * row_bytes);
+      value_rows.push_back(value_bytes.data() + s * row_bytes);
+    }
+    args = BlockArgs{queries.data(),
+                     key_rows.data(),
+                     value_rows.data(),
+                     nullptr,
+                     c.dtype,
+                     static_cast<int>(key_rows.size()),
+                     c.rows,
+                     c.dim};
   }
 
   double logit(const Case& c, int row, int slot) const {
@@ -47,7 +61,7 @@ class SimdPageTest : public SimdLevel {
     std::vector<float> out(static_cast<std::size_t>(c.rows) * c.dim), max(c.rows), sum(c.rows);
     const AttentionState state{out.data(), max.data(), sum.data(), c.rows, c.dim};
     state.clear();
-    k().attend_page(args, state);
+    k().attend_block(args, state);
     check_state(c, state, {}, {}, {});
 
     std::vector<double> out0(out.size()), max0(c.rows), sum0(c.rows);
@@ -58,7 +72,7 @@ class SimdPageTest : public SimdLevel {
         out[r * c.dim + d] = static_cast<float>(out0[r * c.dim + d] = 0.125 * d - r);
       }
     }
-    k().attend_page(args, state);
+    k().attend_block(args, state);
     check_state(c, state, out0, max0, sum0);
   }
 
@@ -100,8 +114,8 @@ class SimdPageTest : public SimdLevel {
            testing::PrintToString(c.slots);
   }
 
-  static std::uint32_t all(int page_size) {
-    return page_size == 32 ? 0xffffffffu : (1u << page_size) - 1u;
+  static std::uint64_t all(int page_size) {
+    return page_size == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << page_size) - 1;
   }
 
   void check(const Case& c) {
@@ -111,13 +125,14 @@ class SimdPageTest : public SimdLevel {
 
   std::vector<float> queries, keys, values;
   std::vector<std::byte> key_bytes, value_bytes;
-  PageArgs args;
+  std::vector<const void*> key_rows, value_rows;
+  BlockArgs args;
 };
-INSTANTIATE_TEST_SUITE_P(Levels, SimdPageTest, all_levels(), level_name);
+INSTANTIATE_TEST_SUITE_P(Levels, SimdBlockTest, all_levels(), level_name);
 
-TEST_P(SimdPageTest, EveryHeadDimPageSizeGroupAndType) {
+TEST_P(SimdBlockTest, EveryHeadDimPageSizeGroupAndType) {
   for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {
-    for (const int page_size : {8, 16, 32}) {
+    for (const int page_size : {8, 16, 32, 64}) {
       for (const int group : {1, 3, 4, 8, 16}) {
         for (const DType dtype : kDTypes) {
           check({group, dim, page_size, dtype, all(page_size)});
@@ -128,12 +143,17 @@ TEST_P(SimdPageTest, EveryHeadDimPageSizeGroupAndType) {
   }
 }
 
-TEST_P(SimdPageTest, PartialPagesReadOnlyTheirSlots) {
-  for (const int page_size : {8, 16, 32}) {
-    std::vector<std::uint32_t> masks = {
-        0u, 1u, 1u << (page_size - 1), 3u, 0x55555555u, all(page_size) >> 1, all(page_size) & ~1u};
-    for (int i = 0; i < 8; ++i) masks.push_back(static_cast<std::uint32_t>(random_()));
-    for (const std::uint32_t mask : masks) {
+TEST_P(SimdBlockTest, PartialPagesReadOnlyTheirSlots) {
+  for (const int page_size : {8, 16, 32, 64}) {
+    std::vector<std::uint64_t> masks = {0u,
+                                        1u,
+                                        std::uint64_t{1} << (page_size - 1),
+                                        3u,
+                                        0x55555555u,
+                                        all(page_size) >> 1,
+                                        all(page_size) & ~std::uint64_t{1}};
+    for (int i = 0; i < 8; ++i) masks.push_back(random_() * std::uint64_t{0x9e3779b97f4a7c15u});
+    for (const std::uint64_t mask : masks) {
       for (const int rows : {1, 3, 5, 16, 17}) {
         for (const int dim : {8, 40, 64, 80}) {
           for (const DType dtype : kDTypes) {
@@ -146,25 +166,62 @@ TEST_P(SimdPageTest, PartialPagesReadOnlyTheirSlots) {
   }
 }
 
-TEST_P(SimdPageTest, ManyRows) {
+TEST_P(SimdBlockTest, ManyRows) {
   for (const int rows : {17, 47, 95, 96, 97, 129, 512}) {
     for (const int dim : {8, 24, 64, 136, 256}) {
-      for (const int page_size : {8, 16, 32}) {
-        check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3], all(page_size) & 0xfffffffdu});
+      for (const int page_size : {8, 16, 32, 64}) {
+        check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3], all(page_size) & ~std::uint64_t{2}});
         if (HasFatalFailure()) return;
       }
     }
   }
 }
 
-TEST_P(SimdPageTest, HugeLogitsDoNotOverflow) {
+// Each row against the first tokens that it sees, few rows and many.
+TEST_P(SimdBlockTest, RowsSeeTheirFirstTokens) {
+  for (const int rows : {2, 6, 16, 17, 60, 200}) {
+    for (const int dim : {8, 64, 136}) {
+      for (const int count : {1, 7, 16, 33, 64}) {
+        for (const DType dtype : kDTypes) {
+          const Case c{rows, dim, count, dtype, all(count)};
+          make(c);
+          std::vector<int> seen(rows);
+          for (int r = 0; r < rows; ++r) seen[r] = std::min(count, 1 + r / 2);
+          std::vector<float> out(rows * dim), max(rows), sum(rows);
+          const AttentionState state{out.data(), max.data(), sum.data(), rows, dim};
+          state.clear();
+          args.seen = seen.data();
+          k().attend_block(args, state);
+          for (int r = 0; r < rows; ++r) {
+            std::vector<float> alone(dim), alone_max(1), alone_sum(1);
+            const AttentionState one{alone.data(), alone_max.data(), alone_sum.data(), 1, dim};
+            one.clear();
+            BlockArgs row = args;
+            row.queries += r * dim;
+            row.rows = 1;
+            row.seen = nullptr;
+            row.count = seen[r];
+            k().attend_block(row, one);
+            ASSERT_NEAR(max[r], alone_max[0], 1e-5) << describe(c) << " row " << r;
+            ASSERT_NEAR(sum[r], alone_sum[0], 2e-5 * sum[r]) << describe(c) << " row " << r;
+            for (int d = 0; d < dim; ++d) {
+              ASSERT_NEAR(out[r * dim + d], alone[d], 3e-5 * (8.0 + std::abs(alone[d])));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SimdBlockTest, HugeLogitsDoNotOverflow) {
   const Case c{3, 16, 16, DType::kFloat32, 0xffffu};
   make(c);
   for (float& q : queries) q *= 3000.0f;
   std::vector<float> out(c.rows * c.dim), max(c.rows), sum(c.rows);
   const AttentionState state{out.data(), max.data(), sum.data(), c.rows, c.dim};
   state.clear();
-  k().attend_page(args, state);
+  k().attend_block(args, state);
   for (int r = 0; r < c.rows; ++r) {
     int best = 0;
     for (int s = 1; s < c.page_size; ++s) {
