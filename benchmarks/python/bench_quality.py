@@ -110,7 +110,7 @@ def _prefill(decoder: Decoder, prompt: Prompt, end: int, folder: Path | None) ->
     path = None if folder is None else folder / f"{prompt.name}.safetensors"
     if path is not None and path.is_file():
         made = load(path)
-        if torch.equal(made.tokens, prompt.tokens) and made.steps == STEPS:
+        if made and torch.equal(made.tokens, prompt.tokens) and made.steps == STEPS:
             return made
     made = prefill(decoder, prompt.tokens, STEPS, end)
     if path is not None:

@@ -16,10 +16,10 @@
 #include <span>
 #include <vector>
 
-#include "cpu/paged_attention.h"
 #include "core/index_rebuild.h"
 #include "core/page_run.h"
 #include "core/residency.h"
+#include "cpu/paged_attention.h"
 #include "icecache/engine.h"
 
 namespace icecache {

@@ -80,8 +80,8 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
     tokens.next(*later, ask);
     const auto seen_by = [&](int t) { return queries.seen + t - first; };
     if (seen_by(end - 1) <= 0) return;
-    const int from = begin + static_cast<int>(std::clamp<std::int64_t>(1 - seen_by(begin), 0,
-                                                                       end - begin));
+    const int from =
+        begin + static_cast<int>(std::clamp<std::int64_t>(1 - seen_by(begin), 0, end - begin));
     args.keys = now->keys;
     args.values = now->values;
     args.count = static_cast<int>(std::min<std::int64_t>(now->count, seen_by(end - 1)));

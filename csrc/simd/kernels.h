@@ -18,8 +18,8 @@
 
 namespace icecache::simd {
 
-// Query rows against a block of tokens that lie anywhere in memory. With at most kFewRows rows, only
-// tokens that a row sees are read; with more, all are, and must be finite.
+// Query rows against a block of tokens that lie anywhere in memory. With at most kFewRows rows,
+// only tokens that a row sees are read; with more, all are, and must be finite.
 constexpr int kMaxBlock = 64;
 constexpr int kFewRows = 16;
 struct BlockArgs {

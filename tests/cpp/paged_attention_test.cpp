@@ -182,7 +182,8 @@ TEST(PagedAttentionTest, ChunkedPrefillEqualsOneChunk) {
       const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(first) * group;
       const AttentionState part{state.out.data() + row * 64, state.max.data() + row,
                                 state.sum.data() + row, tokens * group, 64};
-      attend_pages(paged.run(), {queries.data() + row * 64, tokens, group, first + 1}, layout, part);
+      attend_pages(paged.run(), {queries.data() + row * 64, tokens, group, first + 1}, layout,
+                   part);
     }
     expect_matches(state, expected);
     if (HasFatalFailure()) FAIL() << "chunks of " << chunk;

@@ -1,8 +1,8 @@
 // Attention over a block of tokens that lie anywhere in memory: attend_block.
 //
 // Many rows: keys are transposed once, then logits are outer products over head_dim, which need no
-// sums across lanes. A block is as wide as the register tiles, so that the state is read and written
-// once for all of its tokens.
+// sums across lanes. A block is as wide as the register tiles, so that the state is read and
+// written once for all of its tokens.
 #pragma once
 
 #include "simd/body/softmax.h"

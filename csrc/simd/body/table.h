@@ -1,8 +1,8 @@
 // The table of one level.
 #pragma once
 
-#include "simd/body/linear.h"
 #include "simd/body/block.h"
+#include "simd/body/linear.h"
 #include "simd/body/rows.h"
 #include "simd/body/scan.h"
 #include "simd/body/score.h"
@@ -11,9 +11,9 @@ namespace icecache::simd {
 namespace {
 
 constexpr Kernels make_table(std::string_view name) {
-  return Kernels{name,   to_float,    from_float, all_finite, dot,         axpy,       matmul,
-                 attend_block, row_logits, add_rows, sketch_scan, score_mass, score_rank,
-                 softmax_stats, add_exp};
+  return Kernels{name,        to_float,   from_float,   all_finite,    dot,
+                 axpy,        matmul,     attend_block, row_logits,    add_rows,
+                 sketch_scan, score_mass, score_rank,   softmax_stats, add_exp};
 }
 
 }  // namespace

@@ -60,9 +60,14 @@ class Decoder:
         self.dtype: torch.dtype = model.dtype
 
     @torch.inference_mode()
-    def run(self, tokens: torch.Tensor, start: int, attend: Attention) -> torch.Tensor:
-        """Logits of the last of T new tokens: [B, T] int64 at positions start.. -> [B, V]."""
-        positions = torch.arange(start, start + tokens.shape[1])[None]
+    def run(
+        self, tokens: torch.Tensor, start: int | torch.Tensor, attend: Attention
+    ) -> torch.Tensor:
+        """Logits of the last of T new tokens: [B, T] int64 at positions start.. -> [B, V].
+
+        `start` is one for all rows, or [B] int64.
+        """
+        positions = torch.as_tensor(start).reshape(-1, 1) + torch.arange(tokens.shape[1])
         with self._routed():
             output = self.model(
                 input_ids=tokens,

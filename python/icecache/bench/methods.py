@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+from icecache.bench.baselines.arkvale import ArkValeSession
+from icecache.bench.baselines.h2o import H2OSession
+from icecache.bench.baselines.magicpig import MagicPIGSession
+from icecache.bench.baselines.omnikv import OmniKVSession
+from icecache.bench.baselines.pqcache import PQCacheSession
+from icecache.bench.baselines.retroinfer import RetroInferSession
+from icecache.bench.baselines.snapkv import SnapKVSession
 from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
-from icecache.bench.oracles import OracleSession, Pick, pick_all, pick_recent, pick_top
+from icecache.bench.oracles import FullSession, RecentSession, TopSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
+from icecache.errors import InvalidArgument
+
+# From a prefill, the token budget and the scale of scores.
+OpenSession = Callable[[Prefill, int, float], Session]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to attend within a token budget: an oracle's pick, or the engine with these fields.
+    """A way to attend within a token budget: a session in torch, or the engine with these fields.
 
     Methods of one `name` are variants of each other; reports name a method by `label`.
     """
 
     name: str
     label: str
-    pick: Pick | None = None
+    session: OpenSession | None = None
     engine_fields: Mapping[str, Any] | None = None
 
     def open(self, decoder: Decoder, prefill: Prefill, budget: int) -> Session:
-        """Raises InvalidArgument where the budget is below what the method always attends to."""
-        if self.pick is not None:
-            return OracleSession(prefill, self.pick, budget, decoder.scale)
+        """Raises InvalidArgument where the budget is below what the method always attends to.
+
+        Unavailable where the method needs FAISS and it is not installed.
+        """
+        if self.session is not None:
+            return self.session(prefill, budget, decoder.scale)
         return EngineSession(decoder, prefill, budget, self.engine_fields or {})
 
     def with_fields(self, fields: Mapping[str, Any]) -> Method:
-        """The same with other engine fields; oracles have none and stay as they are."""
-        if self.pick is not None:
+        """The same with other engine fields; sessions in torch have none and stay as they are."""
+        if self.session is not None:
             return self
         return replace(self, engine_fields={**(self.engine_fields or {}), **fields})
 
@@ -43,11 +59,35 @@ _PAGES = {"select": "page", "tail": "off"}
 # `topk` is exact: no method that shares its picks in a group can attend to more mass. The paper's
 # share of promoted keys is not given for such short contexts, so both values are run.
 METHODS: tuple[Method, ...] = (
-    Method("full", "full", pick_all),
+    Method("full", "full", FullSession),
     Method("icecache", "icecache", engine_fields={}),
-    Method("topk", "exact top-B", pick_top),
+    Method("topk", "exact top-B", TopSession),
     Method("paper", "paper p=.01", engine_fields={"index": "dci", "dci_promotion": 0.01, **_PAGES}),
     Method("paper", "paper p=.03", engine_fields={"index": "dci", "dci_promotion": 0.03, **_PAGES}),
     Method("quest", "quest", engine_fields={"index": "positional", **_PAGES}),
-    Method("streaming", "streaming", pick_recent),
+    Method("streaming", "streaming", RecentSession),
+    Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
+    Method("h2o", "h2o", H2OSession),
+    Method("snapkv", "snapkv", SnapKVSession),
+    Method("arkvale", "arkvale", ArkValeSession),
+    Method("omnikv", "omnikv", OmniKVSession),
+    Method("pqcache", "pqcache", PQCacheSession),
+    Method("magicpig", "magicpig", MagicPIGSession),
+    Method("retroinfer", "retroinfer", RetroInferSession),
 )
+
+
+def find_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names with all their variants, in order; all where `names` is empty.
+
+    InvalidArgument for a name that no method has.
+    """
+    by_name: dict[str, list[Method]] = {}
+    for method in METHODS:
+        by_name.setdefault(method.name, []).append(method)
+    for name in names:
+        if name not in by_name:
+            near = get_close_matches(name, by_name, 3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(by_name)}"
+            raise InvalidArgument(f"method: no method is called {name!r}; {hint}")
+    return [method for name in names or by_name for method in by_name[name]]

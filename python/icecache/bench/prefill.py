@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from icecache.bench.decoder import Decoder
 
 QUERIES = 256
+_ROOM = 256  # tokens of an answer that a cache grows by
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Prefill:
     keys: torch.Tensor  # [layers, Hkv, L, D]
     values: torch.Tensor  # [layers, Hkv, L, D]
     queries: torch.Tensor  # [layers, Hq, min(L, 256), D]: of the last tokens
+    first_logits: torch.Tensor  # [V]: after the prompt
     continuation: torch.Tensor  # [T + 1] int64: greedy tokens; the first follows from the prompt
     logits: torch.Tensor  # [T, V]: of the tokens after continuation[0], ..., continuation[T - 1]
 
@@ -41,45 +44,72 @@ def prefill(decoder: Decoder, tokens: torch.Tensor, steps: int, end: int | None)
     The token `end` is never chosen, so that there are `steps` steps of text; the logits are as the
     model gave them.
     """
-    shape = (decoder.num_layers, decoder.num_kv_heads, tokens.shape[0] + steps, decoder.head_dim)
-    keys = torch.zeros(shape, dtype=decoder.dtype)
-    values = torch.zeros(shape, dtype=decoder.dtype)
-    kept: list[torch.Tensor] = []
+    return _run(decoder, tokens, lambda made: len(made) > steps, end)
+
+
+def prefill_with_answer(
+    decoder: Decoder, tokens: torch.Tensor, most: int, is_end: Callable[[list[int]], bool]
+) -> Prefill:
+    """Runs full attention over `tokens` [L], then greedily to the end of the answer.
+
+    The answer, `continuation`, has at most `most` tokens, and ends with the first for which
+    `is_end(the answer so far)`.
+    """
+    return _run(decoder, tokens, lambda made: len(made) >= most or is_end(made), None)
+
+
+def _run(
+    decoder: Decoder, tokens: torch.Tensor, is_done: Callable[[list[int]], bool], never: int | None
+) -> Prefill:
+    length = tokens.shape[0]
+    cache = _Cache(decoder, length)
+    logits = decoder.run(tokens[None], 0, cache.attend)
+    first = logits[0].clone()
+    continuation = [_greedy(first, never)]
+    later: list[torch.Tensor] = []
+    while not is_done(continuation):
+        logits = decoder.run(torch.tensor([continuation[-1:]]), length + len(later), cache.attend)
+        later.append(logits[0].clone())
+        continuation.append(_greedy(logits[0], never))
+    return Prefill(
+        tokens=tokens.clone(),
+        keys=cache.keys[:, :, :length].contiguous(),
+        values=cache.values[:, :, :length].contiguous(),
+        queries=torch.stack(cache.queries),
+        first_logits=first,
+        continuation=torch.tensor(continuation),
+        logits=torch.stack(later) if later else first.new_empty(0, first.shape[0]),
+    )
+
+
+class _Cache:
+    """Full attention over what it was given so far; grows as it must."""
+
+    def __init__(self, decoder: Decoder, length: int) -> None:
+        shape = (decoder.num_layers, decoder.num_kv_heads, length + _ROOM, decoder.head_dim)
+        self.keys = torch.zeros(shape, dtype=decoder.dtype)
+        self.values = torch.zeros(shape, dtype=decoder.dtype)
+        self.queries: list[torch.Tensor] = []  # of each layer, those of the prompt's last tokens
+        self._lengths = [0] * decoder.num_layers
 
     def attend(
-        layer: int, queries: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        end_of_new = start + queries.shape[2]
-        keys[layer, :, start:end_of_new] = new_keys[0]
-        values[layer, :, start:end_of_new] = new_values[0]
+        start = self._lengths[layer]
+        end = self._lengths[layer] = start + queries.shape[2]
+        if end > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, _ROOM)) for x in (self.keys, self.values))
+        self.keys[layer, :, start:end] = keys[0]
+        self.values[layer, :, start:end] = values[0]
         if start == 0:
-            kept.append(queries[0, :, -QUERIES:].clone())
+            self.queries.append(queries[0, :, -QUERIES:].clone())
         return F.scaled_dot_product_attention(
             queries,
-            keys[None, layer, :, :end_of_new],
-            values[None, layer, :, :end_of_new],
+            self.keys[None, layer, :, :end],
+            self.values[None, layer, :, :end],
             is_causal=start == 0,
             enable_gqa=True,
         )
-
-    start = 0
-    logits = decoder.run(tokens[None], start, attend)
-    continuation = [_greedy(logits[0], end)]
-    later: list[torch.Tensor] = []
-    for step in range(steps):
-        start = tokens.shape[0] + step
-        logits = decoder.run(torch.tensor([continuation[-1:]]), start, attend)
-        later.append(logits[0].clone())
-        continuation.append(_greedy(logits[0], end))
-    length = tokens.shape[0]
-    return Prefill(
-        tokens=tokens.clone(),
-        keys=keys[:, :, :length].contiguous(),
-        values=values[:, :, :length].contiguous(),
-        queries=torch.stack(kept),
-        continuation=torch.tensor(continuation),
-        logits=torch.stack(later),
-    )
 
 
 def _greedy(logits: torch.Tensor, end: int | None) -> int:
@@ -98,5 +128,7 @@ def save(made: Prefill, path: Path) -> None:
     partial.replace(path)
 
 
-def load(path: Path) -> Prefill:
-    return Prefill(**load_file(str(path)))
+def load(path: Path) -> Prefill | None:
+    """What save() wrote; None for a file of another form."""
+    tensors = load_file(str(path))
+    return Prefill(**tensors) if set(tensors) == {f.name for f in fields(Prefill)} else None

@@ -24,6 +24,11 @@ class Session(Protocol):
         """Mean share of the attention mass that was attended exactly, over steps and heads."""
         ...
 
+    def bytes_read(self) -> int:
+        """By the decode steps so far, all layers and heads: attended keys and values, and what the
+        method reads to find them."""
+        ...
+
     def close(self) -> None:
         """Frees what the session holds; it takes no further step."""
         ...
