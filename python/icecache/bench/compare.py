@@ -1,0 +1,215 @@
+"""Many methods on one prompt after a single exact prefill.
+
+Every method is fed full attention's own answer, all rows in one batch: KL, agreement, mass. As long
+as a row's most likely token is full attention's, its own answer is the same, so it needs no second
+run; where it first differs its session is forked, and the forks write on alone. Another fork is fed
+the right answer, for its likelihood, and a third sees full attention's own queries, for the error of
+the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from icecache.bench.decoder import Decoder
+from icecache.bench.methods import Method
+from icecache.bench.prefill import Prefill
+from icecache.bench.quality import kl_divergence, row_by_row
+from icecache.bench.session import Session
+
+ERROR_STEPS = 4  # decode steps in which the error of the output is measured
+
+
+@dataclass
+class Outcome:
+    """One method at one budget on one prompt; T decode steps along full attention's answer."""
+
+    method: str
+    budget: int
+    kl: list[float] = field(default_factory=list)  # [T] nats, KL(full || method)
+    agrees: list[bool] = field(default_factory=list)  # [T]: full attention's most likely token
+    mass: float = 1.0  # share of attention that was exact: mean over steps, layers, heads
+    bytes_read: float = 0.0  # of a step, all layers and heads
+    answer: list[int] = field(default_factory=list)  # what it writes by itself
+    gold_nll: float | None = None  # of a token of the right answer, nats; None where there is none
+    output_error: list[list[float]] = field(default_factory=list)  # [layers][Hq], relative L2
+    open_s: float = 0.0  # seconds to fill and index its cache
+    step_s: float = 0.0  # seconds of attention of a step, all layers
+
+
+IsEnd = Callable[[list[int]], bool]
+
+
+def compare(
+    decoder: Decoder,
+    prefill: Prefill,
+    methods: Sequence[Method],
+    budgets: Sequence[int],
+    gold: Sequence[int],
+    most: int,
+    is_end: IsEnd,
+) -> list[Outcome]:
+    """Full attention's outcome, then those of `methods` at each of `budgets`.
+
+    `gold`: tokens of the right answer, maybe none. Answers have at most `most` tokens and end as
+    `prefill.continuation` did, where `is_end(answer so far)`. A budget that is too small for a
+    method raises InvalidArgument.
+    """
+    full = Outcome("full", 0, answer=prefill.continuation.tolist())
+    full.kl, full.agrees = [0.0] * prefill.steps, [True] * prefill.steps
+    outcomes, sessions = [full], []
+    truth = _full(methods).open(decoder, prefill, prefill.length)
+    for method in methods:
+        if method.name == "full":
+            continue
+        for budget in budgets:
+            start = time.perf_counter()
+            sessions.append(method.open(decoder, prefill, budget))
+            outcomes.append(Outcome(method.label, budget, open_s=time.perf_counter() - start))
+    try:
+        _fill_gold(decoder, prefill, outcomes, [truth, *sessions], gold)
+        _fill_errors(decoder, prefill, outcomes[1:], truth, sessions)
+        _fill_answers(decoder, prefill, outcomes[1:], sessions, most, is_end)
+    finally:
+        for session in (truth, *sessions):
+            session.close()
+    return outcomes
+
+
+def _full(methods: Sequence[Method]) -> Method:
+    from icecache.bench.methods import METHODS
+
+    return next(method for method in METHODS if method.name == "full")
+
+
+def _fill_answers(
+    decoder: Decoder,
+    prefill: Prefill,
+    outcomes: list[Outcome],
+    sessions: list[Session],
+    most: int,
+    is_end: IsEnd,
+) -> None:
+    """Along full attention's answer, then each row along its own where that is another."""
+    if not sessions:
+        return
+    answer = prefill.continuation.tolist()
+    before = [session.bytes_read() for session in sessions]
+    timer = _Timer(row_by_row(sessions))
+    leaving: dict[int, Session] = {}
+    for step in range(prefill.steps):
+        tokens = torch.tensor(answer[step]).expand(len(sessions), 1)
+        logits = decoder.run(tokens, prefill.length + step, timer.attend)
+        kl = kl_divergence(prefill.logits[step].expand_as(logits), logits).tolist()
+        for row, (outcome, token) in enumerate(
+            zip(outcomes, logits.argmax(-1).tolist(), strict=True)
+        ):
+            outcome.kl.append(kl[row])
+            outcome.agrees.append(token == answer[step + 1])
+            if row not in leaving and token != answer[step + 1]:
+                leaving[row] = sessions[row].fork()
+                outcome.answer = [*answer[: step + 1], token]
+    for row, (outcome, session) in enumerate(zip(outcomes, sessions, strict=True)):
+        outcome.mass = session.mass() if prefill.steps else 1.0
+        steps = max(1, prefill.steps)
+        outcome.bytes_read = (session.bytes_read() - before[row]) / steps
+        outcome.step_s = timer.seconds[row] / steps
+        if row not in leaving:
+            outcome.answer = answer
+    _write_on(decoder, prefill.length, [outcomes[row] for row in leaving], leaving, most, is_end)
+
+
+def _write_on(
+    decoder: Decoder,
+    length: int,
+    outcomes: list[Outcome],
+    leaving: dict[int, Session],
+    most: int,
+    is_end: IsEnd,
+) -> None:
+    """Greedily, each row from where it is; rows leave as they end."""
+
+    def writes(outcome: Outcome) -> bool:
+        return len(outcome.answer) < most and not is_end(outcome.answer)
+
+    rows = list(zip(outcomes, leaving.values(), strict=True))
+    while going := [(outcome, session) for outcome, session in rows if writes(outcome)]:
+        tokens = torch.tensor([outcome.answer[-1:] for outcome, _ in going])
+        starts = torch.tensor([length + len(outcome.answer) - 1 for outcome, _ in going])
+        logits = decoder.run(tokens, starts, row_by_row([session for _, session in going]))
+        for (outcome, _), token in zip(going, logits.argmax(-1).tolist(), strict=True):
+            outcome.answer.append(token)
+    for session in leaving.values():
+        session.close()
+
+
+def _fill_gold(
+    decoder: Decoder,
+    prefill: Prefill,
+    outcomes: list[Outcome],
+    sessions: list[Session],
+    gold: Sequence[int],
+) -> None:
+    """Mean negative log likelihood of the tokens of `gold`."""
+    if not gold:
+        return
+    forks = [session.fork() for session in sessions]
+    nll = torch.full((len(forks),), _nll(prefill.first_logits[None], gold[0])[0].item())
+    attend = row_by_row(forks)
+    for step, (token, following) in enumerate(zip(gold[:-1], gold[1:], strict=True)):
+        tokens = torch.tensor(token).expand(len(forks), 1)
+        nll += _nll(decoder.run(tokens, prefill.length + step, attend), following)
+    for outcome, fork, total in zip(outcomes, forks, nll.tolist(), strict=True):
+        outcome.gold_nll = total / len(gold)
+        fork.close()
+
+
+def _nll(logits: torch.Tensor, token: int) -> torch.Tensor:
+    """[B, V] -> [B]"""
+    return -torch.log_softmax(logits.float(), -1)[:, token]
+
+
+def _fill_errors(
+    decoder: Decoder,
+    prefill: Prefill,
+    outcomes: list[Outcome],
+    truth: Session,
+    sessions: list[Session],
+) -> None:
+    """Relative L2 distance of every head's output to full attention's, for the same queries."""
+    steps = min(ERROR_STEPS, prefill.steps)
+    if not steps or not sessions:
+        return
+    forks = [session.fork() for session in (truth, *sessions)]
+    total = torch.zeros(len(sessions), decoder.num_layers, decoder.num_q_heads)
+
+    def attend(
+        layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        outputs = [fork.attend(layer, queries[0], keys[0], values[0])[:, 0] for fork in forks]
+        norm = outputs[0].norm(dim=-1).clamp_min(1e-12)
+        for row, output in enumerate(outputs[1:]):
+            total[row, layer] += (output - outputs[0]).norm(dim=-1) / norm
+        return outputs[0][None, :, None]
+
+    for step in range(steps):
+        decoder.run(prefill.continuation[step].reshape(1, 1), prefill.length + step, attend)
+    for outcome, error, fork in zip(outcomes, total / steps, forks[1:], strict=True):
+        outcome.output_error = [[round(one, 5) for one in layer] for layer in error.tolist()]
+        fork.close()
+    forks[0].close()
+
+
+class _Timer:
+    """Attention row by row, with the seconds of each row."""
+
+    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
+        self._attend = attend
+        self.seconds: list[float] = []
+
+    def attend(self, *arguments: object) -> torch.Tensor:
+        return self._attend(*arguments)
