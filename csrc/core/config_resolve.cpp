@@ -110,6 +110,12 @@ void resolve_budget(Config& config) {
     throw InvalidArgument(message("max_token_budget must be at least token_budget (",
                                   config.token_budget, "), got ", config.max_token_budget));
   }
+  require("dense_tokens", config.dense_tokens, 0, kMaxTokens);
+  if (config.dense_tokens == 0) config.dense_tokens = config.token_budget;
+  if (config.dense_tokens < config.token_budget) {
+    throw InvalidArgument(message("dense_tokens must be at least token_budget (",
+                                  config.token_budget, "), got ", config.dense_tokens));
+  }
   require("decode_tokens", config.decode_tokens, 1, kMaxTokens);
 }
 

@@ -29,9 +29,9 @@ constexpr Choices kChoices[] = {
     {"faiss_search", kFaissSearch},
 };
 
-constexpr std::string_view kDerivable[] = {"window_tokens", "candidates",   "max_token_budget",
-                                           "host_memory",   "device_pages", "num_threads",
-                                           "index_threads", "dci_beam"};
+constexpr std::string_view kDerivable[] = {"window_tokens", "candidates",    "max_token_budget",
+                                           "dense_tokens",  "host_memory",   "device_pages",
+                                           "num_threads",   "index_threads", "dci_beam"};
 
 }  // namespace
 

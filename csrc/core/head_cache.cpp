@@ -72,7 +72,7 @@ void HeadCache::truncate(std::int32_t length) noexcept {
 }
 
 bool HeadCache::sparse() const {
-  return index_ != nullptr && length() > context_.config->token_budget;
+  return index_ != nullptr && length() > context_.config->dense_tokens;
 }
 
 template <typename Body>
@@ -304,7 +304,7 @@ bool HeadCache::has_doubled(std::int32_t more) const {
 
 bool HeadCache::build_is_due() const {
   const std::int32_t due = next_window_start() - tail_.first_position();
-  if (dense_ || due <= 0 || length() + 1 <= context_.config->token_budget) return false;
+  if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
   return index_ == nullptr || has_doubled(due);
 }
 
@@ -348,7 +348,7 @@ void HeadCache::insert(std::int32_t due) {
 void HeadCache::update_index(HeadStats& stats) {
   const std::int32_t due = std::min(next_window_start() - tail_.first_position(), tail_.count());
   if (dense_ || due <= 0) return;
-  if (index_ == nullptr && length() + 1 <= context_.config->token_budget) return;
+  if (index_ == nullptr && length() + 1 <= context_.config->dense_tokens) return;
   const auto start = std::chrono::steady_clock::now();
   try {
     if (index_ == nullptr || has_doubled(due)) {

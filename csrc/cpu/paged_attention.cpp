@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "simd/kernels.h"
-#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
@@ -30,8 +29,8 @@ class Tokens {
         value_offset_(row_bytes_ * static_cast<std::size_t>(layout.page_size)),
         slots_(pages.empty() ? 0 : pages.front().slots) {}
 
-  // Empty at the end. Where `ask`, their rows are asked for.
-  void next(TokenBlock& block, bool ask) {
+  // Empty at the end.
+  void next(TokenBlock& block) {
     block.count = 0;
     while (block.count < simd::kMaxBlock && page_ < pages_.size()) {
       if (slots_ == 0) {
@@ -43,10 +42,6 @@ class Tokens {
       block.keys[block.count] = key;
       block.values[block.count] = key + value_offset_;
       ++block.count;
-      if (ask) {
-        simd::prefetch(key, row_bytes_);
-        simd::prefetch(key + value_offset_, row_bytes_);
-      }
     }
   }
 
@@ -72,18 +67,20 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
   args.dtype = layout.dtype;
   args.head_dim = layout.head_dim;
   thread_local std::vector<int> seen;
-  const bool ask = (end - begin) * group <= simd::kFewRows;  // else what is asked for comes in time
   TokenBlock blocks[2];
   TokenBlock *now = &blocks[0], *later = &blocks[1];
-  tokens.next(*now, ask);
+  tokens.next(*now);
   for (std::int64_t first = 0; now->count > 0; first += simd::kMaxBlock, std::swap(now, later)) {
-    tokens.next(*later, ask);
+    tokens.next(*later);
     const auto seen_by = [&](int t) { return queries.seen + t - first; };
     if (seen_by(end - 1) <= 0) return;
     const int from =
         begin + static_cast<int>(std::clamp<std::int64_t>(1 - seen_by(begin), 0, end - begin));
     args.keys = now->keys;
     args.values = now->values;
+    args.next_keys = later->keys;
+    args.next_values = later->values;
+    args.next_count = later->count;
     args.count = static_cast<int>(std::min<std::int64_t>(now->count, seen_by(end - 1)));
     seen.clear();
     if (seen_by(from) < args.count) {

@@ -31,6 +31,10 @@ struct BlockArgs {
   int count = 0;     // at most kMaxBlock
   int rows = 0;      // G, or G x T in prefill; any number
   int head_dim = 0;  // D, a multiple of 8, at most 256
+  // The block that comes next, [next_count] each: few rows ask for its memory as they go.
+  const void* const* next_keys = nullptr;
+  const void* const* next_values = nullptr;
+  int next_count = 0;
 };
 
 // Rows that lie anywhere in memory, in one element type.

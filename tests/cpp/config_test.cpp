@@ -165,7 +165,7 @@ TEST(ConfigResolved, KeepsGivenValues) {
   config.device_pages = 5000;
   const Config resolved = config.resolved(smollm2());
   for (const ConfigField& field : config_fields()) {
-    if (field.name == "max_token_budget") continue;
+    if (field.name == "max_token_budget" || field.name == "dense_tokens") continue;
     EXPECT_EQ(resolved.get(field.name), config.get(field.name)) << field.name;
   }
 }
@@ -239,6 +239,13 @@ TEST(ConfigResolved, RefusesValuesOutsideTheirList) {
   }
 }
 
+TEST(ConfigResolved, DenseTokensAreAtLeastTheBudget) {
+  EXPECT_EQ(with("token_budget", "128").resolved(smollm2()).dense_tokens, 128);
+  EXPECT_EQ(with("dense_tokens", "1000").resolved(smollm2()).dense_tokens, 1000);
+  EXPECT_MENTIONS(refusal(with("dense_tokens", "255")),
+                  "dense_tokens must be at least token_budget (256), got 255");
+}
+
 TEST(ConfigResolved, AcceptsEverySupportedPageSize) {
   for (const char* size : {"8", "16", "32"}) EXPECT_EQ(refusal(with("page_size", size)), "");
 }
@@ -250,9 +257,10 @@ TEST(ConfigResolved, RefusesWordsSetWithoutSet) {
 }
 
 TEST(ConfigResolved, RefusesNegativeCounts) {
-  for (const char* name : {"token_budget", "sink_tokens", "window_tokens", "candidates",
-                           "max_token_budget", "decode_tokens", "host_memory", "device_pages",
-                           "num_threads", "index_threads", "dci_beam", "far_node_tokens"}) {
+  for (const char* name :
+       {"token_budget", "sink_tokens", "window_tokens", "candidates", "max_token_budget",
+        "dense_tokens", "decode_tokens", "host_memory", "device_pages", "num_threads",
+        "index_threads", "dci_beam", "far_node_tokens"}) {
     const std::string text = refusal(with(name, "-1"));
     EXPECT_MENTIONS(text, name);
     EXPECT_MENTIONS(text, "got -1");

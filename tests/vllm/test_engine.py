@@ -98,7 +98,7 @@ def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
     answers = []
     for chunk in (2048, 48):
         result = serve(
-            run, llama, {"token_budget": 64}, [300, 400, 500], max_num_batched_tokens=chunk
+            run, llama, {"token_budget": 64, "dense_tokens": 64}, [300, 400, 500], max_num_batched_tokens=chunk
         )
         assert result["steps"] > 0
         answers.append(result["tokens"])

@@ -84,7 +84,8 @@ def smollm2() -> Path:
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(smollm2, log, "--token-budget", "128", "--host-memory", "1G") as one:
+    options = ("--token-budget", "128", "--set", "dense_tokens=128", "--host-memory", "1G")
+    with serving(smollm2, log, *options) as one:
         yield one
 
 
@@ -228,7 +229,8 @@ def test_needles_are_answered_as_by_the_transformers_front_end(
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
         want.append(tokenizer.decode(tokens[0, len(prompt) :]))
     del model
-    options = ("--token-budget", str(budget), "--host-memory", "1G")
+    options = ("--token-budget", str(budget), "--set", f"dense_tokens={budget}")
+    options = (*options, "--host-memory", "1G")
     with serving(smollm2, tmp_path / "log", *options) as server:
         client = server.client()
         got = [

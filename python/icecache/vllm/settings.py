@@ -15,6 +15,8 @@ KV_TRANSFER = {
     "kv_connector_module_path": "icecache.vllm.connector",
     "kv_role": "kv_both",
 }
+# Short contexts, of which a server has many: exact, and no slower.
+DENSE_TOKENS = 1536
 SCHEDULER = "icecache.vllm.scheduler.make_scheduler"
 
 
@@ -49,8 +51,12 @@ def engine_config(vllm_config: Any) -> Config:
         raise InvalidArgument(
             f"additional_config: expected {{{KEY!r}: {{NAME: VALUE}}}}, got {settings!r}"
         )
-    settings, ranks = dict(settings), vllm_config.parallel_config.tensor_parallel_size
-    if ranks > 1 and settings.get("host_memory", "auto") in ("auto", 0):
+    given = Config(**settings)
+    derived: dict[str, Any] = {}
+    if given.dense_tokens == 0:
+        derived["dense_tokens"] = max(DENSE_TOKENS, given.token_budget)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if given.host_memory == 0 and ranks > 1:
         # Ranks share a machine: half of its memory is for all of them.
-        settings["host_memory"] = usable_memory() // 2 // ranks
-    return Config(**settings)
+        derived["host_memory"] = usable_memory() // 2 // ranks
+    return Config(**{**settings, **derived})
