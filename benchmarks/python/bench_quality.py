@@ -19,7 +19,7 @@ import icecache
 import torch
 import typer
 from icecache.bench.decoder import Decoder
-from icecache.bench.methods import METHODS
+from icecache.bench.methods import METHODS, find_methods
 from icecache.bench.prefill import Prefill, load, prefill, save
 from icecache.bench.prompts import Prompt, default_prompts
 from icecache.bench.quality import DecodeStats, decode_stats
@@ -65,8 +65,7 @@ def main(
     fields = dict(setting.split("=", 1) for setting in settings or [])
     chosen = [
         method.with_fields(fields) if method.name == "icecache" else method
-        for method in METHODS
-        if not names or method.name in names
+        for method in find_methods(names)
     ]
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
     decoder = Decoder(model)

@@ -44,6 +44,7 @@ def tiny_gemma3(folder: Path) -> Path:
         head_dim=32,
         sliding_window=64,
         layer_types=["sliding_attention", "full_attention"] * 2,
+        tie_word_embeddings=False,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
@@ -53,12 +54,16 @@ def tiny_gemma3(folder: Path) -> Path:
 
 
 def _random(model: Any) -> Any:
-    """Weights large enough that the answers of different prompts differ; NAN_TOKEN's are NaN."""
+    """Weights large enough that the answers of different prompts differ.
+
+    NAN_TOKEN's embedding is NaN, and no answer has it.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.normal_(0.0, 0.15)
         model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
+        model.lm_head.weight[NAN_TOKEN] = 0.0
     return model
 
 

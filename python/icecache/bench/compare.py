@@ -17,6 +17,7 @@ import torch
 
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method
+from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.quality import kl_divergence, row_by_row
 from icecache.bench.session import Session
@@ -61,8 +62,9 @@ def compare(
     """
     full = Outcome("full", 0, answer=prefill.continuation.tolist())
     full.kl, full.agrees = [0.0] * prefill.steps, [True] * prefill.steps
-    outcomes, sessions = [full], []
-    truth = _full(methods).open(decoder, prefill, prefill.length)
+    outcomes: list[Outcome] = [full]
+    sessions: list[Session] = []
+    truth = FullSession(prefill, prefill.length, decoder.scale)
     for method in methods:
         if method.name == "full":
             continue
@@ -80,12 +82,6 @@ def compare(
     return outcomes
 
 
-def _full(methods: Sequence[Method]) -> Method:
-    from icecache.bench.methods import METHODS
-
-    return next(method for method in METHODS if method.name == "full")
-
-
 def _fill_answers(
     decoder: Decoder,
     prefill: Prefill,
@@ -99,7 +95,7 @@ def _fill_answers(
         return
     answer = prefill.continuation.tolist()
     before = [session.bytes_read() for session in sessions]
-    timer = _Timer(row_by_row(sessions))
+    timer = _Timed(sessions)
     leaving: dict[int, Session] = {}
     for step in range(prefill.steps):
         tokens = torch.tensor(answer[step]).expand(len(sessions), 1)
@@ -204,12 +200,19 @@ def _fill_errors(
     forks[0].close()
 
 
-class _Timer:
-    """Attention row by row, with the seconds of each row."""
+class _Timed:
+    """Attention of a batch with one session a row, and the seconds of each row."""
 
-    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
-        self._attend = attend
-        self.seconds: list[float] = []
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self._sessions = sessions
+        self.seconds = [0.0] * len(sessions)
 
-    def attend(self, *arguments: object) -> torch.Tensor:
-        return self._attend(*arguments)
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        outputs = []
+        for row, session in enumerate(self._sessions):
+            start = time.perf_counter()
+            outputs.append(session.attend(layer, queries[row], keys[row], values[row]))
+            self.seconds[row] += time.perf_counter() - start
+        return torch.stack(outputs)

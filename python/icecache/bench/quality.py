@@ -71,7 +71,7 @@ def decode_stats(
 
 def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
     """Logits [B, T, V] of each session fed with full attention's continuation."""
-    attend = _row_by_row(sessions)
+    attend = row_by_row(sessions)
     steps = [
         decoder.run(
             prefill.continuation[step].expand(len(sessions), 1), prefill.length + step, attend
@@ -83,7 +83,7 @@ def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Sessio
 
 def decode_freely(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
     """Greedy tokens [B, T + 1] of each session fed with its own; the first is the prefill's."""
-    attend = _row_by_row(sessions)
+    attend = row_by_row(sessions)
     tokens = prefill.continuation[:1].expand(len(sessions), 1)
     for step in range(prefill.steps):
         logits = decoder.run(tokens[:, -1:], prefill.length + step, attend)
@@ -98,7 +98,9 @@ def kl_divergence(truth: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _row_by_row(sessions: Sequence[Session]) -> Attention:
+def row_by_row(sessions: Sequence[Session]) -> Attention:
+    """Attention of a batch with one session a row."""
+
     def attend(
         layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from icecache.cli.bench_suites import add_suites
 from icecache.errors import InvalidArgument
 
-bench = typer.Typer(help="Measure IceCache on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure IceCache: its speed here, its quality.", no_args_is_help=True)
+add_suites(bench)
 
 
 @bench.callback()

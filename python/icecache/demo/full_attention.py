@@ -27,7 +27,11 @@ class FullAttention:
         return logits[0]
 
     def snapshot(
-        self, tokens: torch.Tensor, continuation: list[int], logits: list[torch.Tensor]
+        self,
+        tokens: torch.Tensor,
+        first_logits: torch.Tensor,
+        continuation: list[int],
+        logits: list[torch.Tensor],
     ) -> Prefill:
         """What other methods start from after the prompt `tokens`; shares the cache's memory."""
         length = tokens.shape[0]
@@ -36,6 +40,7 @@ class FullAttention:
             keys=self.keys[:, :, :length],
             values=self.values[:, :, :length],
             queries=torch.stack([rows[:, -QUERIES:] for rows in self.queries]),
+            first_logits=first_logits,
             continuation=torch.tensor(continuation),
             logits=torch.stack(logits),
         )

@@ -54,7 +54,7 @@ def answer_in_full(
 ) -> Question:
     """Asks one question after the shared document and answers it with full attention."""
     full.length = shared.shape[0]
-    logits = full.run(needle.question)
+    first = logits = full.run(needle.question)
     tokens = torch.cat([shared, needle.question])
     continuation = [_greedy(logits, end)]
     later: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ def answer_in_full(
         later.append(logits)
         continuation.append(_greedy(logits, end))
     seconds = time.perf_counter() - start
-    prefill = full.snapshot(tokens, continuation, later)
+    prefill = full.snapshot(tokens, first, continuation, later)
     return Question(needle, prefill, seconds)
 
 

@@ -1,0 +1,194 @@
+"""One sample of a task: its prompt in tokens, and what every method makes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from icecache.bench.compare import Outcome, compare
+from icecache.bench.decoder import Decoder
+from icecache.bench.methods import Method
+from icecache.bench.prefill import prefill_with_answer
+from icecache.bench.tasks.longbench import truncate_in_the_middle
+from icecache.bench.tasks.task import Sample, Task
+from icecache.errors import InvalidArgument
+
+GOLD_TOKENS = 64  # of the right answer, whose likelihood is measured
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`context`: tokens of prompt and answer that the model takes; others shorten what a task asks."""
+
+    context: int
+    max_length: int | None = None  # tokens of a prompt
+    max_new_tokens: int | None = None
+    gold_tokens: int = GOLD_TOKENS
+
+    def new_tokens(self, task: Task) -> int:
+        return min(task.max_new_tokens, self.max_new_tokens or task.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the model gets it."""
+
+    tokens: torch.Tensor  # [L] int64
+    truncated: bool  # the middle was left out
+
+
+def prompt_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) -> Asked:
+    """Truncated in the middle as LongBench does, then in the chat template, then the answer's
+    beginning. A tokenizer without a chat template gets the text alone."""
+    chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
+    frame = _ids(tokenizer, _in_template(tokenizer, "") if chat else "")
+    beginning = _ids(tokenizer, sample.answer_prefix)
+    room = limits.context - limits.new_tokens(task) - len(frame) - len(beginning)
+    room = min(room, limits.max_length or room)
+    if room < 1:
+        raise InvalidArgument(
+            f"max_new_tokens: expected less than the context of {limits.context:,} tokens, got "
+            f"{limits.new_tokens(task):,}"
+        )
+    text, truncated = truncate_in_the_middle(tokenizer, sample.prompt, room)
+    if chat:
+        text = _in_template(tokenizer, text)
+    return Asked(torch.tensor(_ids(tokenizer, text + sample.answer_prefix)), truncated)
+
+
+def _in_template(tokenizer: Any, text: str) -> str:
+    messages = [{"role": "user", "content": text}]
+    chat: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return chat
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def gold_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) -> list[int]:
+    """The first right answer, as it continues the prompt; none where a task has none."""
+    if not sample.answers or not limits.gold_tokens:
+        return []
+    before = sample.answer_prefix or ("" if task.chat else sample.prompt)
+    gap = " " if before and not before[-1].isspace() else ""
+    return _ids(tokenizer, gap + sample.answers[0])[: limits.gold_tokens]
+
+
+class Endings:
+    """Where an answer ends: the model's own end tokens, and the texts that a task names."""
+
+    def __init__(self, tokenizer: Any, ends: set[int], stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._stop = stop
+
+    def is_end(self, answer: list[int]) -> bool:
+        """A text that begins an answer does not end it."""
+        if answer[-1] in self._ends:
+            return True
+        if not self._stop:
+            return False
+        text = self._text(answer).lstrip("\n")
+        return any(stop in text for stop in self._stop)
+
+    def text(self, answer: list[int]) -> str:
+        """Of an answer, up to its end."""
+        text = self._text(answer)
+        begin = len(text) - len(text.lstrip("\n"))
+        ends = [at for stop in self._stop if (at := text.find(stop, begin)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def _text(self, answer: list[int]) -> str:
+        text: str = self._tokenizer.decode(answer, skip_special_tokens=True)
+        return text
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """All that the model or its tokenizer ends an answer with."""
+    given: list[Any] = [tokenizer.eos_token_id, model.config.eos_token_id]
+    given.append(getattr(model.generation_config, "eos_token_id", None))
+    return set(_numbers(given))
+
+
+def _numbers(given: Any) -> Iterator[int]:
+    if isinstance(given, (list, tuple)):
+        for one in given:
+            yield from _numbers(one)
+    elif given is not None:
+        yield int(given)
+
+
+Ask = Callable[[Task, Sample], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks samples of one model under several methods. Not thread-safe."""
+
+    decoder: Decoder
+    tokenizer: Any
+    methods: Sequence[Method]
+    budgets: Sequence[int]
+    limits: Limits
+
+    def __call__(self, task: Task, sample: Sample) -> dict[str, Any]:
+        """A record of the run: plain numbers and texts, see runner.Record."""
+        model = self.decoder.model
+        asked = prompt_tokens(self.tokenizer, task, sample, self.limits)
+        endings = Endings(self.tokenizer, end_tokens(model, self.tokenizer), task.stop)
+        most = self.limits.new_tokens(task)
+        start = time.perf_counter()
+        made = prefill_with_answer(self.decoder, asked.tokens, most, endings.is_end)
+        seconds = time.perf_counter() - start
+        gold = gold_tokens(self.tokenizer, task, sample, self.limits)
+        outcomes = compare(
+            self.decoder, made, self.methods, self.budgets, gold, most, endings.is_end
+        )
+        return {
+            "tokens": made.length,
+            "truncated": asked.truncated,
+            "full_s": seconds,
+            "gold_tokens": len(gold),
+            "rows": [self._row(task, sample, outcome, endings) for outcome in outcomes],
+        }
+
+    def _row(
+        self, task: Task, sample: Sample, outcome: Outcome, endings: Endings
+    ) -> dict[str, Any]:
+        text = endings.text(outcome.answer)
+        row = {**asdict(outcome), "text": text, "score": task.score(text, sample)}
+        row["kl"] = [round(one, 6) for one in outcome.kl]
+        row["answer"] = len(outcome.answer)
+        return row
+
+
+def ask_endpoint(client: Any, model: str, limits: Limits) -> Ask:
+    """Asks an OpenAI-compatible server instead; it truncates nothing."""
+
+    def ask(task: Task, sample: Sample) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "model": model,
+            "temperature": 0,
+            "max_tokens": limits.new_tokens(task),
+            "stop": list(task.stop) or None,
+        }
+        start = time.perf_counter()
+        if task.chat and not sample.answer_prefix:
+            messages = [{"role": "user", "content": sample.prompt}]
+            made = client.chat.completions.create(messages=messages, **given)
+            text = made.choices[0].message.content or ""
+        else:
+            made = client.completions.create(prompt=sample.prompt + sample.answer_prefix, **given)
+            text = made.choices[0].text
+        row = {"method": "served", "budget": 0, "text": text, "score": task.score(text, sample)}
+        seconds = time.perf_counter() - start
+        tokens = made.usage.prompt_tokens if made.usage else 0
+        return {"tokens": tokens, "truncated": False, "full_s": seconds, "rows": [row]}
+
+    return ask

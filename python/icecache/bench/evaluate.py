@@ -1,0 +1,249 @@
+"""One run of a suite: model or server, methods, budgets, the run's folder and its files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icecache.bench.ask import GOLD_TOKENS, Ask, Asker, Limits, ask_endpoint
+from icecache.bench.html_report import html_report
+from icecache.bench.methods import find_methods
+from icecache.bench.report import machine, write_json
+from icecache.bench.runner import (
+    Question,
+    Record,
+    RunFolder,
+    in_turn,
+    run,
+    run_parallel,
+    write_atomically,
+)
+from icecache.bench.scores import results
+from icecache.bench.suites import Data, Suite
+from icecache.bench.tasks import longbench, longbench_output
+from icecache.bench.tasks.longbench_output import Prediction
+from icecache.bench.tasks.task import Sample, Task
+from icecache.errors import InvalidArgument
+
+DEFAULT_METHODS = ("full", "icecache", "topk", "paper", "quest", "streaming")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes the numbers of a run, and how many workers make them."""
+
+    model: str  # a folder, "smollm2", or with an endpoint the name that it serves
+    methods: Sequence[str] = DEFAULT_METHODS
+    budgets: Sequence[int] = (64, 128, 256)
+    data: Data = field(default_factory=Data)
+    limit: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    dtype: str = "float32"
+    engine: dict[str, Any] = field(default_factory=dict)  # fields of icecache.Config
+    workers: int = 1
+    endpoint: str | None = None
+
+    def arguments(self, suite: Suite) -> dict[str, Any]:
+        """Runs with the same arguments may go on in one folder; `limit` may grow."""
+        return {
+            "suite": suite.name,
+            "model": self.model,
+            "methods": list(self.methods),
+            "budgets": list(self.budgets),
+            "data": str(self.data.path) if self.data.path else None,
+            "lengths": list(self.data.lengths),
+            "samples": self.data.samples if suite.generated else None,
+            "seed": self.data.seed,
+            "max_length": self.max_length,
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": self.dtype,
+            "engine": self.engine,
+            "endpoint": self.endpoint,
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Whom to tell: of the number of samples, then of each that is done."""
+
+    begin: Callable[[int], None] = lambda count: None
+    done: Callable[[Record], None] = lambda record: None
+
+
+def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Record]:
+    """Runs what is not in the folder `out` yet, and writes the run's files there.
+
+    Raises InvalidArgument for unknown tasks, methods and settings, before anything runs.
+    """
+    _check(plan)
+    name = plan.model if plan.endpoint else _folder(plan.model)
+    tokenizer = None if plan.endpoint and not suite.generated else _tokenizer(plan)
+    questions = list(in_turn(suite.open(plan.data, tokenizer), plan.limit))
+    if not questions:
+        raise InvalidArgument("data: expected at least one sample, got none")
+    settings = {
+        "arguments": plan.arguments(suite),
+        "tasks": _tasks(questions, tokenizer),
+        "machine": machine(),
+    }
+    folder = RunFolder(out, settings)
+    progress.begin(len(questions))
+    records = _run(suite, plan, name, questions, folder, progress.done)
+    _write_files(suite, plan, out, settings, questions, records)
+    return records
+
+
+def _check(plan: Plan) -> None:
+    from icecache import Config
+
+    find_methods(plan.methods)
+    for budget in plan.budgets:
+        Config(**{**plan.engine, "token_budget": budget})
+    if plan.workers < 1:
+        raise InvalidArgument(f"--workers: expected at least 1, got {plan.workers}")
+
+
+def _folder(model: str) -> str:
+    from icecache.models.local import model_folder
+
+    return str(model_folder(model))
+
+
+def _tokenizer(plan: Plan) -> Any:
+    from icecache.models.local import load_tokenizer
+
+    return load_tokenizer(Path(_folder("smollm2" if plan.endpoint else plan.model)))
+
+
+def _tasks(questions: Sequence[Question], tokenizer: Any) -> dict[str, Any]:
+    tasks: dict[str, Task] = {question.task.name: question.task for question in questions}
+    template = bool(getattr(tokenizer, "chat_template", None))
+    return {
+        name: {
+            "metric": task.metric,
+            "max_new_tokens": task.max_new_tokens,
+            "chat_template": task.chat and template,
+            "stop": list(task.stop),
+        }
+        for name, task in tasks.items()
+    }
+
+
+def _run(
+    suite: Suite,
+    plan: Plan,
+    name: str,
+    questions: Sequence[Question],
+    folder: RunFolder,
+    done: Callable[[Record], None],
+) -> list[Record]:
+    gold = GOLD_TOKENS if suite.gold_tokens is None else suite.gold_tokens
+    if plan.endpoint is not None:
+        ask = ask_endpoint(_client(plan.endpoint), name, _limits(plan, 1 << 30, gold))
+        with ThreadPoolExecutor(plan.workers) as threads:
+            return run_parallel(questions, folder, threads, ask, plan.workers, done)
+    if plan.workers == 1:
+        return run(questions, folder, _asker(plan, name, gold), done)
+    with _processes(plan, name, gold) as processes:
+        return run_parallel(questions, folder, processes, _ask_in_worker, plan.workers, done)
+
+
+def _limits(plan: Plan, context: int, gold: int) -> Limits:
+    return Limits(context, plan.max_length, plan.max_new_tokens, gold)
+
+
+def _asker(plan: Plan, folder: str, gold: int) -> Asker:
+    from icecache.bench.decoder import Decoder
+    from icecache.models.local import load_model
+
+    model, tokenizer = load_model(Path(folder), plan.dtype)
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    methods = [
+        method.with_fields(plan.engine) if method.name == "icecache" else method
+        for method in find_methods(plan.methods)
+    ]
+    limits = _limits(plan, int(context), gold)
+    return Asker(Decoder(model), tokenizer, methods, plan.budgets, limits)
+
+
+def _client(endpoint: str) -> Any:
+    from icecache.bench.tasks.libraries import library
+
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return library("openai").OpenAI(base_url=endpoint, api_key=key, timeout=3600)
+
+
+_worker: Ask | None = None  # of a worker process
+
+
+@contextmanager
+def _processes(plan: Plan, folder: str, gold: int) -> Iterator[ProcessPoolExecutor]:
+    """Workers with a model each, on their share of the cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.workers, context, _begin_worker, (plan, folder, gold)) as pool:
+        yield pool
+
+
+def _begin_worker(plan: Plan, folder: str, gold: int) -> None:
+    global _worker
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.workers))
+    _worker = _asker(plan, folder, gold)
+
+
+def _ask_in_worker(task: Task, sample: Sample) -> dict[str, Any]:
+    assert _worker is not None
+    return _worker(task, sample)
+
+
+def _write_files(
+    suite: Suite,
+    plan: Plan,
+    out: Path,
+    settings: dict[str, Any],
+    questions: Sequence[Question],
+    records: Sequence[Record],
+) -> None:
+    """report.html, results.json, and for LongBench its own pred/ and result.json."""
+    title = f"{suite.name}: {Path(plan.model).name}"
+    shown = {**settings, "truncated": sum(record["truncated"] for record in records)}
+    write_atomically(out / "report.html", html_report(title, shown, records))
+    write_json(out / "results.json", shown, list(results(records)))
+    if suite.name in ("longbench", "longbench-e"):
+        _write_longbench(plan, out, questions, records)
+
+
+def _write_longbench(
+    plan: Plan, out: Path, questions: Sequence[Question], records: Sequence[Record]
+) -> None:
+    """pred/MODEL-METHOD-BUDGET/DATASET.jsonl and result.json beside them."""
+    made: dict[str, dict[str, list[Prediction]]] = {}
+    tasks = {question.task.name: question.task for question in questions}
+    samples = {question.key: question.sample for question in questions}
+    for record in records:
+        sample = samples[record["task"], record["sample"]]
+        for row in record["rows"]:
+            label = f"{row['method']}-{row['budget']}" if row["budget"] else row["method"]
+            model = f"{Path(plan.model).name}-{label.replace(' ', '_')}"
+            of_model = made.setdefault(model, {})
+            of_model.setdefault(record["task"], []).append(Prediction.of(sample, row["text"]))
+    for model, by_task in made.items():
+        totals: dict[str, Any] = {}
+        folder = out
+        for name, predictions in by_task.items():
+            path = longbench_output.prediction_path(out, model, tasks[name])
+            longbench_output.write_predictions(path, predictions)
+            dataset, folder = name.rpartition("/")[2], path.parent
+            extended = tasks[name] in longbench.TASKS_E
+            judge = longbench_output.result_by_length if extended else longbench_output.result
+            totals[dataset] = judge(dataset, predictions)
+        longbench_output.write_results(folder / "result.json", totals)

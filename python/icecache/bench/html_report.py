@@ -1,0 +1,249 @@
+"""A run as one HTML file: tables, and plots as SVG within it."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from icecache.bench.runner import Record
+from icecache.bench.scores import Line, halves, lines, task_scores
+from icecache.bench.tasks.libraries import library
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+  color: #1c2733; }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #dde3e8; }
+th:first-child, td:first-child { text-align: left; }
+tr.ours { background: #eef5ff; }
+figure { display: inline-block; margin: .5em 1em .5em 0; vertical-align: top; }
+figcaption { font-size: 13px; color: #5a6875; max-width: 32em; }
+pre { background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: 13px; }
+"""
+_COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+    ("method", lambda line: line.method),
+    ("tokens", lambda line: str(line.budget) if line.budget else "all"),
+    ("score", lambda line: f"{line.score:.1f}"),
+    ("95 %", lambda line: f"{line.score_low:.1f} to {line.score_high:.1f}"),
+    ("of full", lambda line: _percent(line.share)),
+    ("agreement", lambda line: _percent(line.agreement)),
+    ("KL", lambda line: _number(line.kl, ".4f")),
+    ("gold likelihood", lambda line: _percent(line.gold_likelihood, 2)),
+    ("mass", lambda line: _percent(line.mass)),
+    ("output error", lambda line: _number(line.output_error, ".3f")),
+    ("MiB a step", lambda line: _number(line.bytes_read / 2**20, ".2f")),
+    ("ms a step", lambda line: _number(line.step_ms, ".1f")),
+    ("n", lambda line: str(line.n)),
+)
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return _number(100 * value, f".{digits}f")
+
+
+def html_report(title: str, settings: dict[str, Any], records: Sequence[Record]) -> str:
+    """A page that needs nothing beside itself."""
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{_summary(records)}</p>",
+        _method_table(records),
+        *_plots(records),
+        "<h2>Halves</h2><p>Every second sample of each task.</p>",
+        *(_method_table(part) for part in halves(records) if part),
+        "<h2>Tasks</h2>",
+        _task_table(task_scores(records)),
+        "<h2>Run</h2>",
+        f"<pre>{html.escape(_settings(settings))}</pre>",
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _summary(records: Sequence[Record]) -> str:
+    tokens = [record["tokens"] for record in records]
+    cut = sum(record["truncated"] for record in records)
+    return (
+        f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts of "
+        f"{min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
+        "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
+        "the right answer, relative to full attention."
+    )
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(settings, indent=1)
+
+
+def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f"<th>{html.escape(one)}</th>" for one in header)
+    body = "".join(
+        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>"
+        for kind, row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def method_rows(records: Sequence[Record]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header, and a budget with each row, for terminals as well."""
+    ordered = sorted(lines(records), key=lambda line: line.budget)
+    rows = [(line.budget, [show(line) for _, show in _COLUMNS]) for line in ordered]
+    return [name for name, _ in _COLUMNS], rows
+
+
+def _method_table(records: Sequence[Record]) -> str:
+    header, rows = method_rows(records)
+    return _table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
+
+
+def _task_table(tasks: dict[str, dict[str, float]]) -> str:
+    names = list(dict.fromkeys(name for methods in tasks.values() for name in methods))
+    rows = [
+        ("", [task, *(f"{methods[name]:.1f}" if name in methods else "" for name in names)])
+        for task, methods in tasks.items()
+    ]
+    return _table(["task", *names], rows)
+
+
+def _plots(records: Sequence[Record]) -> Iterator[str]:
+    table = lines(records)
+    budgets = sorted({line.budget for line in table if line.budget})
+    if not budgets:
+        return
+    yield _figure(
+        "Score at each budget; the dashed line is full attention.",
+        lambda axes: _curves(axes, table, "score", "score"),
+    )
+    yield _figure(
+        "KL divergence to full attention, lower is nearer.",
+        lambda axes: _curves(axes, table, "kl", "KL, nats", log=True),
+    )
+    yield _figure(
+        "KL against the bytes that a step reads: below and left is better.",
+        lambda axes: _pareto(axes, table),
+    )
+    for budget in budgets:
+        errors = _errors(records, "icecache", budget)
+        if errors is not None:
+            yield _figure(
+                f"Relative error of IceCache's output at {budget} tokens, by layer and query head.",
+                lambda axes, errors=errors: _heat(axes, errors, "query head", "layer"),
+            )
+    yield from _needles(records)
+
+
+def _figure(caption: str, draw: Callable[[Any], None]) -> str:
+    library("matplotlib").use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    draw(axes)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    svg = text.getvalue()
+    return (
+        f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _methods(table: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line.method for line in table if line.budget))
+
+
+def _curves(axes: Any, table: Sequence[Line], measure: str, label: str, log: bool = False) -> None:
+    for method in _methods(table):
+        points = sorted(
+            (line.budget, getattr(line, measure)) for line in table if line.method == method
+        )
+        width = 2.4 if method == "icecache" else 1.2
+        axes.plot(*zip(*points, strict=True), marker="o", label=method, linewidth=width)
+    full = [getattr(line, measure) for line in table if not line.budget]
+    if full and not log:
+        axes.axhline(full[0], linestyle="--", color="gray")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({line.budget for line in table if line.budget}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel="token budget", ylabel=label)
+    axes.legend(fontsize=8)
+
+
+def _pareto(axes: Any, table: Sequence[Line]) -> None:
+    for method in _methods(table):
+        points = sorted((line.bytes_read / 2**20, line.kl) for line in table if line.method == method)
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(xscale="log", yscale="log", xlabel="MiB a step", ylabel="KL, nats")
+    axes.legend(fontsize=8)
+
+
+def _errors(records: Sequence[Record], method: str, budget: int) -> np.ndarray[Any, Any] | None:
+    """[layers, Hq], mean over samples."""
+    held = [
+        row["output_error"]
+        for record in records
+        for row in record["rows"]
+        if row["method"] == method and row["budget"] == budget and row.get("output_error")
+    ]
+    return np.mean(held, axis=0) if held else None
+
+
+def _heat(axes: Any, values: np.ndarray[Any, Any], x: str, y: str, **options: Any) -> None:
+    image = axes.imshow(values, aspect="auto", cmap="viridis", **options)
+    axes.set(xlabel=x, ylabel=y)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _needles(records: Sequence[Record]) -> Iterator[str]:
+    """Where needles are found: depth and length, for runs that have such tasks."""
+    placed = [(depth, record) for record in records if (depth := _depth(record)) is not None]
+    if not placed:
+        return
+    names = list(
+        dict.fromkeys((row["method"], row["budget"]) for _, r in placed for row in r["rows"])
+    )
+    for method, budget in names:
+        if method not in ("full", "icecache"):
+            continue
+        cells: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for depth, record in placed:
+            row = next(
+                r for r in record["rows"] if (r["method"], r["budget"]) == (method, budget)
+            )
+            cells[min(9, int(10 * depth)), round(record["length"] / 512)].append(row["score"])
+        widths = sorted({width for _, width in cells})
+        grid = np.full((10, len(widths)), np.nan)
+        for (depth, width), scores in cells.items():
+            grid[depth, widths.index(width)] = fmean(scores)
+        where = f" at {budget} tokens" if budget else ""
+
+        def draw(axes: Any, grid: Any = grid, widths: list[int] = widths) -> None:
+            _heat(axes, grid, "tokens of the prompt", "depth, tenths", vmin=0, vmax=1)
+            axes.set_xticks(range(len(widths)), [f"{512 * width:,}" for width in widths])
+
+        yield _figure(f"Needles found by {method}{where}.", draw)
+
+
+def _depth(record: Record) -> float | None:
+    fields = record.get("fields", {})
+    if "depth" in fields:
+        return float(fields["depth"])
+    if "token_position_answer" in fields and record.get("length"):
+        return float(fields["token_position_answer"]) / float(record["length"])
+    return None

@@ -1,0 +1,174 @@
+"""What a run says of its methods: one line a method and budget, from the records of its samples."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from icecache.bench.report import Result
+from icecache.bench.runner import Record
+
+Row = dict[str, Any]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one budget over n samples. Means over samples; NaN where nothing was measured."""
+
+    method: str
+    budget: int  # 0: every token
+    n: int
+    score: float  # 0 to 100: mean over tasks of their means over samples
+    score_low: float  # 95 % confidence interval, by bootstrap over samples within tasks
+    score_high: float
+    share: float  # of full attention's score
+    agreement: float  # share of steps with full attention's most likely token
+    kl: float  # nats
+    gold_likelihood: float  # exp(-(NLL - full attention's NLL)) of a right answer's tokens
+    mass: float
+    output_error: float  # relative L2, over layers and heads
+    bytes_read: float  # a step, all layers and heads
+    step_ms: float  # attention of a step, all layers
+    open_s: float  # filling and indexing a cache
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.budget}" if self.budget else self.method
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """In the order of the first record."""
+    full = {_key(record): row for record in records for row in record["rows"] if not row["budget"]}
+    by_method: dict[tuple[str, int], list[tuple[Record, Row]]] = defaultdict(list)
+    for record in records:
+        for row in record["rows"]:
+            by_method[row["method"], row["budget"]].append((record, row))
+    whole = [(record, full[_key(record)]) for record in records]
+    base = _score(whole) if whole else math.nan
+    return [
+        _line(method, budget, pairs, [full[_key(record)] for record, _ in pairs], base)
+        for (method, budget), pairs in by_method.items()
+    ]
+
+
+def _key(record: Record) -> tuple[str, str]:
+    return record["task"], record["sample"]
+
+
+def _line(
+    method: str, budget: int, pairs: list[tuple[Record, Row]], full: list[Row], base: float
+) -> Line:
+    rows = [row for _, row in pairs]
+    low, high = _interval(pairs)
+    score = _score(pairs)
+    gold = [
+        (row["gold_nll"], whole["gold_nll"])
+        for row, whole in zip(rows, full, strict=True)
+        if row.get("gold_nll") is not None
+    ]
+    return Line(
+        method=method,
+        budget=budget,
+        n=len(rows),
+        score=score,
+        score_low=low,
+        score_high=high,
+        share=score / base if base else math.nan,
+        agreement=_mean(_mean(row["agrees"]) for row in rows if row.get("agrees")),
+        kl=_mean(_mean(row["kl"]) for row in rows if row.get("kl")),
+        gold_likelihood=math.exp(-_mean(mine - theirs for mine, theirs in gold)),
+        mass=_mean(row["mass"] for row in rows if "mass" in row),
+        output_error=_mean(float(np.mean(e)) for row in rows if (e := row.get("output_error"))),
+        bytes_read=_mean(row["bytes_read"] for row in rows if row.get("bytes_read")),
+        step_ms=1e3 * _mean(row["step_s"] for row in rows if row.get("step_s")),
+        open_s=_mean(row["open_s"] for row in rows if row.get("open_s")),
+    )
+
+
+def _mean(values: Any) -> float:
+    held = list(values)
+    return fmean(held) if held else math.nan
+
+
+def _by_task(pairs: Sequence[tuple[Record, Row]]) -> list[list[float]]:
+    tasks: dict[str, list[float]] = defaultdict(list)
+    for record, row in pairs:
+        tasks[record["task"]].append(row["score"])
+    return list(tasks.values())
+
+
+def _score(pairs: Sequence[tuple[Record, Row]]) -> float:
+    return 100 * fmean(fmean(scores) for scores in _by_task(pairs))
+
+
+def _interval(pairs: Sequence[tuple[Record, Row]]) -> tuple[float, float]:
+    chance = np.random.default_rng(0)
+    draws = np.zeros(RESAMPLES)
+    tasks = _by_task(pairs)
+    for scores in tasks:
+        picks = chance.integers(len(scores), size=(RESAMPLES, len(scores)))
+        draws += np.asarray(scores)[picks].mean(1)
+    low, high = np.percentile(100 * draws / len(tasks), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def halves(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Every second sample of each task: to choose on one half and confirm on the other."""
+    seen: dict[str, int] = defaultdict(int)
+    parts: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        parts[seen[record["task"]] % 2].append(record)
+        seen[record["task"]] += 1
+    return parts
+
+
+def task_scores(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """task -> method and budget -> mean score, 0 to 100."""
+    tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for row in record["rows"]:
+            name = f"{row['method']} {row['budget']}" if row["budget"] else row["method"]
+            tasks[record["task"]][name].append(row["score"])
+    return {
+        task: {name: 100 * fmean(scores) for name, scores in methods.items()}
+        for task, methods in tasks.items()
+    }
+
+
+_UNITS = {
+    "score": "percent",
+    "share": "share",
+    "agreement": "share",
+    "kl": "nats",
+    "gold_likelihood": "share",
+    "mass": "share",
+    "output_error": "ratio",
+    "bytes_read": "bytes",
+    "step_ms": "ms",
+    "open_s": "s",
+}
+
+
+def results(records: Sequence[Record]) -> Iterator[Result]:
+    """All numbers of a run, of all samples and of both halves: "kl_icecache_256", "..._half1"."""
+    first, second = halves(records)
+    for suffix, part in (("", records), ("_half1", first), ("_half2", second)):
+        for line in lines(part) if part else ():
+            name = "".join(c if c.isalnum() else "_" for c in line.label)
+            params: dict[str, Any] = {"method": line.method, "token_budget": line.budget}
+            params["n"] = line.n
+            for measure, unit in _UNITS.items():
+                value = getattr(line, measure)
+                if math.isnan(value):
+                    continue
+                extra = (
+                    {"low": line.score_low, "high": line.score_high} if measure == "score" else {}
+                )
+                yield Result(f"{measure}_{name}{suffix}", value, unit, {**params, **extra})
