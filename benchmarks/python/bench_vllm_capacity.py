@@ -13,8 +13,8 @@ steps decoding all of them and nothing else; the prompts are timed apart, `prefi
 stock's, `throughput_ratio_unlimited` the same over unlimited's. `low_load_ratio` is what remains of
 unlimited's throughput with a few short requests, whole from prompt to last token, and
 `low_load_decode_ratio` the same for decode steps alone. `small_pool_prompt` is the length of a
-prompt that an engine with a pool of `--small-pool` tokens answered with the tokens of full attention
-(IceCache's exact mode against unlimited's).
+prompt that an engine with a pool of `--small-pool` tokens answered with the tokens of full
+attention (IceCache's exact mode against unlimited's).
 
     python benchmarks/python/bench_vllm_capacity.py --json benchmarks/results/vllm_capacity.json
 

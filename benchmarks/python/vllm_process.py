@@ -123,7 +123,7 @@ class Engine:
         return {"seconds": seconds, "running": most, "preemptions": self.preemptions}
 
     def decode(self, steps: int) -> dict[str, Any]:
-        """Tokens per second of every step, each of which decodes all that runs, and nothing else."""
+        """Tokens per second of every step; raises for a step that does more than decode."""
         rates = []
         for _ in range(steps):
             start = time.perf_counter()

@@ -1,10 +1,14 @@
-"""The machine that the process runs on, for reports."""
+"""The machine that the process runs on."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
+
+from icecache._core import usable_memory
+
+__all__ = ["cpu_name", "usable_cores", "usable_memory"]
 
 
 def cpu_name() -> str:

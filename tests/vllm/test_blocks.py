@@ -169,5 +169,5 @@ def test_a_batch_that_is_not_the_schedulers_is_an_error() -> None:
         with pytest.raises(RuntimeError, match="not what the scheduler announced"):
             worker.begin(starts, blocks)
     step(row, ScheduledRow("b", block=4, position=9, count=1, phase=Phase.AUTO))
-    with pytest.raises(RuntimeError, match="rows that are not in the batch.*'b'"):
+    with pytest.raises(RuntimeError, match=r"rows that are not in the batch.*'b'"):
         worker.begin([0, 4], [3])

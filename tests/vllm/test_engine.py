@@ -72,9 +72,7 @@ def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
     assert result["tokens"] == stock
 
 
-def test_blocks_of_vllm_are_never_read(
-    run: Run, llama: Path, stock: list[list[int]]
-) -> None:
+def test_blocks_of_vllm_are_never_read(run: Run, llama: Path, stock: list[list[int]]) -> None:
     result = serve(run, llama, {"exact": True}, max_num_batched_tokens=64, poison=True)
     assert result["tokens"] == stock
 
@@ -98,7 +96,11 @@ def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
     answers = []
     for chunk in (2048, 48):
         result = serve(
-            run, llama, {"token_budget": 64, "dense_tokens": 64}, [300, 400, 500], max_num_batched_tokens=chunk
+            run,
+            llama,
+            {"token_budget": 64, "dense_tokens": 64},
+            [300, 400, 500],
+            max_num_batched_tokens=chunk,
         )
         assert result["steps"] > 0
         answers.append(result["tokens"])

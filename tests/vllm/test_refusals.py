@@ -186,6 +186,19 @@ def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
         assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_scheduler_is_the_one_that_vllm_would_take(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    given = config(llama)
+    given.scheduler_config.async_scheduling = ahead
+    expected = IceCacheAsyncScheduler if ahead else IceCacheScheduler
+    assert issubclass(expected, names.AsyncScheduler) is ahead
+    monkeypatch.setattr(expected, "__init__", lambda self, **arguments: None)
+    assert type(make_scheduler(given)) is expected
+    assert given.scheduler_config.get_scheduler_cls() is make_scheduler
+
+
 def test_no_module_but_names_imports_vllm() -> None:
     folder = Path(names.__file__).parent
     for path in folder.glob("*.py"):

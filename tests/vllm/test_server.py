@@ -174,7 +174,9 @@ def test_a_killed_engine_leaves_nothing_behind(smollm2: Path, tmp_path: Path) ->
 
 def children(process: int) -> list[int]:
     """Processes that it started, itself not."""
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
 
 
 def test_prometheus_has_our_metrics(server: Server) -> None:

@@ -22,7 +22,7 @@ GOLD_TOKENS = 64  # of the right answer, whose likelihood is measured
 
 @dataclass(frozen=True)
 class Limits:
-    """`context`: tokens of prompt and answer that the model takes; others shorten what a task asks."""
+    """`context`: tokens of prompt and answer that the model takes; others shorten a task's own."""
 
     context: int
     max_length: int | None = None  # tokens of a prompt

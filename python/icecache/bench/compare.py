@@ -3,8 +3,8 @@
 Every method is fed full attention's own answer, all rows in one batch: KL, agreement, mass. As long
 as a row's most likely token is full attention's, its own answer is the same, so it needs no second
 run; where it first differs its session is forked, and the forks write on alone. Another fork is fed
-the right answer, for its likelihood, and a third sees full attention's own queries, for the error of
-the output.
+the right answer, for its likelihood, and a third sees full attention's own queries, for the error
+of the output.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -156,7 +157,7 @@ def _fill_gold(
     forks = [session.fork() for session in sessions]
     nll = torch.full((len(forks),), _nll(prefill.first_logits[None], gold[0])[0].item())
     attend = row_by_row(forks)
-    for step, (token, following) in enumerate(zip(gold[:-1], gold[1:], strict=True)):
+    for step, (token, following) in enumerate(pairwise(gold)):
         tokens = torch.tensor(token).expand(len(forks), 1)
         nll += _nll(decoder.run(tokens, prefill.length + step, attend), following)
     for outcome, fork, total in zip(outcomes, forks, nll.tolist(), strict=True):

@@ -7,6 +7,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -77,8 +78,8 @@ def _summary(records: Sequence[Record]) -> str:
     tokens = [record["tokens"] for record in records]
     cut = sum(record["truncated"] for record in records)
     return (
-        f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts of "
-        f"{min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
+        f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts "
+        f"of {min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
         "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
         "the right answer, relative to full attention."
     )
@@ -142,7 +143,7 @@ def _plots(records: Sequence[Record]) -> Iterator[str]:
         if errors is not None:
             yield _figure(
                 f"Relative error of IceCache's output at {budget} tokens, by layer and query head.",
-                lambda axes, errors=errors: _heat(axes, errors, "query head", "layer"),
+                partial(_heat, values=errors, x="query head", y="layer"),
             )
     yield from _needles(records)
 
@@ -157,9 +158,8 @@ def _figure(caption: str, draw: Callable[[Any], None]) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = text.getvalue()
-    return (
-        f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    svg = svg[svg.index("<svg") :]
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _methods(table: Sequence[Line]) -> list[str]:
@@ -187,7 +187,9 @@ def _curves(axes: Any, table: Sequence[Line], measure: str, label: str, log: boo
 
 def _pareto(axes: Any, table: Sequence[Line]) -> None:
     for method in _methods(table):
-        points = sorted((line.bytes_read / 2**20, line.kl) for line in table if line.method == method)
+        points = sorted(
+            (line.bytes_read / 2**20, line.kl) for line in table if line.method == method
+        )
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
     axes.set(xscale="log", yscale="log", xlabel="MiB a step", ylabel="KL, nats")
     axes.legend(fontsize=8)
@@ -223,9 +225,7 @@ def _needles(records: Sequence[Record]) -> Iterator[str]:
             continue
         cells: dict[tuple[int, int], list[float]] = defaultdict(list)
         for depth, record in placed:
-            row = next(
-                r for r in record["rows"] if (r["method"], r["budget"]) == (method, budget)
-            )
+            row = next(r for r in record["rows"] if (r["method"], r["budget"]) == (method, budget))
             cells[min(9, int(10 * depth)), round(record["length"] / 512)].append(row["score"])
         widths = sorted({width for _, width in cells})
         grid = np.full((10, len(widths)), np.nan)

@@ -20,7 +20,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Line:
-    """One method at one budget over n samples. Means over samples; NaN where nothing was measured."""
+    """One method at one budget, means over n samples; NaN where nothing was measured."""
 
     method: str
     budget: int  # 0: every token

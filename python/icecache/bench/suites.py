@@ -46,7 +46,9 @@ class Suite:
     def open(self, data: Data, tokenizer: Any) -> Streams:
         """Raises InvalidArgument for what this suite does not take."""
         if data.lengths and not self.generated:
-            raise InvalidArgument(f"--lengths: {self.name} has prompts of its own, got {data.lengths}")
+            raise InvalidArgument(
+                f"--lengths: {self.name} has prompts of its own, got {data.lengths}"
+            )
         return self.streams(data, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""icecache bench SUITE: what a token budget costs in quality, every method beside full attention."""
+"""icecache bench SUITE: what a token budget costs in quality, beside other methods."""
 
 from __future__ import annotations
 
@@ -39,11 +39,9 @@ def _command(suite: str) -> Callable[..., None]:
         model: Annotated[
             str, typer.Option(help='Folder with a model, or "smollm2"; of a server, its name.')
         ] = "smollm2",
-        budget: Annotated[
-            str, typer.Option(help="Token budgets, comma-separated.")
-        ] = "64,128,256",
+        budget: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,128,256",
         method: Annotated[
-            str, typer.Option(help="Methods, comma-separated; \"all\" for every one.")
+            str, typer.Option(help='Methods, comma-separated; "all" for every one.')
         ] = "full,icecache,topk,paper,quest,streaming",
         task: Annotated[str, typer.Option(help="Tasks, comma-separated; all where empty.")] = "",
         data_dir: Annotated[

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import icecache
-from icecache._core import usable_memory
 from icecache.errors import Error
-from icecache.machine import cpu_name, usable_cores
+from icecache.machine import cpu_name, usable_cores, usable_memory
 
 OK = "ok"
 ABSENT = "absent"  # an optional part is not there

@@ -75,12 +75,14 @@ class StreamingSession:
         held = [torch.cat([part[:, :, :sink], part[:, :, -recent:]], 2) for part in parts]
         self._keys, self._values = list(held[0]), list(held[1])
         self._sink = sink
+        self._bytes = 0
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         self._keys[layer] = self._shift(self._keys[layer], keys)
         self._values[layer] = self._shift(self._values[layer], values)
+        self._bytes += 2 * self._keys[layer].nbytes
         return decode_attention(queries[None], self._keys[layer][None], self._values[layer][None])[
             0
         ]
@@ -88,12 +90,15 @@ class StreamingSession:
     def fork(self) -> StreamingSession:
         other = object.__new__(StreamingSession)
         other._keys, other._values = list(self._keys), list(self._values)
-        other._sink = self._sink
+        other._sink, other._bytes = self._sink, self._bytes
         return other
 
     def mass(self) -> float:
         """Not known: what is gone cannot be weighed."""
         return float("nan")
+
+    def bytes_read(self) -> int:
+        return self._bytes
 
     def close(self) -> None:
         self._keys, self._values = [], []

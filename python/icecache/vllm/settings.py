@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icecache import Config, InvalidArgument
-from icecache._core import usable_memory
+from icecache.machine import usable_memory
 
 KEY = "icecache"  # of vLLM's additional_config
 CONNECTOR = "IceCacheConnector"

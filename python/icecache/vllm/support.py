@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from icecache import InvalidArgument
-from icecache._core import usable_memory
+from icecache.machine import usable_memory
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
 from icecache.vllm.settings import CONNECTOR, KEY, KV_TRANSFER, SCHEDULER, engine_config
