@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +14,10 @@ from icecache.bench.compare import Outcome, compare
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method
 from icecache.bench.prefill import prefill_with_answer
+from icecache.bench.tasks.libraries import library
 from icecache.bench.tasks.longbench import truncate_in_the_middle
 from icecache.bench.tasks.task import Sample, Task
-from icecache.errors import InvalidArgument
+from icecache.errors import Error, InvalidArgument, Unavailable
 
 GOLD_TOKENS = 64  # of the right answer, whose likelihood is measured
 
@@ -168,10 +170,25 @@ class Asker:
         return row
 
 
-def ask_endpoint(client: Any, model: str, limits: Limits) -> Ask:
-    """Asks an OpenAI-compatible server instead; it truncates nothing."""
+def ask_endpoint(endpoint: str, model: str, limits: Limits) -> Ask:
+    """Asks an OpenAI-compatible server instead; it truncates nothing.
+
+    Asking raises Unavailable where no server answers, and Error for what the server refuses.
+    """
+    openai = library("openai")
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    client = openai.OpenAI(base_url=endpoint, api_key=key, timeout=3600)
 
     def ask(task: Task, sample: Sample) -> dict[str, Any]:
+        try:
+            return complete(task, sample)
+        except openai.APIConnectionError as error:
+            raise Unavailable(f"--endpoint: no server answers at {endpoint}: {error}") from error
+        except openai.APIError as error:
+            where = f"{task.name}, sample {sample.name}"
+            raise Error(f"--endpoint: {endpoint} did not answer {where}: {error}") from error
+
+    def complete(task: Task, sample: Sample) -> dict[str, Any]:
         given: dict[str, Any] = {
             "model": model,
             "temperature": 0,

@@ -146,7 +146,7 @@ def _run(
 ) -> list[Record]:
     gold = GOLD_TOKENS if suite.gold_tokens is None else suite.gold_tokens
     if plan.endpoint is not None:
-        ask = ask_endpoint(_client(plan.endpoint), name, _limits(plan, 1 << 30, gold))
+        ask = ask_endpoint(plan.endpoint, name, _limits(plan, 1 << 30, gold))
         with ThreadPoolExecutor(plan.workers) as threads:
             return run_parallel(questions, folder, threads, ask, plan.workers, done)
     if plan.workers == 1:
@@ -172,13 +172,6 @@ def _asker(plan: Plan, folder: str, gold: int) -> Asker:
     ]
     limits = _limits(plan, int(context), gold)
     return Asker(Decoder(model), tokenizer, methods, plan.budgets, limits)
-
-
-def _client(endpoint: str) -> Any:
-    from icecache.bench.tasks.libraries import library
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return library("openai").OpenAI(base_url=endpoint, api_key=key, timeout=3600)
 
 
 _worker: Ask | None = None  # of a worker process
