@@ -103,7 +103,8 @@ def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Re
 def _check(plan: Plan) -> None:
     from icecache import Config
 
-    find_methods(plan.methods)
+    if plan.endpoint is None:
+        find_methods(plan.methods)
     for budget in plan.budgets:
         Config(**{**plan.engine, "token_budget": budget})
     if plan.workers < 1:
