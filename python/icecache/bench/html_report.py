@@ -37,6 +37,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("agreement", lambda line: _percent(line.agreement)),
     ("KL", lambda line: _number(line.kl, ".4f")),
     ("gold likelihood", lambda line: _percent(line.gold_likelihood, 2)),
+    ("perplexity", lambda line: _number(line.perplexity, ".2f")),
     ("mass", lambda line: _percent(line.mass)),
     ("output error", lambda line: _number(line.output_error, ".3f")),
     ("MiB a step", lambda line: _number(line.bytes_read / 2**20, ".2f")),

@@ -32,6 +32,7 @@ class Line:
     agreement: float  # share of steps with full attention's most likely token
     kl: float  # nats
     gold_likelihood: float  # exp(-(NLL - full attention's NLL)) of a right answer's tokens
+    perplexity: float  # of the right answers' tokens: exp(NLL)
     mass: float
     output_error: float  # relative L2, over layers and heads
     bytes_read: float  # a step, all layers and heads
@@ -84,6 +85,7 @@ def _line(
         agreement=_mean(_mean(row["agrees"]) for row in rows if row.get("agrees")),
         kl=_mean(_mean(row["kl"]) for row in rows if row.get("kl")),
         gold_likelihood=math.exp(-_mean(mine - theirs for mine, theirs in gold)),
+        perplexity=math.exp(_mean(mine for mine, _ in gold)),
         mass=_mean(row["mass"] for row in rows if "mass" in row),
         output_error=_mean(float(np.mean(e)) for row in rows if (e := row.get("output_error"))),
         bytes_read=_mean(row["bytes_read"] for row in rows if row.get("bytes_read")),
@@ -148,6 +150,7 @@ _UNITS = {
     "agreement": "share",
     "kl": "nats",
     "gold_likelihood": "share",
+    "perplexity": "ratio",
     "mass": "share",
     "output_error": "ratio",
     "bytes_read": "bytes",
