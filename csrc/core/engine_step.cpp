@@ -11,7 +11,7 @@ namespace icecache {
 namespace {
 
 // Query tokens of one task in exact attention.
-constexpr int kBlock = 32;
+constexpr int kBlock = 64;
 // Steps of decoding from one whose queries shape the metric to the next.
 constexpr std::int32_t kObserveEvery = 8;
 // A rebuild takes over after this share of the index's tokens, all layers in turn.
@@ -193,7 +193,7 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     std::size_t item;
     int head;
     std::int64_t first, tokens;
-    bool sparse;
+    bool sparse, alone;
   };
   std::vector<LayerCache*> layers;
   std::vector<Task> tasks;
@@ -201,6 +201,11 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
   // True where a sequence's tokens come from decoding, not from a prompt.
   const auto decodes = [&](std::size_t b) {
     return phase_of(b) == Phase::kAuto && queries[b].tokens <= config.decode_tokens;
+  };
+  // True where the step itself does all that is due, and nothing is left to index threads.
+  const auto is_alone = [&](std::size_t b) {
+    const HeadCache& head = layers[b]->heads.front();
+    return decodes(b) && (head.sparse() || (head.is_short() && queries[b].tokens <= kBlock));
   };
   for (std::size_t b = 0; b < ids.size(); ++b) {
     layers.push_back(&self.layer_of(ids[b], layer));
@@ -213,11 +218,12 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     if (layers[b]->heads.front().rebuild_is_ready()) self.threads.wait(layers[b]->rebuilds);
     for (int h = 0; h < hkv; ++h) {
       if (decodes(b) && layers[b]->heads[h].sparse()) {
-        if (tokens > 0) tasks.push_back({b, h, 0, tokens, true});
+        if (tokens > 0) tasks.push_back({b, h, 0, tokens, true, true});
         continue;
       }
       for (std::int64_t first = 0; first < tokens; first += kBlock) {
-        tasks.push_back({b, h, first, std::min<std::int64_t>(kBlock, tokens - first), false});
+        tasks.push_back(
+            {b, h, first, std::min<std::int64_t>(kBlock, tokens - first), false, is_alone(b)});
       }
     }
   }
@@ -239,9 +245,6 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
         const std::int64_t at = t * group * d;
         const std::int32_t position = first + static_cast<std::int32_t>(t);
         head.decode(scaled.data() + at, position, result.data() + at, task_stats[i]);
-        if (position % kObserveEvery != 0) continue;
-        for (std::int64_t x = at; x < at + group * d; ++x) scaled[x] /= scale;
-        head.observe(scaled.data() + at, group);
       }
     } else {
       max.resize(rows);
@@ -251,6 +254,14 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
       head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, state, task_stats[i]);
       finish(state, result.data());
       if (decodes(task.item)) task_stats[i].dense_steps = task.tokens;
+    }
+    if (task.alone) {
+      for (std::int64_t t = 0; t < task.tokens; ++t) {
+        if (task.sparse && (first + t) % kObserveEvery != 0) continue;
+        float* rows_of_token = scaled.data() + t * group * d;
+        for (int x = 0; x < group * d; ++x) rows_of_token[x] /= scale;
+        head.observe(rows_of_token, group);
+      }
     }
     const TensorView& out = outputs[task.item];
     for (std::int64_t t = 0; t < task.tokens; ++t) {
@@ -264,8 +275,8 @@ void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
     self.collect(layer, tasks[i].head, task_stats[i]);
   }
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    if (decodes(b) && layers[b]->heads.front().sparse()) {
-      self.schedule_rebuild(*layers[b], layer);
+    if (is_alone(b)) {
+      if (layers[b]->heads.front().sparse()) self.schedule_rebuild(*layers[b], layer);
     } else {
       self.schedule_update(*layers[b], queries[b], phase_of(b));
     }

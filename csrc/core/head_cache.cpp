@@ -75,6 +75,10 @@ bool HeadCache::sparse() const {
   return index_ != nullptr && length() > context_.config->dense_tokens;
 }
 
+bool HeadCache::is_short() const {
+  return index_ == nullptr && length() + 1 <= context_.config->dense_tokens;
+}
+
 template <typename Body>
 void HeadCache::with_pages(std::span<const PagePick> picks, HeadStats& stats,
                            const Body& body) const {
@@ -348,7 +352,7 @@ void HeadCache::insert(std::int32_t due) {
 void HeadCache::update_index(HeadStats& stats) {
   const std::int32_t due = std::min(next_window_start() - tail_.first_position(), tail_.count());
   if (dense_ || due <= 0) return;
-  if (index_ == nullptr && length() + 1 <= context_.config->dense_tokens) return;
+  if (is_short()) return;
   const auto start = std::chrono::steady_clock::now();
   try {
     if (index_ == nullptr || has_doubled(due)) {

@@ -39,6 +39,8 @@ class HeadCache {
 
   // True where a query at the end is answered within the token budget.
   bool sparse() const;
+  // True where there is no index and none is due.
+  bool is_short() const;
 
   // Exact causal attention of `rows` = T x G queries [T, G, D] (scaled), query t at position
   // first_position + t, merged into `state` (group = T * G).
