@@ -94,7 +94,7 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def scored() -> list[Any]:
-    pairs = [(TEXT, choice) for choice in CHOICES] + [("", TEXT[:9]), (TEXT[:300], TEXT[300:320])]
+    pairs = [(TEXT, choice) for choice in CHOICES] + [("", TEXT[:9]), (TEXT[:280], TEXT[280:300])]
     return requests("loglikelihood", *pairs)
 
 
@@ -206,29 +206,40 @@ def write_task(folder: Path) -> Path:
 
 
 def benchmark(folder: str, data: Path) -> list[tuple[str, float]]:
-    """Text and score of each sample, by our own benchmark."""
+    """Text and score of each sample under full attention, by our own benchmark."""
     ours = load(folder)
     icecache.disable(ours.model)
     limits = Limits(context=8192, max_new_tokens=NEW_TOKENS)
-    ask = Asker(Decoder(ours.model), ours.tokenizer, find_methods(["icecache"]), [BUDGET], limits)
+    ask = Asker(Decoder(ours.model), ours.tokenizer, find_methods(["full"]), [], limits)
     samples = gsm8k.open_source(data).samples(gsm8k.TASK)
-    rows = [ask(gsm8k.TASK, sample)["rows"][-1] for sample in samples]
+    rows = [ask(gsm8k.TASK, sample)["rows"][0] for sample in samples]
     return [(row["text"], row["score"]) for row in rows]
 
 
-def test_a_task_gives_what_our_own_benchmark_gives(folder: str, tmp_path: Path) -> None:
-    task = write_task(tmp_path)
-    results = lm_eval.simple_evaluate(
+def evaluate(folder: str, task: Path, **model_args: Any) -> Any:
+    return lm_eval.simple_evaluate(
         model="icecache",
-        model_args={"pretrained": folder, "token_budget": BUDGET},
+        model_args={"pretrained": folder, "token_budget": BUDGET, **model_args},
         tasks=[load_yaml(str(task), resolve_func=True)],
         device="cuda:0",  # lm_eval's default
     )
-    samples = results["samples"]["tiny_gsm8k"]
+
+
+def test_a_task_is_asked_and_scored_as_in_our_own_benchmark(folder: str, tmp_path: Path) -> None:
+    task = write_task(tmp_path)
+    exact, sparse = evaluate(folder, task, exact=True), evaluate(folder, task)
     expected = benchmark(folder, tmp_path / "data.jsonl")
-    assert [(one["resps"][0][0], one["exact_match"]) for one in samples] == expected
-    assert results["config"]["icecache"]["token_budget"] == BUDGET
-    assert results["config"]["icecache_version"] == icecache.__version__
+    answers = [(one["resps"][0][0], one["exact_match"]) for one in samples(exact)]
+    assert answers == expected
+    # Of random weights, so that nothing hides a token that is missing.
+    assert [one["resps"][0][0] for one in samples(sparse)] != [text for text, _ in expected]
+    assert sparse["config"]["icecache"]["token_budget"] == BUDGET
+    assert sparse["config"]["icecache_version"] == icecache.__version__
+
+
+def samples(results: Any) -> list[Any]:
+    found: list[Any] = results["samples"]["tiny_gsm8k"]
+    return found
 
 
 def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
