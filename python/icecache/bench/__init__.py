@@ -1,9 +1,21 @@
 """Harness: tasks, methods, metrics and reports of the benchmarks and the demo.
 
-prompts   long prompts of different kinds, with needles among them
-decoder   runs a transformers model with a given attention function
-prefill   full attention's cache, queries, continuation and logits of one prompt; kept in files
-methods   what decodes on top of a prefill: full, icecache, paper, quest, streaming, topk
-quality   runs methods over prompts in one harness; KL, agreement, needles, attended mass
-report    the JSON form of all benchmarks, tables, bounds
+tasks        what is asked and how it is judged: LongBench, RULER, GSM8K, passkey
+suites       tasks by suite, and where their samples come from
+decoder      runs a transformers model with a given attention function
+prefill      full attention's cache, queries, answer and logits of one prompt; kept in files
+session      one sequence under one method: the interface of all methods
+methods      the methods by name: full, icecache, paper, topk, and those of `baselines`
+baselines    other papers' methods at the same budget
+compare      many methods on one prefill
+ask          one sample: its prompt in tokens, and what every method makes of it
+runner       runs that go on after a kill
+evaluate     one run of a suite, and its files
+scores       numbers of a run
+html_report  the same as a page
+quality      what bench_quality measures: KL, agreement, needles, attended mass
+summary      its numbers and bounds
+prompts      its prompts
+step         time of one decode step
+report       the JSON form of all benchmarks
 """

@@ -166,7 +166,7 @@ class Asker:
         text = endings.text(outcome.answer)
         row = {**asdict(outcome), "text": text, "score": task.score(text, sample)}
         row["kl"] = [round(one, 6) for one in outcome.kl]
-        row["answer"] = len(outcome.answer)
+        row["answer_tokens"] = len(row.pop("answer"))
         return row
 
 
