@@ -1,5 +1,6 @@
 # make demo | test: the two commands. Everything they need is made on the way (scripts/setup.sh).
-# Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_PYTHON.
+# Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_PYTHON,
+# ICECACHE_VLLM, ICECACHE_WHEEL (scripts/setup_vllm.sh).
 JOBS ?= $(shell nproc)
 ICECACHE_CUDA ?= AUTO
 ICECACHE_FAISS ?= AUTO
@@ -51,6 +52,7 @@ setup-test:
 setup-bench:
 	@scripts/setup.sh bench
 
+setup-vllm: export ICECACHE_WHEEL := $(ICECACHE_WHEEL)
 setup-vllm:
 	@scripts/setup_vllm.sh
 

