@@ -52,7 +52,6 @@ setup-test:
 setup-bench:
 	@scripts/setup.sh bench
 
-setup-vllm: export ICECACHE_WHEEL := $(ICECACHE_WHEEL)
 setup-vllm:
 	@scripts/setup_vllm.sh
 
