@@ -173,12 +173,12 @@ def test_kernels(tmp_path: Path) -> None:
             pytest.fail(reason)
         pytest.skip(reason)
     path = tmp_path / "kernels.json"
-    chosen = r"^(attend_page/bfloat16/D:64/cache|matmul|sketch_scan/cache|tree_select/.*D:64.*4096)"
+    chosen = r"^(attend_pages/bfloat16/D:64/cache|matmul|sketch_scan/cache|tree_select/.*D:64.*4096)"
     result = run(bench_kernels.main, "--filter", chosen, "--min-time", "0.001", "--json", str(path))
     assert result.exit_code == 0, result.output
     found = written(path)
     names = {name.split("/")[0] for name in found}
-    assert names == {"attend_page", "matmul", "sketch_scan", "tree_select"}
+    assert names == {"attend_pages", "matmul", "sketch_scan", "tree_select"}
     for one in found.values():
         assert one["params"]["roof_share"] > 0
     meta = json.loads(path.read_text(encoding="utf-8"))["meta"]

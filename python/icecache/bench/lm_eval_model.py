@@ -46,7 +46,7 @@ __all__ = ["NAME", "IceCacheLM", "main"]
 
 NAME = "icecache"
 _HFLM = frozenset(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-_FIELDS = frozenset(field.name for field in config_fields()) - _HFLM
+_FIELDS = frozenset(field.name for field in config_fields()) - _HFLM  # `device` is lm_eval's
 # What puts the model on accelerators, or something that is not a transformers model around it.
 _REFUSED = ("parallelize", "tp_plan", "peft", "autogptq", "gptqmodel", "mixed_precision_dtype")
 _DEVICES = (None, "cpu", "cuda", "cuda:0")  # the latter two are lm_eval's own defaults
