@@ -173,7 +173,9 @@ def test_kernels(tmp_path: Path) -> None:
             pytest.fail(reason)
         pytest.skip(reason)
     path = tmp_path / "kernels.json"
-    chosen = r"^(attend_pages/bfloat16/D:64/cache|matmul|sketch_scan/cache|tree_select/.*D:64.*4096)"
+    chosen = (
+        r"^(attend_pages/bfloat16/D:64/cache|matmul|sketch_scan/cache|tree_select/.*D:64.*4096)"
+    )
     result = run(bench_kernels.main, "--filter", chosen, "--min-time", "0.001", "--json", str(path))
     assert result.exit_code == 0, result.output
     found = written(path)

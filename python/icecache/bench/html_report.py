@@ -101,11 +101,14 @@ def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> 
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def method_rows(records: Sequence[Record]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and a budget with each row, for terminals as well."""
+def method_rows(
+    records: Sequence[Record], names: Sequence[str] = ()
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header, and a budget with each row, for terminals as well; all columns for no `names`."""
+    columns = [(name, show) for name, show in _COLUMNS if not names or name in names]
     ordered = sorted(lines(records), key=lambda line: line.budget)
-    rows = [(line.budget, [show(line) for _, show in _COLUMNS]) for line in ordered]
-    return [name for name, _ in _COLUMNS], rows
+    rows = [(line.budget, [show(line) for _, show in columns]) for line in ordered]
+    return [name for name, _ in columns], rows
 
 
 def _method_table(records: Sequence[Record]) -> str:

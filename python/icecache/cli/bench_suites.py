@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ SUITES = {
     "gsm8k": "GSM8K with a chain of thought.",
     "text": "Likelihood of what follows stretches of your own texts.",
 }
+
+# What fits beside each other on a terminal; the report has all.
+_SHOWN = ("method", "tokens", "score", "of full", "agreement", "KL", "gold likelihood", "mass")
 
 
 def add_suites(app: typer.Typer) -> None:
@@ -143,10 +146,11 @@ def _show(console: Console, records: list[Record]) -> None:
 
     from icecache.bench.html_report import method_rows
 
-    header, rows = method_rows(records)
-    table = Table(header[0], title=f"{len(records)} samples")
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    header, rows = method_rows(records, _SHOWN)
+    table = Table(title=f"{len(records)} samples; % where no unit is given", box=None)
+    for name in header:
+        justify: Literal["left", "right"] = "left" if name == "method" else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     previous = None
     for budget, row in rows:
         if previous is not None and budget != previous:
