@@ -31,6 +31,7 @@ class Server:
     url: str
     model: str
     process: subprocess.Popen[bytes]
+    log: Path
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
@@ -66,7 +67,7 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
                 time.sleep(1)
         else:
             pytest.fail(log.read_text()[-6000:])
-        yield Server(url, str(model), process)
+        yield Server(url, str(model), process, log)
     finally:
         process.terminate()
         try:
@@ -91,6 +92,11 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+def test_the_log_says_how_far_host_memory_goes(server: Server) -> None:
+    line = r"IceCache: host memory holds 23,[0-9]{3} tokens, 4\.5 requests of 4,096 tokens at once"
+    assert re.search(line, server.log.read_text())
 
 
 def test_chat_completion_streaming_and_several_choices(server: Server) -> None:

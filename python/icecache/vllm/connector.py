@@ -21,7 +21,7 @@ from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.support import check_config
 from icecache.vllm.worker import current_worker
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
 
 class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from icecache import Config, Engine, Error, InvalidArgument, Phase
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
 
 @dataclass(frozen=True)
