@@ -154,7 +154,13 @@ def speedup(files: dict[str, Results]) -> Figure:
     length_axis(axes, lengths)
     axes.set_ylabel("times as fast as full attention")
     axes.legend()
-    caption(figure, step.where())
+    places = (
+        {"layer": step.where(), "model": files["generate"].where()} if "generate" in files else {}
+    )
+    if len(set(places.values())) > 1:  # measured on machines that differ
+        caption(figure, "; ".join(f"{what}: {where}" for what, where in places.items()))
+    else:
+        caption(figure, step.where())
     return figure
 
 
