@@ -45,10 +45,10 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods, comma-separated; all: "
+            help="Methods, comma-separated, of "
             + ", ".join(dict.fromkeys(method.name for method in METHODS))
         ),
-    ] = "",
+    ] = "full,icecache,topk,paper,quest,streaming",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE for IceCache's own rows.")
     ] = None,
