@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from icecache.bench.tasks import libraries, longbench
+from icecache.bench import libraries
+from icecache.bench.tasks import longbench
 from icecache.bench.tasks.longbench import TASKS, TASKS_E, open_source, truncate_in_the_middle
 from icecache.bench.tasks.longbench_output import (
     Prediction,

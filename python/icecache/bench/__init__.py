@@ -16,6 +16,8 @@ html_report  the same as a page
 quality      what bench_quality measures: KL, agreement, needles, attended mass
 summary      its numbers and bounds
 prompts      its prompts
+libraries    packages and data that only some parts need
+names        names that nothing has
 step         time of one decode step
 report       the JSON form of all benchmarks
 """

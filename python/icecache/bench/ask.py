@@ -12,9 +12,9 @@ import torch
 
 from icecache.bench.compare import Outcome, compare
 from icecache.bench.decoder import Decoder
+from icecache.bench.libraries import library
 from icecache.bench.methods import Method
 from icecache.bench.prefill import prefill_with_answer
-from icecache.bench.tasks.libraries import library
 from icecache.bench.tasks.longbench import truncate_in_the_middle
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import Error, InvalidArgument, Unavailable

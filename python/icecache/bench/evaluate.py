@@ -31,15 +31,13 @@ from icecache.bench.tasks.longbench_output import Prediction
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import InvalidArgument
 
-DEFAULT_METHODS = ("full", "icecache", "topk", "paper", "quest", "streaming")
-
 
 @dataclass(frozen=True)
 class Plan:
     """What makes the numbers of a run, and how many workers make them."""
 
     model: str  # a folder, "smollm2", or with an endpoint the name that it serves
-    methods: Sequence[str] = DEFAULT_METHODS
+    methods: Sequence[str] = ()  # all for none
     budgets: Sequence[int] = (64, 128, 256)
     data: Data = field(default_factory=Data)
     limit: int | None = None

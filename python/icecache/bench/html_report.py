@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from icecache.bench.libraries import library
 from icecache.bench.runner import Record
 from icecache.bench.scores import Line, halves, lines, task_scores
-from icecache.bench.tasks.libraries import library
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -66,7 +67,7 @@ def html_report(title: str, settings: dict[str, Any], records: Sequence[Record])
         "<h2>Tasks</h2>",
         _task_table(task_scores(records)),
         "<h2>Run</h2>",
-        f"<pre>{html.escape(_settings(settings))}</pre>",
+        f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>",
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -84,12 +85,6 @@ def _summary(records: Sequence[Record]) -> str:
         "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
         "the right answer, relative to full attention."
     )
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(settings, indent=1)
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -17,10 +16,10 @@ from icecache.bench.baselines.retroinfer import RetroInferSession
 from icecache.bench.baselines.snapkv import SnapKVSession
 from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
+from icecache.bench.names import unknown
 from icecache.bench.oracles import FullSession, RecentSession, TopSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
-from icecache.errors import InvalidArgument
 
 # From a prefill, the token budget and the scale of scores.
 OpenSession = Callable[[Prefill, int, float], Session]
@@ -87,7 +86,5 @@ def find_methods(names: Sequence[str]) -> list[Method]:
         by_name.setdefault(method.name, []).append(method)
     for name in names:
         if name not in by_name:
-            near = get_close_matches(name, by_name, 3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(by_name)}"
-            raise InvalidArgument(f"method: no method is called {name!r}; {hint}")
+            raise unknown("method", name, by_name)
     return [method for name in names or by_name for method in by_name[name]]

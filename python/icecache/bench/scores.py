@@ -41,7 +41,12 @@ class Line:
 
     @property
     def label(self) -> str:
-        return f"{self.method} {self.budget}" if self.budget else self.method
+        return label(self.method, self.budget)
+
+
+def label(method: str, budget: int) -> str:
+    """How reports name a method at a budget; 0: every token."""
+    return f"{method} {budget}" if budget else method
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -136,8 +141,7 @@ def task_scores(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for row in record["rows"]:
-            name = f"{row['method']} {row['budget']}" if row["budget"] else row["method"]
-            tasks[record["task"]][name].append(row["score"])
+            tasks[record["task"]][label(row["method"], row["budget"])].append(row["score"])
     return {
         task: {name: 100 * fmean(scores) for name, scores in methods.items()}
         for task, methods in tasks.items()

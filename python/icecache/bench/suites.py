@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ class Suite:
     """`streams` makes the samples of each task, in turn; `generated`: they have lengths."""
 
     name: str
-    help: str
     streams: Callable[[Data, Any], Streams]
     generated: bool = False
     gold_tokens: int | None = None  # of right answers whose likelihood is measured; None: as usual
@@ -97,8 +96,6 @@ _NEEDLES = tuple(
 
 def _named(length: int, samples: Iterator[Sample]) -> Iterator[Sample]:
     """Samples whose names tell their length too."""
-    from dataclasses import replace
-
     for sample in samples:
         yield replace(sample, name=f"{length}/{sample.name}")
 
@@ -144,33 +141,14 @@ def _stretches(path: Path, length: int, count: int, tokenizer: Any) -> Iterator[
 
 
 SUITES: tuple[Suite, ...] = (
-    Suite(
-        "longbench",
-        "LongBench v1 (Bai et al. 2024): 21 tasks.",
-        partial(_from_source, longbench.TASKS, longbench.open_source),
-    ),
-    Suite(
-        "longbench-e",
-        "LongBench-E: 13 tasks with even lengths.",
-        partial(_from_source, longbench.TASKS_E, longbench.open_source),
-    ),
+    Suite("longbench", partial(_from_source, longbench.TASKS, longbench.open_source)),
+    Suite("longbench-e", partial(_from_source, longbench.TASKS_E, longbench.open_source)),
     Suite(
         "longbench-v2",
-        "LongBench v2 (Bai et al. 2025): multiple choice.",
         partial(_from_source, (longbench_v2.ZERO_SHOT,), longbench_v2.open_source),
     ),
-    Suite("ruler", "RULER (Hsieh et al. 2024): needles and more, generated.", _ruler, True),
-    Suite("passkey", "A number in a long text of nothing.", _passkey, True),
-    Suite(
-        "gsm8k",
-        "GSM8K (Cobbe et al. 2021), eight examples with a chain of thought.",
-        partial(_from_source, gsm8k.TASKS, gsm8k.open_source),
-    ),
-    Suite(
-        "text",
-        "Likelihood of what follows long stretches of your own texts (perplexity).",
-        _text,
-        True,
-        LIKELIHOOD_TOKENS,
-    ),
+    Suite("ruler", _ruler, generated=True),
+    Suite("passkey", _passkey, generated=True),
+    Suite("gsm8k", partial(_from_source, gsm8k.TASKS, gsm8k.open_source)),
+    Suite("text", _text, generated=True, gold_tokens=LIKELIHOOD_TOKENS),
 )

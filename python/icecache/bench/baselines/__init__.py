@@ -12,5 +12,4 @@ omnikv           tokens of a few layers, shared by those that follow
 pqcache          tokens by product-quantised keys
 magicpig         tokens sampled by locality-sensitive hashing
 retroinfer       clusters, the rest estimated from centroids
-libraries        FAISS, imported when first needed
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from icecache.bench.baselines.budget import SINK, best_tokens, near_tokens, window_of
-from icecache.bench.baselines.libraries import load_faiss
 from icecache.bench.baselines.tensor_session import Selection, Step, TensorSession
+from icecache.bench.libraries import library
 from icecache.bench.prefill import Prefill
 
 
@@ -61,7 +61,7 @@ class PQCacheSession(TensorSession):
         heads, _, dim = keys.shape
         if self._bits == 0:
             return keys.new_zeros(heads, self._parts, 1, dim // self._parts)
-        faiss = load_faiss()
+        faiss = library("faiss")
         made = []
         for head in keys:
             quantizer = faiss.ProductQuantizer(dim, self._parts, self._bits)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from icecache.bench.baselines.budget import SINK, near_tokens, take_fitting, window_of
-from icecache.bench.baselines.libraries import load_faiss
 from icecache.bench.baselines.tensor_session import FarField, Selection, Step, TensorSession
+from icecache.bench.libraries import library
 from icecache.bench.prefill import Prefill
 
 CLUSTER = 16  # tokens of a cluster, on average
@@ -111,7 +111,7 @@ class RetroInferSession(TensorSession):
         """The cluster, one of `count`, of each key [Hkv, n, D] -> [Hkv, n] int64."""
         if count == 1:
             return torch.zeros(keys.shape[:2], dtype=torch.int64)
-        faiss = load_faiss()
+        faiss = library("faiss")
         members = []
         for head in keys:
             points = head.contiguous().numpy()

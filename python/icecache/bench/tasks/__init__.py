@@ -10,5 +10,4 @@ ruler              RULER's synthetic tasks, generated
 passkey            a number in a long text of nothing
 gsm8k              grade-school problems with a chain of thought
 records            JSON whose errors name file, line and field
-libraries          packages that only some tasks need
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from icecache.bench.tasks.libraries import library
+from icecache.bench.libraries import library
 from icecache.bench.tasks.records import Record, read_jsonl, record
 from icecache.bench.tasks.task import Sample, Source, Task
 from icecache.errors import InvalidArgument, Unavailable

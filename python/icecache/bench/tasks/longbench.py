@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from icecache.bench.tasks.libraries import hub_file
+from icecache.bench.libraries import hub_file
 from icecache.bench.tasks.longbench_metrics import METRICS, score
 from icecache.bench.tasks.longbench_prompts import PROMPTS
 from icecache.bench.tasks.records import Record, read_json, read_jsonl, read_lines, record

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from icecache.bench.tasks.libraries import library
+from icecache.bench.libraries import library
 from icecache.errors import InvalidArgument
 
 Metric = Callable[[str, str, Sequence[str]], float]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icecache.bench.tasks.libraries import hub_file
+from icecache.bench.libraries import hub_file
 from icecache.bench.tasks.records import Record, read_json, record
 from icecache.bench.tasks.task import Sample, Source, Task
 from icecache.errors import InvalidArgument

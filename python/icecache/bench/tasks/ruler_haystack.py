@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from icecache.bench.tasks.libraries import library
+from icecache.bench.libraries import library
 from icecache.bench.tasks.records import read_json, record
 from icecache.errors import InvalidArgument
 

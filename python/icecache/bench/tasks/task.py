@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from icecache.bench.names import unknown
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -45,14 +47,8 @@ def find_tasks(names: Sequence[str], known: Sequence[Task]) -> list[Task]:
 
     Raises InvalidArgument for an unknown name, with the nearest known ones.
     """
-    import difflib
-
-    from icecache.errors import InvalidArgument
-
     by_name = {task.name.rpartition("/")[2]: task for task in known}
     for name in names:
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, 3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(by_name)}"
-            raise InvalidArgument(f"task: no task is called {name!r}; {hint}")
+            raise unknown("task", name, by_name)
     return [by_name[name] for name in names] if names else list(known)
