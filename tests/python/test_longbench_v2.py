@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hf_models import build
+from icecache.bench.ask import Asker, Limits, prompt_tokens
+from icecache.bench.decoder import Decoder
+from icecache.bench.methods import find_methods
+from icecache.bench.suites import Data, find_suite
 from icecache.bench.tasks import longbench_v2
 from icecache.bench.tasks.longbench_v2 import (
     COT,
@@ -19,7 +25,7 @@ from icecache.bench.tasks.longbench_v2 import (
     open_source,
     truncate_in_the_middle,
 )
-from icecache.bench.tasks.task import Sample, Task
+from icecache.bench.tasks.task import FollowUp, Sample, Task
 from icecache.errors import InvalidArgument
 
 ITEM: dict[str, Any] = {
@@ -140,3 +146,90 @@ def test_truncation_keeps_both_ends() -> None:
     assert truncate_in_the_middle(Letters(), "abcdef", 4) == ("abef", True)
     with pytest.raises(InvalidArgument, match="max_length: expected at least 2, got 0"):
         truncate_in_the_middle(Letters(), "abcdef", 0)
+
+
+class Bytes:
+    """A tokenizer of bytes; token 0 ends an answer."""
+
+    chat_template, eos_token_id = None, 0
+
+    def __call__(self, text: str, **options: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[byte % 250 + 1 for byte in text.encode()])
+
+    def decode(self, tokens: list[int], **options: object) -> str:
+        return "".join(chr(64 + token % 58) for token in tokens)
+
+
+def test_a_chain_of_thought_is_asked_for_its_answer(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def second_prompt(one: Sample, reasoning: str) -> str:
+        asked.append(reasoning)
+        return answer_prompt(one, reasoning)
+
+    follow_up = FollowUp(second_prompt, 12)
+    task = replace(
+        COT, max_new_tokens=8, follow_up=follow_up, score=lambda text, one: float(len(text))
+    )
+    tokenizer = Bytes()
+    decoder = Decoder(build("llama", vocab_size=300, max_position_embeddings=4096, eos_token_id=0))
+    methods = find_methods(["full", "icecache", "streaming"])
+    ask = Asker(decoder, tokenizer, methods, [48], Limits(4096))
+    one = sample(tmp_path, COT)
+    made = ask(task, one)
+    assert made["gold_tokens"] == 0, "its first text is no answer"
+    rows = {row["method"]: row for row in made["rows"]}
+    assert list(rows) == ["full", "icecache", "streaming"]
+    assert asked == [row["first_text"] for row in rows.values()]
+    for method in methods:
+        row = rows[method.name]
+        assert 0 < len(row["first_text"]) <= 8 and row["score"] == len(row["text"]) <= 12
+        # The answer to the second prompt, decoded alone by the same method.
+        prompt = replace(one, prompt=answer_prompt(one, row["first_text"]))
+        (*_, alone) = Asker(decoder, tokenizer, [method], [48], Limits(4096))(
+            replace(task, max_new_tokens=12, follow_up=None), prompt
+        )["rows"]
+        assert alone["text"] == row["text"]
+    assert rows["full"]["first_text"] != rows["streaming"]["first_text"], "another budget, then"
+
+
+def test_who_wrote_nothing_is_asked_nothing(tmp_path: Path) -> None:
+    def unasked(one: Sample, reasoning: str) -> str:
+        raise AssertionError(reasoning)
+
+    class Silent(Bytes):
+        def decode(self, tokens: list[int], **options: object) -> str:
+            return " \n"
+
+    task = replace(COT, max_new_tokens=4, follow_up=FollowUp(unasked, 12))
+    decoder = Decoder(build("llama", vocab_size=300, max_position_embeddings=4096, eos_token_id=0))
+    ask = Asker(decoder, Silent(), find_methods(["full"]), [], Limits(4096))
+    (row,) = ask(task, sample(tmp_path, COT))["rows"]
+    assert (row["first_text"], row["text"], row["score"]) == ("", "", 0.0)
+
+
+def test_zero_shot_where_no_task_is_named(tmp_path: Path) -> None:
+    sample(tmp_path, ZERO_SHOT)
+    suite = find_suite("longbench-v2")
+    for names, task in (((), ZERO_SHOT), (("cot",), COT)):
+        (stream,) = suite.open(Data(tmp_path, tasks=names), None)
+        (question,) = stream
+        assert question.task == task
+
+
+class Halves(Bytes):
+    """Tells how often it was asked for text."""
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def decode(self, tokens: list[int], **options: object) -> str:
+        self.decoded.append(len(tokens))
+        return "".join(chr(token - 1) for token in tokens)
+
+
+def test_prompts_are_truncated_as_in_v2() -> None:
+    tokenizer, long = Halves(), Sample("0", "a" * 60 + "b" * 60, ())
+    asked = prompt_tokens(tokenizer, replace(ZERO_SHOT, max_new_tokens=10), long, Limits(50))
+    assert asked.truncated and tokenizer.decoded == [40], "both halves at once"
+    assert asked.tokens.tolist() == tokenizer("a" * 20 + "b" * 20).input_ids

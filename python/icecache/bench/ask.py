@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from icecache.bench.compare import Outcome, compare
 from icecache.bench.decoder import Decoder
 from icecache.bench.libraries import library
 from icecache.bench.methods import Method
-from icecache.bench.prefill import prefill_with_answer
+from icecache.bench.prefill import Prefill, prefill_with_answer
 from icecache.bench.tasks.longbench import truncate_in_the_middle
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import Error, InvalidArgument, Unavailable
@@ -56,7 +56,7 @@ def prompt_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) ->
             f"max_new_tokens: expected less than the context of {limits.context:,} tokens, got "
             f"{limits.new_tokens(task):,}"
         )
-    text, truncated = truncate_in_the_middle(tokenizer, sample.prompt, room)
+    text, truncated = (task.truncate or truncate_in_the_middle)(tokenizer, sample.prompt, room)
     if chat:
         text = _in_template(tokenizer, text)
     return Asked(torch.tensor(_ids(tokenizer, text + sample.answer_prefix)), truncated)
@@ -74,8 +74,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def gold_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) -> list[int]:
-    """The first right answer, as it continues the prompt; none where a task has none."""
-    if not sample.answers or not limits.gold_tokens:
+    """The first right answer, as it continues the prompt; none where that is not asked for it."""
+    if not sample.answers or not limits.gold_tokens or task.follow_up:
         return []
     before = sample.answer_prefix or ("" if task.chat else sample.prompt)
     gap = " " if before and not before[-1].isspace() else ""
@@ -141,9 +141,8 @@ class Asker:
 
     def __call__(self, task: Task, sample: Sample) -> dict[str, Any]:
         """A record of the run: plain numbers and texts, see runner.Record."""
-        model = self.decoder.model
         asked = prompt_tokens(self.tokenizer, task, sample, self.limits)
-        endings = Endings(self.tokenizer, end_tokens(model, self.tokenizer), task.stop)
+        endings = self._endings(task)
         most = self.limits.new_tokens(task)
         start = time.perf_counter()
         made = prefill_with_answer(self.decoder, asked.tokens, most, endings.is_end)
@@ -152,13 +151,19 @@ class Asker:
         outcomes = compare(
             self.decoder, made, self.methods, self.budgets, gold, most, endings.is_end
         )
+        rows = [self._row(task, sample, outcome, endings) for outcome in outcomes]
+        if task.follow_up is not None:
+            self._follow_up(task, sample, rows)
         return {
             "tokens": made.length,
             "truncated": asked.truncated,
             "full_s": seconds,
             "gold_tokens": len(gold),
-            "rows": [self._row(task, sample, outcome, endings) for outcome in outcomes],
+            "rows": rows,
         }
+
+    def _endings(self, task: Task) -> Endings:
+        return Endings(self.tokenizer, end_tokens(self.decoder.model, self.tokenizer), task.stop)
 
     def _row(
         self, task: Task, sample: Sample, outcome: Outcome, endings: Endings
@@ -168,6 +173,40 @@ class Asker:
         row["kl"] = [round(one, 6) for one in outcome.kl]
         row["answer_tokens"] = len(row.pop("answer"))
         return row
+
+    def _follow_up(self, task: Task, sample: Sample, rows: Sequence[dict[str, Any]]) -> None:
+        """Asks each row again about its own text, with its own method; that answer is judged.
+
+        Rows that wrote the same share a prefill. Who wrote nothing is asked nothing.
+        """
+        methods = {method.label: method for method in self.methods}
+        prefills: dict[str, Prefill] = {}
+        for row in rows:
+            first = row["first_text"] = row["text"].strip()
+            row["text"] = ""
+            if first:
+                last, second = _second(task, sample, first)
+                most, endings = self.limits.new_tokens(last), self._endings(last)
+                if first not in prefills:
+                    asked = prompt_tokens(self.tokenizer, last, second, self.limits)
+                    prefills[first] = prefill_with_answer(
+                        self.decoder, asked.tokens, most, endings.is_end
+                    )
+                method = [methods[row["method"]]] if row["budget"] else []
+                made = prefills[first]
+                outcomes = compare(
+                    self.decoder, made, method, [row["budget"]], [], most, endings.is_end
+                )
+                row["text"] = endings.text(outcomes[-1].answer)
+            row["score"] = task.score(row["text"], sample)
+
+
+def _second(task: Task, sample: Sample, first: str) -> tuple[Task, Sample]:
+    """What is asked about `first`, the text written so far: a task without a follow-up."""
+    follow = task.follow_up
+    assert follow is not None
+    last = replace(task, max_new_tokens=follow.max_new_tokens, follow_up=None)
+    return last, replace(sample, prompt=follow.prompt(sample, first), answer_prefix="")
 
 
 def ask_endpoint(endpoint: str, model: str, limits: Limits) -> Ask:
@@ -188,14 +227,14 @@ def ask_endpoint(endpoint: str, model: str, limits: Limits) -> Ask:
             where = f"{task.name}, sample {sample.name}"
             raise Error(f"--endpoint: {endpoint} did not answer {where}: {error}") from error
 
-    def complete(task: Task, sample: Sample) -> dict[str, Any]:
+    def write(task: Task, sample: Sample) -> tuple[str, int]:
+        """The answer, and the tokens of the prompt."""
         given: dict[str, Any] = {
             "model": model,
             "temperature": 0,
             "max_tokens": limits.new_tokens(task),
             "stop": list(task.stop) or None,
         }
-        start = time.perf_counter()
         if task.chat and not sample.answer_prefix:
             messages = [{"role": "user", "content": sample.prompt}]
             made = client.chat.completions.create(messages=messages, **given)
@@ -203,9 +242,17 @@ def ask_endpoint(endpoint: str, model: str, limits: Limits) -> Ask:
         else:
             made = client.completions.create(prompt=sample.prompt + sample.answer_prefix, **given)
             text = made.choices[0].text
-        row = {"method": "served", "budget": 0, "text": text, "score": task.score(text, sample)}
+        return text, made.usage.prompt_tokens if made.usage else 0
+
+    def complete(task: Task, sample: Sample) -> dict[str, Any]:
+        start = time.perf_counter()
+        text, tokens = write(task, sample)
+        row: dict[str, Any] = {"method": "served", "budget": 0}
+        if task.follow_up is not None:
+            row["first_text"] = text.strip()
+            text = write(*_second(task, sample, text.strip()))[0] if text.strip() else ""
+        row |= {"text": text, "score": task.score(text, sample)}
         seconds = time.perf_counter() - start
-        tokens = made.usage.prompt_tokens if made.usage else 0
         return {"tokens": tokens, "truncated": False, "full_s": seconds, "rows": [row]}
 
     return ask

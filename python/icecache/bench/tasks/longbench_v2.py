@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icecache.bench.libraries import hub_file
 from icecache.bench.tasks.records import Record, read_json, record
-from icecache.bench.tasks.task import Sample, Source, Task
+from icecache.bench.tasks.task import FollowUp, Sample, Source, Task
 from icecache.errors import InvalidArgument
 
 ANSWER_NEW_TOKENS = 128  # of the answer after a chain of thought
@@ -61,15 +61,33 @@ def _score(prediction: str, sample: Sample) -> float:
     return float(extract_answer(prediction.strip()) == sample.answers[0])
 
 
-# A chain of thought is no answer yet: `answer_prompt` of it is asked next, and that is scored.
-ZERO_SHOT = Task("longbench_v2/0shot", "accuracy", 128, chat=True, score=_score)
-COT = Task("longbench_v2/cot", "accuracy", 1024, chat=True, score=_score)
-TASKS = (ZERO_SHOT, COT)
-
-
 def answer_prompt(sample: Sample, reasoning: str) -> str:
     """The second prompt after a chain of thought; its answer has ANSWER_NEW_TOKENS."""
     return _fill(_COT_ANSWER, "", sample.fields).replace("$COT$", reasoning.strip())
+
+
+def truncate_in_the_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, bool]:
+    """As that of LongBench v1, but the halves become text together, as in the pred.py of v2."""
+    if max_length < 2:
+        raise InvalidArgument(f"max_length: expected at least 2, got {max_length}")
+    tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+    if len(tokens) <= max_length:
+        return text, False
+    kept = tokens[: max_length // 2] + tokens[-max_length // 2 :]
+    return str(tokenizer.decode(kept, skip_special_tokens=True)), True
+
+
+ZERO_SHOT = Task(
+    "longbench_v2/0shot", "accuracy", 128, chat=True, score=_score, truncate=truncate_in_the_middle
+)
+# A chain of thought is no answer yet: `answer_prompt` of it is asked next, and that is scored.
+COT = replace(
+    ZERO_SHOT,
+    name="longbench_v2/cot",
+    max_new_tokens=1024,
+    follow_up=FollowUp(answer_prompt, ANSWER_NEW_TOKENS),
+)
+TASKS = (ZERO_SHOT, COT)
 
 
 def open_source(data: Path | None) -> Source:
@@ -131,14 +149,3 @@ def accuracy(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, fl
         name: round(100 * sum(values) / len(values), 1) if values else math.nan
         for name, values in groups.items()
     }
-
-
-def truncate_in_the_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, bool]:
-    """As that of LongBench v1, but the halves become text together, as in the pred.py of v2."""
-    if max_length < 2:
-        raise InvalidArgument(f"max_length: expected at least 2, got {max_length}")
-    tokens = tokenizer(text, truncation=False, verbose=False).input_ids
-    if len(tokens) <= max_length:
-        return text, False
-    kept = tokens[: max_length // 2] + tokens[-max_length // 2 :]
-    return str(tokenizer.decode(kept, skip_special_tokens=True)), True

@@ -23,6 +23,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """A second prompt, about what was written after the first; its answer is judged."""
+
+    prompt: Callable[[Sample, str], str]  # of a sample and that text, without white space around it
+    max_new_tokens: int
+
+
+# Tokenizer, text, most tokens -> what is left of the text, and whether that is less.
+Truncate = Callable[[Any, str, int], tuple[str, bool]]
+
+
+@dataclass(frozen=True)
 class Task:
     """How a task's samples are asked and judged."""
 
@@ -32,6 +44,8 @@ class Task:
     chat: bool  # the prompt is one user turn; False: a text to continue
     score: Callable[[str, Sample], float]  # of one prediction, from 0 to 1
     stop: tuple[str, ...] = ()  # texts that end an answer, besides the model's own end
+    follow_up: FollowUp | None = None  # asked next, where an answer comes in two steps
+    truncate: Truncate | None = None  # of long prompts; None: LongBench v1's
 
 
 class Source(Protocol):
