@@ -77,7 +77,8 @@ def _main(
     if context.invoked_subcommand == "serve":
         return  # the environment is vLLM's
     # Models are local folders: transformers would else ask a server about some of their files.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if context.invoked_subcommand != "bench":  # whose data may come from there
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Warnings of transformers would interleave with the generated text.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

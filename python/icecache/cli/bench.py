@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from icecache.cli.bench_lm_eval import lm_eval
 from icecache.cli.bench_suites import add_suites
 from icecache.errors import InvalidArgument
 
 bench = typer.Typer(help="Measure IceCache: its speed here, its quality.", no_args_is_help=True)
 add_suites(bench)
+# lm_eval's flags are passed on as they are, --help too.
+_AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+bench.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
 
 
 @bench.callback()
