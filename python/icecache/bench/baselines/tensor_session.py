@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from icecache.bench.prefill import Prefill
+
+_ROOM = 32  # decoded tokens that a cache begins with; it doubles
 
 _Self = TypeVar("_Self", bound="TensorSession")
 
@@ -46,6 +49,36 @@ class Selection:
     bytes_read: int = 0  # of what the method keeps beside keys and values, of all KV heads
 
 
+class _Decoded:
+    """Keys and values of the decoded tokens of one layer, [Hkv, t, D]; grows in place."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        heads, _, head_dim = like.shape
+        self._rows = like.new_empty(2, heads, _ROOM, head_dim)
+        self._count = 0
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._rows[0, :, : self._count]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._rows[1, :, : self._count]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        end = self._count + keys.shape[1]
+        if end > self._rows.shape[2]:
+            self._rows = F.pad(self._rows, (0, 0, 0, max(end, self._rows.shape[2])))
+        self._rows[0, :, self._count : end] = keys
+        self._rows[1, :, self._count : end] = values
+        self._count = end
+
+    def fork(self) -> _Decoded:
+        other = copy.copy(self)
+        other._rows = self._rows.clone()
+        return other
+
+
 class TensorSession(ABC):
     """A Session. Keys and values of the prompt are the prefill's own tensors, not copies.
 
@@ -60,9 +93,7 @@ class TensorSession(ABC):
         self.scale = scale
         self.attended: list[torch.Tensor] = []  # in each layer's last step, [Hkv, 1 or G, L] bool
         layers = prefill.keys.shape[0]
-        empty = prefill.keys[0, :, :0]
-        self._keys = [empty] * layers  # of decoded tokens, [Hkv, t, D] a layer
-        self._values = list(self._keys)
+        self._decoded = [_Decoded(prefill.keys[0]) for _ in range(layers)]
         self._mass = 0.0
         self._calls = 0
         self._bytes = 0
@@ -74,22 +105,29 @@ class TensorSession(ABC):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        self._keys[layer] = torch.cat([self._keys[layer], keys], 1)
-        self._values[layer] = torch.cat([self._values[layer], values], 1)
+        self._decoded[layer].append(keys, values)
         heads, _, head_dim = keys.shape
         q = self.scale * queries.reshape(heads, -1, head_dim)
-        parts = (self.prefill.keys[layer], self._keys[layer])
+        parts = (self.prefill.keys[layer], self._decoded[layer].keys)
         scores = torch.cat([q @ part.mT for part in parts], -1)
         step = Step(layer, q, scores, torch.softmax(scores, -1))
         selection = self.select(step)
-        self._count(step, selection)
-        return self._output(step, selection).reshape(queries.shape)
+        union = selection.attended.any(1)
+        picks = _picks(union)
+        if layer == 0:
+            self.attended = []
+        self.attended.append(selection.attended)
+        self._mass += _attended_mass(step, selection, picks)
+        self._calls += 1
+        self._bytes += 2 * self.bytes_of(union.sum()) + selection.bytes_read
+        return self._output(step, selection, picks).reshape(queries.shape)
 
     def fork(self: _Self) -> _Self:
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, list):
                 setattr(other, name, list(value))
+        other._decoded = [one.fork() for one in self._decoded]
         return other
 
     def mass(self) -> float:
@@ -118,32 +156,62 @@ class TensorSession(ABC):
         )
         if end <= length:
             return self.prefill.keys[layer, :, prompt], self.prefill.values[layer, :, prompt]
+        held = self._decoded[layer]
         return (
-            torch.cat([self.prefill.keys[layer, :, prompt], self._keys[layer][:, decoded]], 1),
-            torch.cat([self.prefill.values[layer, :, prompt], self._values[layer][:, decoded]], 1),
+            torch.cat([self.prefill.keys[layer, :, prompt], held.keys[:, decoded]], 1),
+            torch.cat([self.prefill.values[layer, :, prompt], held.values[:, decoded]], 1),
         )
 
     def bytes_of(self, vectors: torch.Tensor | int) -> int:
         """Of this many keys, or as many values."""
         return int(vectors) * self.prefill.keys.shape[-1] * self.prefill.keys.element_size()
 
-    def _count(self, step: Step, selection: Selection) -> None:
-        if step.layer == 0:
-            self.attended = []
-        self.attended.append(selection.attended)
-        self._mass += float((step.weights * selection.attended).sum(-1).mean())
-        self._calls += 1
-        tokens = selection.attended.any(1).sum()
-        self._bytes += 2 * self.bytes_of(tokens) + selection.bytes_read
-
-    def _output(self, step: Step, selection: Selection) -> torch.Tensor:
-        scores = step.scores
+    def _output(self, step: Step, selection: Selection, picks: torch.Tensor | None) -> torch.Tensor:
+        scores, attended = step.scores, selection.attended
         if selection.log_scale is not None:
             scores = scores + selection.log_scale
-        scores = scores.masked_fill(~selection.attended, -torch.inf)
+        if picks is not None:
+            scores, attended = _at(scores, picks), _at(attended, picks)
+        scores = scores.masked_fill(~attended, -torch.inf)
         far = selection.far
         weights = torch.softmax(scores if far is None else torch.cat([scores, far.scores], -1), -1)
-        prompt, length = self.prefill.length, step.length
-        output = weights[..., :prompt] @ self.prefill.values[step.layer]
-        output = output + weights[..., prompt:length] @ self._values[step.layer]
-        return output if far is None else output + weights[..., length:] @ far.values
+        near = scores.shape[-1]
+        if picks is not None:
+            output = weights[..., :near] @ self._values_at(step.layer, picks)
+        else:
+            prompt = self.prefill.length
+            output = weights[..., :prompt] @ self.prefill.values[step.layer]
+            output = output + weights[..., prompt:near] @ self._decoded[step.layer].values
+        return output if far is None else output + weights[..., near:] @ far.values
+
+    def _values_at(self, layer: int, picks: torch.Tensor) -> torch.Tensor:
+        """[Hkv, n, D] of the tokens `picks` [Hkv, n]."""
+        length = self.prefill.length
+        heads = torch.arange(picks.shape[0])[:, None]
+        found = self.prefill.values[layer][heads, picks.clamp(max=length - 1)]
+        decoded = self._decoded[layer].values[heads, (picks - length).clamp(min=0)]
+        return torch.where((picks < length)[..., None], found, decoded)
+
+
+def _picks(attended: torch.Tensor) -> torch.Tensor | None:
+    """Where `attended` [Hkv, L] holds, [Hkv, n]; None unless that is the same n and a small part.
+
+    Reading only these values is most of a step's time where few tokens are attended to.
+    """
+    heads, length = attended.shape
+    counts = attended.sum(-1).tolist()
+    if len({*counts}) > 1 or 4 * counts[0] > length:
+        return None
+    return attended.nonzero()[:, 1].reshape(heads, counts[0])
+
+
+def _at(rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    """[Hkv, G, L] at `picks` [Hkv, n] -> [Hkv, G, n]"""
+    return rows.gather(-1, picks[:, None].expand(-1, rows.shape[1], -1))
+
+
+def _attended_mass(step: Step, selection: Selection, picks: torch.Tensor | None) -> float:
+    weights, attended = step.weights, selection.attended
+    if picks is not None:
+        weights, attended = _at(weights, picks), _at(attended, picks)
+    return float((weights * attended).sum(-1).mean())
