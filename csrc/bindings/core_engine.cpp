@@ -9,11 +9,6 @@ namespace py = pybind11;
 namespace icecache::bindings {
 namespace {
 
-TensorView view(const TensorTuple& tensor) {
-  const auto& [address, dtype, heads, tokens, dim, head_stride, token_stride] = tensor;
-  return {reinterpret_cast<void*>(address), dtype, heads, tokens, dim, head_stride, token_stride};
-}
-
 std::vector<TensorView> views(const std::vector<TensorTuple>& tensors) {
   std::vector<TensorView> result;
   result.reserve(tensors.size());

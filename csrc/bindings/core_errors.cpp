@@ -10,7 +10,7 @@ namespace {
 // Python classes, in the order in which they are tried: most derived first. Never freed: an error
 // may be raised while the interpreter shuts down.
 struct Classes {
-  py::object invalid_argument, out_of_pages, integrity_error, unavailable, error;
+  py::object invalid_argument, out_of_pages, integrity_error, unavailable, cuda_error, error;
 };
 
 const Classes* classes = nullptr;
@@ -31,6 +31,8 @@ void translate(std::exception_ptr pending) {
     raise(classes->integrity_error, error);
   } catch (const Unavailable& error) {
     raise(classes->unavailable, error);
+  } catch (const CudaError& error) {
+    raise(classes->cuda_error, error);
   } catch (const Error& error) {
     raise(classes->error, error);
   }
@@ -40,9 +42,9 @@ void translate(std::exception_ptr pending) {
 
 void bind_errors() {
   const py::module_ errors = py::module_::import("icecache.errors");
-  classes =
-      new Classes{errors.attr("InvalidArgument"), errors.attr("OutOfPages"),
-                  errors.attr("IntegrityError"), errors.attr("Unavailable"), errors.attr("Error")};
+  classes = new Classes{errors.attr("InvalidArgument"), errors.attr("OutOfPages"),
+                        errors.attr("IntegrityError"),  errors.attr("Unavailable"),
+                        errors.attr("CudaError"),       errors.attr("Error")};
   py::register_local_exception_translator(translate);
 }
 

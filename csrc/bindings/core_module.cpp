@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, module) {
   bind_config(module);
   bind_telemetry(module);
   bind_engine(module);
+  bind_device_cache(module);
 }

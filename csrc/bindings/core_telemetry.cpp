@@ -10,18 +10,6 @@ namespace py = pybind11;
 namespace icecache::bindings {
 namespace {
 
-// "HeadStats(steps=3, ...)"
-template <typename... Names>
-std::string describe(const py::object& record, const Names&... names) {
-  std::string text = py::str(py::type::of(record).attr("__name__"));
-  const char* separator = "(";
-  for (const char* name : {names...}) {
-    text += separator + std::string(name) + "=" + std::string(py::repr(record.attr(name)));
-    separator = ", ";
-  }
-  return text + ")";
-}
-
 void bind_stats(py::module_& module) {
   py::class_<HeadStats>(module, "HeadStats",
                         "Sums since the start (or reset_stats) for one layer and KV head, over all "

@@ -31,6 +31,13 @@ class IntegrityError : public Error {
   using Error::Error;
 };
 
+// A call to CUDA failed: names the call, CUDA's name for the error and its text. What was launched
+// before it on the same device may not have run.
+class CudaError : public Error {
+ public:
+  using Error::Error;
+};
+
 // A part that was left out of this build (CUDA, FAISS): says how to get it.
 class Unavailable : public Error {
  public:

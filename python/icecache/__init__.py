@@ -1,6 +1,7 @@
 """IceCache: the KV cache of long sequences in host memory, attention to what a query needs.
 
 engine     Engine, Config: the cache and attention over torch tensors
+device     DeviceCache: the cache of a model on a CUDA device
 hf         enable(model), disable(model), stats(model), IceCache: transformers
 models     small real models for demo and tests
 ops        torch operators
@@ -14,7 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from icecache.errors import Error, IntegrityError, InvalidArgument, OutOfPages, Unavailable
+from icecache.errors import (
+    CudaError,
+    Error,
+    IntegrityError,
+    InvalidArgument,
+    OutOfPages,
+    Unavailable,
+)
 
 try:
     from icecache._core import BuildInfo, HeadStats, MemoryStats, StepTrace, build_info, simd_level
@@ -27,6 +35,7 @@ from icecache.config import Config, config_fields
 
 if TYPE_CHECKING:
     from icecache import models, ops
+    from icecache.device import DeviceCache
     from icecache.engine import Engine, Phase
     from icecache.hf import IceCache, ModelStats, disable, enable, stats
 
@@ -34,6 +43,7 @@ __version__ = build_info().version
 
 # Imported when first used: torch and transformers take seconds.
 _LAZY = {
+    "DeviceCache": "icecache.device",
     "Engine": "icecache.engine",
     "IceCache": "icecache.hf",
     "ModelStats": "icecache.hf",
@@ -48,6 +58,8 @@ _LAZY = {
 __all__ = [
     "BuildInfo",
     "Config",
+    "CudaError",
+    "DeviceCache",
     "Engine",
     "Error",
     "HeadStats",

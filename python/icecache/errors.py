@@ -19,5 +19,9 @@ class IntegrityError(Error):
     """A page is not what its owner wrote: stale, foreign or altered memory."""
 
 
+class CudaError(Error):
+    """A call to CUDA failed: names it. Nothing on the device can be relied on."""
+
+
 class Unavailable(Error):
     """A part that was left out of this build (CUDA, FAISS); says how to get it."""

@@ -1,0 +1,533 @@
+#include "icecache/device_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "core/thread_pool.h"
+#include "cuda/build.h"
+#include "cuda/device.h"
+#include "cuda/device_memory.h"
+#include "cuda/step.h"
+#include "icecache/error.h"
+#include "icecache/page_pool.h"
+#include "icecache/semantic_index.h"
+#include "index/query_metric.h"
+
+namespace icecache {
+namespace {
+
+constexpr std::int64_t kCachedSteps = 4;  // candidates of as many steps fit the row cache
+constexpr std::int64_t kMaxBuilds = 8;    // at a time; each takes device memory for coordinates
+
+gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const Config& given,
+                          int batch, std::int64_t max_tokens) {
+  if (batch < 1) throw InvalidArgument(message("batch must be positive, got ", batch));
+  const auto refuse = [](const char* name, const auto& got, const char* supported) {
+    throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
+  };
+  if (config.index != "tree") refuse("index", config.index, "tree");
+  if (config.select != "token") refuse("select", config.select, "token");
+  if (config.exact)
+    refuse("exact", "true", "false (attend with the model's own attention instead)");
+  if (config.mass_target > 0.0) refuse("mass_target", config.mass_target, "0");
+  if (!config.dense_layers.empty()) refuse("dense_layers", config.dense_layers, "empty");
+  if (config.sketch_bits != 4) refuse("sketch_bits", config.sketch_bits, "4");
+  gpu::StepShape s;
+  s.batch = batch;
+  s.kv_heads = shape.num_kv_heads;
+  s.group = shape.group();
+  s.head_dim = shape.head_dim;
+  s.dtype = shape.dtype;
+  s.page_size = static_cast<int>(config.page_size);
+  s.sink_tokens = static_cast<int>(config.sink_tokens);
+  s.window_tokens = static_cast<int>(config.window_tokens);
+  s.select_tokens = static_cast<int>(config.token_budget) - s.near_rows();
+  s.candidates = static_cast<int>(config.candidates);
+  s.far_node_tokens = static_cast<int>(config.far_node_tokens);
+  s.rank = static_cast<int>(config.sketch_rank);
+  s.tail = config.tail == "on";
+  s.scale = shape.softmax_scale();
+  const std::int64_t rows = given.device_pages > 0
+                                ? config.device_pages * config.page_size / shape.num_kv_heads
+                                : kCachedSteps * config.candidates;
+  s.cached_rows = static_cast<int>(std::clamp<std::int64_t>(rows, 2 * gpu::kMaxCandidates, 32767));
+  if (max_tokens <= s.near_rows() || max_tokens > (std::int64_t{1} << 26)) {
+    throw InvalidArgument(message("max_tokens must be above sink_tokens + window_tokens = ",
+                                  s.near_rows(), " and at most ", 1 << 26, ", got ", max_tokens));
+  }
+  const std::int64_t unit = std::lcm<std::int64_t>(s.far_node_tokens, s.page_size);
+  s.token_room = static_cast<int>((max_tokens - s.near_rows() + unit - 1) / unit * unit);
+  gpu::check_shape(s);
+  return s;
+}
+
+PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
+  PagePool::Options options;
+  options.page_bytes =
+      2 * static_cast<std::size_t>(config.page_size) * shape.head_dim * size_of(shape.dtype);
+  options.capacity_bytes = static_cast<std::size_t>(config.host_memory);
+  options.pinned = true;
+  return options;
+}
+
+int checked(int device) {
+  const CudaInfo info = cuda_info();
+  if (info.devices == 0) throw Unavailable("device=cuda: " + info.message);
+  if (device < 0 || device >= info.devices) {
+    throw InvalidArgument(message("device must be from 0 to ", info.devices - 1, ", got ", device));
+  }
+  return device;
+}
+
+// The pages of one sequence in one layer, [Hkv, N / S]; given back when the last sequence that
+// shares them lets go.
+class PageSet {
+ public:
+  PageSet() = default;
+  PageSet(PagePool& pool, std::size_t count, const PageOwner& owner) : pool_(&pool) {
+    pool.allocate(count, owner, ids_);
+  }
+  // The first `shared` pages of each `stride` of another set, and new ones behind them.
+  PageSet(const PageSet& other, std::size_t shared, std::size_t stride, const PageOwner& owner)
+      : pool_(other.pool_), ids_(other.ids_) {
+    std::vector<PageId> fresh;
+    const std::size_t runs = ids_.size() / stride;
+    ids_.clear();
+    pool_->allocate(runs * (stride - shared), owner, fresh);
+    for (std::size_t i = 0, next = 0; i < runs * stride; ++i) {
+      ids_.push_back(i % stride < shared ? other.ids_[i] : fresh[next++]);
+      if (i % stride < shared) pool_->retain(other.ids_[i]);
+    }
+  }
+  PageSet(PageSet&& other) noexcept { swap(other); }
+  PageSet& operator=(PageSet&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~PageSet() {
+    for (const PageId id : ids_) pool_->release(id);
+  }
+  std::byte* data(std::size_t i) const { return pool_->data(ids_[i]); }
+  std::vector<std::byte*> table() const {
+    std::vector<std::byte*> addresses;
+    for (const PageId id : ids_) addresses.push_back(pool_->data(id));
+    return addresses;
+  }
+  std::size_t size() const { return ids_.size(); }
+  // Whether a fork has pages of this set, or it has pages of another.
+  bool is_shared() const {
+    return std::any_of(ids_.begin(), ids_.end(), [&](PageId id) { return !pool_->unique(id); });
+  }
+
+ private:
+  void swap(PageSet& other) noexcept {
+    std::swap(pool_, other.pool_);
+    ids_.swap(other.ids_);
+  }
+  PagePool* pool_ = nullptr;
+  std::vector<PageId> ids_;
+};
+
+}  // namespace
+
+struct DeviceCache::Impl {
+  Impl(const CacheShape& cache_shape, const Config& given, int batch, std::int64_t most, int on)
+      : shape(cache_shape),
+        config(given.resolved(shape)),
+        device(on),
+        max_tokens(most),
+        step(step_shape(shape, config, given, batch, most)),
+        pool(pool_options(shape, config)),
+        layers(static_cast<std::size_t>(shape.num_layers)),
+        jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
+    const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
+    const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
+    scratch_memory = gpu::Buffer(scratch_bytes, start.get());
+    gpu::place(step, scratch_memory.data(), scratch);
+    for (Layer& layer : layers) {
+      layer.memory = gpu::Buffer(layer_bytes, start.get());
+      gpu::place(step, layer.memory.data(), layer.state);
+      // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
+      gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
+      gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * 4 * step.pairs(),
+                start.get());
+      layer.pages.resize(static_cast<std::size_t>(batch));
+    }
+    gpu::synchronize(start.get());
+  }
+  // Steps that are under way read the pages.
+  ~Impl() { gpu::synchronize_device(); }
+
+  struct Layer {
+    gpu::Buffer memory;
+    gpu::LayerState state;
+    std::vector<PageSet> pages;  // [B] of all heads, [Hkv, N / S]
+    JobGroup job;                // builds that were not waited for
+    bool pending = false;        // there are some
+  };
+
+  struct Build {
+    gpu::BuildParams params;
+    gpu::Event ready;
+  };
+
+  Layer& layer_of(int layer) {
+    if (layer < 0 || layer >= shape.num_layers) {
+      throw InvalidArgument(
+          message("layer must be from 0 to ", shape.num_layers - 1, ", got ", layer));
+    }
+    return layers[static_cast<std::size_t>(layer)];
+  }
+  void check_sequence(const char* name, int sequence) const {
+    if (sequence < 0 || sequence >= step.batch) {
+      throw InvalidArgument(
+          message(name, " must be from 0 to ", step.batch - 1, ", got ", sequence));
+    }
+  }
+  void check_view(const char* name, const TensorView& view, int heads, std::int64_t tokens) const {
+    const std::int64_t aligned = 16 / static_cast<std::int64_t>(size_of(shape.dtype));
+    if (view.dtype != shape.dtype || view.heads != heads || view.dim != shape.head_dim ||
+        view.tokens < 1 || (tokens > 0 && view.tokens != tokens)) {
+      throw InvalidArgument(message(name, " must be [", heads, ", ",
+                                    tokens > 0 ? std::to_string(tokens) : "T", ", ", shape.head_dim,
+                                    "] of ", name_of(shape.dtype), ", got [", view.heads, ", ",
+                                    view.tokens, ", ", view.dim, "] of ", name_of(view.dtype)));
+    }
+    if (view.head_stride % aligned != 0 || view.token_stride % aligned != 0 ||
+        reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) {
+      throw InvalidArgument(
+          message(name, " must have strides and an address that are multiples of 16 bytes"));
+    }
+  }
+
+  void run(const Build& job, Layer& layer, int sequence);
+
+  const CacheShape shape;
+  const Config config;  // resolved
+  const int device;
+  const std::int64_t max_tokens;
+  const gpu::StepShape step;
+  PagePool pool;
+  gpu::OwnStream start;  // of the memory below
+  gpu::Buffer scratch_memory;
+  gpu::StepScratch scratch;
+  std::vector<Layer> layers;
+  ThreadPool jobs;  // last: its threads use all of the above
+};
+
+DeviceCache::DeviceCache(const CacheShape& shape, const Config& config, int batch,
+                         std::int64_t max_tokens, int device) {
+  shape.validate();
+  const gpu::DeviceScope here(checked(device));
+  impl_ = std::make_unique<Impl>(shape, config, batch, max_tokens, device);
+}
+
+DeviceCache::~DeviceCache() {
+  const gpu::DeviceScope here(impl_->device);
+  impl_.reset();
+}
+
+void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys,
+                          const TensorView& values, const TensorView& queries, Stream stream) {
+  Impl& self = *impl_;
+  Impl::Layer& layer = self.layer_of(layer_number);
+  const gpu::StepShape& s = self.step;
+  self.check_sequence("sequence", sequence);
+  self.check_view("keys", keys, s.kv_heads, 0);
+  self.check_view("values", values, s.kv_heads, keys.tokens);
+  self.check_view("queries", queries, s.kv_heads * s.group, 0);
+  if (keys.tokens > self.max_tokens) {
+    throw InvalidArgument(message("a prompt must have at most max_tokens = ", self.max_tokens,
+                                  " tokens, got ", keys.tokens));
+  }
+  const gpu::DeviceScope here(self.device);
+  gpu::check_stream(stream, self.device);
+  if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
+    layer.pages[sequence] = PageSet();
+    layer.pages[sequence] = PageSet(self.pool, static_cast<std::size_t>(s.kv_heads) * s.pages(),
+                                    {sequence, layer_number, -1});
+  }
+
+  auto job = std::make_shared<Impl::Build>();
+  gpu::BuildParams& p = job->params;
+  p.shape = s;
+  p.layer = layer.state;
+  p.first_pair = sequence * s.kv_heads;
+  p.length = static_cast<int>(keys.tokens);
+  p.indexed = std::max(0, p.length - s.near_rows());
+  p.first = p.indexed > 0 || p.length > 2 * s.sink_tokens ? s.sink_tokens : 0;
+  p.keys = keys.data;
+  p.values = values.data;
+  p.key_head = keys.head_stride;
+  p.key_token = keys.token_stride;
+  p.value_head = values.head_stride;
+  p.value_token = values.token_stride;
+  p.queries = queries.data;
+  p.query_head = queries.head_stride;
+  p.query_token = queries.token_stride;
+  p.query_tokens = static_cast<int>(queries.tokens);
+  p.key_samples = std::min(gpu::kMaxSampledKeys, p.length - p.first);
+  p.query_samples =
+      static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / s.group, queries.tokens)) *
+      s.group;
+  job->ready.record(stream);
+  layer.pending = true;
+  self.jobs.submit(layer.job, [&self, &layer, job, sequence] {
+    const gpu::DeviceScope on(self.device);
+    self.run(*job, layer, sequence);
+  });
+}
+
+void DeviceCache::Impl::run(const Build& job, Layer& layer, int sequence) {
+  gpu::BuildParams p = job.params;
+  const gpu::StepShape& s = p.shape;
+  const gpu::OwnStream build;
+  const gpu::Stream stream = build.get();
+  job.ready.wait_on(stream);
+  const int heads = s.kv_heads, d = s.head_dim, rank = s.rank, pages = s.pages();
+  const auto samples = static_cast<std::size_t>(p.key_samples + p.query_samples) * heads * d;
+  const std::size_t metric = static_cast<std::size_t>(heads) * d * (2 * rank + 1);
+  gpu::Buffer sampled(samples * sizeof(float), stream);
+  p.sampled_keys = sampled.as<float>();
+  p.sampled_queries = p.sampled_keys + static_cast<std::size_t>(p.key_samples) * heads * d;
+  std::vector<float> host(std::max(samples, metric));
+  gpu::launch_sample(p, stream);
+  gpu::copy_to_host(host.data(), sampled.data(), samples * sizeof(float), stream);
+  gpu::synchronize(stream);
+
+  // The metrics, head by head; the keys' means are those of the sample.
+  std::vector<QueryMetric> metrics(static_cast<std::size_t>(heads));
+  const auto* sample = host.data();
+  for (int h = 0; h < heads; ++h) {
+    QueryMoments moments;
+    moments.observe(sample + static_cast<std::size_t>(p.key_samples) * heads * d +
+                        static_cast<std::size_t>(h) * p.query_samples * d,
+                    p.query_samples, d);
+    metrics[h] = QueryMetric::fit(sample + static_cast<std::size_t>(h) * p.key_samples * d,
+                                  p.key_samples, d, moments, rank);
+  }
+  auto* to = host.data();
+  for (const QueryMetric& m : metrics) to = std::copy(m.mean.begin(), m.mean.end(), to);
+  for (const QueryMetric& m : metrics) to = std::copy(m.from_key.begin(), m.from_key.end(), to);
+  for (const QueryMetric& m : metrics) to = std::copy(m.from_query.begin(), m.from_query.end(), to);
+  const std::size_t pair = p.first_pair, row = static_cast<std::size_t>(heads) * d;
+  const auto* from = host.data();
+  gpu::copy_to_device(p.layer.mean_key + pair * d, from, row * sizeof(float), stream);
+  gpu::copy_to_device(p.layer.from_key + pair * d * rank, from + row, row * rank * sizeof(float),
+                      stream);
+  gpu::copy_to_device(p.layer.from_query + pair * d * rank, from + row * (1 + rank),
+                      row * rank * sizeof(float), stream);
+
+  const std::size_t tokens = static_cast<std::size_t>(p.length - p.first) * heads;
+  gpu::Buffer coordinates((tokens + 1) * rank * sizeof(float), stream);
+  gpu::Buffer range(static_cast<std::size_t>(heads) * rank * 2 * sizeof(std::uint32_t), stream);
+  p.coordinates = coordinates.as<float>();
+  p.range = range.as<std::uint32_t>();
+  gpu::launch_coordinates(p, stream);
+
+  // Bisection, from the whole down to nodes.
+  const std::size_t items = static_cast<std::size_t>(p.indexed) * heads;
+  const auto levels = gpu::bisection_levels(p.indexed, s.far_node_tokens);
+  std::size_t bounds = 0, most = 1;
+  for (const auto& level : levels) {
+    bounds += level.size();
+    most = std::max(most, level.size());
+  }
+  std::vector<std::int32_t> host_bounds;
+  gpu::Buffer segments((bounds + 1) * sizeof(std::int32_t), stream);
+  gpu::Buffer directions(most * heads * rank * sizeof(float), stream);
+  gpu::Buffer order((2 * items + 1) * sizeof(std::int32_t), stream);
+  gpu::Buffer sort_keys((2 * items + 1) * sizeof(unsigned long long), stream);
+  const std::size_t room_bytes = items > 0 ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0;
+  gpu::Buffer room(room_bytes, stream);
+  for (const auto& level : levels) {
+    host_bounds.insert(host_bounds.end(), level.begin(), level.end());
+  }
+  gpu::copy_to_device(segments.data(), host_bounds.data(), bounds * sizeof(std::int32_t), stream);
+  p.order = order.as<std::int32_t>();
+  p.directions = directions.as<float>();
+  p.sort_keys = sort_keys.as<unsigned long long>();
+  p.segments = segments.as<std::int32_t>();
+  std::int32_t* other = p.order + items;
+  gpu::launch_order_start(p, stream);
+  for (const auto& level : levels) {
+    p.segment_count = static_cast<int>(level.size()) - 1;
+    gpu::launch_level(p, stream);
+    int bits = 33;
+    while ((std::int64_t{1} << (bits - 32)) < static_cast<std::int64_t>(heads) * p.segment_count) {
+      ++bits;
+    }
+    gpu::sort_pairs(room.data(), room_bytes, p.sort_keys, p.sort_keys + items, p.order, other,
+                    static_cast<std::int64_t>(items), bits, stream);
+    std::swap(p.order, other);
+    p.segments += level.size();
+  }
+
+  // The row cache is empty; pages, codes and means are written in their order.
+  const std::vector<std::byte*> table = layer.pages[sequence].table();
+  gpu::copy_to_device(p.layer.pages + pair * pages, table.data(), table.size() * sizeof(std::byte*),
+                      stream);
+  const auto cached = static_cast<std::size_t>(s.cached_rows) * heads;
+  gpu::fill(p.layer.row_of + pair * s.token_room, 0xff,
+            static_cast<std::size_t>(s.token_room) * heads * sizeof(std::int16_t), stream);
+  gpu::fill(p.layer.owner + pair * s.cached_rows, 0xff, cached * sizeof(std::int32_t), stream);
+  gpu::fill(p.layer.stamp + pair * s.cached_rows, 0, cached * sizeof(std::int32_t), stream);
+  gpu::fill(p.layer.has_value + pair * s.cached_rows, 0, cached, stream);
+  gpu::launch_lay_out(p, stream);
+  gpu::synchronize(stream);
+}
+
+bool DeviceCache::built(int layer) {
+  return impl_->layer_of(layer).job.done();
+}
+
+void DeviceCache::wait(int layer_number) {
+  Impl::Layer& layer = impl_->layer_of(layer_number);
+  if (!layer.pending) return;
+  layer.pending = false;
+  impl_->jobs.wait(layer.job);
+}
+
+void DeviceCache::step(int layer_number, const void* queries, const void* keys, const void* values,
+                       void* out, Stream stream) {
+  Impl& self = *impl_;
+  Impl::Layer& layer = self.layer_of(layer_number);
+  const gpu::DeviceScope here(self.device);
+  wait(layer_number);
+  gpu::StepParams params;
+  params.shape = self.step;
+  params.layer = layer.state;
+  params.scratch = self.scratch;
+  params.queries = queries;
+  params.keys = keys;
+  params.values = values;
+  params.out = out;
+  gpu::launch_step(params, stream);
+}
+
+void DeviceCache::fork(int sequence, int from, Stream stream) {
+  Impl& self = *impl_;
+  const gpu::StepShape& s = self.step;
+  self.check_sequence("sequence", sequence);
+  self.check_sequence("from", from);
+  if (sequence == from) return;
+  const gpu::DeviceScope here(self.device);
+  for (int number = 0; number < self.shape.num_layers; ++number) {
+    Impl::Layer& layer = self.layers[number];
+    const PageSet& source = layer.pages[from];
+    if (source.size() == 0) {
+      throw InvalidArgument(message("from must be a sequence that holds tokens, got ", from));
+    }
+    const std::int64_t tokens =
+        std::max<std::int64_t>(0, length(number, from, stream) - s.near_rows());
+    const auto full = static_cast<std::size_t>(tokens / s.page_size);
+    const auto pages = static_cast<std::size_t>(s.pages());
+    PageSet own(source, full, pages, {sequence, number, -1});
+    for (std::size_t i = full; i < own.size() && tokens % s.page_size != 0; i += pages) {
+      std::memcpy(own.data(i), source.data(i), self.pool.page_bytes());
+    }
+    const std::vector<std::byte*> table = own.table();
+    layer.pages[sequence] = std::move(own);
+    const std::int64_t pair = static_cast<std::int64_t>(sequence) * s.kv_heads;
+    gpu::copy_pairs(s, layer.state, static_cast<std::int64_t>(from) * s.kv_heads, pair, stream);
+    gpu::copy_to_device(layer.state.pages + pair * s.pages(), table.data(),
+                        table.size() * sizeof(std::byte*), stream);
+    gpu::synchronize(stream);
+  }
+}
+
+void DeviceCache::release(int sequence, Stream stream) {
+  Impl& self = *impl_;
+  self.check_sequence("sequence", sequence);
+  const gpu::DeviceScope here(self.device);
+  for (int number = 0; number < self.shape.num_layers; ++number) {
+    wait(number);
+    Impl::Layer& layer = self.layers[number];
+    gpu::fill(layer.state.lengths + sequence * self.step.kv_heads, 0xff,
+              sizeof(std::int32_t) * self.step.kv_heads, stream);
+  }
+  gpu::synchronize(stream);  // steps that read the pages
+  for (Impl::Layer& layer : self.layers) layer.pages[sequence] = PageSet();
+}
+
+std::int64_t DeviceCache::length(int layer_number, int sequence, Stream stream) {
+  Impl& self = *impl_;
+  Impl::Layer& layer = self.layer_of(layer_number);
+  self.check_sequence("sequence", sequence);
+  const gpu::DeviceScope here(self.device);
+  wait(layer_number);
+  std::int32_t tokens = 0;
+  gpu::copy_to_host(&tokens, layer.state.lengths + sequence * self.step.kv_heads, sizeof tokens,
+                    stream);
+  gpu::synchronize(stream);
+  return std::max(0, tokens);
+}
+
+void DeviceCache::gather(int layer_number, int sequence, void* keys, void* values, Stream stream) {
+  Impl& self = *impl_;
+  const gpu::StepShape& s = self.step;
+  const std::int64_t tokens = length(layer_number, sequence, stream);
+  const gpu::DeviceScope here(self.device);
+  gpu::FetchParams p;
+  p.shape = s;
+  p.layer = self.layer_of(layer_number).state;
+  p.first_pair = sequence * s.kv_heads;
+  p.near = static_cast<int>(std::min<std::int64_t>(tokens, s.near_rows()));
+  p.indexed = static_cast<int>(tokens) - p.near;
+  p.keys = keys;
+  p.values = values;
+  gpu::launch_fetch(p, stream);
+}
+
+DeviceCacheStats DeviceCache::stats(int layer_number, Stream stream) {
+  Impl& self = *impl_;
+  Impl::Layer& layer = self.layer_of(layer_number);
+  const gpu::DeviceScope here(self.device);
+  std::vector<unsigned long long> counters(static_cast<std::size_t>(self.step.pairs()) * 4);
+  gpu::copy_to_host(counters.data(), layer.state.counters,
+                    counters.size() * sizeof(unsigned long long), stream);
+  gpu::synchronize(stream);
+  DeviceCacheStats sum;
+  for (std::size_t i = 0; i < counters.size(); i += 4) {
+    sum.hits += static_cast<std::int64_t>(counters[i]);
+    sum.misses += static_cast<std::int64_t>(counters[i + 1]);
+    sum.bytes_moved += static_cast<std::int64_t>(counters[i + 2]);
+    sum.steps += static_cast<std::int64_t>(counters[i + 3]);
+  }
+  return sum;
+}
+
+DeviceCacheMemory DeviceCache::memory() const {
+  const Impl& self = *impl_;
+  const gpu::StepShape& s = self.step;
+  DeviceCacheMemory memory;
+  const auto layers = static_cast<std::int64_t>(self.layers.size());
+  memory.scratch_bytes = static_cast<std::int64_t>(self.scratch_memory.bytes());
+  memory.rows_bytes =
+      layers * s.pairs() * s.rows() * s.head_dim * 2 * static_cast<std::int64_t>(size_of(s.dtype));
+  const std::int64_t all = layers * static_cast<std::int64_t>(self.layers.front().memory.bytes());
+  memory.index_bytes = all - memory.rows_bytes;
+  memory.device_bytes = all + memory.scratch_bytes;
+  memory.host_bytes = static_cast<std::int64_t>(self.pool.used_pages() * self.pool.page_bytes());
+  return memory;
+}
+
+const CacheShape& DeviceCache::shape() const {
+  return impl_->shape;
+}
+
+const Config& DeviceCache::config() const {
+  return impl_->config;
+}
+
+int DeviceCache::batch() const {
+  return impl_->step.batch;
+}
+
+std::int64_t DeviceCache::max_tokens() const {
+  return impl_->max_tokens;
+}
+
+}  // namespace icecache

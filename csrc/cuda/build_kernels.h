@@ -1,0 +1,375 @@
+// The kernels of build.h. Device code: seen by cuda_build.cu alone.
+#pragma once
+
+#include "cuda/build.h"
+#include "cuda/gpu.h"
+
+namespace icecache::gpu {
+
+constexpr int kBuildBlock = 256;
+constexpr int kDirectionRows = 2048;  // that a direction is estimated from
+constexpr int kPowerSteps = 4;
+
+// Floats as unsigned integers of the same order.
+__device__ __forceinline__ std::uint32_t ordered(float x) {
+  const std::uint32_t bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(std::uint32_t x) {
+  return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kBuildBlock) sample_kernel(const BuildParams p) {
+  const int h = blockIdx.y, d = p.shape.head_dim, keys = p.key_samples;
+  const int tokens = p.length - p.first;
+  const T* from = static_cast<const T*>(p.keys) + h * p.key_head;
+  const std::int64_t all = static_cast<std::int64_t>(keys + p.query_samples) * d;
+  for (std::int64_t i = blockIdx.x * kBuildBlock + threadIdx.x; i < all;
+       i += static_cast<std::int64_t>(gridDim.x) * kBuildBlock) {
+    const int row = static_cast<int>(i / d), at = static_cast<int>(i % d);
+    if (row < keys) {
+      const std::int64_t token = p.first + static_cast<std::int64_t>(row) * tokens / keys;
+      p.sampled_keys[(static_cast<std::int64_t>(h) * keys + row) * d + at] =
+          to_float(from[token * p.key_token + at]);
+    } else {
+      const int q = row - keys, token = q / p.shape.group, g = q % p.shape.group;
+      p.sampled_queries[(static_cast<std::int64_t>(h) * p.query_samples + q) * d + at] =
+          to_float(static_cast<const T*>(
+              p.queries)[(h * p.shape.group + g) * p.query_head +
+                         static_cast<std::int64_t>(p.query_tokens - 1 - token) * p.query_token +
+                         at]);
+    }
+  }
+}
+
+// A thread for each (token, few coordinates); the basis passes through shared memory by slices.
+template <typename T>
+__global__ void __launch_bounds__(kBuildBlock) coordinates_kernel(const BuildParams p) {
+  constexpr int kSlice = 32, kMaxRank = 64, kTokens = 64;
+  __shared__ float basis[kSlice * kMaxRank];
+  __shared__ float keys[kTokens * (kSlice + 1)];
+  __shared__ float centre[kSlice];
+  const int h = blockIdx.y, d = p.shape.head_dim, rank = p.shape.rank, thread = threadIdx.x;
+  const int x = p.first_pair + h, tokens = p.length - p.first;
+  const T* from = static_cast<const T*>(p.keys) + h * p.key_head;
+  const float* from_key = p.layer.from_key + static_cast<std::int64_t>(x) * d * rank;
+  const float* mean = p.layer.mean_key + static_cast<std::int64_t>(x) * d;
+  // Four threads to a token, rank / 4 coordinates each.
+  constexpr int kMost = kMaxRank / 4;
+  const int each = rank / 4, own = thread / 4, quarter = thread % 4;
+  for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kTokens; begin < tokens;
+       begin += static_cast<std::int64_t>(gridDim.x) * kTokens) {
+    float sums[kMost] = {};
+    for (int first = 0; first < d; first += kSlice) {
+      __syncthreads();
+      for (int i = thread; i < kSlice * rank; i += kBuildBlock) {
+        basis[i] = from_key[static_cast<std::int64_t>(first) * rank + i];
+      }
+      if (thread < kSlice) centre[thread] = mean[first + thread];
+      for (int i = thread; i < kTokens * kSlice; i += kBuildBlock) {
+        const std::int64_t token = begin + i / kSlice;
+        keys[i / kSlice * (kSlice + 1) + i % kSlice] =
+            token < tokens ? to_float(from[(p.first + token) * p.key_token + first + i % kSlice])
+                           : 0.0f;
+      }
+      __syncthreads();
+      for (int i = 0; i < kSlice; ++i) {
+        const float k = keys[own * (kSlice + 1) + i] - centre[i];
+#pragma unroll
+        for (int j = 0; j < kMost; ++j) {
+          if (j < each) sums[j] += k * basis[i * rank + quarter * each + j];
+        }
+      }
+    }
+    const std::int64_t token = begin + own;
+    if (token < tokens) {
+      float* out =
+          p.coordinates + (static_cast<std::int64_t>(h) * tokens + token) * rank + quarter * each;
+#pragma unroll
+      for (int j = 0; j < kMost; ++j) {
+        if (j < each) out[j] = sums[j];
+      }
+    }
+  }
+}
+
+static __global__ void __launch_bounds__(kBuildBlock) range_start_kernel(const BuildParams p) {
+  for (int i = threadIdx.x; i < p.shape.kv_heads * p.shape.rank; i += kBuildBlock) {
+    p.range[2 * i] = ~0u;
+    p.range[2 * i + 1] = 0;
+  }
+}
+
+static __global__ void __launch_bounds__(kBuildBlock) range_kernel(const BuildParams p) {
+  const int h = blockIdx.y, rank = p.shape.rank, r = threadIdx.x % rank;
+  const int tokens = p.length - p.first, rows = kBuildBlock / rank;
+  float low = INFINITY, high = -INFINITY;
+  for (std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / rank;
+       t < tokens; t += static_cast<std::int64_t>(gridDim.x) * rows) {
+    const float y = p.coordinates[(static_cast<std::int64_t>(h) * tokens + t) * rank + r];
+    low = fminf(low, y);
+    high = fmaxf(high, y);
+  }
+  std::uint32_t* range = p.range + (h * rank + r) * 2;
+  atomicMin(range, ordered(low));
+  atomicMax(range + 1, ordered(high));
+}
+
+// Codes' ranges, from the coordinates'.
+static __global__ void __launch_bounds__(kBuildBlock) levels_kernel(const BuildParams p) {
+  const int h = blockIdx.x, rank = p.shape.rank, r = threadIdx.x;
+  if (r >= rank) return;
+  const std::uint32_t* range = p.range + (h * rank + r) * 2;
+  const float low = from_ordered(range[0]), high = from_ordered(range[1]);
+  const std::int64_t at = static_cast<std::int64_t>(p.first_pair + h) * rank + r;
+  p.layer.low[at] = low;
+  p.layer.step[at] = fmaxf(high - low, 1e-9f) / 15.0f;
+}
+
+static __global__ void __launch_bounds__(kBuildBlock) order_kernel(const BuildParams p) {
+  for (int i = blockIdx.x * kBuildBlock + threadIdx.x; i < p.indexed;
+       i += gridDim.x * kBuildBlock) {
+    p.order[static_cast<std::int64_t>(blockIdx.y) * p.indexed + i] = i;
+  }
+}
+
+__device__ __forceinline__ const float* coordinates_of(const BuildParams& p, int h, int token) {
+  const int offset = p.shape.sink_tokens - p.first;  // index token 0 among the coordinates
+  return p.coordinates +
+         (static_cast<std::int64_t>(h) * (p.length - p.first) + offset + token) * p.shape.rank;
+}
+
+// The principal direction of one segment of one head, by power iteration from the row farthest from
+// the mean. A lane holds a coordinate, or two.
+static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const BuildParams p) {
+  constexpr int kWarps = kBuildBlock / kWarp, kMost = 2;
+  __shared__ float rows_sum[kWarps][kMost * kWarp];
+  __shared__ float direction[kMost * kWarp], mean[kMost * kWarp];
+  __shared__ float totals[kWarps], far[kWarps];
+  __shared__ int far_row[kWarps];
+  const int segment = blockIdx.x, h = blockIdx.y, rank = p.shape.rank;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, per_lane = rank / kWarp;
+  const int begin = p.segments[segment], size = p.segments[segment + 1] - begin;
+  const int stride = max(1, size / kDirectionRows), rows = (size + stride - 1) / stride;
+  const std::int32_t* order = p.order + static_cast<std::int64_t>(h) * p.indexed + begin;
+  const auto load = [&](int row, float* y) {
+    const float* from = coordinates_of(p, h, order[row * stride]);
+    for (int j = 0; j < per_lane; ++j) y[j] = from[j * kWarp + lane];
+  };
+  // rows_sum -> out, in the order of the warps.
+  const auto gather = [&](float* out, float scale) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < rank) {
+      float sum = 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += rows_sum[w][threadIdx.x];
+      out[threadIdx.x] = sum * scale;
+    }
+    __syncthreads();
+  };
+
+  float y[kMost], sum[kMost] = {};
+  for (int row = warp; row < rows; row += kWarps) {
+    load(row, y);
+    for (int j = 0; j < per_lane; ++j) sum[j] += y[j];
+  }
+  for (int j = 0; j < per_lane; ++j) rows_sum[warp][j * kWarp + lane] = sum[j];
+  gather(mean, 1.0f / static_cast<float>(rows));
+
+  float farthest = -1.0f;
+  int which = 0;
+  for (int row = warp; row < rows; row += kWarps) {
+    load(row, y);
+    float distance = 0.0f;
+    for (int j = 0; j < per_lane; ++j) {
+      const float delta = y[j] - mean[j * kWarp + lane];
+      distance += delta * delta;
+    }
+    distance = warp_sum(distance);
+    if (distance > farthest) {
+      farthest = distance;
+      which = row;
+    }
+  }
+  if (lane == 0) {
+    far[warp] = farthest;
+    far_row[warp] = which;
+  }
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    if (far[w] > farthest || (far[w] == farthest && far_row[w] < which)) {
+      farthest = far[w];
+      which = far_row[w];
+    }
+  }
+  if (warp == 0) {
+    load(which, y);
+    for (int j = 0; j < per_lane; ++j) {
+      direction[j * kWarp + lane] = y[j] - mean[j * kWarp + lane];
+    }
+  }
+  __syncthreads();
+
+  for (int iteration = 0; iteration < kPowerSteps; ++iteration) {
+    float own[kMost], length = 0.0f, offset = 0.0f;
+    for (int j = 0; j < per_lane; ++j) {
+      own[j] = direction[j * kWarp + lane];
+      length += own[j] * own[j];
+    }
+    length = warp_sum(length);
+    if (!(length > 0.0f)) break;  // the same in every warp
+    const float scale = rsqrtf(length);
+    for (int j = 0; j < per_lane; ++j) {
+      own[j] *= scale;
+      offset += own[j] * mean[j * kWarp + lane];
+      sum[j] = 0.0f;
+    }
+    offset = warp_sum(offset);
+    float total = 0.0f;
+    for (int row = warp; row < rows; row += kWarps) {
+      load(row, y);
+      float along = 0.0f;
+      for (int j = 0; j < per_lane; ++j) along += own[j] * y[j];
+      along = warp_sum(along) - offset;
+      for (int j = 0; j < per_lane; ++j) sum[j] += along * y[j];
+      total += along;
+    }
+    for (int j = 0; j < per_lane; ++j) rows_sum[warp][j * kWarp + lane] = sum[j];
+    if (lane == 0) totals[warp] = total;
+    gather(direction, 1.0f);
+    total = 0.0f;
+    for (int w = 0; w < kWarps; ++w) total += totals[w];
+    if (static_cast<int>(threadIdx.x) < rank) direction[threadIdx.x] -= total * mean[threadIdx.x];
+    __syncthreads();
+  }
+  if (static_cast<int>(threadIdx.x) < rank) {
+    p.directions[(static_cast<std::int64_t>(h) * p.segment_count + segment) * rank + threadIdx.x] =
+        direction[threadIdx.x];
+  }
+}
+
+// (head, segment, projection) of every token, to be sorted.
+static __global__ void __launch_bounds__(kBuildBlock) projection_kernel(const BuildParams p) {
+  const int h = blockIdx.y, rank = p.shape.rank;
+  for (int i = blockIdx.x * kBuildBlock + threadIdx.x; i < p.indexed;
+       i += gridDim.x * kBuildBlock) {
+    int low = 0, high = p.segment_count;  // the last segment that begins at or before i
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (p.segments[middle] <= i) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    const std::int64_t at = static_cast<std::int64_t>(h) * p.indexed + i;
+    const float4* y = reinterpret_cast<const float4*>(coordinates_of(p, h, p.order[at]));
+    const float4* direction = reinterpret_cast<const float4*>(
+        p.directions + (static_cast<std::int64_t>(h) * p.segment_count + low) * rank);
+    float along = 0.0f;
+    for (int j = 0; j < rank / 4; ++j) {
+      const float4 a = y[j], b = direction[j];
+      along += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+    }
+    p.sort_keys[at] =
+        static_cast<unsigned long long>(h * p.segment_count + low) << 32 | ordered(along);
+  }
+}
+
+// A block for each far-field node: codes, mean and host pages of its tokens.
+template <typename T>
+__global__ void __launch_bounds__(kBuildBlock) lay_out_kernel(const BuildParams p) {
+  constexpr int kMaxNode = 64;
+  __shared__ std::int32_t tokens[kMaxNode];
+  const StepShape& s = p.shape;
+  const int node = blockIdx.x, h = blockIdx.y, x = p.first_pair + h, d = s.head_dim;
+  const int thread = threadIdx.x, begin = node * s.far_node_tokens;
+  const int count = min(s.far_node_tokens, p.indexed - begin);
+  for (int i = thread; i < count; i += kBuildBlock) {
+    tokens[i] = p.order[static_cast<std::int64_t>(h) * p.indexed + begin + i];
+  }
+  __syncthreads();
+  const float* low = p.layer.low + static_cast<std::int64_t>(x) * s.rank;
+  const float* step = p.layer.step + static_cast<std::int64_t>(x) * s.rank;
+  std::uint32_t* codes =
+      p.layer.codes + (static_cast<std::int64_t>(x) * s.token_room + begin) * s.words();
+  for (int i = thread; i < count * s.words(); i += kBuildBlock) {
+    const int w = i % s.words() * kCodesPerWord;
+    const float* y = coordinates_of(p, h, tokens[i / s.words()]) + w;
+    std::uint32_t word = 0;
+    for (int j = 0; j < kCodesPerWord; ++j) {
+      const float level = fminf(fmaxf(rintf((y[j] - low[w + j]) / step[w + j]), 0.0f), 15.0f);
+      word |= static_cast<std::uint32_t>(level) << (8 * (j % 4) + 4 * (j / 4));
+    }
+    codes[i] = word;
+  }
+  const T* keys = static_cast<const T*>(p.keys) + h * p.key_head + s.sink_tokens * p.key_token;
+  const T* values =
+      static_cast<const T*>(p.values) + h * p.value_head + s.sink_tokens * p.value_token;
+  std::byte* const* pages =
+      p.layer.pages + static_cast<std::int64_t>(x) * s.pages() + begin / s.page_size;
+  const int vectors = d / Vector<T>::kCount;
+  for (int i = thread; i < count * vectors; i += kBuildBlock) {
+    const int slot = i / vectors, v = i % vectors;
+    uint4* page = reinterpret_cast<uint4*>(pages[slot / s.page_size]);
+    const int at = slot % s.page_size * vectors + v;
+    page[at] = vectors_of(keys + tokens[slot] * p.key_token)[v];
+    page[s.page_size * vectors + at] = vectors_of(values + tokens[slot] * p.value_token)[v];
+  }
+  for (int i = thread; i < d; i += kBuildBlock) {
+    float sum = 0.0f;
+    for (int slot = 0; slot < count; ++slot)
+      sum += to_float(values[tokens[slot] * p.value_token + i]);
+    const std::int64_t at = static_cast<std::int64_t>(x) * s.nodes() + node;
+    static_cast<T*>(p.layer.means)[at * d + i] = from_float<T>(sum / static_cast<float>(count));
+    if (begin + count == p.indexed) p.layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
+  }
+}
+
+// Sink and window rows.
+template <typename T>
+__global__ void __launch_bounds__(kBuildBlock) near_kernel(const BuildParams p) {
+  const StepShape& s = p.shape;
+  const int h = blockIdx.x, x = p.first_pair + h, d = s.head_dim;
+  const int vectors = d / Vector<T>::kCount, near = min(p.length, s.near_rows());
+  const T* keys = static_cast<const T*>(p.keys) + h * p.key_head;
+  const T* values = static_cast<const T*>(p.values) + h * p.value_head;
+  const std::int64_t row0 = static_cast<std::int64_t>(x) * s.rows();
+  for (int i = threadIdx.x; i < near * vectors; i += kBuildBlock) {
+    const int e = i / vectors, v = i % vectors;
+    const int token = e < s.sink_tokens ? e : p.length - near + e;  // near < all: a full window
+    const int row =
+        token < s.sink_tokens ? token : s.sink_tokens + (token - s.sink_tokens) % s.window_tokens;
+    const std::int64_t to = (row0 + row) * vectors + v;
+    static_cast<uint4*>(p.layer.row_keys)[to] = vectors_of(keys + token * p.key_token)[v];
+    static_cast<uint4*>(p.layer.row_values)[to] = vectors_of(values + token * p.value_token)[v];
+  }
+  if (threadIdx.x == 0) p.layer.lengths[x] = p.length;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kBuildBlock) fetch_kernel(const FetchParams p) {
+  const StepShape& s = p.shape;
+  const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / Vector<T>::kCount;
+  const std::int64_t all = static_cast<std::int64_t>(p.near + p.indexed) * vectors;
+  for (std::int64_t i = blockIdx.x * kBuildBlock + threadIdx.x; i < all;
+       i += static_cast<std::int64_t>(gridDim.x) * kBuildBlock) {
+    const auto row = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
+    const uint4 *key, *value;
+    if (row < p.near) {
+      const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + row) * vectors;
+      key = static_cast<const uint4*>(p.layer.row_keys) + at;
+      value = static_cast<const uint4*>(p.layer.row_values) + at;
+    } else {
+      const int slot = row - p.near;
+      const std::byte* page =
+          p.layer.pages[static_cast<std::int64_t>(x) * s.pages() + slot / s.page_size];
+      key = reinterpret_cast<const uint4*>(page) + slot % s.page_size * vectors;
+      value = key + s.page_size * vectors;
+    }
+    static_cast<uint4*>(p.keys)[h * all + i] = key[v];
+    static_cast<uint4*>(p.values)[h * all + i] = value[v];
+  }
+}
+
+}  // namespace icecache::gpu

@@ -1,0 +1,182 @@
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/step.h"
+#include "cuda/step_kernels.h"
+#include "icecache/error.h"
+
+namespace icecache::gpu {
+namespace {
+
+// Lays arrays behind each other; without memory it only counts.
+class Layout {
+ public:
+  explicit Layout(std::byte* memory) : memory_(memory) {}
+  template <typename T>
+  void place(T*& pointer, std::int64_t count, std::size_t size = 0) {
+    if constexpr (!std::is_void_v<T>) size = sizeof(T);
+    if (memory_ != nullptr) pointer = reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += (static_cast<std::size_t>(count) * size + 255) / 256 * 256;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* memory_;
+  std::size_t bytes_ = 0;
+};
+
+// visit(array, elements of one pair, bytes of one) for all that a layer keeps.
+template <typename Visit>
+void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
+  const std::size_t row = s.head_dim * size_of(s.dtype);
+  const std::int64_t d = s.head_dim, rank = s.rank;
+  const auto typed = [&](auto*& array, std::int64_t of_pair) {
+    visit(array, of_pair, sizeof(*array));
+  };
+  typed(layer.lengths, 1);
+  visit(layer.row_keys, s.rows(), row);
+  visit(layer.row_values, s.rows(), row);
+  typed(layer.pages, s.pages());
+  typed(layer.codes, std::int64_t{s.token_room} * s.words());
+  visit(layer.means, s.nodes(), row);
+  typed(layer.open_sum, d);
+  typed(layer.mean_key, d);
+  typed(layer.from_key, d * rank);
+  typed(layer.from_query, d * rank);
+  typed(layer.low, rank);
+  typed(layer.step, rank);
+  typed(layer.row_of, s.token_room);
+  typed(layer.owner, s.cached_rows);
+  typed(layer.stamp, s.cached_rows);
+  typed(layer.has_value, s.cached_rows);
+  typed(layer.counters, 4);
+}
+
+template <typename T, int D>
+void launch_with(const StepParams& p, Stream stream) {
+  const StepShape& s = p.shape;
+  const auto pairs = static_cast<unsigned>(s.pairs());
+  const auto scans = static_cast<unsigned>(s.scan_blocks());
+  launch("append", append_kernel<T, D>, dim3(pairs), kBlock, stream, p);
+  launch("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>, dim3(scans, pairs), kBlock,
+         stream, p);
+  launch("rank", rank_kernel, dim3(scans, pairs), kBlock, stream, p);
+  launch("choose", choose_kernel, dim3(scans, pairs), kBlock, stream, p);
+  launch("resolve", resolve_kernel, dim3(pairs), kPickBlock, stream, p);
+  constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
+  launch("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
+         kBlock, stream, p);
+  launch("pick", pick_kernel, dim3(pairs), kPickBlock, stream, p);
+  const auto blocks = static_cast<unsigned>(s.attend_blocks());
+  const unsigned tiles = static_cast<unsigned>(s.padded_group()) / kHeadTile;
+  if (tiles == 1) {
+    launch("attend", attend_kernel<T, D, 1>, dim3(blocks, pairs, 1), kAttendBlock, stream, p);
+  } else {
+    launch("attend", attend_kernel<T, D, 2>, dim3(blocks, pairs, (tiles + 1) / 2), kAttendBlock,
+           stream, p);
+  }
+}
+
+template <typename T>
+void launch_of(const StepParams& p, Stream stream) {
+  switch (p.shape.head_dim) {
+    case 64:
+      return launch_with<T, 64>(p, stream);
+    case 96:
+      return launch_with<T, 96>(p, stream);
+    case 128:
+      return launch_with<T, 128>(p, stream);
+    default:
+      return launch_with<T, 256>(p, stream);
+  }
+}
+
+}  // namespace
+
+void check_shape(const StepShape& s) {
+  const auto refuse = [](const char* name, const char* supported, auto got) {
+    throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
+  };
+  if (s.head_dim != 64 && s.head_dim != 96 && s.head_dim != 128 && s.head_dim != 256)
+    refuse("head_dim", "64, 96, 128 or 256", s.head_dim);
+  if (s.group < 1 || s.group > kMaxGroup) refuse("num_q_heads / num_kv_heads", "1..16", s.group);
+  if (s.rank != 32 && s.rank != 64) refuse("sketch_rank", "32 or 64", s.rank);
+  if (s.rank > s.head_dim) refuse("sketch_rank", "at most head_dim", s.rank);
+  if (s.far_node_tokens != 32 && s.far_node_tokens != 64)
+    refuse("far_node_tokens", "32 or 64", s.far_node_tokens);
+  if (s.page_size != 8 && s.page_size != 16 && s.page_size != 32)
+    refuse("page_size", "8, 16 or 32", s.page_size);
+  if (s.window_tokens < 1 || s.sink_tokens < 0 || s.near_rows() > kMaxNear)
+    refuse("sink_tokens + window_tokens", "at most 256, with a window of at least 1",
+           s.near_rows());
+  if (s.candidates < s.select_tokens || s.candidates > kMaxCandidates)
+    refuse("candidates", "at most 512 and at least the tokens picked", s.candidates);
+  if (s.select_tokens < 1) refuse("token_budget", "more than sink and window", s.select_tokens);
+  if (s.cached_rows < 2 * kMaxCandidates || s.cached_rows > 32767)
+    refuse("cached rows of a head (device_pages x page_size)", "1024..32767", s.cached_rows);
+  if (s.token_room < 1 || s.token_room % s.far_node_tokens != 0 || s.token_room % s.page_size != 0)
+    refuse("token room", "a multiple of far_node_tokens and page_size", s.token_room);
+  if (s.batch < 1 || s.kv_heads < 1) refuse("batch x num_kv_heads", "positive", s.pairs());
+  if (s.pairs() > 65535) refuse("batch x num_kv_heads", "at most 65535", s.pairs());
+}
+
+void launch_step(const StepParams& params, Stream stream) {
+  switch (params.shape.dtype) {
+    case DType::kFloat32:
+      return launch_of<float>(params, stream);
+    case DType::kBFloat16:
+      return launch_of<BFloat16>(params, stream);
+    case DType::kFloat16:
+      return launch_of<Float16>(params, stream);
+  }
+}
+
+std::size_t place(const StepShape& s, std::byte* memory, LayerState& layer) {
+  Layout layout(memory);
+  for_each_array(s, layer, [&](auto*& array, std::int64_t of_pair, std::size_t size) {
+    layout.place(array, s.pairs() * of_pair, size);
+  });
+  return layout.bytes();
+}
+
+void copy_pairs(const StepShape& s, const LayerState& layer, std::int64_t from, std::int64_t to,
+                Stream stream) {
+  LayerState arrays = layer;
+  for_each_array(s, arrays, [&](auto*& array, std::int64_t of_pair, std::size_t size) {
+    auto* bytes = reinterpret_cast<std::byte*>(array);
+    const std::size_t pair = static_cast<std::size_t>(of_pair) * size;
+    copy_on_device(bytes + to * static_cast<std::int64_t>(pair),
+                   bytes + from * static_cast<std::int64_t>(pair), pair * s.kv_heads, stream);
+  });
+}
+
+std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
+  Layout layout(memory);
+  const std::int64_t pairs = s.pairs(), heads = s.padded_group();
+  layout.place(scratch.query_codes, pairs * heads * s.rank);
+  layout.place(scratch.unit, pairs);
+  layout.place(scratch.bias, pairs * heads);
+  layout.place(scratch.near_logits, pairs * s.near_rows() * heads);
+  layout.place(scratch.near_lse, pairs * heads);
+  layout.place(scratch.scores, pairs * heads * s.token_room);
+  layout.place(scratch.block_max, pairs * s.scan_blocks() * heads);
+  layout.place(scratch.block_sum, pairs * s.scan_blocks() * heads);
+  layout.place(scratch.lse, pairs * heads);
+  layout.place(scratch.histogram, pairs * kRanks);
+  layout.place(scratch.found, pairs);
+  layout.place(scratch.tokens, pairs * kMaxCandidates);
+  layout.place(scratch.token_rows, pairs * kMaxCandidates);
+  layout.place(scratch.logits, pairs * kMaxCandidates * heads);
+  layout.place(scratch.mass, pairs * s.nodes() * heads);
+  layout.place(scratch.entry_rows, pairs * s.entries());
+  layout.place(scratch.entry_sources, pairs * s.entries());
+  layout.place(scratch.entry_weights, pairs * s.entries() * heads);
+  layout.place(scratch.entry_count, pairs);
+  layout.place(scratch.far_scale, pairs * heads);
+  layout.place(scratch.partial, pairs * s.attend_blocks() * heads * s.head_dim);
+  layout.place(scratch.partial_sum, pairs * s.attend_blocks() * heads);
+  layout.place(scratch.blocks_done, pairs);
+  return layout.bytes();
+}
+
+}  // namespace icecache::gpu

@@ -1,0 +1,145 @@
+// What every kernel is written against: CUDA itself, or, with ICECACHE_EMULATE_CUDA, the emulator
+// of tests/cpp/emulator, which runs the same sources on a CPU thread, a fibre for each CUDA thread.
+#pragma once
+
+#include <cstdint>
+
+#ifdef ICECACHE_EMULATE_CUDA
+#include "emulator.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "cuda/device.h"
+#include "icecache/types.h"
+
+namespace icecache::gpu {
+
+constexpr int kWarp = 32;
+
+// Elements of the cache as stored; arithmetic is in fp32.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <>
+__device__ __forceinline__ Float16 from_float<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// 16 bytes of a row.
+template <typename T>
+struct Vector {
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
+  uint4 raw;
+
+  __device__ __forceinline__ void unpack(float* out) const {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        out[i] = __uint_as_float(words[i]);
+      } else {
+        out[2 * i] = to_float(T{static_cast<std::uint16_t>(words[i] & 0xffffu)});
+        out[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(words[i] >> 16)});
+      }
+    }
+  }
+};
+
+// How a warp reads rows of D elements: kLanes lanes to a row, kPerLane vectors to a lane.
+template <typename T, int D>
+struct RowShape {
+  static constexpr int kCount = Vector<T>::kCount;
+  static constexpr int kVectors = D / kCount;
+  static constexpr int kLanes = kVectors <= 8 ? 8 : kVectors <= 16 ? 16 : 32;
+  static constexpr int kPerLane = (kVectors + kLanes - 1) / kLanes;
+  static constexpr int kRows = kWarp / kLanes;  // a warp reads at once
+  static constexpr int kElements = kPerLane * kCount;
+  // The vector that lane l reads as its j-th; >= kVectors: none.
+  __device__ __forceinline__ static int vector(int lane, int j) { return lane + j * kLanes; }
+};
+
+template <typename T>
+__device__ __forceinline__ const uint4* vectors_of(const T* row) {
+  return reinterpret_cast<const uint4*>(row);
+}
+
+__device__ __forceinline__ float warp_sum(float x, int width = kWarp) {
+  for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  }
+  return x;
+}
+__device__ __forceinline__ int warp_max(int x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x = max(x, __shfl_xor_sync(~0u, x, offset));
+  }
+  return x;
+}
+
+// Sum over the block's threads before this one; `total` becomes the sum over all. `room`: shared,
+// one int for each warp and one more. All threads of the block call it.
+__device__ __forceinline__ int block_scan(int x, int* room, int& total) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int sum = x;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int below = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += below;
+  }
+  if (lane == kWarp - 1) room[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int before = 0;
+    for (int w = 0; w < warps; ++w) {
+      const int own = room[w];
+      room[w] = before;
+      before += own;
+    }
+    room[warps] = before;
+  }
+  __syncthreads();
+  const int result = room[warp] + sum - x;
+  total = room[warps];
+  __syncthreads();
+  return result;
+}
+
+// log(exp(a) + exp(b)); -inf is the empty sum.
+__device__ __forceinline__ float log_add(float a, float b) {
+  const float high = fmaxf(a, b), low = fminf(a, b);
+  if (high == -INFINITY) return high;
+  return high + log1pf(expf(low - high));
+}
+
+}  // namespace icecache::gpu

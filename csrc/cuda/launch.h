@@ -1,0 +1,24 @@
+// Starting a kernel: one function for CUDA and for the emulator.
+#pragma once
+
+#include "cuda/gpu.h"
+
+namespace icecache::gpu {
+
+// Throws CudaError naming the call.
+void check(cudaError_t status, const char* call);
+
+template <typename Params>
+void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, Stream stream,
+            const Params& params) {
+#ifdef ICECACHE_EMULATE_CUDA
+  (void)stream;
+  emulator::run(grid, threads, [&] { kernel(params); });
+  (void)name;
+#else
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)> > >(params);
+  check(cudaGetLastError(), name);
+#endif
+}
+
+}  // namespace icecache::gpu

@@ -1,0 +1,140 @@
+// One decode step of one layer on the device, as a chain of kernels without a host decision.
+//
+//   append   new token into the window; the token that it displaces goes to its host page and gets
+//   a
+//            sketch; logits of sink and window; the query in sketch coordinates
+//   scan     integer scores of all sketches, for every head of the group
+//   rank     each head's log weight in all, and how many tokens stand at each rank
+//   choose   candidates: the tokens of the best ranks; what the others weigh, node by node
+//   resolve  which candidates have a row in the device's row cache; rows of the longest unused ones
+//            for those that have not
+//   rescore  exact logits; keys that are missing come straight from pinned host memory
+//   pick     the token budget, spent by attention mass; coefficients of all rows and nodes
+//   attend   sum of coefficient x value over sink, window, picked tokens and far-field nodes, split
+//            over blocks and merged by the last; values that are missing come from host memory
+//
+// The unit that moves and is cached is a token's row, not its page: a step picks few tokens of each
+// page, and rows of 128 bytes and more already fill the link (docs/cuda.md).
+//
+// Everything is deterministic: integer atomics only, fixed orders of summation.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "icecache/types.h"
+
+namespace icecache::gpu {
+
+constexpr int kMaxCandidates = 512;    // a step's candidates, at most
+constexpr int kRanks = 2048;           // bins of the histogram
+constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
+constexpr int kScanTokens = 2048;      // of one block
+constexpr int kAttendRows = 128;       // of one block
+constexpr int kMaxNear = 256;          // sink and window
+constexpr int kCodesPerWord = 8;       // 4-bit codes
+constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
+
+// Letters as in types.h, and
+//   X = B * Hkv (sequence, KV head) pairs, x = b * Hkv + h;  H = G rounded up to kHeadTile;
+//   E = near rows = sink_tokens + window_tokens;  M cached rows;  N room for index tokens;
+//   C = N / far_node_tokens.
+struct StepShape {
+  int batch = 0, kv_heads = 0, group = 0, head_dim = 0;
+  DType dtype = DType::kFloat32;
+  int page_size = 0, sink_tokens = 0, window_tokens = 0;
+  int select_tokens = 0;  // picked in a step, beside sink and window
+  int candidates = 0;     // wanted; 1..kMaxCandidates
+  int far_node_tokens = 0;
+  int rank = 0;         // of a sketch: 32 or 64
+  bool tail = true;     // far field
+  int token_room = 0;   // N, a multiple of far_node_tokens and of page_size
+  int cached_rows = 0;  // M
+  float scale = 0.0f;
+
+  constexpr int pairs() const { return batch * kv_heads; }
+  constexpr int padded_group() const { return (group + kHeadTile - 1) / kHeadTile * kHeadTile; }
+  constexpr int near_rows() const { return sink_tokens + window_tokens; }
+  constexpr int rows() const { return near_rows() + cached_rows; }
+  constexpr int nodes() const { return token_room / far_node_tokens; }
+  constexpr int pages() const { return token_room / page_size; }
+  constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
+  constexpr int scan_blocks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
+  constexpr int entries() const { return near_rows() + select_tokens; }
+  constexpr int attend_blocks() const {
+    return (entries() + nodes() + kAttendRows - 1) / kAttendRows;
+  }
+};
+
+// What a layer keeps on the device; arrays over X pairs.
+struct LayerState {
+  std::int32_t* lengths = nullptr;  // [X] tokens; -1: no sequence there
+  void* row_keys = nullptr;         // [X, E + M, D]: sink, window (a ring), cached rows
+  void* row_values = nullptr;
+  std::byte** pages = nullptr;             // [X, N / S] host pages [2][S][D]
+  std::uint32_t* codes = nullptr;          // [X, N, R / 8]
+  void* means = nullptr;                   // [X, C, D] mean values of the nodes
+  float* open_sum = nullptr;               // [X, D] values of the node that is being filled
+  float* mean_key = nullptr;               // [X, D]
+  float* from_key = nullptr;               // [X, D, R]
+  float* from_query = nullptr;             // [X, D, R]
+  float* low = nullptr;                    // [X, R] of the coordinates
+  float* step = nullptr;                   // [X, R] of one code
+  std::int16_t* row_of = nullptr;          // [X, N] cached row of an index token; -1: none
+  std::int32_t* owner = nullptr;           // [X, M] index token of a cached row; -1: none
+  std::int32_t* stamp = nullptr;           // [X, M] length at which the row was last used
+  std::uint8_t* has_value = nullptr;       // [X, M] the row's value came, too
+  unsigned long long* counters = nullptr;  // [X, 4] hits, misses, bytes moved, steps
+};
+
+// What the kernels of a step hand to each other; used again by every layer.
+struct StepScratch {
+  std::int8_t* query_codes = nullptr;  // [X, H, R]
+  float* unit = nullptr;               // [X] nats of one score
+  float* bias = nullptr;               // [X, H]
+  float* near_logits = nullptr;        // [X, E, H]
+  float* near_lse = nullptr;           // [X, H]
+  std::int16_t* scores = nullptr;      // [X, H / 4, N, 4]
+  std::int32_t* block_max = nullptr;   // [X, scan blocks, H]
+  float* block_sum = nullptr;          // [X, scan blocks, H]
+  float* lse = nullptr;                // [X, H] log weight of everything, as far as sketches tell
+  std::uint32_t* histogram = nullptr;  // [X, kRanks]
+  std::uint32_t* found = nullptr;      // [X] candidates
+  std::int32_t* tokens = nullptr;      // [X, kMaxCandidates] index tokens of the candidates
+  std::int32_t* token_rows = nullptr;  // [X, kMaxCandidates] rows; ~row where the key is missing
+  float* logits = nullptr;             // [X, kMaxCandidates, H]
+  float* mass = nullptr;               // [X, C, H] over exp(lse)
+  std::int32_t* entry_rows = nullptr;  // [X, entries]
+  std::int32_t* entry_sources =
+      nullptr;                          // [X, entries] index token whose value is missing; -1: none
+  float* entry_weights = nullptr;       // [X, entries, H]
+  std::int32_t* entry_count = nullptr;  // [X]
+  float* far_scale = nullptr;           // [X, H]
+  float* partial = nullptr;             // [X, attend blocks, H, D]
+  float* partial_sum = nullptr;         // [X, attend blocks, H]
+  std::uint32_t* blocks_done = nullptr;  // [X]
+};
+
+// A step of one layer. Rows of queries, keys, values and out are contiguous.
+struct StepParams {
+  StepShape shape;
+  LayerState layer;
+  StepScratch scratch;
+  const void* queries = nullptr;  // [B, Hq, D]
+  const void* keys = nullptr;     // [B, Hkv, D]
+  const void* values = nullptr;
+  void* out = nullptr;  // [B, Hq, D]; NaN where a sequence has no room for another token
+};
+
+// Throws InvalidArgument, with what is supported, for a shape that the kernels do not cover.
+void check_shape(const StepShape& shape);
+void launch_step(const StepParams& params, Stream stream);
+
+// Bytes of the arrays above, each aligned to 256 bytes, and their places in one allocation.
+std::size_t place(const StepShape& shape, std::byte* memory, LayerState& layer);
+std::size_t place(const StepShape& shape, std::byte* memory, StepScratch& scratch);
+// Copies all that a layer keeps for the Hkv pairs from `from` on to those from `to` on.
+void copy_pairs(const StepShape& shape, const LayerState& layer, std::int64_t from, std::int64_t to,
+                Stream stream);
+
+}  // namespace icecache::gpu

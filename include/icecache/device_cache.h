@@ -1,0 +1,93 @@
+// DeviceCache: the KV cache of a model that runs on a CUDA device.
+//
+// The device holds, for each (sequence, layer, KV head), sinks, a window, a sketch of every key,
+// the mean values of the far-field nodes and a cache of recently used rows; pinned host memory
+// holds all keys and values, in pages of similar tokens. A decode step is a chain of kernels on the
+// caller's stream: it takes no decision on the host, allocates nothing and may be captured into a
+// CUDA graph (csrc/cuda/step.h).
+//
+// Sequences stand in a batch of fixed size, each with room for max_tokens. A prompt enters whole
+// and once; after that each step adds one token to every sequence of the batch.
+//
+// Streams: what a call launches is ordered on the stream it is given, but for the work that
+// prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the
+// host. Threads: one caller at a time. Failure: a call that throws leaves the other sequences as
+// they were; after CudaError nothing on the device can be relied on.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "icecache/config.h"
+#include "icecache/types.h"
+
+namespace icecache {
+
+struct DeviceCacheStats {
+  std::int64_t steps = 0;        // of one KV head
+  std::int64_t hits = 0;         // candidates whose key was on the device
+  std::int64_t misses = 0;       // and those whose key came from host memory
+  std::int64_t bytes_moved = 0;  // keys and values, host to device
+};
+
+struct DeviceCacheMemory {
+  std::int64_t device_bytes = 0;   // all that the cache holds on the device
+  std::int64_t rows_bytes = 0;     // of them: sinks, windows and cached rows
+  std::int64_t index_bytes = 0;    // sketches, means, metrics, tables
+  std::int64_t scratch_bytes = 0;  // shared by all layers
+  std::int64_t host_bytes = 0;     // pages in use
+};
+
+class DeviceCache {
+ public:
+  using Stream = void*;  // a cudaStream_t
+
+  // Throws InvalidArgument for what the kernels do not cover (with what they do), Unavailable
+  // without CUDA in the build or a device in the machine, OutOfPages where memory does not suffice.
+  DeviceCache(const CacheShape& shape, const Config& config, int batch, std::int64_t max_tokens,
+              int device);
+  ~DeviceCache();
+  DeviceCache(const DeviceCache&) = delete;
+  DeviceCache& operator=(const DeviceCache&) = delete;
+
+  // The prompt of one sequence: keys and values [Hkv, T, D], queries [Hq, T', D] of its last tokens
+  // (the last 512 / G shape the metric), all on the device, with unit stride in D and other strides
+  // multiples of 16 bytes. Replaces what the sequence held in this layer. The tensors must stay as
+  // they are until built().
+  void prefill(int layer, int sequence, const TensorView& keys, const TensorView& values,
+               const TensorView& queries, Stream stream);
+  // Whether the tensors of every prefill() of this layer may go: its work is done.
+  bool built(int layer);
+  // Waits on the host until it is; rethrows its first error.
+  void wait(int layer);
+
+  // Adds one token to every sequence of the batch that holds any, and attends: queries [B, Hq, D],
+  // keys and values [B, Hkv, D], out [B, Hq, D], contiguous. Rows of sequences that hold none
+  // become 0; rows of sequences that are full become NaN, and the sequence stays as it is.
+  void step(int layer, const void* queries, const void* keys, const void* values, void* out,
+            Stream stream);
+
+  // Makes `sequence` a copy of `from` in every layer: full pages are shared, the rest is copied.
+  void fork(int sequence, int from, Stream stream);
+  // Empties a sequence in every layer.
+  void release(int sequence, Stream stream);
+
+  // Tokens of a sequence in a layer; waits for the stream.
+  std::int64_t length(int layer, int sequence, Stream stream);
+  // Rows of a sequence in order of storage: sinks, window (a ring), pages. keys, values
+  // [Hkv, length, D] contiguous on the device. For tests.
+  void gather(int layer, int sequence, void* keys, void* values, Stream stream);
+  DeviceCacheStats stats(int layer, Stream stream);
+  DeviceCacheMemory memory() const;
+
+  const CacheShape& shape() const;
+  const Config& config() const;  // resolved
+  int batch() const;
+  std::int64_t max_tokens() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace icecache

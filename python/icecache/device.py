@@ -1,0 +1,258 @@
+"""DeviceCache: the KV cache of a model that runs on a CUDA device.
+
+The device holds sinks, a window, a 16-byte sketch of every key, mean values of far-field nodes and
+recently used rows; pinned host memory holds all keys and values. Dimension letters: B sequences,
+T tokens of a prompt, Hq query heads, Hkv KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from icecache import _core
+from icecache.config import Config, Value, wrap
+from icecache.engine import _DTYPES, _tuple
+from icecache.errors import InvalidArgument
+
+_QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
+
+
+class DeviceCache:
+    """KV cache of one model on one CUDA device, and decode attention within a token budget.
+
+    B sequences of up to `max_tokens` each. A prompt enters whole, layer by layer; after that each
+    step adds one token to every sequence that holds a prompt, and attends. A step is a chain of
+    kernels on torch's current stream: no host decision, no allocation but its output, and it may be
+    captured into a CUDA graph. Not thread-safe.
+
+    Device memory is taken at once: see memory(). Host memory (pinned) is taken for `max_tokens`
+    when a sequence gets its prompt, within `host_memory`.
+
+    Errors: InvalidArgument for shapes, dtypes and settings that the kernels do not cover (with what
+    they do); Unavailable without CUDA in the build or a device; OutOfPages where host or device
+    memory does not suffice; CudaError where CUDA fails.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | int = "cuda",
+        scale: float | None = None,
+        config: Config | None = None,
+        **config_fields: Value,
+    ) -> None:
+        """Head dims 64, 96, 128, 256; up to 16 query heads a KV head; any of three dtypes.
+
+        `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
+        bounds the row cache of a layer's sequence (default: four steps' candidates).
+        """
+        if dtype not in _DTYPES:
+            raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if where.type != "cuda":
+            raise InvalidArgument(f"device must be a CUDA device, got {where}; use icecache.Engine")
+        if where.index is None:
+            current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+            where = torch.device("cuda", current)
+        chosen = Config(**{**(config.to_dict() if config else {}), **config_fields})
+        self._cache = _core.DeviceCache(
+            num_layers,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            _DTYPES[dtype],
+            scale or 0.0,
+            chosen._values,
+            batch,
+            max_tokens,
+            where.index or 0,
+        )
+        self.device = where
+        self.dtype = dtype
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.num_layers = num_layers
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        # Tensors that index work still reads, by layer.
+        self._held: dict[int, list[torch.Tensor]] = {}
+        self._number = _register(self)
+
+    @property
+    def config(self) -> Config:
+        """The parameters in use: a copy, with every derived value filled in."""
+        return wrap(self._cache.config())
+
+    def prefill(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sequence: int | None = None,
+    ) -> None:
+        """Takes a prompt whose attention the caller computed itself.
+
+        Keys and values [B, Hkv, T, D], queries [B, Hq, T, D] (of which the last few shape the
+        metric), post-RoPE; with `sequence`, without B and for that sequence alone. Index work runs
+        on threads and streams of its own behind the caller, and keeps the tensors until it is done;
+        of earlier layers at most a few wait at a time.
+        """
+        if sequence is None:
+            for row in range(self.batch):
+                self.prefill(layer, queries[row], keys[row], values[row], row)
+            return
+        for name, tensor, heads in (
+            ("queries", queries, self.num_q_heads),
+            ("keys", keys, self.num_kv_heads),
+            ("values", values, self.num_kv_heads),
+        ):
+            if tensor.ndim != 3 or tensor.shape[0] != heads or tensor.shape[2] != self.head_dim:
+                raise InvalidArgument(
+                    f"{name} must be [{heads}, T, {self.head_dim}], got {list(tensor.shape)}"
+                )
+            self._check(name, tensor)
+        recent = max(1, _QUERIES // (self.num_q_heads // self.num_kv_heads))
+        rows = [
+            row if row.stride(2) == 1 and not _odd(row) else row.contiguous()
+            for row in (keys, values, queries[:, -recent:])
+        ]
+        # Queries are part of a larger tensor that need not outlive the layer.
+        rows[2] = rows[2].clone()
+        for earlier in [n for n in self._held if n != layer]:
+            if self._cache.built(earlier) or len(self._held) > _WAITING:
+                self._cache.wait(earlier)
+                del self._held[earlier]
+        self._held.setdefault(layer, []).extend(rows)
+        self._cache.prefill(layer, sequence, *map(_tuple, rows), self._stream())
+
+    def step(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds one token to every sequence that holds a prompt, and attends.
+
+        Queries [B, Hq, 1, D], keys and values [B, Hkv, 1, D]; the result is [B, Hq, 1, D]: zeros
+        where a sequence holds nothing, NaN where it is full (and stays as it is).
+        """
+        out = torch.empty(queries.shape, dtype=self.dtype, device=self.device)
+        torch.ops.icecache.device_step(
+            self._number, layer, queries.contiguous(), keys.contiguous(), values.contiguous(), out
+        )
+        return out
+
+    def fork(self, sequence: int, source: int) -> None:
+        """Makes `sequence` a copy of `source`; whole pages of host memory are shared."""
+        self._cache.fork(sequence, source, self._stream())
+
+    def release(self, sequence: int) -> None:
+        """Empties a sequence and gives its pages back. Waits for the current stream."""
+        self._cache.release(sequence, self._stream())
+        self._held.clear()
+
+    def synchronize(self) -> None:
+        """Waits on the host until all index work is done; rethrows its first error."""
+        for layer in range(self.num_layers):
+            self._cache.wait(layer)
+        self._held.clear()
+
+    def length(self, layer: int = 0, sequence: int = 0) -> int:
+        """Tokens of a sequence in one layer. Waits for the current stream."""
+        return self._cache.length(layer, sequence, self._stream())
+
+    def gather(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, L, D] of a sequence, in the order in which they are stored."""
+        shape = (self.num_kv_heads, self.length(layer, sequence), self.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._cache.gather(layer, sequence, keys.data_ptr(), values.data_ptr(), self._stream())
+        return keys, values
+
+    def stats(self, layer: int) -> _core.DeviceCacheStats:
+        """Sums over steps, sequences and KV heads of one layer. Waits for the current stream."""
+        return self._cache.stats(layer, self._stream())
+
+    def memory(self) -> _core.DeviceCacheMemory:
+        """Bytes held on the device and in host memory."""
+        return self._cache.memory()
+
+    def _stream(self) -> int:
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device != self.device or tensor.dtype != self.dtype:
+            raise InvalidArgument(
+                f"{name} must be {self.dtype} on {self.device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+
+    def _step(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        for name, tensor, heads in (
+            ("queries", queries, self.num_q_heads),
+            ("keys", keys, self.num_kv_heads),
+            ("values", values, self.num_kv_heads),
+        ):
+            if tensor.shape != (self.batch, heads, 1, self.head_dim):
+                raise InvalidArgument(
+                    f"{name} must be [{self.batch}, {heads}, 1, {self.head_dim}], got "
+                    f"{list(tensor.shape)}"
+                )
+            self._check(name, tensor)
+        addresses = [tensor.data_ptr() for tensor in (queries, keys, values, out)]
+        self._cache.step(layer, *addresses, self._stream())
+        self._held.pop(layer, None)
+
+
+# Layers whose index work may wait: each keeps the keys and values of a prompt on the device.
+_WAITING = 4
+
+# An operator takes numbers, not objects.
+_caches: weakref.WeakValueDictionary[int, DeviceCache] = weakref.WeakValueDictionary()
+_next = 0
+
+
+def _register(cache: DeviceCache) -> int:
+    global _next
+    _next += 1
+    _caches[_next] = cache
+    return _next
+
+
+def _odd(row: torch.Tensor) -> bool:
+    """True where rows do not begin at multiples of 16 bytes."""
+    size = row.element_size()
+    return bool(row.data_ptr() % 16 or any(stride * size % 16 for stride in row.stride()[:2]))
+
+
+@torch.library.custom_op("icecache::device_step", mutates_args=("out",), device_types="cuda")
+def _device_step(
+    cache: int,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    _caches[cache]._step(layer, queries, keys, values, out)
+
+
+@_device_step.register_fake
+def _(*_arguments: Any) -> None:
+    return None

@@ -1,0 +1,258 @@
+#include "emulator.h"
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define ICECACHE_FIBRES_UNDER_ASAN 1
+#endif
+
+#ifdef __x86_64__
+// Saves the registers that a call keeps and its stack in *from, and goes on with those of `to`:
+// what swapcontext does, without its two system calls, which would take nine tenths of a test's
+// time.
+extern "C" void icecache_switch_fibre(void** from, void* to);
+asm(R"(
+  .text
+  .globl icecache_switch_fibre
+  .type icecache_switch_fibre, @function
+icecache_switch_fibre:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size icecache_switch_fibre, . - icecache_switch_fibre
+)");
+#endif
+
+namespace emulator {
+
+thread_local dim3 thread_index, block_index, block_size, grid_size;
+std::size_t device_room = std::size_t{1} << 40;
+
+namespace {
+
+constexpr std::size_t kStack = 256 << 10;
+constexpr int kWarp = 32;
+
+// Where a thread of execution stands while it does not run.
+struct Context {
+#ifdef __x86_64__
+  void* stack_pointer = nullptr;
+
+  void start(char* stack, void (*entry)()) {
+    auto** top = reinterpret_cast<void**>(stack + kStack);  // aligned to 16 bytes
+    top[-1] = nullptr;                                      // entry() never returns
+    top[-2] = reinterpret_cast<void*>(entry);
+    for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
+    stack_pointer = top - 8;
+  }
+  static void change(Context& from, Context& to) {
+    icecache_switch_fibre(&from.stack_pointer, to.stack_pointer);
+  }
+#else
+  ucontext_t context;
+
+  void start(char* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void change(Context& from, Context& to) {
+    swapcontext(&from.context, &to.context);
+  }
+#endif
+};
+
+struct Fibre {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  bool ended = false;
+  // What it waits for: the block's barrier or its warp's exchange of this number; -1: nothing.
+  int waits_barrier = -1, waits_exchange = -1;
+};
+
+struct Warp {
+  std::uint64_t values[2][kWarp] = {};
+  int arrived = 0, number = 0;
+};
+
+// The block that this host thread runs.
+struct Block {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  Context scheduler;
+  const std::function<void()>* kernel = nullptr;
+  int running = 0, live = 0;
+  int arrived = 0, barrier = 0, count = 0, counts[2] = {};
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  const void* scheduler_stack = nullptr;
+  std::size_t scheduler_stack_bytes = 0;
+#endif
+};
+thread_local Block block;
+
+void to_scheduler(bool for_ever = false) {
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fake, block.scheduler_stack,
+                                 block.scheduler_stack_bytes);
+#else
+  (void)for_ever;
+#endif
+  Context::change(block.fibres[block.running].context, block.scheduler);
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  __sanitizer_finish_switch_fiber(fake, &block.scheduler_stack, &block.scheduler_stack_bytes);
+#endif
+}
+
+void entry() {
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
+#endif
+  (*block.kernel)();
+  block.fibres[block.running].ended = true;
+  to_scheduler(true);
+}
+
+void resume(int i) {
+  block.running = i;
+  thread_index = dim3(static_cast<unsigned>(i));
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, block.fibres[i].stack.get(), kStack);
+#endif
+  Context::change(block.scheduler, block.fibres[i].context);
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void release_barrier() {
+  if (block.live == 0 || block.arrived < block.live) return;
+  block.counts[block.barrier % 2] = block.count;
+  ++block.barrier;
+  block.arrived = block.count = 0;
+}
+
+void run_block(int threads) {
+  block.live = threads;
+  block.arrived = block.count = 0;
+  for (Warp& warp : block.warps) warp = {};
+  for (int i = 0; i < threads; ++i) {
+    Fibre& fibre = block.fibres[i];
+    fibre.ended = false;
+    fibre.waits_barrier = fibre.waits_exchange = -1;
+    fibre.context.start(fibre.stack.get(), entry);
+  }
+  while (block.live > 0) {
+    bool moved = false;
+    for (int i = 0; i < threads; ++i) {
+      Fibre& fibre = block.fibres[i];
+      if (fibre.ended || fibre.waits_barrier == block.barrier ||
+          fibre.waits_exchange == block.warps[i / kWarp].number) {
+        continue;
+      }
+      fibre.waits_barrier = fibre.waits_exchange = -1;
+      moved = true;
+      resume(i);
+      if (fibre.ended) {
+        --block.live;
+        release_barrier();  // threads that have ended are not waited for
+      }
+    }
+    if (!moved) throw std::logic_error("the threads of a block wait for each other for ever");
+  }
+}
+
+std::mutex memory_mutex;
+std::unordered_map<void*, std::size_t> memory_sizes;
+
+}  // namespace
+
+int barrier(bool predicate) {
+  const int number = block.barrier;
+  ++block.arrived;
+  block.count += predicate ? 1 : 0;
+  release_barrier();
+  if (block.barrier == number) {
+    block.fibres[block.running].waits_barrier = number;
+    to_scheduler();
+  }
+  return block.counts[number % 2];
+}
+
+std::uint64_t exchange(std::uint64_t value, int lane) {
+  Warp& warp = block.warps[block.running / kWarp];
+  const int number = warp.number;
+  warp.values[number % 2][block.running % kWarp] = value;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    ++warp.number;
+  } else {
+    block.fibres[block.running].waits_exchange = number;
+    to_scheduler();
+  }
+  return warp.values[number % 2][lane];
+}
+
+void run(dim3 grid, int threads, const std::function<void()>& kernel) {
+  grid_size = grid;
+  block_size = dim3(static_cast<unsigned>(threads));
+  if (threads % kWarp != 0) throw std::logic_error("blocks are whole warps");
+  while (static_cast<int>(block.fibres.size()) < threads) {
+    block.fibres.emplace_back();
+    block.fibres.back().stack = std::make_unique<char[]>(kStack);
+  }
+  block.warps.resize(static_cast<std::size_t>(threads) / kWarp);
+  block.kernel = &kernel;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_index = dim3(x, y, z);
+        run_block(threads);
+      }
+    }
+  }
+}
+
+cudaError_t allocate(void** memory, std::size_t bytes) {
+  const std::lock_guard lock(memory_mutex);
+  if (bytes > device_room) return cudaErrorMemoryAllocation;
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  std::memset(*memory, 0xff, bytes);
+  device_room -= bytes;
+  memory_sizes[*memory] = bytes;
+  return cudaSuccess;
+}
+
+void release(void* memory) {
+  const std::lock_guard lock(memory_mutex);
+  device_room += memory_sizes[memory];
+  memory_sizes.erase(memory);
+  std::free(memory);
+}
+
+}  // namespace emulator
