@@ -135,7 +135,8 @@ class DeviceCache:
                 self._cache.wait(earlier)
                 del self._held[earlier]
         self._held.setdefault(layer, []).extend(rows)
-        self._cache.prefill(layer, sequence, *map(_tuple, rows), self._stream())
+        key_rows, value_rows, query_rows = map(_tuple, rows)
+        self._cache.prefill(layer, sequence, key_rows, value_rows, query_rows, self._stream())
 
     def step(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -215,8 +216,14 @@ class DeviceCache:
                     f"{list(tensor.shape)}"
                 )
             self._check(name, tensor)
-        addresses = [tensor.data_ptr() for tensor in (queries, keys, values, out)]
-        self._cache.step(layer, *addresses, self._stream())
+        self._cache.step(
+            layer,
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            self._stream(),
+        )
         self._held.pop(layer, None)
 
 

@@ -1,0 +1,188 @@
+"""DeviceCache: what it refuses anywhere, and what it does on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import icecache
+import pytest
+import torch
+import torch.nn.functional as F
+
+HEADS, KV_HEADS, DIM = 8, 2, 64
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make(**changes: Any) -> icecache.DeviceCache:
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "num_q_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": DIM,
+        "dtype": torch.bfloat16,
+        "batch": 2,
+        "max_tokens": 4096,
+        "host_memory": 1 << 30,
+    }
+    return icecache.DeviceCache(**{**settings, **changes})
+
+
+def test_refuses_what_is_not_a_cuda_device() -> None:
+    with pytest.raises(icecache.InvalidArgument, match=r"device must be a CUDA device, got cpu"):
+        make(device="cpu")
+    with pytest.raises(icecache.InvalidArgument, match="dtype must be float32"):
+        make(dtype=torch.float64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_says_what_is_missing_without_a_device() -> None:
+    with pytest.raises(icecache.Unavailable, match="device=cuda: "):
+        make()
+
+
+def tokens(count: int, heads: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(
+        2, heads, count, DIM, generator=generator, device="cuda", dtype=torch.bfloat16
+    )
+
+
+def fill(cache: icecache.DeviceCache, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    held = []
+    for layer in range(cache.num_layers):
+        keys, values = tokens(length, KV_HEADS, layer), tokens(length, KV_HEADS, 10 + layer)
+        cache.prefill(layer, tokens(length, HEADS, 20 + layer), keys, values)
+        held.append((keys, values))
+    return held
+
+
+@gpu
+def test_full_budget_is_full_attention() -> None:
+    cache = make(token_budget=400, max_tokens=400)
+    held = fill(cache, 200)
+    for step in range(40):
+        for layer in range(2):
+            seed = 1000 + 10 * step + layer
+            queries, key, value = (
+                tokens(1, HEADS, seed),
+                tokens(1, KV_HEADS, seed + 3000),
+                tokens(1, KV_HEADS, seed + 6000),
+            )
+            out = cache.step(layer, queries, key, value)
+            keys = torch.cat((held[layer][0], key), dim=2)
+            values = torch.cat((held[layer][1], value), dim=2)
+            held[layer] = keys, values
+            expected = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+            torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    assert cache.length(1, 1) == 240
+    keys, _ = cache.gather(0, 1)
+    assert torch.equal(
+        keys.float().sum(dim=2).sort(dim=1).values,
+        held[0][0][1].float().sum(dim=2).sort(dim=1).values,
+    )
+
+
+@gpu
+def test_a_captured_step_is_the_eager_one() -> None:
+    """A capture refuses every synchronisation and allocation of CUDA's own: there is none."""
+    outputs = []
+    for captured in (False, True):
+        cache = make()
+        fill(cache, 3000)
+        cache.synchronize()
+        queries, key, value = tokens(1, HEADS, 1), tokens(1, KV_HEADS, 2), tokens(1, KV_HEADS, 3)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = cache.step(0, queries, key, value)
+            steps = []
+            for _ in range(20):
+                graph.replay()
+                steps.append(out.clone())
+        else:
+            steps = [cache.step(0, queries, key, value) for _ in range(20)]
+        outputs.append(torch.stack(steps))
+        assert cache.length(0, 0) == 3020
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@gpu
+def test_a_compiled_step_is_the_eager_one() -> None:
+    caches = [make(), make()]
+    for cache in caches:
+        fill(cache, 1000)
+
+    def attend(cache: icecache.DeviceCache, query: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        torch.ops.icecache.device_step(cache._number, 1, query, key, value, out)
+        return 2 * out
+
+    query, key, value = tokens(1, HEADS, 1), tokens(1, KV_HEADS, 2), tokens(1, KV_HEADS, 3)
+    compiled = torch.compile(attend, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(attend(caches[0], query), compiled(caches[1], query))
+
+
+@gpu
+def test_index_work_keeps_few_layers_waiting() -> None:
+    cache = make(num_layers=12)
+    for layer in range(12):
+        keys = tokens(2000, KV_HEADS, layer)
+        cache.prefill(layer, tokens(2000, HEADS, layer), keys, keys)
+        assert len(cache._held) <= 6
+    cache.synchronize()
+    assert not cache._held
+
+
+@gpu
+def test_full_sequences_answer_nan_and_stay() -> None:
+    cache = make(max_tokens=100)
+    fill(cache, 90)
+    inputs = tokens(1, HEADS, 1), tokens(1, KV_HEADS, 2), tokens(1, KV_HEADS, 3)
+    outs = [cache.step(0, *inputs) for _ in range(80)]
+    assert outs[0].isfinite().all()
+    assert outs[-1].isnan().all()
+    assert 100 <= cache.length() < 170
+
+
+@gpu
+def test_forks_share_host_memory_and_go_their_own_ways() -> None:
+    cache = make()
+    keys = tokens(3000, KV_HEADS, 1)
+    for layer in range(2):
+        cache.prefill(layer, tokens(3000, HEADS, 2)[0], keys[0], keys[1], sequence=0)
+    cache.synchronize()
+    before = cache.memory().host_bytes
+    cache.fork(1, 0)
+    assert cache.memory().host_bytes < 1.7 * before
+    query, key = tokens(1, HEADS, 3), tokens(1, KV_HEADS, 4)
+    query[1], key[1] = query[0], key[0]
+    out = cache.step(0, query, key, key)
+    assert torch.equal(out[0], out[1])
+    cache.release(0)
+    assert torch.equal(cache.step(0, query, key, key)[0], torch.zeros_like(out[0]))
+
+
+@gpu
+def test_bad_tensors_are_refused_and_nothing_changes() -> None:
+    cache = make()
+    fill(cache, 500)
+    query, key = tokens(1, HEADS, 3), tokens(1, KV_HEADS, 4)
+    with pytest.raises(icecache.InvalidArgument, match=r"keys must be \[2, 2, 1, 64\]"):
+        cache.step(0, query, key[:1], key)
+    with pytest.raises(icecache.InvalidArgument, match="queries must be torch.bfloat16"):
+        cache.step(0, query.float(), key, key)
+    with pytest.raises(icecache.InvalidArgument, match="layer must be from 0 to 1, got 7"):
+        cache.step(7, query, key, key)
+    with pytest.raises(icecache.InvalidArgument, match="a prompt must have at most"):
+        long = tokens(9000, KV_HEADS, 1)
+        cache.prefill(0, tokens(9000, HEADS, 1), long, long)
+    assert cache.length(0, 0) == 500
+    assert cache.step(0, query, key, key).isfinite().all()
+
+
+@gpu
+def test_a_cache_too_large_for_the_device_is_refused() -> None:
+    with pytest.raises(icecache.OutOfPages, match="the device has no"):
+        make(num_layers=512, batch=64, max_tokens=1 << 22)
+    assert make().memory().device_bytes > 0
