@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from icecache import InvalidArgument
 from icecache.bench.ask import Endings, Limits, gold_tokens, prompt_tokens
-from icecache.bench.evaluate import Plan, _check
+from icecache.bench.evaluate import Plan, _check, share_of
 from icecache.bench.html_report import html_report
 from icecache.bench.runner import Question, RunFolder, in_turn, run, run_parallel
 from icecache.bench.scores import halves, lines, results, task_scores
@@ -155,6 +155,11 @@ def test_workers_give_the_records_of_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         folder = RunFolder(tmp_path / "three", SETTINGS)
         assert run_parallel(questions, folder, pool, answer, 3) == alone
+
+
+def test_workers_share_the_cores() -> None:
+    assert [share_of([0, 2, 4, 6, 7], n, 2) for n in range(2)] == [[0, 4, 7], [2, 6]]
+    assert [share_of([3, 5], n, 3) for n in range(3)] == [[3], [5], [3]]
 
 
 def test_lines_and_halves() -> None:

@@ -180,16 +180,27 @@ _worker: Ask | None = None  # of a worker process
 def _processes(plan: Plan, folder: str, gold: int) -> Iterator[ProcessPoolExecutor]:
     """Workers with a model each, on their share of the cores."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(plan.workers, context, _begin_worker, (plan, folder, gold)) as pool:
+    numbers: Any = context.Queue()
+    for number in range(plan.workers):
+        numbers.put(number)
+    given = (plan, folder, gold, numbers)
+    with ProcessPoolExecutor(plan.workers, context, _begin_worker, given) as pool:
         yield pool
 
 
-def _begin_worker(plan: Plan, folder: str, gold: int) -> None:
+def _begin_worker(plan: Plan, folder: str, gold: int, numbers: Any) -> None:
     global _worker
     import torch
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.workers))
+    cores = share_of(sorted(os.sched_getaffinity(0)), numbers.get(), plan.workers)
+    os.sched_setaffinity(0, cores)  # the engine's threads too: one for each core that it may use
+    torch.set_num_threads(len(cores))
     _worker = _asker(plan, folder, gold)
+
+
+def share_of(cores: Sequence[int], number: int, workers: int) -> list[int]:
+    """The cores of worker `number` of `workers`; where there are more workers, one each in turn."""
+    return list(cores[number::workers]) or [cores[number % len(cores)]]
 
 
 def _ask_in_worker(task: Task, sample: Sample) -> dict[str, Any]:
