@@ -16,8 +16,11 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, St
   emulator::run(grid, threads, [&] { kernel(params); });
   (void)name;
 #else
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)> > >(params);
-  check(cudaGetLastError(), name);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
+                         dim3(static_cast<unsigned>(threads)), arguments, 0,
+                         static_cast<cudaStream_t>(stream)),
+        name);
 #endif
 }
 
