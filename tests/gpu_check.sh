@@ -25,7 +25,7 @@ build_all() {
     -DICECACHE_FAISS=OFF -DCMAKE_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$(command -v "$python")" &&
     cmake --build $build -j "$(nproc)" --target icecache _core _ops icecache_cuda_tests
 }
-# Few threads each, for the tools watch every access.
+# A few tests: the tools watch every access.
 watched='DeviceCacheTest.Within*:*FullBudget*/d64bfloat16g3:*FullBudget*/d128bfloat16g4:*FullBudget*/d96float32g7'
 sanitize() {
   compute-sanitizer --tool "$1" --error-exitcode 1 ${2:-} $build/tests/icecache_cuda_tests \
@@ -35,14 +35,15 @@ sanitize() {
 step build build_all || exit 1
 step tests $build/tests/icecache_cuda_tests --gtest_brief=1
 export PYTHONPATH=$PWD/python
-step python-tests "$python" -m pytest -q -n 0 -p no:cacheprovider tests/python/test_device.py
+step python-tests "$python" -m pytest -q -n 0 -p no:cacheprovider tests/python/test_device.py \
+  tests/python/test_device_hf.py
+if [ "${ICECACHE_BENCHMARK:-1}" = 1 ]; then
+  step benchmark "$python" benchmarks/python/bench_cuda.py --json "$results/$name.json" \
+    --seconds "${ICECACHE_BENCHMARK_SECONDS:-180}"
+fi
 if [ "${ICECACHE_SANITIZERS:-1}" = 1 ]; then
   for tool in memcheck racecheck synccheck initcheck; do
     step "$tool" sanitize $tool
   done
-fi
-if [ "${ICECACHE_BENCHMARK:-1}" = 1 ]; then
-  step benchmark "$python" benchmarks/python/bench_cuda.py --json "$results/$name.json" \
-    --seconds "${ICECACHE_BENCHMARK_SECONDS:-180}"
 fi
 exit $status

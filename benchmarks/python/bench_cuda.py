@@ -1,5 +1,5 @@
-"""DeviceCache on this machine's GPU: kernels against the memory they read, transfers against the link,
-and a decode step of a whole model beside full attention.
+"""DeviceCache on this machine's GPU: kernels against memory, transfers against the link, and a decode
+step of a whole model beside full attention.
 
 python benchmarks/python/bench_cuda.py --json benchmarks/results/GPU-NAME.json
 
@@ -12,6 +12,7 @@ into one matrix, which is the faster of its two forms.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -222,7 +223,8 @@ class Model:
             x = x + F.linear(attend(number, q, k, v).reshape(batch, HEADS * DIM), out)
             gate, value = F.linear(F.rms_norm(x, (HIDDEN,), self.norm), up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * value, down)
-        return F.linear(F.rms_norm(x, (HIDDEN,), self.norm), self.head).argmax(-1)
+        logits: torch.Tensor = F.linear(F.rms_norm(x, (HIDDEN,), self.norm), self.head)
+        return logits.argmax(-1)
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -312,6 +314,15 @@ def with_full_cache(model: Model, batch: int, tokens: int) -> dict[str, Any]:
     return {"fits": True, "tpot_ms": times, "device_gb": bytes_needed / 1e9}
 
 
+def rounded(value: Any) -> Any:
+    """Floats to five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def clean() -> None:
     gc.collect()
     torch.cuda.synchronize()
@@ -331,7 +342,7 @@ def main(
     def save() -> None:
         results["seconds"] = time.perf_counter() - begin
         if json_file is not None:
-            json_file.write_text(json.dumps(results, indent=1) + "\n")
+            json_file.write_text(json.dumps(rounded(results), indent=1) + "\n")
 
     def run(part: str, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         if time.perf_counter() - begin > seconds_allowed:
@@ -347,11 +358,8 @@ def main(
         save()
 
     for batch, tokens in ((1, 32768), (16, 32768), (1, 131072), (16, 131072)):
-        run(
-            "kernels",
-            f"kernels at {batch} x {tokens}",
-            lambda b=batch, t=tokens: bench_kernels(b, t, results["machine"]),
-        )
+        measure = functools.partial(bench_kernels, batch, tokens, results["machine"])
+        run("kernels", f"kernels at {batch} x {tokens}", measure)
     model = Model()
 
     def both(batch: int, tokens: int) -> dict[str, Any]:
@@ -366,7 +374,7 @@ def main(
     cases = [(1, 1024), (1, 131072), (16, 131072), (1, 8192), (1, 32768), (1, 262144)]
     cases += [(4, 8192), (4, 32768), (4, 131072), (16, 8192), (16, 32768)]
     for batch, tokens in cases:
-        run("model", f"model at {batch} x {tokens}", lambda b=batch, t=tokens: both(b, t))
+        run("model", f"model at {batch} x {tokens}", functools.partial(both, batch, tokens))
     at = {(row["batch"], row["tokens"]): row for row in results["model"]}
     if {(1, 1024), (1, 131072)} <= at.keys():
         results["tpot_128k_over_1k"] = (

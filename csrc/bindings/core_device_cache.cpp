@@ -88,8 +88,8 @@ void bind_device_cache(py::module_& module) {
           Release())
       .def(
           "stats",
-          [](DeviceCache& self, int layer, Address stream) {
-            return self.stats(layer, pointer(stream));
+          [](DeviceCache& self, int layer, int kv_head, Address stream) {
+            return self.stats(layer, kv_head, pointer(stream));
           },
           Release())
       .def("memory", &DeviceCache::memory, Release())

@@ -33,6 +33,10 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
     refuse("exact", "true", "false (attend with the model's own attention instead)");
   if (config.mass_target > 0.0) refuse("mass_target", config.mass_target, "0");
   if (!config.dense_layers.empty()) refuse("dense_layers", config.dense_layers, "empty");
+  if (config.integrity != "off") refuse("integrity", config.integrity, "off");
+  if (config.telemetry == "trace") refuse("telemetry", config.telemetry, "on or off");
+  if (config.dense_tokens > config.token_budget)
+    refuse("dense_tokens", config.dense_tokens, "at most token_budget");
   if (config.sketch_bits != 4) refuse("sketch_bits", config.sketch_bits, "4");
   gpu::StepShape s;
   s.batch = batch;
@@ -481,9 +485,13 @@ void DeviceCache::gather(int layer_number, int sequence, void* keys, void* value
   gpu::launch_fetch(p, stream);
 }
 
-DeviceCacheStats DeviceCache::stats(int layer_number, Stream stream) {
+DeviceCacheStats DeviceCache::stats(int layer_number, int kv_head, Stream stream) {
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
+  if (kv_head < -1 || kv_head >= self.step.kv_heads) {
+    throw InvalidArgument(message("kv_head must be from 0 to ", self.step.kv_heads - 1,
+                                  ", or -1 for all, got ", kv_head));
+  }
   const gpu::DeviceScope here(self.device);
   std::vector<unsigned long long> counters(static_cast<std::size_t>(self.step.pairs()) * 4);
   gpu::copy_to_host(counters.data(), layer.state.counters,
@@ -491,6 +499,7 @@ DeviceCacheStats DeviceCache::stats(int layer_number, Stream stream) {
   gpu::synchronize(stream);
   DeviceCacheStats sum;
   for (std::size_t i = 0; i < counters.size(); i += 4) {
+    if (kv_head >= 0 && static_cast<int>(i / 4) % self.step.kv_heads != kv_head) continue;
     sum.hits += static_cast<std::int64_t>(counters[i]);
     sum.misses += static_cast<std::int64_t>(counters[i + 1]);
     sum.bytes_moved += static_cast<std::int64_t>(counters[i + 2]);

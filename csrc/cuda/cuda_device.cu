@@ -21,6 +21,14 @@ void check(cudaError_t status, const char* call) {
       message(call, " failed: ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ")"));
 }
 
+bool can_chain() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  return major >= 9;
+}
+
 DeviceScope::DeviceScope(int device) {
   check(cudaGetDevice(&before_), "cudaGetDevice");
   if (before_ == device) {

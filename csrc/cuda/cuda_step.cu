@@ -55,25 +55,27 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
 template <typename T, int D>
 void launch_with(const StepParams& p, Stream stream) {
   const StepShape& s = p.shape;
+  const bool chained = can_chain();
+  const auto start = [&](const char* name, void (*kernel)(StepParams), dim3 grid, int threads) {
+    launch(name, kernel, grid, threads, stream, p, chained);
+  };
   const auto pairs = static_cast<unsigned>(s.pairs());
   const auto scans = static_cast<unsigned>(s.scan_blocks());
-  launch("append", append_kernel<T, D>, dim3(pairs), kBlock, stream, p);
-  launch("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>, dim3(scans, pairs), kBlock,
-         stream, p);
-  launch("rank", rank_kernel, dim3(scans, pairs), kBlock, stream, p);
-  launch("choose", choose_kernel, dim3(scans, pairs), kBlock, stream, p);
-  launch("resolve", resolve_kernel, dim3(pairs), kPickBlock, stream, p);
+  start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
+  start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>, dim3(scans, pairs), kBlock);
+  start("rank", rank_kernel, dim3(scans, pairs), kBlock);
+  start("choose", choose_kernel, dim3(scans, pairs), kBlock);
+  start("resolve", resolve_kernel, dim3(pairs), kPickBlock);
   constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
-  launch("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
-         kBlock, stream, p);
-  launch("pick", pick_kernel, dim3(pairs), kPickBlock, stream, p);
+  start("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
+        kBlock);
+  start("pick", pick_kernel, dim3(pairs), kPickBlock);
   const auto blocks = static_cast<unsigned>(s.attend_blocks());
   const unsigned tiles = static_cast<unsigned>(s.padded_group()) / kHeadTile;
   if (tiles == 1) {
-    launch("attend", attend_kernel<T, D, 1>, dim3(blocks, pairs, 1), kAttendBlock, stream, p);
+    start("attend", attend_kernel<T, D, 1>, dim3(blocks, pairs, 1), kAttendBlock);
   } else {
-    launch("attend", attend_kernel<T, D, 2>, dim3(blocks, pairs, (tiles + 1) / 2), kAttendBlock,
-           stream, p);
+    start("attend", attend_kernel<T, D, 2>, dim3(blocks, pairs, (tiles + 1) / 2), kAttendBlock);
   }
 }
 
@@ -163,6 +165,8 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.block_sum, pairs * s.scan_blocks() * heads);
   layout.place(scratch.lse, pairs * heads);
   layout.place(scratch.histogram, pairs * kRanks);
+  layout.place(scratch.blocks_ranked, pairs);
+  layout.place(scratch.last_rank, pairs);
   layout.place(scratch.found, pairs);
   layout.place(scratch.tokens, pairs * kMaxCandidates);
   layout.place(scratch.token_rows, pairs * kMaxCandidates);

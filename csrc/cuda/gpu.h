@@ -135,6 +135,60 @@ __device__ __forceinline__ int block_scan(int x, int* room, int& total) {
   return result;
 }
 
+// How many of the block's threads before this one have their flag set; `total`: how many have.
+// `room` as for block_scan.
+__device__ __forceinline__ int block_rank(bool flag, int* room, int& total) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const unsigned flags = __ballot_sync(~0u, flag);
+  if (lane == 0) room[warp] = __popc(flags);
+  __syncthreads();
+  int before = 0;
+  total = 0;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
+    before += w < warp ? room[w] : 0;
+    total += room[w];
+  }
+  __syncthreads();
+  return before + __popc(flags & ((1u << lane) - 1));
+}
+
+// Sums of four values over the warp: lane l gets that of values[l / 8].
+__device__ __forceinline__ float warp_sum_of_four(const float* values) {
+  const int lane = threadIdx.x % kWarp;
+  const bool upper = lane & 16, odd = lane & 8;
+  float a = upper ? values[2] : values[0], b = upper ? values[3] : values[1];
+  a += __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
+  b += __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
+  float sum = odd ? b : a;
+  sum += __shfl_xor_sync(~0u, odd ? a : b, 8);
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+// Of an integer within +-2^22: an addition, where a conversion takes four times as long.
+__device__ __forceinline__ float small_to_float(int x) {
+  return __uint_as_float(0x4b400000u + static_cast<unsigned>(x)) - 12582912.0f;
+}
+
+// 2^x, to about 2 ulp; below 2^-126 it is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Kernels of a step are launched before the one ahead of them has ended, and wait here until it
+// has.
+__device__ __forceinline__ void wait_for_earlier_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // log(exp(a) + exp(b)); -inf is the empty sum.
 __device__ __forceinline__ float log_add(float a, float b) {
   const float high = fmaxf(a, b), low = fminf(a, b);

@@ -8,19 +8,30 @@ namespace icecache::gpu {
 // Throws CudaError naming the call.
 void check(cudaError_t status, const char* call);
 
+// Whether the current device starts chained kernels.
+bool can_chain();
+
+// kernel(params). A chained kernel may start before the one ahead of it on the stream has ended,
+// and must begin with wait_for_earlier_kernel(); only devices of compute capability 9 and newer do
+// that.
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, Stream stream,
-            const Params& params) {
+            const Params& params, bool chained = false) {
 #ifdef ICECACHE_EMULATE_CUDA
-  (void)stream;
+  (void)name, (void)stream, (void)chained;
   emulator::run(grid, threads, [&] { kernel(params); });
-  (void)name;
 #else
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = chained ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
-                         dim3(static_cast<unsigned>(threads)), arguments, 0,
-                         static_cast<cudaStream_t>(stream)),
-        name);
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
 #endif
 }
 

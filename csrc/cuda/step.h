@@ -29,8 +29,7 @@ namespace icecache::gpu {
 constexpr int kMaxCandidates = 512;    // a step's candidates, at most
 constexpr int kRanks = 2048;           // bins of the histogram
 constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
-constexpr int kScanTokens = 2048;      // of one block
-constexpr int kAttendRows = 128;       // of one block
+constexpr int kScanTokens = 1024;      // of one block
 constexpr int kMaxNear = 256;          // sink and window
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
@@ -61,8 +60,13 @@ struct StepShape {
   constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
   constexpr int scan_blocks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
   constexpr int entries() const { return near_rows() + select_tokens; }
+  // Rows of one block: few where there are few pairs to keep the device busy.
+  constexpr int attend_rows() const {
+    const std::int64_t all = std::int64_t{pairs()} * (entries() + nodes());
+    return all < 64 * 1024 ? 64 : all < 128 * 1024 ? 128 : all < 256 * 1024 ? 256 : 512;
+  }
   constexpr int attend_blocks() const {
-    return (entries() + nodes() + kAttendRows - 1) / kAttendRows;
+    return (entries() + nodes() + attend_rows() - 1) / attend_rows();
   }
 };
 
@@ -99,8 +103,10 @@ struct StepScratch {
   float* block_sum = nullptr;          // [X, scan blocks, H]
   float* lse = nullptr;                // [X, H] log weight of everything, as far as sketches tell
   std::uint32_t* histogram = nullptr;  // [X, kRanks]
-  std::uint32_t* found = nullptr;      // [X] candidates
-  std::int32_t* tokens = nullptr;      // [X, kMaxCandidates] index tokens of the candidates
+  std::uint32_t* blocks_ranked = nullptr;  // [X]
+  std::int32_t* last_rank = nullptr;       // [X] of the candidates
+  std::uint32_t* found = nullptr;          // [X] candidates
+  std::int32_t* tokens = nullptr;          // [X, kMaxCandidates] index tokens of the candidates
   std::int32_t* token_rows = nullptr;  // [X, kMaxCandidates] rows; ~row where the key is missing
   float* logits = nullptr;             // [X, kMaxCandidates, H]
   float* mass = nullptr;               // [X, C, H] over exp(lse)

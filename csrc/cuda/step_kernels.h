@@ -10,9 +10,10 @@ namespace icecache::gpu {
 
 constexpr int kBlock = 256;                 // threads of append, scan, rank, choose, rescore
 constexpr int kPickBlock = kMaxCandidates;  // of resolve and pick: a thread for each candidate
-constexpr int kAttendBlock = 128;
+constexpr int kAttendBlock = 256;
 constexpr int kScanSteps = kScanTokens / kBlock;
 constexpr float kLargestExponent = 80.0f;
+constexpr float kLog2E = 1.44269504f;
 
 // Tokens of pair x before this step; < 0: none to attend for. `full`: no room for another.
 __device__ __forceinline__ int length_of(const StepParams& p, int x) {
@@ -59,61 +60,37 @@ __device__ __forceinline__ std::uint32_t pack_codes(const float* y, const float*
   return word;
 }
 
-// --- append: one block for each pair ------------------------------------------------------------
+// --- append: three blocks for each pair, which do not wait for each other
+// -------------------------
 
+// The token that leaves the window goes to its host page, and the new one takes its place.
 template <typename T, int D>
-__global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
+__device__ void store_token(const StepParams& p, int x, int length) {
   using Shape = RowShape<T, D>;
-  constexpr int kMaxHeads = kMaxGroup, kMaxRank = 64, kWarps = kBlock / kWarp;
-  __shared__ float query[kMaxHeads * D];
+  constexpr int kMaxRank = 64;
   __shared__ float key[D];
   __shared__ float slices[kBlock];
-  __shared__ float projected[kMaxHeads * kMaxRank];
-  __shared__ float logits[kMaxNear * kHeadTile];
-  __shared__ float room[kWarps];
+  __shared__ float projected[kMaxRank];
   const StepShape& s = p.shape;
-  const int x = blockIdx.x, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int length = length_of(p, x);
-  if (thread == 0) {
-    p.scratch.found[x] = 0;
-    p.scratch.blocks_done[x] = 0;
-  }
-  for (int i = thread; i < kRanks; i += kBlock) {
-    p.scratch.histogram[static_cast<std::int64_t>(x) * kRanks + i] = 0;
-  }
-  if (is_idle(s, length)) return;
-  const int heads = s.padded_group(), rank = s.rank;
-  const int b = x / s.kv_heads, h = x % s.kv_heads;
-  const std::int64_t row0 = static_cast<std::int64_t>(x) * s.rows();
-  T* row_keys = static_cast<T*>(p.layer.row_keys) + row0 * D;
-  T* row_values = static_cast<T*>(p.layer.row_values) + row0 * D;
-  const int row = near_row(s, length);
-  const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
-
-  const T* q = static_cast<const T*>(p.queries) +
-               (static_cast<std::int64_t>(b) * s.kv_heads * s.group + h * s.group) * D;
-  for (int i = thread; i < heads * D; i += kBlock) {
-    query[i] = i < s.group * D ? to_float(q[i]) * s.scale : 0.0f;
-  }
-
-  // The token that leaves the window.
+  const int thread = threadIdx.x, rank = s.rank, row = near_row(s, length);
+  const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + row) * D;
+  T* row_key = static_cast<T*>(p.layer.row_keys) + at;
+  T* row_value = static_cast<T*>(p.layer.row_values) + at;
   const int displaced = length - s.near_rows();
   if (displaced >= 0) {
-    T* to_key = host_key<T>(p, x, displaced, D);
-    T* to_value = host_value<T>(p, x, displaced, D);
-    const uint4* from_key = vectors_of(row_keys + row * D);
-    const uint4* from_value = vectors_of(row_values + row * D);
+    const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
     if (thread < Shape::kVectors) {
-      reinterpret_cast<uint4*>(to_key)[thread] = from_key[thread];
+      reinterpret_cast<uint4*>(host_key<T>(p, x, displaced, D))[thread] =
+          vectors_of(row_key)[thread];
     } else if (thread < 2 * Shape::kVectors) {
-      reinterpret_cast<uint4*>(to_value)[thread - Shape::kVectors] =
-          from_value[thread - Shape::kVectors];
+      const int v = thread - Shape::kVectors;
+      reinterpret_cast<uint4*>(host_value<T>(p, x, displaced, D))[v] = vectors_of(row_value)[v];
     }
     for (int d = thread; d < D; d += kBlock) {
-      key[d] = to_float(row_keys[row * D + d]) - mean_key[d];
+      key[d] = to_float(row_key[d]) - mean_key[d];
       const int in_node = displaced % s.far_node_tokens;
       float* open = p.layer.open_sum + static_cast<std::int64_t>(x) * D + d;
-      const float sum = (in_node == 0 ? 0.0f : *open) + to_float(row_values[row * D + d]);
+      const float sum = (in_node == 0 ? 0.0f : *open) + to_float(row_value[d]);
       *open = sum;
       const std::int64_t node =
           static_cast<std::int64_t>(x) * s.nodes() + displaced / s.far_node_tokens;
@@ -124,6 +101,7 @@ __global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
     const int per_slice = D * rank / kBlock, r = thread % rank, slice = thread / rank;
     const float* basis = p.layer.from_key + static_cast<std::int64_t>(x) * D * rank;
     float sum = 0.0f;
+#pragma unroll 4
     for (int d = slice * per_slice; d < (slice + 1) * per_slice; ++d) {
       sum += key[d] * basis[d * rank + r];
     }
@@ -142,30 +120,52 @@ __global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
     }
   }
   __syncthreads();
-
-  // The new token takes its place.
   const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(x) * D;
   const T* new_value = static_cast<const T*>(p.values) + static_cast<std::int64_t>(x) * D;
   for (int d = thread; d < D; d += kBlock) {
-    row_keys[row * D + d] = new_key[d];
-    row_values[row * D + d] = new_value[d];
+    row_key[d] = new_key[d];
+    row_value[d] = new_value[d];
   }
-  __syncthreads();
+}
 
-  // Logits of sink and window, and their sums.
-  const int near = near_count(s, length);
+// Queries of the pair's group [H, D], scaled; heads beyond the group are 0.
+template <typename T, int D, int Threads>
+__device__ __forceinline__ void load_queries(const StepParams& p, int x, float* queries) {
+  const StepShape& s = p.shape;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(x) * s.group * D;
+  for (int i = threadIdx.x; i < s.padded_group() * D; i += Threads) {
+    queries[i] = i < s.group * D ? to_float(from[i]) * s.scale : 0.0f;
+  }
+}
+
+// Logits of sink and window, the new token among them, and the sum of their weights.
+template <typename T, int D>
+__device__ void score_near(const StepParams& p, int x, int length) {
+  using Shape = RowShape<T, D>;
+  constexpr int kWarps = kBlock / kWarp;
+  __shared__ float query[kMaxGroup * D];
+  __shared__ float logits[kMaxNear * kHeadTile];
+  const StepShape& s = p.shape;
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int heads = s.padded_group(), near = near_count(s, length), newest = near_row(s, length);
+  const T* rows =
+      static_cast<const T*>(p.layer.row_keys) + static_cast<std::int64_t>(x) * s.rows() * D;
+  const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(x) * D;
+  load_queries<T, D, kBlock>(p, x, query);
+  __syncthreads();
+  const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
-    const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
     for (int first = warp * Shape::kRows; first < near; first += kWarps * Shape::kRows) {
       const int e = first + own;
       float sums[kHeadTile] = {};
       if (e < near) {
+        const T* row = e == newest ? new_key : rows + e * D;
 #pragma unroll
         for (int j = 0; j < Shape::kPerLane; ++j) {
           const int v = Shape::vector(within, j);
           if (v < Shape::kVectors) {
             float k[Shape::kCount];
-            Vector<T>{vectors_of(row_keys + e * D)[v]}.unpack(k);
+            Vector<T>{vectors_of(row)[v]}.unpack(k);
 #pragma unroll
             for (int g = 0; g < kHeadTile; ++g) {
 #pragma unroll
@@ -203,25 +203,46 @@ __global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
     }
     __syncthreads();
   }
+}
 
-  // The query in sketch coordinates, in 8 bits on a scale that the heads share.
+// The queries in sketch coordinates, in 8 bits on a scale that the heads share.
+template <typename T, int D>
+__device__ void project_queries(const StepParams& p, int x) {
+  constexpr int kMaxRank = 64, kWarps = kBlock / kWarp;
+  __shared__ float query[kMaxGroup * D];
+  __shared__ float slices[kHeadTile * kBlock];
+  __shared__ float projected[kMaxGroup * kMaxRank];
+  __shared__ float room[kWarps];
+  const StepShape& s = p.shape;
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int heads = s.padded_group(), rank = s.rank;
   const int slice_count = kBlock / rank, per_slice = D / slice_count;
   const int r = thread % rank, slice = thread / rank;
   const float* basis = p.layer.from_query + static_cast<std::int64_t>(x) * D * rank;
+  const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
   const float* low = p.layer.low + static_cast<std::int64_t>(x) * rank;
   const float* step = p.layer.step + static_cast<std::int64_t>(x) * rank;
+  load_queries<T, D, kBlock>(p, x, query);
+  __syncthreads();
   float largest = 0.0f;
-  for (int g = 0; g < s.group; ++g) {
-    float sum = 0.0f;
+  for (int tile = 0; tile < heads; tile += kHeadTile) {
+    float sums[kHeadTile] = {};
+#pragma unroll 8
     for (int d = slice * per_slice; d < (slice + 1) * per_slice; ++d) {
-      sum += query[g * D + d] * basis[d * rank + r];
+      const float b = basis[d * rank + r];
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) sums[g] += query[(tile + g) * D + d] * b;
     }
-    slices[thread] = sum;
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) slices[g * kBlock + thread] = sums[g];
     __syncthreads();
-    if (thread < rank) {
-      for (int other = thread + rank; other < kBlock; other += rank) sum += slices[other];
-      sum *= step[thread];
-      projected[g * rank + thread] = sum;
+    for (int i = thread; i < kHeadTile * rank; i += kBlock) {
+      float sum = 0.0f;
+      for (int other = 0; other < slice_count; ++other) {
+        sum += slices[i / rank * kBlock + other * rank + i % rank];
+      }
+      sum *= step[i % rank];
+      projected[tile * rank + i] = sum;
       largest = fmaxf(largest, fabsf(sum));
     }
     __syncthreads();
@@ -231,19 +252,44 @@ __global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
   __syncthreads();
   for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, room[w]);
   const float scale = fmaxf(largest, 1e-20f) / 127.0f;
-  const float unit = scale * static_cast<float>(s.rank / 16);  // scores lose log2(R / 16) bits
+  const float unit = scale * static_cast<float>(rank / 16);  // scores lose log2(R / 16) bits
   if (thread == 0) p.scratch.unit[x] = unit;
   for (int g = warp; g < heads; g += kWarps) {
     float bias = 0.0f;
     for (int d = lane; d < D; d += kWarp) bias += query[g * D + d] * mean_key[d];
     for (int i = lane; i < rank; i += kWarp) {
-      const float code = g < s.group ? rintf(projected[g * rank + i] / scale) : 0.0f;
+      const float code = rintf(projected[g * rank + i] / scale);
       p.scratch.query_codes[(static_cast<std::int64_t>(x) * heads + g) * rank + i] =
           static_cast<std::int8_t>(code);
       bias += scale * code * (low[i] / step[i]);
     }
     bias = warp_sum(bias) + 0.5f * (unit - scale);  // shifting rounds down
     if (lane == 0) p.scratch.bias[static_cast<std::int64_t>(x) * heads + g] = bias;
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
+  wait_for_earlier_kernel();
+  const int x = blockIdx.x, length = length_of(p, x);
+  if (blockIdx.y == 0) {
+    for (int i = threadIdx.x; i < kRanks; i += kBlock) {
+      p.scratch.histogram[static_cast<std::int64_t>(x) * kRanks + i] = 0;
+    }
+    if (threadIdx.x == 0) {
+      p.scratch.found[x] = 0;
+      p.scratch.blocks_ranked[x] = 0;
+      p.scratch.blocks_done[x] = 0;
+    }
+  }
+  if (is_idle(p.shape, length)) return;
+  switch (blockIdx.y) {
+    case 0:
+      return store_token<T, D>(p, x, length);
+    case 1:
+      return score_near<T, D>(p, x, length);
+    default:
+      return project_queries<T, D>(p, x);
   }
 }
 
@@ -256,6 +302,7 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   __shared__ int queries[kMaxGroup * Words * 2];
   __shared__ int room[kWarps][kHeadTile];
   __shared__ float sums[kWarps][kHeadTile];
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
@@ -263,10 +310,6 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
   if (begin >= count) return;
   const int heads = s.padded_group();
-  const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
-                    static_cast<std::int64_t>(x) * heads * Words * 2;
-  for (int i = thread; i < heads * Words * 2; i += kBlock) queries[i] = from[i];
-  const float unit = p.scratch.unit[x] * 1.44269504f;
   const uint4* codes = reinterpret_cast<const uint4*>(p.layer.codes) +
                        static_cast<std::int64_t>(x) * s.token_room * (Words / 4);
   uint4 cells[kScanSteps][Words / 4];
@@ -279,9 +322,36 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
                                   : make_uint4(0, 0, 0, 0);
     }
   }
+  const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
+                    static_cast<std::int64_t>(x) * heads * Words * 2;
+  for (int i = thread; i < heads * Words * 2; i += kBlock) queries[i] = from[i];
+  const float unit = p.scratch.unit[x] * kLog2E;
   __syncthreads();
   for (int tile = 0; tile < heads; tile += kHeadTile) {
-    short4 scores[kScanSteps];
+    int scores[kScanSteps][kHeadTile] = {};
+#pragma unroll
+    for (int w = 0; w < Words; ++w) {
+      int even_query[kHeadTile], odd_query[kHeadTile];
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        even_query[g] = queries[((tile + g) * Words + w) * 2];
+        odd_query[g] = queries[((tile + g) * Words + w) * 2 + 1];
+      }
+#pragma unroll
+      for (int k = 0; k < kScanSteps; ++k) {
+        const uint4 cell = cells[k][w / 4];
+        const unsigned word = w % 4 == 0   ? cell.x
+                              : w % 4 == 1 ? cell.y
+                              : w % 4 == 2 ? cell.z
+                                           : cell.w;
+        const int even = static_cast<int>(word & 0x0f0f0f0fu);
+        const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+          scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
+        }
+      }
+    }
     int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
     short4* out =
         reinterpret_cast<short4*>(p.scratch.scores) +
@@ -289,55 +359,40 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       const int token = begin + k * kBlock + thread;
-      int sum[kHeadTile] = {};
-#pragma unroll
-      for (int w = 0; w < Words / 4; ++w) {
-        const unsigned words[4] = {cells[k][w].x, cells[k][w].y, cells[k][w].z, cells[k][w].w};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int even = static_cast<int>(words[c] & 0x0f0f0f0fu);
-          const int odd = static_cast<int>(words[c] >> 4 & 0x0f0f0f0fu);
-#pragma unroll
-          for (int g = 0; g < kHeadTile; ++g) {
-            const int* q = queries + ((tile + g) * Words + w * 4 + c) * 2;
-            sum[g] = __dp4a(even, q[0], __dp4a(odd, q[1], sum[g]));
-          }
-        }
-      }
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        sum[g] >>= kShift;
-        if (token < count) largest[g] = max(largest[g], sum[g]);
+        scores[k][g] >>= kShift;
+        if (token < count) largest[g] = max(largest[g], scores[k][g]);
       }
-      scores[k] = make_short4(static_cast<short>(sum[0]), static_cast<short>(sum[1]),
-                              static_cast<short>(sum[2]), static_cast<short>(sum[3]));
-      if (token < count) out[token] = scores[k];
+      if (token < count) {
+        out[token] =
+            make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
+                        static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
+      }
     }
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
-      const int high = warp_max(largest[g]);
-      if (lane == 0) room[warp][g] = high;
+      largest[g] = warp_max(largest[g]);
+      if (lane == 0) room[warp][g] = largest[g];
     }
     __syncthreads();
-    float sum[kHeadTile] = {};
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) largest[g] = max(largest[g], room[w][g]);
     }
+    float sum[kHeadTile] = {};
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      if (begin + k * kBlock + thread < count) {
-        sum[0] += exp2f(unit * static_cast<float>(scores[k].x - largest[0]));
-        sum[1] += exp2f(unit * static_cast<float>(scores[k].y - largest[1]));
-        sum[2] += exp2f(unit * static_cast<float>(scores[k].z - largest[2]));
-        sum[3] += exp2f(unit * static_cast<float>(scores[k].w - largest[3]));
+      const bool counts = begin + k * kBlock + thread < count;
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+        sum[g] += counts ? weight : 0.0f;
       }
     }
-#pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      sum[g] = warp_sum(sum[g]);
-      if (lane == 0) sums[warp][g] = sum[g];
-    }
+    const float of_warp = warp_sum_of_four(sum);
+    if (lane % 8 == 0) sums[warp][lane / 8] = of_warp;
     __syncthreads();
     if (thread < kHeadTile) {
       float total = 0.0f;
@@ -355,28 +410,56 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   }
 }
 
-// Of a score: nats below everything, for head g of a tile. `offset` is bias - lse.
-__device__ __forceinline__ float at_head(const short4& scores, int g) {
-  return static_cast<float>(g == 0 ? scores.x : g == 1 ? scores.y : g == 2 ? scores.z : scores.w);
+// Scores of a thread's tokens for one tile of heads: all loads are under way before one is used.
+__device__ __forceinline__ void load_scores(const StepShape& s, const short4* scores, int begin,
+                                            int count, int tile, short4* four) {
+  const short4* of_tile = scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room;
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const int token = begin + k * kBlock + static_cast<int>(threadIdx.x);
+    four[k] = of_tile[min(token, count - 1)];
+  }
 }
 
-// The rank of a token: how far it is below everything in the head that sees it best.
-__device__ __forceinline__ int rank_of(const StepShape& s, const short4* scores, int token,
-                                       float unit, const float* offset) {
-  float best = -INFINITY;
-  for (int tile = 0; tile < s.group; tile += kHeadTile) {
-    const short4 four = scores[static_cast<std::int64_t>(tile / kHeadTile) * s.token_room + token];
+// The ranks of a thread's tokens begin + k * kBlock + thread: how far each is below everything, in
+// the head that sees it best, in steps of 1 / kRanksPerNat. `offset` [H]: everything's score in
+// each head, beyond reach where there is no such head. `scale`: ranks of one score. Tokens past the
+// last have any rank.
+__device__ __forceinline__ void rank_tokens(const StepShape& s, const short4* scores, int begin,
+                                            int count, float scale, const int* offset, int* ranks) {
+  int best[kScanSteps];
 #pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      if (tile + g < s.group) best = fmaxf(best, unit * at_head(four, g) + offset[tile + g]);
+  for (int k = 0; k < kScanSteps; ++k) best[k] = INT_MIN;
+  for (int tile = 0; tile < s.group; tile += kHeadTile) {
+    short4 four[kScanSteps];
+    load_scores(s, scores, begin, count, tile, four);
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      best[k] = max(best[k], max(max(four[k].x - offset[tile], four[k].y - offset[tile + 1]),
+                                 max(four[k].z - offset[tile + 2], four[k].w - offset[tile + 3])));
     }
   }
-  return static_cast<int>(fminf(fmaxf(-best * kRanksPerNat, 0.0f), kRanks - 1.0f));
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const float rank = fminf(fmaxf(-scale * static_cast<float>(best[k]), 0.0f), kRanks - 1.0f);
+    ranks[k] = static_cast<int>(rank);
+  }
 }
 
+__device__ __forceinline__ int score_offset(float lse, float bias, float unit) {
+  constexpr float kReach = 1 << 28;
+  return static_cast<int>(fminf(fmaxf(rintf((lse - bias) / unit), -kReach), kReach));
+}
+constexpr int kNoHead = 1 << 29;
+
 static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p) {
+  constexpr int kOwn = kRanks / kBlock;
   __shared__ std::uint32_t histogram[kRanks];
-  __shared__ float offset[kMaxGroup];
+  __shared__ int offset[kMaxGroup];
+  __shared__ int room[kBlock / kWarp + 1];
+  __shared__ int last_rank;
+  __shared__ bool is_last;
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
@@ -405,7 +488,7 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
       const float indexed =
           blocks > 0 ? bias + unit * static_cast<float>(high) + logf(sum) : -INFINITY;
       const float lse = log_add(indexed, p.scratch.near_lse[head]);
-      offset[g] = bias - lse;
+      offset[g] = g < s.group ? score_offset(lse, bias, unit) : kNoHead;
       if (blockIdx.x == 0) p.scratch.lse[head] = lse;
     }
   }
@@ -413,44 +496,38 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (begin >= count) return;
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  const float scale = unit * kRanksPerNat;
+  int ranks[kScanSteps];
+  rank_tokens(s, scores, begin, count, scale, offset, ranks);
+#pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    const int token = begin + k * kBlock + thread;
-    if (token < count) atomicAdd(histogram + rank_of(s, scores, token, unit, offset), 1u);
-  }
-  __syncthreads();
-  for (int i = thread; i < kRanks; i += kBlock) {
-    if (histogram[i] != 0) {
-      atomicAdd(p.scratch.histogram + static_cast<std::int64_t>(x) * kRanks + i, histogram[i]);
+    // The last rank holds all that is too far to matter: nobody counts it.
+    if (begin + k * kBlock + thread < count && ranks[k] < kRanks - 1) {
+      atomicAdd(histogram + ranks[k], 1u);
     }
   }
-}
-
-static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
-  constexpr int kOwn = kRanks / kBlock, kSegments = kScanTokens / kWarp;
-  __shared__ int room[kBlock / kWarp + 1];
-  __shared__ int last_rank;
-  __shared__ float offset[kMaxGroup];
-  __shared__ float weights[kSegments * kMaxGroup];
-  const StepShape& s = p.shape;
-  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
-  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
-  if (begin >= count) return;
-  const int heads = s.padded_group();
-  if (thread < heads) {
-    const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
-    offset[thread] = p.scratch.bias[head] - p.scratch.lse[head];
+  __syncthreads();
+  std::uint32_t* all = p.scratch.histogram + static_cast<std::int64_t>(x) * kRanks;
+  for (int i = thread; i < kRanks; i += kBlock) {
+    if (histogram[i] != 0) atomicAdd(all + i, histogram[i]);
   }
-  // Candidates stand at ranks up to last_rank: the first rank by which there are enough, or the one
-  // before it where that would be too many (ties, which nothing tells apart).
-  if (thread == 0) last_rank = kRanks - 1;
-  const std::uint32_t* histogram =
-      p.scratch.histogram + static_cast<std::int64_t>(x) * kRanks + thread * kOwn;
+
+  // The last block decides. Candidates stand at ranks up to last_rank: the first rank by which
+  // there are enough, or the one before it where that would be too many (ties, which nothing tells
+  // apart).
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    is_last = atomicAdd(p.scratch.blocks_ranked + x, 1u) + 1 == static_cast<unsigned>(blocks);
+    last_rank = count <= kMaxCandidates ? kRanks - 1 : kRanks - 2;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
   int own[kOwn], sum = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    own[i] = static_cast<int>(histogram[i]);
+    own[i] = static_cast<int>(__ldcg(all + thread * kOwn + i));
     sum += own[i];
   }
   int before = block_scan(sum, room, total);
@@ -463,33 +540,58 @@ static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams 
     before = through;
   }
   __syncthreads();
-  const float unit = p.scratch.unit[x];
+  if (thread == 0) p.scratch.last_rank[x] = last_rank;
+}
+
+static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
+  constexpr int kSegments = kScanTokens / kWarp;
+  __shared__ int offset[kMaxGroup];
+  __shared__ float shift[kMaxGroup];
+  __shared__ float weights[kSegments * kMaxGroup];
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
+  if (begin >= count) return;
+  const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
+  const float unit = p.scratch.unit[x], scale = unit * kRanksPerNat, in_bits = unit * kLog2E;
+  if (thread < heads) {
+    const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
+    const float bias = p.scratch.bias[head], lse = p.scratch.lse[head];
+    offset[thread] = thread < s.group ? score_offset(lse, bias, unit) : kNoHead;
+    shift[thread] = (bias - lse) * kLog2E;
+  }
+  __syncthreads();
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  int ranks[kScanSteps];
+  rank_tokens(s, scores, begin, count, scale, offset, ranks);
+#pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
     const int token = begin + k * kBlock + thread;
-    const bool counts = token < count;
-    bool rest = false;
-    if (counts) {
-      rest = rank_of(s, scores, token, unit, offset) > last_rank;
-      if (!rest) {
-        const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
-        // More than the room only where more tie at the best rank of all.
-        if (at < kMaxCandidates) p.scratch.tokens[x * kMaxCandidates + at] = token;
-      }
+    if (token < count && ranks[k] <= last_rank) {
+      const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
+      p.scratch.tokens[x * kMaxCandidates + at] = token;
     }
-    for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
-      const short4 four =
-          counts ? scores[static_cast<std::int64_t>(tile / kHeadTile) * s.token_room + token]
-                 : make_short4(0, 0, 0, 0);
+    if (token >= count) ranks[k] = last_rank;  // weighs nothing
+  }
+  for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
+    short4 four[kScanSteps];
+    load_scores(s, scores, begin, count, tile, four);
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const int of_head[kHeadTile] = {four[k].x, four[k].y, four[k].z, four[k].w};
+      float weight[kHeadTile];
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        const float weight =
-            rest && tile + g < s.group ? expf(unit * at_head(four, g) + offset[tile + g]) : 0.0f;
-        const float sum_of_warp = warp_sum(weight);
-        if (lane == 0) {
-          weights[(k * (kBlock / kWarp) + warp) * kMaxGroup + tile + g] = sum_of_warp;
-        }
+        const float w = power_of_two(in_bits * small_to_float(of_head[g]) + shift[tile + g]);
+        weight[g] = ranks[k] > last_rank ? w : 0.0f;
+      }
+      const float of_warp = warp_sum_of_four(weight);
+      if (lane % 8 == 0) {
+        weights[(k * (kBlock / kWarp) + warp) * kMaxGroup + tile + lane / 8] = of_warp;
       }
     }
   }
@@ -503,7 +605,7 @@ static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams 
     for (int j = 0; j < segments; ++j) mass += weights[(node * segments + j) * kMaxGroup + g];
     p.scratch.mass[(static_cast<std::int64_t>(x) * s.nodes() + begin / s.far_node_tokens + node) *
                        heads +
-                   g] = mass;
+                   g] = g < s.group ? mass : 0.0f;
   }
 }
 
@@ -534,12 +636,13 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   __shared__ int ages[kAges];
   __shared__ int room[kPickBlock / kWarp + 1];
   __shared__ int oldest, wanted_of_oldest;
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.x, thread = threadIdx.x;
   const int length = length_of(p, x);
   if (is_idle(s, length)) return;
-  const int found = min(static_cast<int>(p.scratch.found[x]), kMaxCandidates);
-  const int now = length + 1;  // stamps of this step; 0: never used
+  const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
+  const int now = length + 1;                              // stamps of this step; 0: never used
   tokens[thread] = thread < found ? p.scratch.tokens[x * kMaxCandidates + thread] : INT_MAX;
   for (int i = thread; i < kAges; i += kPickBlock) ages[i] = 0;
   __syncthreads();
@@ -554,7 +657,7 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   const bool missing = asked && row < 0;
   if (asked && !missing) stamp[row] = now;
   int misses = 0;
-  const int mine = block_scan(missing ? 1 : 0, room, misses);  // has a barrier: stamps are seen
+  const int mine = block_rank(missing, room, misses);  // has a barrier: stamps are seen
 
   // The rows longest unused, by a histogram of ages.
   if (misses > 0) {
@@ -563,11 +666,16 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
     };
     for (int r = thread; r < s.cached_rows; r += kPickBlock) atomicAdd(ages + age_of(r), 1);
     __syncthreads();
-    if (thread == 0) {
-      int age = kAges - 1, older = 0;
-      while (older + ages[age] < misses) older += ages[age--];
-      oldest = age;
-      wanted_of_oldest = misses - older;
+    constexpr int kOwn = kAges / kPickBlock;
+    int own[kOwn], sum = 0, all = 0;
+    for (int i = 0; i < kOwn; ++i) sum += own[i] = ages[kAges - 1 - thread * kOwn - i];
+    int older = block_scan(sum, room, all);
+    for (int i = 0; i < kOwn; ++i) {
+      if (older < misses && older + own[i] >= misses) {
+        oldest = kAges - 1 - thread * kOwn - i;
+        wanted_of_oldest = misses - older;
+      }
+      older += own[i];
     }
     __syncthreads();
     int taken = 0, alike = 0;
@@ -575,9 +683,9 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
       const int r = first + thread;
       const int age = r < s.cached_rows ? age_of(r) : -1;
       int equal = 0, added = 0;
-      const int order = alike + block_scan(age == oldest ? 1 : 0, room, equal);
+      const int order = alike + block_rank(age == oldest, room, equal);
       const bool taking = age > oldest || (age == oldest && order < wanted_of_oldest);
-      const int at = taken + block_scan(taking ? 1 : 0, room, added);
+      const int at = taken + block_rank(taking, room, added);
       if (taking) victims[at] = r;
       alike += equal;
       taken += added;
@@ -617,16 +725,29 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
   __shared__ float room[kWarps][kHeadTile];
   __shared__ int scan_room[kWarps + 1];
   __shared__ float references[kMaxGroup];
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.x, i = threadIdx.x, lane = i % kWarp, warp = i / kWarp;
   const int length = length_of(p, x);
   if (is_idle(s, length)) return;
   const int heads = s.padded_group(), near = near_count(s, length);
   const int count = index_tokens(s, length);
-  const int found = min(static_cast<int>(p.scratch.found[x]), kMaxCandidates);
+  const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   const std::int64_t head0 = static_cast<std::int64_t>(x) * heads;
   const bool is_candidate = i < found;
-  tokens[i] = is_candidate ? p.scratch.tokens[x * kMaxCandidates + i] : INT_MAX;
+  __shared__ float near_lse[kMaxGroup], all_lse[kMaxGroup];
+  if (i < heads) {
+    near_lse[i] = p.scratch.near_lse[head0 + i];
+    all_lse[i] = p.scratch.lse[head0 + i];
+  }
+  // Asked for before it is known whether they are there: one wait less.
+  const int own_token = p.scratch.tokens[x * kMaxCandidates + i];
+  const int own_row = p.scratch.token_rows[x * kMaxCandidates + i];
+  tokens[i] = is_candidate ? own_token : INT_MAX;
+  const int in_rows = own_row < 0 ? ~own_row : own_row;
+  std::uint8_t* has_value = p.layer.has_value + static_cast<std::int64_t>(x) * s.cached_rows +
+                            (is_candidate ? in_rows - s.near_rows() : 0);
+  const bool has_own_value = *has_value != 0;
   const float4* own_logits = reinterpret_cast<const float4*>(
       p.scratch.logits + (static_cast<std::int64_t>(x) * kMaxCandidates + i) * heads);
 
@@ -645,7 +766,7 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
     __syncthreads();
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
-      high[g] = p.scratch.near_lse[head0 + tile + g];
+      high[g] = near_lse[tile + g];
       for (int w = 0; w < kWarps; ++w) high[g] = fmaxf(high[g], room[w][g]);
     }
     __syncthreads();
@@ -657,10 +778,10 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
     __syncthreads();
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
-      float total = expf(p.scratch.near_lse[head0 + tile + g] - high[g]);
+      float total = expf(near_lse[tile + g] - high[g]);
       for (int w = 0; w < kWarps; ++w) total += room[w][g];
       if (tile + g < s.group) mass += expf(own[g] - high[g]) / total;
-      if (i == 0) references[tile + g] = fmaxf(high[g], p.scratch.lse[head0 + tile + g]);
+      if (i == 0) references[tile + g] = fmaxf(high[g], all_lse[tile + g]);
     }
     __syncthreads();
   }
@@ -674,22 +795,18 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
     if (__syncthreads_count(bits >= tried) >= budget) threshold = tried;
   }
   int better = 0, ties = 0, taken = 0;
-  block_scan(bits > threshold ? 1 : 0, scan_room, better);
-  const int order = block_scan(bits == threshold ? 1 : 0, scan_room, ties);
+  block_rank(bits > threshold, scan_room, better);
+  const int order = block_rank(bits == threshold, scan_room, ties);
   const bool takes =
       is_candidate && (bits > threshold || (bits == threshold && order < budget - better));
-  const int at = near + block_scan(takes ? 1 : 0, scan_room, taken);
+  const int at = near + block_rank(takes, scan_room, taken);
   picked[i] = takes ? 1 : 0;
   const int node = is_candidate ? tokens[i] / s.far_node_tokens : -1;
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries();
   if (takes) {
-    const int row = p.scratch.token_rows[x * kMaxCandidates + i];
-    const int in_rows = row < 0 ? ~row : row;
-    std::uint8_t* has_value =
-        p.layer.has_value + static_cast<std::int64_t>(x) * s.cached_rows + in_rows - s.near_rows();
     p.scratch.entry_rows[entry0 + at] = in_rows;
-    p.scratch.entry_sources[entry0 + at] = *has_value != 0 ? -1 : tokens[i];
-    if (*has_value == 0) {
+    p.scratch.entry_sources[entry0 + at] = has_own_value ? -1 : tokens[i];
+    if (!has_own_value) {
       atomicAdd(p.layer.counters + static_cast<std::int64_t>(x) * 4 + 2,
                 static_cast<unsigned long long>(s.head_dim * (s.dtype == DType::kFloat32 ? 4 : 2)));
     }
@@ -708,7 +825,7 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
   for (int tile = 0; tile < heads; tile += kHeadTile) {
     const float4 four = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
     logits[i] = four;
-    const float* lse = p.scratch.lse + head0 + tile;
+    const float* lse = all_lse + tile;
     float far_scale[kHeadTile], reference[kHeadTile];
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
@@ -775,20 +892,17 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
   using Shape = RowShape<T, D>;
   __shared__ float query[kMaxGroup * D];
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   if (is_idle(s, length)) return;
-  const int found = min(static_cast<int>(p.scratch.found[x]), kMaxCandidates);
+  const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   constexpr int kOfBlock = kBlock / kWarp * Shape::kRows * kRescoreUnroll;
   const int begin = blockIdx.x * kOfBlock;
   if (begin >= found) return;
-  const int heads = s.padded_group(), b = x / s.kv_heads, h = x % s.kv_heads;
-  const T* q = static_cast<const T*>(p.queries) +
-               (static_cast<std::int64_t>(b) * s.kv_heads * s.group + h * s.group) * D;
-  for (int i = thread; i < heads * D; i += kBlock) {
-    query[i] = i < s.group * D ? to_float(q[i]) * s.scale : 0.0f;
-  }
+  const int heads = s.padded_group();
+  load_queries<T, D, kBlock>(p, x, query);
   T* rows = static_cast<T*>(p.layer.row_keys) + static_cast<std::int64_t>(x) * s.rows() * D;
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   const int first = begin + (warp * Shape::kRows + own) * kRescoreUnroll;
@@ -865,13 +979,12 @@ __global__ void __launch_bounds__(kAttendBlock) attend_kernel(const StepParams p
   __shared__ float sums[kWarps][kHeads];
   __shared__ float room[kWarps][kHeads * D / 2];
   __shared__ bool is_last;
+  wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  const int b = x / s.kv_heads, h = x % s.kv_heads;
-  T* out = static_cast<T*>(p.out) +
-           (static_cast<std::int64_t>(b) * s.kv_heads * s.group + h * s.group) * D;
+  T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(x) * s.group * D;
   if (is_idle(s, length)) {
     const T value = from_float<T>(length < 0 ? 0.0f : NAN);
     if (blockIdx.x == 0 && blockIdx.z == 0) {
@@ -881,8 +994,8 @@ __global__ void __launch_bounds__(kAttendBlock) attend_kernel(const StepParams p
   }
   const int rows = p.scratch.entry_count[x], count = index_tokens(s, length);
   const int nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
-  const int blocks = (rows + nodes + kAttendRows - 1) / kAttendRows;
-  const int begin = blockIdx.x * kAttendRows, end = min(begin + kAttendRows, rows + nodes);
+  const int of_block = s.attend_rows(), blocks = (rows + nodes + of_block - 1) / of_block;
+  const int begin = blockIdx.x * of_block, end = min(begin + of_block, rows + nodes);
   if (begin >= end) return;
 
   T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
@@ -891,76 +1004,94 @@ __global__ void __launch_bounds__(kAttendBlock) attend_kernel(const StepParams p
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries();
   const std::int64_t node0 = static_cast<std::int64_t>(x) * s.nodes();
   const int part = warp * Shape::kRows + lane / Shape::kLanes, within = lane % Shape::kLanes;
-  float far_scale[kHeads];
-#pragma unroll
-  for (int g = 0; g < kHeads; ++g) {
-    far_scale[g] = first_head + g < heads
-                       ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + g]
-                       : 0.0f;
-  }
   float sum[kHeads] = {};
   float acc[kHeads][Shape::kElements] = {};
-  for (int first = begin + part; first < end; first += kParts * kAttendUnroll) {
-    uint4 held[kAttendUnroll][Shape::kPerLane];
-    float weights[kAttendUnroll][kHeads];
-    int keep[kAttendUnroll];
+  // The values of kAttendUnroll rows and their weights; all loads are under way before one is used.
+  uint4 held[kAttendUnroll][Shape::kPerLane];
+  float weights[kAttendUnroll][kHeads];
+  const auto load = [&](int u, const T* row, const float* weight, bool counts) {
+#pragma unroll
+    for (int j = 0; j < Shape::kPerLane; ++j) {
+      const int v = Shape::vector(within, j);
+      held[u][j] =
+          vectors_of(row)[Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)];
+    }
+#pragma unroll
+    for (int t = 0; t < Tiles; ++t) {
+      const bool is_there = counts && first_head + t * kHeadTile < heads;
+      const float4 four = reinterpret_cast<const float4*>(weight)[is_there ? t : 0];
+      weights[u][t * 4] = is_there ? four.x : 0.0f;
+      weights[u][t * 4 + 1] = is_there ? four.y : 0.0f;
+      weights[u][t * 4 + 2] = is_there ? four.z : 0.0f;
+      weights[u][t * 4 + 3] = is_there ? four.w : 0.0f;
+    }
+  };
+  const auto accumulate = [&](int u) {
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) sum[g] += weights[u][g];
+#pragma unroll
+    for (int j = 0; j < Shape::kPerLane; ++j) {
+      float value[Shape::kCount];
+      Vector<T>{held[u][j]}.unpack(value);
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+        for (int i = 0; i < Shape::kCount; ++i) {
+          acc[g][j * Shape::kCount + i] += weights[u][g] * value[i];
+        }
+      }
+    }
+  };
+
+  const float* mass = p.scratch.mass + node0 * heads + first_head;
+  for (int first = max(begin, rows) + part; first < end; first += kParts * kAttendUnroll) {
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
-      const int e = first + u * kParts;
-      keep[u] = -1;
-      if (e >= end) continue;
-      const bool is_row = e < rows;
-      const T* from;
-      const float* weight;
-      if (is_row) {
-        const int row = p.scratch.entry_rows[entry0 + e];
-        const int source = p.scratch.entry_sources[entry0 + e];
-        from = source < 0 ? row_values + static_cast<std::int64_t>(row) * D
-                          : host_value<T>(p, x, source, D);
-        if (source >= 0 && blockIdx.z == 0) keep[u] = row;
-        weight = p.scratch.entry_weights + (entry0 + e) * heads + first_head;
-      } else {
-        from = means + static_cast<std::int64_t>(e - rows) * D;
-        weight = p.scratch.mass + (node0 + e - rows) * heads + first_head;
-      }
+      const int e = first + u * kParts, node = min(e, end - 1) - rows;
+      load(u, means + static_cast<std::int64_t>(node) * D,
+           mass + static_cast<std::int64_t>(node) * heads, e < end);
+    }
 #pragma unroll
-      for (int j = 0; j < Shape::kPerLane; ++j) {
-        const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) held[u][j] = vectors_of(from)[v];
-      }
+    for (int u = 0; u < kAttendUnroll; ++u) accumulate(u);
+  }
+  // Masses of nodes are over exp(lse), weights of rows over the largest of it and all logits.
 #pragma unroll
-      for (int t = 0; t < Tiles; ++t) {
-        const float4 four = first_head + t * kHeadTile < heads
-                                ? reinterpret_cast<const float4*>(weight)[t]
-                                : make_float4(0, 0, 0, 0);
-        weights[u][t * 4] = is_row ? four.x : four.x * far_scale[t * 4];
-        weights[u][t * 4 + 1] = is_row ? four.y : four.y * far_scale[t * 4 + 1];
-        weights[u][t * 4 + 2] = is_row ? four.z : four.z * far_scale[t * 4 + 2];
-        weights[u][t * 4 + 3] = is_row ? four.w : four.w * far_scale[t * 4 + 3];
-      }
+  for (int g = 0; g < kHeads; ++g) {
+    const float far_scale =
+        first_head + g < heads
+            ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + g]
+            : 0.0f;
+    sum[g] *= far_scale;
+#pragma unroll
+    for (int i = 0; i < Shape::kElements; ++i) acc[g][i] *= far_scale;
+  }
+  const int last_row = min(end, rows);
+  for (int first = begin + part; first < last_row; first += kParts * kAttendUnroll) {
+    int row[kAttendUnroll], source[kAttendUnroll];
+#pragma unroll
+    for (int u = 0; u < kAttendUnroll; ++u) {
+      const int e = min(first + u * kParts, last_row - 1);
+      row[u] = p.scratch.entry_rows[entry0 + e];
+      source[u] = p.scratch.entry_sources[entry0 + e];
     }
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
-      if (first + u * kParts >= end) continue;
+      const int e = first + u * kParts, clamped = min(e, last_row - 1);
+      const T* from = source[u] < 0 ? row_values + static_cast<std::int64_t>(row[u]) * D
+                                    : host_value<T>(p, x, source[u], D);
+      load(u, from, p.scratch.entry_weights + (entry0 + clamped) * heads + first_head,
+           e < last_row);
+      if (e >= last_row) source[u] = -1;
+    }
 #pragma unroll
-      for (int g = 0; g < kHeads; ++g) sum[g] += weights[u][g];
+    for (int u = 0; u < kAttendUnroll; ++u) {
+      accumulate(u);
+      if (source[u] < 0 || blockIdx.z != 0) continue;
+      uint4* to = reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(row[u]) * D);
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) {
-          float value[Shape::kCount];
-          Vector<T>{held[u][j]}.unpack(value);
-#pragma unroll
-          for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-            for (int i = 0; i < Shape::kCount; ++i)
-              acc[g][j * Shape::kCount + i] += weights[u][g] * value[i];
-          }
-          if (keep[u] >= 0) {
-            reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(keep[u]) * D)[v] =
-                held[u][j];
-          }
-        }
+        if (v < Shape::kVectors) to[v] = held[u][j];
       }
     }
   }
@@ -1023,15 +1154,53 @@ __global__ void __launch_bounds__(kAttendBlock) attend_kernel(const StepParams p
   if (!is_last) return;
   __threadfence();
   const std::int64_t first_block = static_cast<std::int64_t>(x) * s.attend_blocks() * heads;
-  for (int i = thread; i < s.group * D; i += kAttendBlock) {
-    const int g = i / D;
-    float total = 0.0f, weight = 0.0f;
-    for (int block = 0; block < blocks; ++block) {
-      const std::int64_t at = first_block + static_cast<std::int64_t>(block) * heads + g;
-      total += __ldcg(p.scratch.partial + at * D + i % D);
-      weight += __ldcg(p.scratch.partial_sum + at);
+  __shared__ float totals[kMaxGroup];
+  __shared__ float4 parts[kAttendBlock];
+  for (int g = warp; g < s.group; g += kWarps) {
+    float total = 0.0f;
+    for (int block = lane; block < blocks; block += kWarp) {
+      total += __ldcg(p.scratch.partial_sum + first_block +
+                      static_cast<std::int64_t>(block) * heads + g);
     }
-    out[i] = from_float<T>(total / weight);
+    total = warp_sum(total);
+    if (lane == 0) totals[g] = total;
+  }
+  // Four outputs to an item, and as many threads to an item as there are to spare.
+  const int items = s.group * D / 4, at_once = min(items, kAttendBlock);
+  const int threads = kAttendBlock / at_once, share = thread / at_once;
+  for (int first = 0; first < items; first += at_once) {
+    const int item = first + thread % at_once;
+    const bool works = share < threads && item < items;
+    float4 sum4 = make_float4(0, 0, 0, 0);
+    if (works) {
+#pragma unroll 4
+      for (int block = share; block < blocks; block += threads) {
+        const float4 part = __ldcg(reinterpret_cast<const float4*>(
+            p.scratch.partial + (first_block + static_cast<std::int64_t>(block) * heads) * D +
+            item * 4));
+        sum4.x += part.x;
+        sum4.y += part.y;
+        sum4.z += part.z;
+        sum4.w += part.w;
+      }
+    }
+    parts[thread] = sum4;
+    __syncthreads();
+    if (works && share == 0) {
+      for (int other = 1; other < threads; ++other) {
+        const float4 part = parts[thread + other * at_once];
+        sum4.x += part.x;
+        sum4.y += part.y;
+        sum4.z += part.z;
+        sum4.w += part.w;
+      }
+      const float total = totals[item * 4 / D];
+      out[item * 4] = from_float<T>(sum4.x / total);
+      out[item * 4 + 1] = from_float<T>(sum4.y / total);
+      out[item * 4 + 2] = from_float<T>(sum4.z / total);
+      out[item * 4 + 3] = from_float<T>(sum4.w / total);
+    }
+    __syncthreads();
   }
   if (thread == 0) p.layer.lengths[x] = length + 1;
 }

@@ -77,7 +77,8 @@ class DeviceCache {
   // Rows of a sequence in order of storage: sinks, window (a ring), pages. keys, values
   // [Hkv, length, D] contiguous on the device. For tests.
   void gather(int layer, int sequence, void* keys, void* values, Stream stream);
-  DeviceCacheStats stats(int layer, Stream stream);
+  // Of one KV head; -1: of all.
+  DeviceCacheStats stats(int layer, int kv_head, Stream stream);
   DeviceCacheMemory memory() const;
 
   const CacheShape& shape() const;

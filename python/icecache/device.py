@@ -179,9 +179,12 @@ class DeviceCache:
         self._cache.gather(layer, sequence, keys.data_ptr(), values.data_ptr(), self._stream())
         return keys, values
 
-    def stats(self, layer: int) -> _core.DeviceCacheStats:
-        """Sums over steps, sequences and KV heads of one layer. Waits for the current stream."""
-        return self._cache.stats(layer, self._stream())
+    def stats(self, layer: int, kv_head: int | None = None) -> _core.DeviceCacheStats:
+        """Sums over steps, sequences and KV heads of one layer. Waits for the current stream.
+
+        With `kv_head` of that head alone.
+        """
+        return self._cache.stats(layer, -1 if kv_head is None else kv_head, self._stream())
 
     def memory(self) -> _core.DeviceCacheMemory:
         """Bytes held on the device and in host memory."""

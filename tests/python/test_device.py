@@ -170,7 +170,7 @@ def test_bad_tensors_are_refused_and_nothing_changes() -> None:
     query, key = tokens(1, HEADS, 3), tokens(1, KV_HEADS, 4)
     with pytest.raises(icecache.InvalidArgument, match=r"keys must be \[2, 2, 1, 64\]"):
         cache.step(0, query, key[:1], key)
-    with pytest.raises(icecache.InvalidArgument, match="queries must be torch.bfloat16"):
+    with pytest.raises(icecache.InvalidArgument, match=r"queries must be torch\.bfloat16"):
         cache.step(0, query.float(), key, key)
     with pytest.raises(icecache.InvalidArgument, match="layer must be from 0 to 1, got 7"):
         cache.step(7, query, key, key)

@@ -122,6 +122,8 @@ class IceCache(Cache):
         self.rows = Rows()
         self.failed: str | None = None
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text_config)
+        if isinstance(layer_kwargs, dict):  # one for all layers, before transformers 5.24
+            layer_kwargs = [layer_kwargs] * len(layer_types)
         super().__init__(
             layers=[
                 IceLayer(self, index, model_layers.index(index))

@@ -19,6 +19,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 CACHE_NAMES = tuple(dict.fromkeys((CACHE, "past_key_values")))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
 # Layers that keep transformers' own cache: their memory does not grow with the context.
 _STOCK_LAYERS = frozenset(
     ["sliding_attention", "chunked_attention", "conv", "linear_attention", "dummy"]
@@ -122,12 +123,12 @@ def check_model(model: Any) -> None:
 
 
 def check_placement(model: PreTrainedModel) -> None:
-    """Raises InvalidArgument where parameters are not on the CPU."""
-    devices = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
-    if devices:
+    """Raises InvalidArgument where parameters are not all on the CPU, or on one CUDA device."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type not in _DEVICES for device in devices):
         raise InvalidArgument(
-            f"model: expected all parameters on the CPU, found some on {', '.join(sorted(devices))}"
-            '; call model.to("cpu")'
+            "model: expected all parameters on the CPU or on one CUDA device, found them on "
+            f'{", ".join(sorted(map(str, devices)))}; call model.to("cpu")'
         )
 
 
@@ -214,9 +215,10 @@ def check_attention(
             f"model: expected queries, keys and values of one dtype, got {query.dtype}, "
             f"{key.dtype} and {value.dtype}"
         )
-    if query.device.type != "cpu":
+    if query.device.type not in _DEVICES:
         raise InvalidArgument(
-            f'model: expected tensors on the CPU, got {query.device}; call model.to("cpu")'
+            f"model: expected tensors on the CPU or a CUDA device, got {query.device}; call "
+            'model.to("cpu")'
         )
     if not isinstance(mask, LazyMask):
         form = "none" if mask is None else f"a {type(mask).__name__}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from icecache import InvalidArgument
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
+from icecache.hf.device_engine import DeviceEngine
 from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.model_stats import ModelStats, collect
@@ -55,6 +56,7 @@ def enable(
     token_budget: int = 256,
     *,
     engine_class: EngineFactory | None = None,
+    max_tokens: int | None = None,
     **config_fields: Any,
 ) -> ModelT:
     """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
@@ -65,8 +67,18 @@ def enable(
     caches of the model share one engine, hence one bound on host memory. Enabling again starts
     afresh with the new settings. Raises InvalidArgument for models and settings that are not
     supported; the model is then as it was.
+
+    On a CUDA device the cache of a batch is sized when its prompt comes: for `max_tokens`, prompt
+    included, or 4,096 tokens behind the prompt.
     """
     check_model(model)
+    if max_tokens is not None and (model.device.type != "cuda" or max_tokens < 1):
+        raise InvalidArgument(
+            "max_tokens: expected a positive number, for a model on a CUDA device, got "
+            f"{max_tokens} for one on {model.device}"
+        )
+    if engine_class is None and model.device.type == "cuda":
+        engine_class = functools.partial(DeviceEngine, device=model.device, max_tokens=max_tokens)
     text_config = model.config.get_text_config(decoder=True)
     handle = EngineHandle(
         full_attention_layers(text_config),

@@ -203,7 +203,7 @@ int barrier(bool predicate) {
   return block.counts[number % 2];
 }
 
-std::uint64_t exchange(std::uint64_t value, int lane) {
+const std::uint64_t* exchange(std::uint64_t value) {
   Warp& warp = block.warps[block.running / kWarp];
   const int number = warp.number;
   warp.values[number % 2][block.running % kWarp] = value;
@@ -214,7 +214,7 @@ std::uint64_t exchange(std::uint64_t value, int lane) {
     block.fibres[block.running].waits_exchange = number;
     to_scheduler();
   }
-  return warp.values[number % 2][lane];
+  return warp.values[number % 2];
 }
 
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {

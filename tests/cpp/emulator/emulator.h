@@ -53,15 +53,16 @@ void run(dim3 grid, int threads, const std::function<void()>& kernel);
 
 // Waits for the block's threads; returns how many of them came with `predicate`.
 int barrier(bool predicate);
-// Gives 8 bytes to the warp and gets those of `lane`.
-std::uint64_t exchange(std::uint64_t value, int lane);
+// Gives 8 bytes to the warp and gets those of all lanes [32]; valid until the next but one
+// exchange.
+const std::uint64_t* exchange(std::uint64_t value);
 
 template <typename T>
 T shuffle(T value, int lane) {
   static_assert(sizeof(T) <= 8);
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(bits, lane);
+  bits = exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -80,6 +81,15 @@ inline int __syncthreads_count(bool predicate) {
   return emulator::barrier(predicate);
 }
 inline void __threadfence() {}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const std::uint64_t* flags = emulator::exchange(predicate ? 1 : 0);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(flags[lane]) << lane;
+  return result;
+}
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, static_cast<int>(threadIdx.x % 32) ^ mask);
@@ -227,6 +237,11 @@ inline cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 8;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {

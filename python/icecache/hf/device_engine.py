@@ -1,0 +1,191 @@
+"""DeviceCache with the calls of Engine that this front end makes: a model on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from icecache import InvalidArgument
+from icecache.device import DeviceCache
+
+_NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
+_ELSE = "or run the model on the CPU, or without icecache.enable"
+
+
+@dataclass(frozen=True)
+class DeviceHeadStats:
+    """Counters of one layer and KV head. What the CPU's engine estimates besides is not: NaN."""
+
+    steps: int
+    hits: int
+    misses: int
+    bytes_moved: int
+    mass: float = float("nan")
+    worst_mass: float = float("nan")
+
+
+@dataclass(frozen=True)
+class DeviceMemoryStats:
+    """Bytes held on the device and in pinned host memory, and sequences."""
+
+    device_bytes: int
+    pool_bytes: int
+    sequences: int
+
+
+@dataclass
+class _Batch:
+    """Sequences that entered together: slot i of the cache is sequences[i]."""
+
+    cache: DeviceCache
+    sequences: list[int]
+    lengths: list[list[int]]  # [layers][B]
+    prompts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class DeviceEngine:
+    """Batches of sequences on one CUDA device, each batch in a DeviceCache of its own.
+
+    A prompt enters whole (append, then observe); after that every step adds one token to every
+    sequence of the batch. Anything else is refused.
+    """
+
+    def __init__(self, *, device: torch.device, max_tokens: int | None, **settings: Any) -> None:
+        self._device = device
+        self._max_tokens = max_tokens
+        self._settings = settings
+        self._batches: list[_Batch] = []
+        self._waiting: list[int] = []  # sequences without tokens
+        self._next = 0
+        self._heads = int(settings["num_kv_heads"])
+        self._layers = int(settings["num_layers"])
+        self._make(1, 1024)  # refuses settings now and not at the first token
+
+    def new_sequence(self) -> int:
+        self._waiting.append(self._next)
+        self._next += 1
+        return self._next - 1
+
+    def release(self, seq: int) -> None:
+        if seq in self._waiting:
+            self._waiting.remove(seq)
+            return
+        batch = self._batch(seq)
+        slot = batch.sequences.index(seq)
+        batch.sequences[slot] = -1
+        if any(other >= 0 for other in batch.sequences):
+            batch.cache.release(slot)
+        else:
+            self._batches.remove(batch)
+
+    def fork(self, seq: int) -> int:
+        raise InvalidArgument(
+            "num_beams: on a CUDA device sequences cannot be copied or reordered (beam search, "
+            f"contrastive search); use one beam, {_ELSE}"
+        )
+
+    def truncate(self, seq: int, length: int) -> None:
+        if seq in self._waiting:
+            return
+        batch = self._batch(seq)
+        slot = batch.sequences.index(seq)
+        if length == 0:
+            self.release(seq)
+            self._waiting.append(seq)
+        elif any(lengths[slot] != length for lengths in batch.lengths):
+            raise InvalidArgument(
+                f"crop: on a CUDA device tokens cannot be taken back (assisted generation); {_ELSE}"
+            )
+
+    def append(self, seqs: Sequence[int], layer: int, keys: Any, values: Any) -> None:
+        if all(seq in self._waiting for seq in seqs):
+            longest = max(row.shape[1] for row in keys)
+            room = self._max_tokens or longest + _NEW_TOKENS
+            if longest > room:
+                raise InvalidArgument(
+                    f"max_tokens: the prompt has {longest} tokens, and there is room for {room}; "
+                    "give icecache.enable a larger max_tokens"
+                )
+            cache = self._make(len(seqs), room)
+            self._batches.append(
+                _Batch(cache, list(seqs), [[0] * len(seqs) for _ in range(self._layers)])
+            )
+            self._waiting = [seq for seq in self._waiting if seq not in seqs]
+        for seq, key, value in zip(seqs, keys, values, strict=True):
+            batch = self._batch(seq)
+            if batch.lengths[layer][batch.sequences.index(seq)]:
+                self._refuse_chunks(key.shape[1])
+            batch.prompts[layer, seq] = key, value
+
+    def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None:
+        for seq, query in zip(seqs, queries, strict=True):
+            batch = self._batch(seq)
+            slot = batch.sequences.index(seq)
+            key, value = batch.prompts.pop((layer, seq))
+            batch.cache.prefill(layer, query, key, value, sequence=slot)
+            batch.lengths[layer][slot] = key.shape[1]
+
+    def attend(self, seqs: Sequence[int], layer: int, queries: Any) -> Any:
+        self._refuse_chunks(len(queries))
+
+    def step(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        if queries.shape[2] != 1:
+            self._refuse_chunks(queries.shape[2])
+        batch = self._batch(seqs[0])
+        if list(seqs) != batch.sequences:
+            self.fork(seqs[0])
+        lengths = batch.lengths[layer]
+        if max(lengths) >= batch.cache.max_tokens:
+            raise InvalidArgument(
+                f"max_tokens: the sequence has {max(lengths)} tokens, and there is room for "
+                f"{batch.cache.max_tokens}; give icecache.enable a larger max_tokens"
+            )
+        out = batch.cache.step(layer, queries, keys, values)
+        batch.lengths[layer] = [length + 1 for length in lengths]
+        return out
+
+    def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
+        all_stats = [batch.cache.stats(layer, kv_head) for batch in self._batches]
+        return DeviceHeadStats(
+            steps=sum(s.steps for s in all_stats),
+            hits=sum(s.hits for s in all_stats),
+            misses=sum(s.misses for s in all_stats),
+            bytes_moved=sum(s.bytes_moved for s in all_stats),
+        )
+
+    def memory(self) -> DeviceMemoryStats:
+        held = [batch.cache.memory() for batch in self._batches]
+        return DeviceMemoryStats(
+            device_bytes=sum(m.device_bytes for m in held),
+            pool_bytes=sum(m.host_bytes for m in held),
+            sequences=len(self._waiting)
+            + sum(seq >= 0 for batch in self._batches for seq in batch.sequences),
+        )
+
+    def _make(self, batch: int, max_tokens: int) -> DeviceCache:
+        return DeviceCache(
+            batch=batch, max_tokens=max_tokens, device=self._device, **self._settings
+        )
+
+    def _batch(self, seq: int) -> _Batch:
+        for batch in self._batches:
+            if seq in batch.sequences:
+                return batch
+        raise InvalidArgument(f"sequence must be one of this engine's live sequences, got {seq}")
+
+    def _refuse_chunks(self, tokens: int) -> None:
+        raise InvalidArgument(
+            "input_ids: on a CUDA device a prompt enters whole and is followed by one token at a "
+            f"time, got {tokens} more tokens for a cache that holds some; pass the whole prompt at "
+            f"once, {_ELSE}"
+        )

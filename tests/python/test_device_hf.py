@@ -1,0 +1,111 @@
+"""A transformers model on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import icecache
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        pad_token_id=0,
+        **changes,
+    )
+    made = LlamaForCausalLM(config)
+    made.to(device=torch.device("cuda"))  # type: ignore[arg-type]
+    made.eval()
+    return made
+
+
+@pytest.fixture
+def model() -> Iterator[LlamaForCausalLM]:
+    made = make()
+    with torch.inference_mode():
+        yield made
+
+
+def words(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 512, (batch, tokens), generator=generator).to("cuda")
+
+
+def logits(model: LlamaForCausalLM, prompt: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Of the last prompt token and of each step's token, teacher-forced."""
+    output = model(prompt, use_cache=True)
+    result = [output.logits[:, -1]]
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    for step in range(steps.shape[1]):
+        output = model(steps[:, step : step + 1], past_key_values=cache)
+        result.append(output.logits[:, -1])
+    return torch.stack(result)
+
+
+def test_full_budget_is_the_stock_model(model: LlamaForCausalLM) -> None:
+    prompt, steps = words(2, 250), words(2, 30, seed=2)
+    expected = logits(model, prompt, steps)
+    icecache.enable(model, token_budget=400)
+    torch.testing.assert_close(logits(model, prompt, steps), expected, atol=2e-4, rtol=2e-4)
+    icecache.disable(model)
+    torch.testing.assert_close(logits(model, prompt, steps), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_within_the_budget_is_close_and_repeats(model: LlamaForCausalLM) -> None:
+    prompt, steps = words(1, 3000), words(1, 20, seed=2)
+    expected = logits(model, prompt, steps).log_softmax(-1)
+    icecache.enable(model, token_budget=128, window_tokens=16)
+    first = logits(model, prompt, steps).log_softmax(-1)
+    again = logits(model, prompt, steps).log_softmax(-1)
+    assert torch.equal(first, again)
+    apart = (expected.exp() * (expected - first)).sum(-1).mean()
+    assert 0 <= apart < 1e-2
+    stats = icecache.stats(model)
+    assert stats.total("steps") > 0
+    assert stats.memory.device_bytes > 0
+
+
+def test_generate_with_left_padding(model: LlamaForCausalLM) -> None:
+    prompt = words(2, 200)
+    mask = torch.ones_like(prompt)
+    mask[1, :60] = 0
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(prompt, attention_mask=mask, **settings)
+    icecache.enable(model, token_budget=400, max_tokens=256)
+    found = model.generate(prompt, attention_mask=mask, **settings)
+    # Random weights make near ties: most of the tokens, not all.
+    assert (found == expected).float().mean() > 0.95
+    with pytest.raises(icecache.InvalidArgument, match="max_tokens: the sequence has 256 tokens"):
+        model.generate(prompt, attention_mask=mask, max_new_tokens=100, do_sample=False)
+    assert icecache.stats(model).memory.sequences == 0
+
+
+def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
+    with pytest.raises(icecache.InvalidArgument, match="index must be tree, got dci"):
+        icecache.enable(model, index="dci")
+    with pytest.raises(icecache.InvalidArgument, match="max_tokens: expected a positive number"):
+        icecache.enable(model, max_tokens=-1)
+    icecache.enable(model)
+    prompt = words(1, 100)
+    with pytest.raises(icecache.InvalidArgument, match="num_beams"):
+        model.generate(prompt, num_beams=2, max_new_tokens=4)
+    output = model(prompt, use_cache=True)
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    with pytest.raises(icecache.InvalidArgument, match="a prompt enters whole"):
+        model(words(1, 5), past_key_values=cache)
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 104)
