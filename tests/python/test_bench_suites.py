@@ -185,6 +185,18 @@ def test_lines_and_halves() -> None:
     assert all(isinstance(value, float) for value in named.values())
 
 
+def test_the_interval_is_none_too_narrow_where_tasks_have_one_sample() -> None:
+    records = []
+    for number in range(6):
+        task = Task(f"t/{number}", "exact", 8, chat=False, score=TASK.score)
+        one = question(0, task).record(answer(task, question(0, task).sample))
+        one["rows"][1]["score"] = number / 5
+        records.append(one)
+    (ours,) = (line for line in lines(records) if line.label == "icecache 64")
+    assert ours.score == pytest.approx(50)
+    assert 15 < ours.score_low < 35 and 65 < ours.score_high < 85
+
+
 class Page(html.parser.HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -19,10 +19,13 @@ from icecache.bench.runner import Record
 from icecache.bench.scores import Line, halves, lines, task_scores
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;
   color: #1c2733; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #dde3e8; }
+th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #dde3e8; }
+td { white-space: nowrap; }
+th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.ours { background: #eef5ff; }
 figure { display: inline-block; margin: .5em 1em .5em 0; vertical-align: top; }
@@ -33,7 +36,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("method", lambda line: line.method),
     ("tokens", lambda line: str(line.budget) if line.budget else "all"),
     ("score", lambda line: f"{line.score:.1f}"),
-    ("95 %", lambda line: f"{line.score_low:.1f} to {line.score_high:.1f}"),
+    ("95\u00a0%", lambda line: f"{line.score_low:.1f}–{line.score_high:.1f}"),
     ("of full", lambda line: _percent(line.share)),
     ("agreement", lambda line: _percent(line.agreement)),
     ("KL", lambda line: _number(line.kl, ".4f")),
@@ -65,7 +68,7 @@ def html_report(title: str, settings: dict[str, Any], records: Sequence[Record])
         "<h2>Halves</h2><p>Every second sample of each task.</p>",
         *(_method_table(part) for part in halves(records) if part),
         "<h2>Tasks</h2>",
-        _task_table(task_scores(records)),
+        *_task_tables(records),
         "<h2>Run</h2>",
         f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>",
     ]
@@ -83,7 +86,7 @@ def _summary(records: Sequence[Record]) -> str:
         f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts "
         f"of {min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
         "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
-        "the right answer, relative to full attention."
+        "the right answer, relative to full attention. Per cent where no unit is given."
     )
 
 
@@ -93,7 +96,8 @@ def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> 
         f'<tr class="{kind}">' + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>"
         for kind, row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def method_rows(
@@ -111,13 +115,18 @@ def _method_table(records: Sequence[Record]) -> str:
     return _table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
 
 
-def _task_table(tasks: dict[str, dict[str, float]]) -> str:
-    names = list(dict.fromkeys(name for methods in tasks.values() for name in methods))
-    rows = [
-        ("", [task, *(f"{methods[name]:.1f}" if name in methods else "" for name in names)])
-        for task, methods in tasks.items()
-    ]
-    return _table(["task", *names], rows)
+def _task_tables(records: Sequence[Record]) -> Iterator[str]:
+    """Scores of each task: full attention beside the methods, a table for each budget."""
+    tasks, table = task_scores(records), lines(records)
+    for budget in sorted({line.budget for line in table if line.budget}) or [0]:
+        shown = [line for line in table if line.budget in (0, budget)]
+        rows = [
+            ("", [task, *(_number(scores.get(line.label, math.nan), ".1f") for line in shown)])
+            for task, scores in tasks.items()
+        ]
+        if budget:
+            yield f"<h3>{budget} tokens</h3>"
+        yield _table(["task", *(line.method for line in shown)], rows)
 
 
 def _plots(records: Sequence[Record]) -> Iterator[str]:
@@ -151,8 +160,10 @@ def _figure(caption: str, draw: Callable[[Any], None]) -> str:
     library("matplotlib").use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.4, 4), layout="constrained")
     draw(axes)
+    if axes.get_legend_handles_labels()[0]:  # below: over no curve
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -165,13 +176,16 @@ def _methods(table: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(line.method for line in table if line.budget))
 
 
+def _style(method: str) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4, "linewidth": 2.4 if method == "icecache" else 1.2}
+
+
 def _curves(axes: Any, table: Sequence[Line], measure: str, label: str, log: bool = False) -> None:
     for method in _methods(table):
         points = sorted(
             (line.budget, getattr(line, measure)) for line in table if line.method == method
         )
-        width = 2.4 if method == "icecache" else 1.2
-        axes.plot(*zip(*points, strict=True), marker="o", label=method, linewidth=width)
+        axes.plot(*zip(*points, strict=True), label=method, **_style(method))
     full = [getattr(line, measure) for line in table if not line.budget]
     if full and not log:
         axes.axhline(full[0], linestyle="--", color="gray")
@@ -181,7 +195,6 @@ def _curves(axes: Any, table: Sequence[Line], measure: str, label: str, log: boo
     if log:
         axes.set_yscale("log")
     axes.set(xlabel="token budget", ylabel=label)
-    axes.legend(fontsize=8)
 
 
 def _pareto(axes: Any, table: Sequence[Line]) -> None:
@@ -189,9 +202,8 @@ def _pareto(axes: Any, table: Sequence[Line]) -> None:
         points = sorted(
             (line.bytes_read / 2**20, line.kl) for line in table if line.method == method
         )
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+        axes.plot(*zip(*points, strict=True), label=method, **_style(method))
     axes.set(xscale="log", yscale="log", xlabel="MiB a step", ylabel="KL, nats")
-    axes.legend(fontsize=8)
 
 
 def _errors(records: Sequence[Record], method: str, budget: int) -> np.ndarray[Any, Any] | None:

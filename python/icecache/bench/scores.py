@@ -26,7 +26,7 @@ class Line:
     budget: int  # 0: every token
     n: int
     score: float  # 0 to 100: mean over tasks of their means over samples
-    score_low: float  # 95 % confidence interval, by bootstrap over samples within tasks
+    score_low: float  # 95 % confidence interval, by bootstrap over tasks and their samples
     score_high: float
     share: float  # of full attention's score
     agreement: float  # share of steps with full attention's most likely token
@@ -116,13 +116,15 @@ def _score(pairs: Sequence[tuple[Record, Row]]) -> float:
 
 
 def _interval(pairs: Sequence[tuple[Record, Row]]) -> tuple[float, float]:
+    """Tasks are drawn too: of one or two samples of each, samples alone would tell of no doubt."""
     chance = np.random.default_rng(0)
-    draws = np.zeros(RESAMPLES)
     tasks = _by_task(pairs)
-    for scores in tasks:
+    means = np.empty((RESAMPLES, len(tasks)))
+    for number, scores in enumerate(tasks):
         picks = chance.integers(len(scores), size=(RESAMPLES, len(scores)))
-        draws += np.asarray(scores)[picks].mean(1)
-    low, high = np.percentile(100 * draws / len(tasks), [2.5, 97.5])
+        means[:, number] = np.asarray(scores)[picks].mean(1)
+    drawn = chance.integers(len(tasks), size=means.shape)
+    low, high = np.percentile(100 * np.take_along_axis(means, drawn, 1).mean(1), [2.5, 97.5])
     return float(low), float(high)
 
 
