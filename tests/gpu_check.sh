@@ -26,7 +26,7 @@ build_all() {
     cmake --build $build -j "$(nproc)" --target icecache _core _ops icecache_cuda_tests
 }
 # A few tests: the tools watch every access.
-watched='DeviceCacheTest.Within*:*FullBudget*/d64bfloat16g3:*FullBudget*/d128bfloat16g4:*FullBudget*/d96float32g7'
+watched='DeviceCacheTest.Within*:*FullBudget*/d64bfloat16g3:*FullBudget*/d128bfloat16g16:*FullBudget*/d96float32g4'
 sanitize() {
   compute-sanitizer --tool "$1" --error-exitcode 1 ${2:-} $build/tests/icecache_cuda_tests \
     --gtest_brief=1 --gtest_filter="$watched"

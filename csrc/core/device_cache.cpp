@@ -150,6 +150,8 @@ struct DeviceCache::Impl {
     const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
     scratch_memory = gpu::Buffer(scratch_bytes, start.get());
     gpu::place(step, scratch_memory.data(), scratch);
+    // Kernels ask for some of it before they know whether they need it.
+    gpu::fill(scratch_memory.data(), 0, scratch_bytes, start.get());
     for (Layer& layer : layers) {
       layer.memory = gpu::Buffer(layer_bytes, start.get());
       gpu::place(step, layer.memory.data(), layer.state);

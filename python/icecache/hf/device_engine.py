@@ -59,6 +59,7 @@ class DeviceEngine:
         self._settings = settings
         self._batches: list[_Batch] = []
         self._waiting: list[int] = []  # sequences without tokens
+        self._past: dict[tuple[int, int], DeviceHeadStats] = {}  # of batches that are gone
         self._next = 0
         self._heads = int(settings["num_kv_heads"])
         self._layers = int(settings["num_layers"])
@@ -79,7 +80,14 @@ class DeviceEngine:
         if any(other >= 0 for other in batch.sequences):
             batch.cache.release(slot)
         else:
-            self._batches.remove(batch)
+            others = [other for other in self._batches if other is not batch]
+            self._batches = [batch]
+            self._past = {
+                (layer, head): self.stats(layer, head)
+                for layer in range(self._layers)
+                for head in range(self._heads)
+            }
+            self._batches = others
 
     def fork(self, seq: int) -> int:
         raise InvalidArgument(
@@ -155,7 +163,9 @@ class DeviceEngine:
         return out
 
     def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
-        all_stats = [batch.cache.stats(layer, kv_head) for batch in self._batches]
+        all_stats: list[Any] = [batch.cache.stats(layer, kv_head) for batch in self._batches]
+        if (layer, kv_head) in self._past:
+            all_stats.append(self._past[layer, kv_head])
         return DeviceHeadStats(
             steps=sum(s.steps for s in all_stats),
             hits=sum(s.hits for s in all_stats),
