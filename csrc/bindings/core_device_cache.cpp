@@ -62,6 +62,12 @@ void bind_device_cache(py::module_& module) {
           },
           Release())
       .def(
+          "rebuild",
+          [](DeviceCache& self, int layer, int sequence, Address stream) {
+            self.rebuild(layer, sequence, pointer(stream));
+          },
+          Release())
+      .def(
           "fork",
           [](DeviceCache& self, int sequence, int from, Address stream) {
             self.fork(sequence, from, pointer(stream));

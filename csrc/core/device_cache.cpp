@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/device_build.h"
 #include "core/thread_pool.h"
 #include "cuda/build.h"
 #include "cuda/device.h"
@@ -12,8 +13,6 @@
 #include "cuda/step.h"
 #include "icecache/error.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
-#include "index/query_metric.h"
 
 namespace icecache {
 namespace {
@@ -174,11 +173,6 @@ struct DeviceCache::Impl {
     bool pending = false;        // there are some
   };
 
-  struct Build {
-    gpu::BuildParams params;
-    gpu::Event ready;
-  };
-
   Layer& layer_of(int layer) {
     if (layer < 0 || layer >= shape.num_layers) {
       throw InvalidArgument(
@@ -207,8 +201,6 @@ struct DeviceCache::Impl {
           message(name, " must have strides and an address that are multiples of 16 bytes"));
     }
   }
-
-  void run(const Build& job, Layer& layer, int sequence);
 
   const CacheShape shape;
   const Config config;  // resolved
@@ -244,20 +236,19 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   self.check_view("keys", keys, s.kv_heads, 0);
   self.check_view("values", values, s.kv_heads, keys.tokens);
   self.check_view("queries", queries, s.kv_heads * s.group, 0);
-  if (keys.tokens > self.max_tokens) {
+  if (keys.tokens > s.near_rows() + s.token_room) {
     throw InvalidArgument(message("a prompt must have at most max_tokens = ", self.max_tokens,
                                   " tokens, got ", keys.tokens));
   }
   const gpu::DeviceScope here(self.device);
   gpu::check_stream(stream, self.device);
+  // Pages that a fork shares are not written.
   if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
-    layer.pages[sequence] = PageSet();
     layer.pages[sequence] = PageSet(self.pool, static_cast<std::size_t>(s.kv_heads) * s.pages(),
                                     {sequence, layer_number, -1});
   }
 
-  auto job = std::make_shared<Impl::Build>();
-  gpu::BuildParams& p = job->params;
+  gpu::BuildParams p;
   p.shape = s;
   p.layer = layer.state;
   p.first_pair = sequence * s.kv_heads;
@@ -278,111 +269,15 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   p.query_samples =
       static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / s.group, queries.tokens)) *
       s.group;
-  job->ready.record(stream);
+  auto ready = std::make_shared<gpu::Event>();
+  ready->record(stream);
   layer.pending = true;
-  self.jobs.submit(layer.job, [&self, &layer, job, sequence] {
+  self.jobs.submit(layer.job, [&self, &layer, p, ready, sequence] {
     const gpu::DeviceScope on(self.device);
-    self.run(*job, layer, sequence);
+    const gpu::OwnStream build;
+    ready->wait_on(build.get());
+    DeviceBuild(p, build.get()).run(layer.pages[sequence].table());
   });
-}
-
-void DeviceCache::Impl::run(const Build& job, Layer& layer, int sequence) {
-  gpu::BuildParams p = job.params;
-  const gpu::StepShape& s = p.shape;
-  const gpu::OwnStream build;
-  const gpu::Stream stream = build.get();
-  job.ready.wait_on(stream);
-  const int heads = s.kv_heads, d = s.head_dim, rank = s.rank, pages = s.pages();
-  const auto samples = static_cast<std::size_t>(p.key_samples + p.query_samples) * heads * d;
-  const std::size_t metric = static_cast<std::size_t>(heads) * d * (2 * rank + 1);
-  gpu::Buffer sampled(samples * sizeof(float), stream);
-  p.sampled_keys = sampled.as<float>();
-  p.sampled_queries = p.sampled_keys + static_cast<std::size_t>(p.key_samples) * heads * d;
-  std::vector<float> host(std::max(samples, metric));
-  gpu::launch_sample(p, stream);
-  gpu::copy_to_host(host.data(), sampled.data(), samples * sizeof(float), stream);
-  gpu::synchronize(stream);
-
-  // The metrics, head by head; the keys' means are those of the sample.
-  std::vector<QueryMetric> metrics(static_cast<std::size_t>(heads));
-  const auto* sample = host.data();
-  for (int h = 0; h < heads; ++h) {
-    QueryMoments moments;
-    moments.observe(sample + static_cast<std::size_t>(p.key_samples) * heads * d +
-                        static_cast<std::size_t>(h) * p.query_samples * d,
-                    p.query_samples, d);
-    metrics[h] = QueryMetric::fit(sample + static_cast<std::size_t>(h) * p.key_samples * d,
-                                  p.key_samples, d, moments, rank);
-  }
-  auto* to = host.data();
-  for (const QueryMetric& m : metrics) to = std::copy(m.mean.begin(), m.mean.end(), to);
-  for (const QueryMetric& m : metrics) to = std::copy(m.from_key.begin(), m.from_key.end(), to);
-  for (const QueryMetric& m : metrics) to = std::copy(m.from_query.begin(), m.from_query.end(), to);
-  const std::size_t pair = p.first_pair, row = static_cast<std::size_t>(heads) * d;
-  const auto* from = host.data();
-  gpu::copy_to_device(p.layer.mean_key + pair * d, from, row * sizeof(float), stream);
-  gpu::copy_to_device(p.layer.from_key + pair * d * rank, from + row, row * rank * sizeof(float),
-                      stream);
-  gpu::copy_to_device(p.layer.from_query + pair * d * rank, from + row * (1 + rank),
-                      row * rank * sizeof(float), stream);
-
-  const std::size_t tokens = static_cast<std::size_t>(p.length - p.first) * heads;
-  gpu::Buffer coordinates((tokens + 1) * rank * sizeof(float), stream);
-  gpu::Buffer range(static_cast<std::size_t>(heads) * rank * 2 * sizeof(std::uint32_t), stream);
-  p.coordinates = coordinates.as<float>();
-  p.range = range.as<std::uint32_t>();
-  gpu::launch_coordinates(p, stream);
-
-  // Bisection, from the whole down to nodes.
-  const std::size_t items = static_cast<std::size_t>(p.indexed) * heads;
-  const auto levels = gpu::bisection_levels(p.indexed, s.far_node_tokens);
-  std::size_t bounds = 0, most = 1;
-  for (const auto& level : levels) {
-    bounds += level.size();
-    most = std::max(most, level.size());
-  }
-  std::vector<std::int32_t> host_bounds;
-  gpu::Buffer segments((bounds + 1) * sizeof(std::int32_t), stream);
-  gpu::Buffer directions(most * heads * rank * sizeof(float), stream);
-  gpu::Buffer order((2 * items + 1) * sizeof(std::int32_t), stream);
-  gpu::Buffer sort_keys((2 * items + 1) * sizeof(unsigned long long), stream);
-  const std::size_t room_bytes = items > 0 ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0;
-  gpu::Buffer room(room_bytes, stream);
-  for (const auto& level : levels) {
-    host_bounds.insert(host_bounds.end(), level.begin(), level.end());
-  }
-  gpu::copy_to_device(segments.data(), host_bounds.data(), bounds * sizeof(std::int32_t), stream);
-  p.order = order.as<std::int32_t>();
-  p.directions = directions.as<float>();
-  p.sort_keys = sort_keys.as<unsigned long long>();
-  p.segments = segments.as<std::int32_t>();
-  std::int32_t* other = p.order + items;
-  gpu::launch_order_start(p, stream);
-  for (const auto& level : levels) {
-    p.segment_count = static_cast<int>(level.size()) - 1;
-    gpu::launch_level(p, stream);
-    int bits = 33;
-    while ((std::int64_t{1} << (bits - 32)) < static_cast<std::int64_t>(heads) * p.segment_count) {
-      ++bits;
-    }
-    gpu::sort_pairs(room.data(), room_bytes, p.sort_keys, p.sort_keys + items, p.order, other,
-                    static_cast<std::int64_t>(items), bits, stream);
-    std::swap(p.order, other);
-    p.segments += level.size();
-  }
-
-  // The row cache is empty; pages, codes and means are written in their order.
-  const std::vector<std::byte*> table = layer.pages[sequence].table();
-  gpu::copy_to_device(p.layer.pages + pair * pages, table.data(), table.size() * sizeof(std::byte*),
-                      stream);
-  const auto cached = static_cast<std::size_t>(s.cached_rows) * heads;
-  gpu::fill(p.layer.row_of + pair * s.token_room, 0xff,
-            static_cast<std::size_t>(s.token_room) * heads * sizeof(std::int16_t), stream);
-  gpu::fill(p.layer.owner + pair * s.cached_rows, 0xff, cached * sizeof(std::int32_t), stream);
-  gpu::fill(p.layer.stamp + pair * s.cached_rows, 0, cached * sizeof(std::int32_t), stream);
-  gpu::fill(p.layer.has_value + pair * s.cached_rows, 0, cached, stream);
-  gpu::launch_lay_out(p, stream);
-  gpu::synchronize(stream);
 }
 
 bool DeviceCache::built(int layer) {
@@ -411,6 +306,34 @@ void DeviceCache::step(int layer_number, const void* queries, const void* keys, 
   params.values = values;
   params.out = out;
   gpu::launch_step(params, stream);
+}
+
+void DeviceCache::rebuild(int layer_number, int sequence, Stream stream) {
+  Impl& self = *impl_;
+  const gpu::StepShape& s = self.step;
+  const std::int64_t tokens = length(layer_number, sequence, stream);
+  if (tokens <= s.near_rows()) return;
+  const gpu::DeviceScope here(self.device);
+  const std::int64_t d = s.head_dim;
+  const auto bytes = static_cast<std::size_t>(tokens * s.kv_heads * d) * size_of(s.dtype);
+  const gpu::Buffer keys(bytes, stream), values(bytes, stream);
+  gather(layer_number, sequence, keys.data(), values.data(), stream);
+  const auto view = [&](void* data, int heads, std::int64_t rows) {
+    return TensorView{data, s.dtype, heads, rows, d, rows * d, d};
+  };
+  auto* queries = static_cast<std::byte*>(self.layers[layer_number].state.recent_queries) +
+                  std::int64_t{sequence} * s.kv_heads * s.group * gpu::kRecentQueries * d *
+                      static_cast<std::int64_t>(size_of(s.dtype));
+  // The ring is read before the build writes it: a copy.
+  const std::int64_t rows = std::int64_t{s.kv_heads} * s.group;
+  const auto query_bytes =
+      static_cast<std::size_t>(rows * gpu::kRecentQueries * d) * size_of(s.dtype);
+  const gpu::Buffer recent(query_bytes, stream);
+  gpu::copy_on_device(recent.data(), queries, query_bytes, stream);
+  prefill(layer_number, sequence, view(keys.data(), s.kv_heads, tokens),
+          view(values.data(), s.kv_heads, tokens),
+          view(recent.data(), static_cast<int>(rows), gpu::kRecentQueries), stream);
+  wait(layer_number);
 }
 
 void DeviceCache::fork(int sequence, int from, Stream stream) {

@@ -33,6 +33,9 @@ void DeviceCache::wait(int) {
 void DeviceCache::step(int, const void*, const void*, const void*, void*, Stream) {
   refuse();
 }
+void DeviceCache::rebuild(int, int, Stream) {
+  refuse();
+}
 void DeviceCache::fork(int, int, Stream) {
   refuse();
 }

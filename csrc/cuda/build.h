@@ -52,7 +52,8 @@ void launch_order_start(const BuildParams& params, Stream stream);  // order = 0
 // Directions and sort keys of one level.
 void launch_level(const BuildParams& params, Stream stream);
 void launch_lay_out(const BuildParams& params, Stream stream);
-// Near rows and then host pages, in slot order: keys, values [Hkv, near + indexed, D], contiguous.
+// What a prompt would be that leaves just this: sinks, index tokens in slot order, window in order
+// of position. keys, values [Hkv, near + indexed, D], contiguous.
 struct FetchParams {
   StepShape shape;
   LayerState layer;

@@ -296,12 +296,7 @@ __global__ void __launch_bounds__(kBuildBlock) lay_out_kernel(const BuildParams 
   for (int i = thread; i < count * s.words(); i += kBuildBlock) {
     const int w = i % s.words() * kCodesPerWord;
     const float* y = coordinates_of(p, h, tokens[i / s.words()]) + w;
-    std::uint32_t word = 0;
-    for (int j = 0; j < kCodesPerWord; ++j) {
-      const float level = fminf(fmaxf(rintf((y[j] - low[w + j]) / step[w + j]), 0.0f), 15.0f);
-      word |= static_cast<std::uint32_t>(level) << (8 * (j % 4) + 4 * (j / 4));
-    }
-    codes[i] = word;
+    codes[i] = pack_codes(y, low + w, step + w);
   }
   const T* keys = static_cast<const T*>(p.keys) + h * p.key_head + s.sink_tokens * p.key_token;
   const T* values =
@@ -344,6 +339,18 @@ __global__ void __launch_bounds__(kBuildBlock) near_kernel(const BuildParams p) 
     static_cast<uint4*>(p.layer.row_keys)[to] = vectors_of(keys + token * p.key_token)[v];
     static_cast<uint4*>(p.layer.row_values)[to] = vectors_of(values + token * p.value_token)[v];
   }
+  // The ring of queries, full from the start: of a short prompt some stand there twice.
+  const int group = s.group;
+  uint4* recent = static_cast<uint4*>(p.layer.recent_queries) +
+                  static_cast<std::int64_t>(x) * group * kRecentQueries * vectors;
+  for (int i = threadIdx.x; i < group * kRecentQueries * vectors; i += kBuildBlock) {
+    const int g = i / (kRecentQueries * vectors), slot = i / vectors % kRecentQueries;
+    // Slot t % kRecentQueries holds token t; counted back from the last one.
+    const int back = (p.length - 1 - slot + kRecentQueries) % kRecentQueries % p.query_tokens;
+    const T* query = static_cast<const T*>(p.queries) + (h * group + g) * p.query_head +
+                     (p.query_tokens - 1 - back) * p.query_token;
+    recent[i] = vectors_of(query)[i % vectors];
+  }
   if (threadIdx.x == 0) p.layer.lengths[x] = p.length;
 }
 
@@ -356,15 +363,17 @@ __global__ void __launch_bounds__(kBuildBlock) fetch_kernel(const FetchParams p)
        i += static_cast<std::int64_t>(gridDim.x) * kBuildBlock) {
     const auto row = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
     const uint4 *key, *value;
-    if (row < p.near) {
-      const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + row) * vectors;
+    const int token = row - s.sink_tokens;
+    if (token < 0 || token >= p.indexed) {
+      // Sinks and window: the row is the token's position.
+      const int near_row = token < 0 ? row : s.sink_tokens + token % s.window_tokens;
+      const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + near_row) * vectors;
       key = static_cast<const uint4*>(p.layer.row_keys) + at;
       value = static_cast<const uint4*>(p.layer.row_values) + at;
     } else {
-      const int slot = row - p.near;
       const std::byte* page =
-          p.layer.pages[static_cast<std::int64_t>(x) * s.pages() + slot / s.page_size];
-      key = reinterpret_cast<const uint4*>(page) + slot % s.page_size * vectors;
+          p.layer.pages[static_cast<std::int64_t>(x) * s.pages() + token / s.page_size];
+      key = reinterpret_cast<const uint4*>(page) + token % s.page_size * vectors;
       value = key + s.page_size * vectors;
     }
     static_cast<uint4*>(p.keys)[h * all + i] = key[v];

@@ -40,6 +40,7 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
   typed(layer.codes, std::int64_t{s.token_room} * s.words());
   visit(layer.means, s.nodes(), row);
   typed(layer.open_sum, d);
+  visit(layer.recent_queries, std::int64_t{s.group} * kRecentQueries, row);
   typed(layer.mean_key, d);
   typed(layer.from_key, d * rank);
   typed(layer.from_query, d * rank);

@@ -181,6 +181,27 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
+// a / b to 2 ulp, for b within 2^-126..2^126: an exact division calls a subroutine.
+__device__ __forceinline__ float divide(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// The 4-bit codes of one word of a sketch: nibble j of byte b holds dimension 8 w + 4 j + b. `y`,
+// `low`, `step`: those of the word's eight dimensions.
+__device__ __forceinline__ std::uint32_t pack_codes(const float* y, const float* low,
+                                                    const float* step) {
+  std::uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) {
+    const float level = fminf(fmaxf(rintf(divide(y[i] - low[i], step[i])), 0.0f), 15.0f);
+    word |= static_cast<std::uint32_t>(level) << (8 * (i % 4) + 4 * (i / 4));
+  }
+  return word;
+}
+
 // Kernels of a step are launched before the one ahead of them has ended, and wait here until it
 // has.
 __device__ __forceinline__ void wait_for_earlier_kernel() {

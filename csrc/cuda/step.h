@@ -32,6 +32,7 @@ constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
 constexpr int kScanTokens = 1024;      // of one block
 constexpr int kMaxNear = 256;          // sink and window
 constexpr int kCodesPerWord = 8;       // 4-bit codes
+constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
 
 // Letters as in types.h, and
@@ -79,6 +80,7 @@ struct LayerState {
   std::uint32_t* codes = nullptr;          // [X, N, R / 8]
   void* means = nullptr;                   // [X, C, D] mean values of the nodes
   float* open_sum = nullptr;               // [X, D] values of the node that is being filled
+  void* recent_queries = nullptr;          // [X, G, kRecentQueries, D], a ring by position
   float* mean_key = nullptr;               // [X, D]
   float* from_key = nullptr;               // [X, D, R]
   float* from_query = nullptr;             // [X, D, R]

@@ -49,17 +49,6 @@ __device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, 
   return host_key<T>(p, x, token, d) + p.shape.page_size * d;
 }
 
-// The 4-bit codes of one word: nibble j of byte b holds dimension 8 w + 4 j + b.
-__device__ __forceinline__ std::uint32_t pack_codes(const float* y, const float* low,
-                                                    const float* step) {
-  std::uint32_t word = 0;
-  for (int i = 0; i < kCodesPerWord; ++i) {
-    const float level = fminf(fmaxf(rintf((y[i] - low[i]) / step[i]), 0.0f), 15.0f);
-    word |= static_cast<std::uint32_t>(level) << (8 * (i % 4) + 4 * (i / 4));
-  }
-  return word;
-}
-
 // --- append: three blocks for each pair, which do not wait for each other
 // -------------------------
 
@@ -95,7 +84,7 @@ __device__ void store_token(const StepParams& p, int x, int length) {
       const std::int64_t node =
           static_cast<std::int64_t>(x) * s.nodes() + displaced / s.far_node_tokens;
       static_cast<T*>(p.layer.means)[node * D + d] =
-          from_float<T>(sum / static_cast<float>(in_node + 1));
+          from_float<T>(divide(sum, static_cast<float>(in_node + 1)));
     }
     __syncthreads();
     const int per_slice = D * rank / kBlock, r = thread % rank, slice = thread / rank;
@@ -207,7 +196,7 @@ __device__ void score_near(const StepParams& p, int x, int length) {
 
 // The queries in sketch coordinates, in 8 bits on a scale that the heads share.
 template <typename T, int D>
-__device__ void project_queries(const StepParams& p, int x) {
+__device__ void project_queries(const StepParams& p, int x, int length) {
   constexpr int kMaxRank = 64, kWarps = kBlock / kWarp;
   __shared__ float query[kMaxGroup * D];
   __shared__ float slices[kHeadTile * kBlock];
@@ -251,17 +240,25 @@ __device__ void project_queries(const StepParams& p, int x) {
   if (lane == 0) room[warp] = largest;
   __syncthreads();
   for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, room[w]);
-  const float scale = fmaxf(largest, 1e-20f) / 127.0f;
+  const float scale = fmaxf(largest, 1e-20f) * (1.0f / 127.0f);
   const float unit = scale * static_cast<float>(rank / 16);  // scores lose log2(R / 16) bits
   if (thread == 0) p.scratch.unit[x] = unit;
+  // Kept for the metric of the next build.
+  T* recent = static_cast<T*>(p.layer.recent_queries) +
+              static_cast<std::int64_t>(x) * s.group * kRecentQueries * D +
+              length % kRecentQueries * D;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(x) * s.group * D;
+  for (int i = thread; i < s.group * D; i += kBlock) {
+    recent[i / D * kRecentQueries * D + i % D] = from[i];
+  }
   for (int g = warp; g < heads; g += kWarps) {
     float bias = 0.0f;
     for (int d = lane; d < D; d += kWarp) bias += query[g * D + d] * mean_key[d];
     for (int i = lane; i < rank; i += kWarp) {
-      const float code = rintf(projected[g * rank + i] / scale);
+      const float code = rintf(divide(projected[g * rank + i], scale));
       p.scratch.query_codes[(static_cast<std::int64_t>(x) * heads + g) * rank + i] =
           static_cast<std::int8_t>(code);
-      bias += scale * code * (low[i] / step[i]);
+      bias += scale * code * divide(low[i], step[i]);
     }
     bias = warp_sum(bias) + 0.5f * (unit - scale);  // shifting rounds down
     if (lane == 0) p.scratch.bias[static_cast<std::int64_t>(x) * heads + g] = bias;
@@ -289,7 +286,7 @@ __global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
     case 1:
       return score_near<T, D>(p, x, length);
     default:
-      return project_queries<T, D>(p, x);
+      return project_queries<T, D>(p, x, length);
   }
 }
 

@@ -67,6 +67,11 @@ class DeviceCache {
   void step(int layer, const void* queries, const void* keys, const void* values, void* out,
             Stream stream);
 
+  // Builds the index of one sequence anew, from all its tokens and its recent queries, and waits for
+  // it. For sequences that have grown to some times their prompt: metric, sketches and far-field
+  // nodes are the prompt's until then, and tokens joined the nodes in order of position.
+  void rebuild(int layer, int sequence, Stream stream);
+
   // Makes `sequence` a copy of `from` in every layer: full pages are shared, the rest is copied.
   void fork(int sequence, int from, Stream stream);
   // Empties a sequence in every layer.
@@ -74,8 +79,8 @@ class DeviceCache {
 
   // Tokens of a sequence in a layer; waits for the stream.
   std::int64_t length(int layer, int sequence, Stream stream);
-  // Rows of a sequence in order of storage: sinks, window (a ring), pages. keys, values
-  // [Hkv, length, D] contiguous on the device. For tests.
+  // Rows of a sequence in order of storage: sinks, pages, window. keys, values [Hkv, length, D]
+  // contiguous on the device.
   void gather(int layer, int sequence, void* keys, void* values, Stream stream);
   // Of one KV head; -1: of all.
   DeviceCacheStats stats(int layer, int kv_head, Stream stream);

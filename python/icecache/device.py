@@ -152,6 +152,14 @@ class DeviceCache:
         )
         return out
 
+    def rebuild(self, layer: int, sequence: int) -> None:
+        """Builds the index of one sequence anew from all its tokens and its recent queries.
+
+        Metric, sketches and far-field nodes are the prompt's until then: call it between steps when
+        a sequence has grown to twice what it was. Waits for the work.
+        """
+        self._cache.rebuild(layer, sequence, self._stream())
+
     def fork(self, sequence: int, source: int) -> None:
         """Makes `sequence` a copy of `source`; whole pages of host memory are shared."""
         self._cache.fork(sequence, source, self._stream())

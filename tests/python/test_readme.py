@@ -23,7 +23,10 @@ def test_the_parameters_are_those_of_the_command(readme: str) -> None:
 PAGES = [
     "README.md",
     "CHANGELOG.md",
-    *(f"docs/{n}.md" for n in ("index", "threads", "performance", "vllm", "vllm-design")),
+    *(
+        f"docs/{n}.md"
+        for n in ("benchmarks", "index", "threads", "performance", "vllm", "vllm-design")
+    ),
 ]
 
 
@@ -47,6 +50,25 @@ def test_the_numbers_are_those_of_the_results(readme: str, repository: Path) -> 
         quoted = [float(cell) for cell in line.split("|")[2:5]]
         measured = [values[f"kl_{name}{budget}"] for budget in (64, 128, 256)]
         assert quoted == pytest.approx(measured, abs=5e-5 if max(measured) < 0.1 else 5e-4)
+
+
+def test_the_longbench_numbers_are_those_of_the_run(readme: str, repository: Path) -> None:
+    import json
+
+    path = repository / "benchmarks" / "results" / "longbench.json"
+    made = json.loads(path.read_text(encoding="utf-8"))
+    section = readme[readme.index("On LongBench: n = ") :]
+    assert section.startswith(f"On LongBench: n = {made['meta']['n']} samples")
+    rows = {"IceCache": "icecache", "exact top-B": "exact top-B", "Quest": "quest"}
+    rows["StreamingLLM"] = "streaming"
+    for row, method in rows.items():
+        line = next(line for line in section.splitlines() if line.startswith(f"| {row} |"))
+        quoted = [float(cell.rstrip("% ")) for cell in line.split("|")[2:8]]
+        of_method = [one for one in made["rows"] if (one["part"], one["method"]) == ("all", method)]
+        measured = [one["kl"] for one in of_method]
+        measured += [100 * one["gold_likelihood"] for one in of_method]
+        assert quoted == pytest.approx(measured, abs=0.0501, rel=0.02)
+        assert quoted[:3] == pytest.approx(measured[:3], abs=5.01e-4)
 
 
 @pytest.mark.model

@@ -12,6 +12,7 @@ from icecache import InvalidArgument
 from icecache.device import DeviceCache
 
 _NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
+_LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
 _ELSE = "or run the model on the CPU, or without icecache.enable"
 
 
@@ -43,6 +44,7 @@ class _Batch:
     cache: DeviceCache
     sequences: list[int]
     lengths: list[list[int]]  # [layers][B]
+    built: list[list[int]]  # of the last build
     prompts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -119,7 +121,12 @@ class DeviceEngine:
                 )
             cache = self._make(len(seqs), room)
             self._batches.append(
-                _Batch(cache, list(seqs), [[0] * len(seqs) for _ in range(self._layers)])
+                _Batch(
+                    cache,
+                    list(seqs),
+                    [[0] * len(seqs) for _ in range(self._layers)],
+                    [[0] * len(seqs) for _ in range(self._layers)],
+                )
             )
             self._waiting = [seq for seq in self._waiting if seq not in seqs]
         for seq, key, value in zip(seqs, keys, values, strict=True):
@@ -134,7 +141,7 @@ class DeviceEngine:
             slot = batch.sequences.index(seq)
             key, value = batch.prompts.pop((layer, seq))
             batch.cache.prefill(layer, query, key, value, sequence=slot)
-            batch.lengths[layer][slot] = key.shape[1]
+            batch.lengths[layer][slot] = batch.built[layer][slot] = key.shape[1]
 
     def attend(self, seqs: Sequence[int], layer: int, queries: Any) -> Any:
         self._refuse_chunks(len(queries))
@@ -158,6 +165,10 @@ class DeviceEngine:
                 f"max_tokens: the sequence has {max(lengths)} tokens, and there is room for "
                 f"{batch.cache.max_tokens}; give icecache.enable a larger max_tokens"
             )
+        for slot, (length, built) in enumerate(zip(lengths, batch.built[layer], strict=True)):
+            if length >= max(_LEAST_BUILT, 2 * built):
+                batch.cache.rebuild(layer, slot)
+                batch.built[layer][slot] = length
         out = batch.cache.step(layer, queries, keys, values)
         batch.lengths[layer] = [length + 1 for length in lengths]
         return out

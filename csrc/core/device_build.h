@@ -1,0 +1,33 @@
+// DeviceBuild: what DeviceCache::prefill() leaves to an index thread. The prompt of one (sequence,
+// layer) becomes a metric for each head, an order of tokens, sketches, far-field means and host
+// pages. Kernels: cuda/build.h; metrics are fitted on the host, from a sample.
+//
+// Failure: all memory is taken by the constructor; until run() nothing of the layer was touched.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "cuda/build.h"
+
+namespace icecache {
+
+class DeviceBuild {
+ public:
+  // `params` without the arrays that this object owns. Throws OutOfPages.
+  DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream);
+  // `pages`: host pages [Hkv, N / S] that the sequence gets. Returns when all is done.
+  void run(std::span<std::byte* const> pages);
+
+ private:
+  void fit_metrics();
+  void order_tokens();
+
+  gpu::BuildParams p_;
+  gpu::Stream stream_;
+  std::vector<std::vector<std::int32_t>> levels_;  // bounds of the segments, see bisection_levels()
+  std::vector<std::int32_t> bounds_;               // of all levels, one behind the other
+  gpu::Buffer sampled_, coordinates_, range_, segments_, directions_, order_, sort_keys_, room_;
+};
+
+}  // namespace icecache
