@@ -55,7 +55,8 @@ if(icecache_with_cuda)
   # CMake 3.25 knows no C++20 for nvcc: the flag is given by hand.
   set(cuda_options -std=c++20 --expt-relaxed-constexpr --threads=0 -Xcompiler=-Wall,-Wextra)
   if(ICECACHE_WERROR)
-    list(APPEND cuda_options -Werror=all-warnings)
+    # A register that is spilled in a decode kernel costs more than it looks: that is an error, too.
+    list(APPEND cuda_options -Werror=all-warnings -Xptxas=--warn-on-spills,--warning-as-error)
   endif()
   target_compile_options(icecache PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
   set_target_properties(icecache PROPERTIES CUDA_STANDARD_REQUIRED OFF CUDA_RUNTIME_LIBRARY Static

@@ -12,6 +12,9 @@ constexpr int kBlock = 256;                 // threads of append, scan, rank, ch
 constexpr int kPickBlock = kMaxCandidates;  // of resolve and pick: a thread for each candidate
 constexpr int kAttendBlock = 256;
 constexpr int kScanSteps = kScanTokens / kBlock;
+// Blocks of the widest kernels that a multiprocessor holds at once; fp32 rows take more registers.
+template <typename T>
+constexpr int kLeastBlocks = sizeof(T) == 4 ? 1 : 2;
 constexpr float kLargestExponent = 80.0f;
 constexpr float kLog2E = 1.44269504f;
 
@@ -266,7 +269,7 @@ __device__ void project_queries(const StepParams& p, int x, int length) {
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kBlock) append_kernel(const StepParams p) {
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const StepParams p) {
   wait_for_earlier_kernel();
   const int x = blockIdx.x, length = length_of(p, x);
   if (blockIdx.y == 0) {
@@ -969,7 +972,8 @@ constexpr int kAttendUnroll = 4;
 
 // Tiles: fours of heads that one block takes.
 template <typename T, int D, int Tiles>
-__global__ void __launch_bounds__(kAttendBlock) attend_kernel(const StepParams p) {
+__global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1)
+    attend_kernel(const StepParams p) {
   using Shape = RowShape<T, D>;
   constexpr int kHeads = Tiles * kHeadTile, kWarps = kAttendBlock / kWarp;
   constexpr int kParts = kWarps * Shape::kRows;  // rows that the block reads at once
