@@ -1,5 +1,4 @@
-"""DeviceCache on this machine's GPU: kernels against memory, transfers against the link, and a decode
-step of a whole model beside full attention.
+"""DeviceCache on this GPU: kernels, transfers, and steps of a whole model beside full attention.
 
 python benchmarks/python/bench_cuda.py --json benchmarks/results/GPU-NAME.json
 
@@ -191,7 +190,8 @@ class Model:
 
     def __init__(self) -> None:
         def weight(rows: int, columns: int) -> torch.Tensor:
-            return torch.randn(rows, columns, device="cuda", dtype=DTYPE) * columns**-0.5
+            made = torch.randn(rows, columns, device="cuda", dtype=DTYPE)
+            return made.mul_(columns**-0.5)
 
         self.embedding = weight(WORDS, HIDDEN)
         self.head = weight(WORDS, HIDDEN)
@@ -306,7 +306,7 @@ def with_full_cache(model: Model, batch: int, tokens: int) -> dict[str, Any]:
         keys[n, :, :, -1:] = k
         values[n, :, :, -1:] = v
         packed = q.view(batch, KV_HEADS, GROUP, DIM)
-        out = F.scaled_dot_product_attention(packed, keys[n], values[n])
+        out: torch.Tensor = F.scaled_dot_product_attention(packed, keys[n], values[n])
         return out.view(batch, HEADS, 1, DIM)
 
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):

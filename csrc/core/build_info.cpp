@@ -1,6 +1,6 @@
 #include <string>
 
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #include "icecache/engine.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"

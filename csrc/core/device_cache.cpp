@@ -9,7 +9,7 @@
 #include "core/thread_pool.h"
 #include "cuda/build.h"
 #include "cuda/device.h"
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #include "cuda/step.h"
 #include "icecache/error.h"
 #include "icecache/page_pool.h"

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "cuda/device_memory.h"
+#include "core/device_memory.h"
 
 namespace icecache {
 

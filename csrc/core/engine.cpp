@@ -6,7 +6,6 @@
 
 #include "core/emulated_device.h"
 #include "core/engine_impl.h"
-#include "cuda/device_memory.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
@@ -25,13 +24,15 @@ PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
   options.capacity_bytes = static_cast<std::size_t>(config.host_memory);
   options.integrity = parse_integrity(config.integrity);
   options.poison_freed = config.integrity == "always";
-  options.pinned = config.device == "cuda";
   return options;
 }
 
 std::unique_ptr<DeviceMemory> make_device(const Config& config) {
   if (config.device == "emulated") return make_emulated_device();
-  if (config.device == "cuda") return make_cuda_memory(0);
+  if (config.device == "cuda") {
+    throw InvalidArgument(
+        "device=cuda: an Engine attends on the CPU; DeviceCache is the cache of a model on a GPU");
+  }
   return nullptr;
 }
 

@@ -1,5 +1,5 @@
 // DeviceCache in a build without CUDA: it says so, and never comes into being.
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #include "icecache/device_cache.h"
 #include "icecache/error.h"
 

@@ -10,7 +10,7 @@
 #include <new>
 
 #include "core/checksum.h"
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #include "icecache/error.h"
 
 namespace icecache {

@@ -20,7 +20,7 @@
 #include <span>
 #include <vector>
 
-#include "cuda/device_memory.h"
+#include "core/device_memory.h"
 #include "icecache/page_pool.h"
 #include "icecache/semantic_index.h"
 

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #include "cuda/gpu.h"
 #include "cuda/launch.h"
 
@@ -150,12 +150,6 @@ std::size_t free_memory() {
 }  // namespace icecache::gpu
 
 namespace icecache {
-
-std::unique_ptr<DeviceMemory> make_cuda_memory(int device) {
-  throw Unavailable(message("device=cuda (index ", device,
-                            "): Engine attends on the CPU; use icecache.DeviceCache for a model "
-                            "that runs on a GPU"));
-}
 
 std::byte* allocate_pinned(std::size_t bytes) noexcept {
   void* memory = nullptr;

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #ifdef ICECACHE_EMULATE_CUDA
-#include "emulator.h"
+#include <emulator.h>
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -29,7 +29,7 @@ def make(**changes: Any) -> LlamaForCausalLM:
         **changes,
     )
     made = LlamaForCausalLM(config)
-    made.to(device=torch.device("cuda"))  # type: ignore[arg-type]
+    torch.nn.Module.cuda(made)
     made.eval()
     return made
 

@@ -100,7 +100,7 @@ def test_refuses_other_devices() -> None:
 @torch.inference_mode()
 def test_refuses_a_model_that_moved(model: Model) -> None:
     model.to("meta")
-    with pytest.raises(InvalidArgument, match=r'found some on meta; call model\.to\("cpu"\)'):
+    with pytest.raises(InvalidArgument, match=r'found them on meta; call model\.to\("cpu"\)'):
         model(hf_models.prompt())
 
 

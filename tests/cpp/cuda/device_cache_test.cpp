@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/device_memory.h"
+#include "cuda/cuda_info.h"
 #ifdef ICECACHE_EMULATE_CUDA
 #include "emulator.h"
 #endif

@@ -1,5 +1,5 @@
 // DeviceMemory: memory that attention reads from when pages are not attended in place, and the
-// stream that fills it. One interface for a CUDA device and for the emulated device of the tests.
+// stream that fills it.
 //
 // Ordering: copies of one DeviceMemory run in the order of submission on its copy stream; record()
 // names a point of that order; wait() blocks the host, wait_on_stream() makes another stream wait.
@@ -30,20 +30,5 @@ class DeviceMemory {
   virtual bool host_readable() const = 0;
   virtual std::string description() const = 0;
 };
-
-// Throws Unavailable without CUDA in the build or a device in the machine.
-std::unique_ptr<DeviceMemory> make_cuda_memory(int device);
-
-// Page-locked host memory; nullptr where CUDA is not available. Never throws.
-std::byte* allocate_pinned(std::size_t bytes) noexcept;
-void free_pinned(std::byte* memory) noexcept;
-
-struct CudaInfo {
-  bool built = false;           // compiled in
-  int devices = 0;              // 0 where there is no driver or no device
-  std::string runtime_version;  // "13.0"
-  std::string message;          // why there is no device
-};
-CudaInfo cuda_info() noexcept;
 
 }  // namespace icecache
