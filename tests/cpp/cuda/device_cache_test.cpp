@@ -12,11 +12,12 @@
 #include <set>
 #include <vector>
 
-#include "cuda/device.h"
 #include "cuda/cuda_info.h"
+#include "cuda/device.h"
 #ifdef ICECACHE_EMULATE_CUDA
 #include "emulator.h"
 #endif
+#include "icecache/engine.h"
 #include "icecache/error.h"
 
 namespace icecache {
@@ -145,6 +146,7 @@ class Talk {
     held_.emplace_back(k);
     held_.emplace_back(v);
     held_.emplace_back(q);
+    prompt_queries = q;
     const OnDevice* on = held_.data() + held_.size() - 3;
     const auto view = [&](const OnDevice& rows, int n, int t) {
       return TensorView{rows.data(), shape.dtype, n, t, d(), std::int64_t{t} * d(), d()};
@@ -263,6 +265,7 @@ class Talk {
   CacheShape shape;
   std::unique_ptr<DeviceCache> cache;
   std::vector<std::vector<std::vector<float>>> keys, values;  // [B][Hkv][L * D]
+  Rows prompt_queries{DType::kFloat32, 0};                    // of the last prompt
   Rows queries{DType::kFloat32, 0};                           // of the last step
 
  private:
@@ -341,6 +344,51 @@ TEST_F(DeviceCacheTest, WithinTheBudgetIsCloseToFullAttention) {
   EXPECT_LT(with_tail, 0.08);
   EXPECT_LT(with_tail, 0.7 * no_tail);
   talk.expect_complete(0);
+}
+
+// The same algorithm as on the CPU: the engine there comes as close to full attention.
+TEST_F(DeviceCacheTest, IsAsCloseAsTheEngineOnTheCpu) {
+  Case setup;
+  setup.batch = 1;
+  setup.budget = 96;
+  setup.far_node_tokens = 32;
+  Talk talk(setup, 4096);
+  const int tokens = 3000, heads = setup.kv_heads, d = setup.head_dim;
+  talk.prefill(0, tokens);
+  Engine engine(talk.shape, talk.cache->config());
+  const std::vector<SeqId> sequence = {engine.new_sequence()};
+  // The last `count` tokens of every head, as [Hkv, count, D].
+  const auto last = [&](const std::vector<std::vector<float>>& all, int count) {
+    Rows rows(talk.shape.dtype, static_cast<std::size_t>(heads) * count * d);
+    for (int h = 0; h < heads; ++h) {
+      for (int i = 0; i < count * d; ++i) {
+        rows.set(static_cast<std::size_t>(h) * count * d + i,
+                 all[h][all[h].size() - count * d + i]);
+      }
+    }
+    return rows;
+  };
+  const auto view = [&](Rows& rows, int of, int count) {
+    return TensorView{rows.data(), talk.shape.dtype, of, count, d, std::int64_t{count} * d, d};
+  };
+  Rows keys = last(talk.keys[0], tokens), values = last(talk.values[0], tokens);
+  const TensorView prompt_keys[] = {view(keys, heads, tokens)};
+  const TensorView prompt_values[] = {view(values, heads, tokens)};
+  const TensorView seen[] = {view(talk.prompt_queries, talk.shape.num_q_heads, 128)};
+  engine.append(sequence, 0, prompt_keys, prompt_values);
+  engine.observe(sequence, 0, seen);
+  double on_device = 0, on_cpu = 0;
+  for (int t = 0; t < 10; ++t) {
+    on_device += talk.error(talk.step(), 0) / 10;
+    Rows k = last(talk.keys[0], 1), v = last(talk.values[0], 1), q = talk.queries, out = q;
+    const TensorView key[] = {view(k, heads, 1)}, value[] = {view(v, heads, 1)};
+    const TensorView query[] = {view(q, talk.shape.num_q_heads, 1)};
+    const TensorView result[] = {view(out, talk.shape.num_q_heads, 1)};
+    engine.step(sequence, 0, key, value, query, result);
+    on_cpu += talk.error(out, 0) / 10;
+  }
+  EXPECT_LT(on_device, 1.1 * on_cpu);
+  EXPECT_GT(on_device, 0.9 * on_cpu);
 }
 
 TEST_F(DeviceCacheTest, OptionsAllWork) {
