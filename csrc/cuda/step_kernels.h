@@ -130,13 +130,40 @@ __device__ __forceinline__ void load_queries(const StepParams& p, int x, float* 
   }
 }
 
+// Products of a row, of which each of its lanes holds a part, with four queries [4, D]; summed over
+// the row's lanes. All lanes of the warp call it.
+template <typename T, int D>
+__device__ __forceinline__ float4 row_products(const uint4* held, const float* queries,
+                                               int within) {
+  using Shape = RowShape<T, D>;
+  float sums[kHeadTile] = {};
+#pragma unroll
+  for (int j = 0; j < Shape::kPerLane; ++j) {
+    const int v = Shape::vector(within, j);
+    if (v < Shape::kVectors) {
+      float k[Shape::kCount];
+      Vector<T>{held[j]}.unpack(k);
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+#pragma unroll
+        for (int i = 0; i < Shape::kCount; ++i) {
+          sums[g] += queries[g * D + v * Shape::kCount + i] * k[i];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kHeadTile; ++g) sums[g] = warp_sum(sums[g], Shape::kLanes);
+  return make_float4(sums[0], sums[1], sums[2], sums[3]);
+}
+
 // Logits of sink and window, the new token among them, and the sum of their weights.
 template <typename T, int D>
 __device__ void score_near(const StepParams& p, int x, int length) {
   using Shape = RowShape<T, D>;
   constexpr int kWarps = kBlock / kWarp;
   __shared__ float query[kMaxGroup * D];
-  __shared__ float logits[kMaxNear * kHeadTile];
+  __shared__ float4 logits[kMaxNear];
   const StepShape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int heads = s.padded_group(), near = near_count(s, length), newest = near_row(s, length);
@@ -149,44 +176,28 @@ __device__ void score_near(const StepParams& p, int x, int length) {
   for (int tile = 0; tile < heads; tile += kHeadTile) {
     for (int first = warp * Shape::kRows; first < near; first += kWarps * Shape::kRows) {
       const int e = first + own;
-      float sums[kHeadTile] = {};
-      if (e < near) {
-        const T* row = e == newest ? new_key : rows + e * D;
+      uint4 held[Shape::kPerLane] = {};
+      const T* row = e == newest || e >= near ? new_key : rows + e * D;
 #pragma unroll
-        for (int j = 0; j < Shape::kPerLane; ++j) {
-          const int v = Shape::vector(within, j);
-          if (v < Shape::kVectors) {
-            float k[Shape::kCount];
-            Vector<T>{vectors_of(row)[v]}.unpack(k);
-#pragma unroll
-            for (int g = 0; g < kHeadTile; ++g) {
-#pragma unroll
-              for (int i = 0; i < Shape::kCount; ++i) {
-                sums[g] += query[(tile + g) * D + v * Shape::kCount + i] * k[i];
-              }
-            }
-          }
-        }
+      for (int j = 0; j < Shape::kPerLane; ++j) {
+        const int v = Shape::vector(within, j);
+        if (v < Shape::kVectors) held[j] = vectors_of(row)[v];
       }
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) sums[g] = warp_sum(sums[g], Shape::kLanes);
-      if (e < near && within < kHeadTile) {
-        float own_sum = sums[0];
-#pragma unroll
-        for (int g = 1; g < kHeadTile; ++g) own_sum = within == g ? sums[g] : own_sum;
-        logits[e * kHeadTile + within] = own_sum;
-        p.scratch.near_logits[(static_cast<std::int64_t>(x) * s.near_rows() + e) * heads + tile +
-                              within] = own_sum;
+      const float4 four = row_products<T, D>(held, query + tile * D, within);
+      if (e < near && within == 0) {
+        logits[e] = four;
+        *reinterpret_cast<float4*>(p.scratch.near_logits +
+                                   (static_cast<std::int64_t>(x) * s.near_rows() + e) * heads +
+                                   tile) = four;
       }
     }
     __syncthreads();
     if (warp < kHeadTile) {
+      const float* of_head = reinterpret_cast<const float*>(logits) + warp;
       float largest = -INFINITY, sum = 0.0f;
-      for (int e = lane; e < near; e += kWarp) {
-        largest = fmaxf(largest, logits[e * kHeadTile + warp]);
-      }
+      for (int e = lane; e < near; e += kWarp) largest = fmaxf(largest, of_head[e * kHeadTile]);
       largest = warp_max(largest);
-      for (int e = lane; e < near; e += kWarp) sum += expf(logits[e * kHeadTile + warp] - largest);
+      for (int e = lane; e < near; e += kWarp) sum += expf(of_head[e * kHeadTile] - largest);
       sum = warp_sum(sum);
       if (lane == 0) {
         p.scratch.near_lse[static_cast<std::int64_t>(x) * heads + tile + warp] =
@@ -906,7 +917,7 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
   T* rows = static_cast<T*>(p.layer.row_keys) + static_cast<std::int64_t>(x) * s.rows() * D;
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   const int first = begin + (warp * Shape::kRows + own) * kRescoreUnroll;
-  uint4 held[kRescoreUnroll][Shape::kPerLane];
+  uint4 held[kRescoreUnroll][Shape::kPerLane] = {};
   int row[kRescoreUnroll];
 #pragma unroll
   for (int u = 0; u < kRescoreUnroll; ++u) {
@@ -936,30 +947,11 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
       }
     }
     for (int tile = 0; tile < heads; tile += kHeadTile) {
-      float sums[kHeadTile] = {};
-      if (c < found) {
-#pragma unroll
-        for (int j = 0; j < Shape::kPerLane; ++j) {
-          const int v = Shape::vector(within, j);
-          if (v < Shape::kVectors) {
-            float k[Shape::kCount];
-            Vector<T>{held[u][j]}.unpack(k);
-#pragma unroll
-            for (int g = 0; g < kHeadTile; ++g) {
-#pragma unroll
-              for (int i = 0; i < Shape::kCount; ++i) {
-                sums[g] += query[(tile + g) * D + v * Shape::kCount + i] * k[i];
-              }
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) sums[g] = warp_sum(sums[g], Shape::kLanes);
+      const float4 four = row_products<T, D>(held[u], query + tile * D, within);
       if (c < found && within == 0) {
         *reinterpret_cast<float4*>(
             p.scratch.logits + (static_cast<std::int64_t>(x) * kMaxCandidates + c) * heads + tile) =
-            make_float4(sums[0], sums[1], sums[2], sums[3]);
+            four;
       }
     }
   }
