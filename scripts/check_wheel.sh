@@ -11,7 +11,10 @@ cd build/wheel-check
 for library in libicecache _core _ops; do
   compgen -G "site/icecache/$library*.so" >/dev/null || { echo "the wheel lacks $library"; exit 1; }
 done
-PYTHONPATH=site "$python" - <<'PY'
+with_cuda=$(command -v nvcc >/dev/null && echo 1 || echo 0)
+[ "$with_cuda" = 1 ] || echo "wheel: no nvcc here, the CUDA kernels were not built"
+WITH_CUDA=$with_cuda PYTHONPATH=site "$python" - <<'PY'
+import os
 from pathlib import Path
 
 import torch
@@ -30,6 +33,16 @@ expected = torch.nn.functional.scaled_dot_product_attention(
     queries[:, :, -1:], keys[:, :1], values[:, :1], enable_gqa=True
 )
 torch.testing.assert_close(attended, expected)
+# A wheel with CUDA imports, and runs its CPU path, where there is no driver.
+assert icecache.build_info().cuda == (os.environ["WITH_CUDA"] == "1"), icecache.build_info()
+if not torch.cuda.is_available():
+    shape = {"num_layers": 1, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+    try:
+        icecache.DeviceCache(**shape, dtype=torch.float32, batch=1, max_tokens=1000)
+    except icecache.Unavailable as error:
+        print("wheel:", error)
+    else:
+        raise AssertionError("a DeviceCache without a device")
 print("wheel:", icecache.__version__)
 PY
 PYTHONPATH=site "$python" -c "from icecache.cli import app; app()" doctor
