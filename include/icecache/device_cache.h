@@ -67,9 +67,9 @@ class DeviceCache {
   void step(int layer, const void* queries, const void* keys, const void* values, void* out,
             Stream stream);
 
-  // Builds the index of one sequence anew, from all its tokens and its recent queries, and waits for
-  // it. For sequences that have grown to some times their prompt: metric, sketches and far-field
-  // nodes are the prompt's until then, and tokens joined the nodes in order of position.
+  // Builds the index of one sequence anew, from all its tokens and its recent queries, and waits
+  // for it. For sequences that have grown to some times their prompt: metric, sketches and
+  // far-field nodes are the prompt's until then, and tokens joined the nodes in order of position.
   void rebuild(int layer, int sequence, Stream stream);
 
   // Makes `sequence` a copy of `from` in every layer: full pages are shared, the rest is copied.
