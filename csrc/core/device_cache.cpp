@@ -159,6 +159,7 @@ struct DeviceCache::Impl {
       gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * 4 * step.pairs(),
                 start.get());
       layer.pages.resize(static_cast<std::size_t>(batch));
+      layer.building.resize(static_cast<std::size_t>(batch));
     }
     gpu::synchronize(start.get());
   }
@@ -171,6 +172,7 @@ struct DeviceCache::Impl {
     std::vector<PageSet> pages;  // [B] of all heads, [Hkv, N / S]
     JobGroup job;                // builds that were not waited for
     bool pending = false;        // there are some
+    std::vector<char> building;  // [B] of this sequence
   };
 
   Layer& layer_of(int layer) {
@@ -242,6 +244,7 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   }
   const gpu::DeviceScope here(self.device);
   gpu::check_stream(stream, self.device);
+  if (layer.building[sequence] != 0) wait(layer_number);  // one build of a sequence at a time
   // Pages that a fork shares are not written.
   if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
     layer.pages[sequence] = PageSet(self.pool, static_cast<std::size_t>(s.kv_heads) * s.pages(),
@@ -272,6 +275,7 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   auto ready = std::make_shared<gpu::Event>();
   ready->record(stream);
   layer.pending = true;
+  layer.building[sequence] = 1;
   self.jobs.submit(layer.job, [&self, &layer, p, ready, sequence] {
     const gpu::DeviceScope on(self.device);
     const gpu::OwnStream build;
@@ -288,6 +292,7 @@ void DeviceCache::wait(int layer_number) {
   Impl::Layer& layer = impl_->layer_of(layer_number);
   if (!layer.pending) return;
   layer.pending = false;
+  std::fill(layer.building.begin(), layer.building.end(), 0);
   impl_->jobs.wait(layer.job);
 }
 

@@ -494,6 +494,20 @@ TEST_F(DeviceCacheTest, ARebuiltIndexServesAGrownSequence) {
   rebuilt.expect_complete(1);
 }
 
+TEST_F(DeviceCacheTest, ASecondPromptTakesThePlaceOfTheFirst) {
+  Case setup;
+  Talk talk(setup, 2000);
+  talk.prefill(0, 1500);
+  talk.prefill(1, 400);
+  for (int t = 0; t < 30; ++t) talk.step();
+  talk.prefill(0, 700);
+  const Rows out = talk.step();
+  EXPECT_LT(talk.error(out, 0), 0.15);
+  EXPECT_LT(talk.error(out, 1), 0.15);
+  talk.expect_complete(0);
+  talk.expect_complete(1);
+}
+
 TEST_F(DeviceCacheTest, EmptySequencesAreZeroAndFullOnesNaN) {
   Case setup;
   setup.kv_heads = 1;
