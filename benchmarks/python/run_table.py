@@ -1,6 +1,6 @@
 """The table of a run of `icecache bench`: a row for each method, budget and part of the samples.
 
-    icecache bench longbench --data-dir ../shared/data/longbench_mini --model smollm2 \\
+    icecache bench longbench --data-dir MINILONGBENCH --model smollm2 \\
         --budget 64,128,256 --limit 40 --out RUN
     python benchmarks/python/run_table.py RUN --json benchmarks/results/longbench.json
 
@@ -96,7 +96,8 @@ def _row(part: str, line: Line, records: Sequence[Record]) -> Row:
     row |= {"score": line.score, "score_low": line.score_low, "score_high": line.score_high}
     row["share"] = line.share
     row |= {name: getattr(line, name) for name in _MEASURES}
-    gaps = [gap for record in records if (gap := _gap(record, line.method, line.budget))]
+    known_gaps = (_gap(record, line.method, line.budget) for record in records)
+    gaps = [gap for gap in known_gaps if gap is not None]
     if line.budget and gaps:
         row["gold_likelihood_mean"] = fmean(math.exp(-gap) for gap in gaps)
     known = {k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))}
