@@ -14,7 +14,7 @@ import torch
 
 from icecache import _core
 from icecache.config import Config, Value, wrap
-from icecache.engine import _DTYPES, _tuple
+from icecache.engine import _tuple, core_settings
 from icecache.errors import InvalidArgument
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
@@ -56,23 +56,21 @@ class DeviceCache:
         `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
         bounds the row cache of a layer's sequence (default: four steps' candidates).
         """
-        if dtype not in _DTYPES:
-            raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        core_dtype, core_scale, fields = core_settings(dtype, scale, config, config_fields)
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if where.type != "cuda":
             raise InvalidArgument(f"device must be a CUDA device, got {where}; use icecache.Engine")
         if where.index is None:
             current = torch.cuda.current_device() if torch.cuda.is_available() else 0
             where = torch.device("cuda", current)
-        chosen = Config(**{**(config.to_dict() if config else {}), **config_fields})
         self._cache = _core.DeviceCache(
             num_layers,
             num_q_heads,
             num_kv_heads,
             head_dim,
-            _DTYPES[dtype],
-            scale or 0.0,
-            chosen._values,
+            core_dtype,
+            core_scale,
+            fields,
             batch,
             max_tokens,
             where.index or 0,
@@ -126,10 +124,10 @@ class DeviceCache:
         recent = max(1, _QUERIES // (self.num_q_heads // self.num_kv_heads))
         rows = [
             row if row.stride(2) == 1 and not _odd(row) else row.contiguous()
-            for row in (keys, values, queries[:, -recent:])
+            for row in (keys, values)
         ]
-        # Queries are part of a larger tensor that need not outlive the layer.
-        rows[2] = rows[2].clone()
+        # Queries are part of a larger tensor that need not outlive the layer: a copy.
+        rows.append(queries[:, -recent:].clone(memory_format=torch.contiguous_format))
         for earlier in [n for n in self._held if n != layer]:
             if self._cache.built(earlier) or len(self._held) > _WAITING:
                 self._cache.wait(earlier)

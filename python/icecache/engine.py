@@ -46,6 +46,18 @@ class Phase(IntEnum):
     PROMPT_END = 2  # the last chunk of a prompt: exact, then indexed behind the caller
 
 
+def core_settings(
+    dtype: torch.dtype, scale: float | None, config: Config | None, fields: dict[str, Value]
+) -> tuple[_core.DType, float, _core.Config]:
+    """What a cache is made with, as C++ takes it; `fields` take precedence over `config`."""
+    if dtype not in _DTYPES:
+        raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if scale is not None and not scale > 0:
+        raise InvalidArgument(f"scale must be above 0, got {scale}")
+    chosen = Config(**{**(config.to_dict() if config else {}), **fields})
+    return _DTYPES[dtype], scale or 0.0, chosen._values
+
+
 class Engine:
     """KV cache of one model for many sequences, and attention over it within a token budget.
 
@@ -76,19 +88,15 @@ class Engine:
         1 / sqrt(D)). `config_fields` are fields of Config, and take precedence over `config`.
         Raises InvalidArgument for what is not supported or contradicts itself.
         """
-        if dtype not in _DTYPES:
-            raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        if scale is not None and not scale > 0:
-            raise InvalidArgument(f"scale must be above 0, got {scale}")
-        chosen = Config(**{**(config.to_dict() if config else {}), **config_fields})
+        core_dtype, core_scale, values = core_settings(dtype, scale, config, config_fields)
         self._engine = _core.Engine(
             num_layers,
             num_q_heads,
             num_kv_heads,
             head_dim,
-            _DTYPES[dtype],
-            scale or 0.0,
-            chosen._values,
+            core_dtype,
+            core_scale,
+            values,
         )
         self._address = self._engine.address()
         self.num_layers = num_layers

@@ -76,20 +76,17 @@ class DeviceEngine:
         if seq in self._waiting:
             self._waiting.remove(seq)
             return
-        batch = self._batch(seq)
-        slot = batch.sequences.index(seq)
+        batch, slot = self._place(seq)
         batch.sequences[slot] = -1
         if any(other >= 0 for other in batch.sequences):
             batch.cache.release(slot)
         else:
-            others = [other for other in self._batches if other is not batch]
-            self._batches = [batch]
             self._past = {
-                (layer, head): self.stats(layer, head)
+                (layer, head): self._sums([batch], layer, head)
                 for layer in range(self._layers)
                 for head in range(self._heads)
             }
-            self._batches = others
+            self._batches.remove(batch)
 
     def fork(self, seq: int) -> int:
         raise InvalidArgument(
@@ -100,8 +97,7 @@ class DeviceEngine:
     def truncate(self, seq: int, length: int) -> None:
         if seq in self._waiting:
             return
-        batch = self._batch(seq)
-        slot = batch.sequences.index(seq)
+        batch, slot = self._place(seq)
         if length == 0:
             self.release(seq)
             self._waiting.append(seq)
@@ -130,15 +126,14 @@ class DeviceEngine:
             )
             self._waiting = [seq for seq in self._waiting if seq not in seqs]
         for seq, key, value in zip(seqs, keys, values, strict=True):
-            batch = self._batch(seq)
-            if batch.lengths[layer][batch.sequences.index(seq)]:
+            batch, slot = self._place(seq)
+            if batch.lengths[layer][slot]:
                 self._refuse_chunks(key.shape[1])
             batch.prompts[layer, seq] = key, value
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None:
         for seq, query in zip(seqs, queries, strict=True):
-            batch = self._batch(seq)
-            slot = batch.sequences.index(seq)
+            batch, slot = self._place(seq)
             key, value = batch.prompts.pop((layer, seq))
             batch.cache.prefill(layer, query, key, value, sequence=slot)
             batch.lengths[layer][slot] = batch.built[layer][slot] = key.shape[1]
@@ -156,7 +151,7 @@ class DeviceEngine:
     ) -> torch.Tensor:
         if queries.shape[2] != 1:
             self._refuse_chunks(queries.shape[2])
-        batch = self._batch(seqs[0])
+        batch, _ = self._place(seqs[0])
         if list(seqs) != batch.sequences:
             self.fork(seqs[0])
         lengths = batch.lengths[layer]
@@ -174,7 +169,11 @@ class DeviceEngine:
         return out
 
     def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
-        all_stats: list[Any] = [batch.cache.stats(layer, kv_head) for batch in self._batches]
+        return self._sums(self._batches, layer, kv_head)
+
+    def _sums(self, batches: Sequence[_Batch], layer: int, kv_head: int) -> DeviceHeadStats:
+        """Of `batches` and of those that are gone."""
+        all_stats: list[Any] = [batch.cache.stats(layer, kv_head) for batch in batches]
         if (layer, kv_head) in self._past:
             all_stats.append(self._past[layer, kv_head])
         return DeviceHeadStats(
@@ -198,10 +197,11 @@ class DeviceEngine:
             batch=batch, max_tokens=max_tokens, device=self._device, **self._settings
         )
 
-    def _batch(self, seq: int) -> _Batch:
+    def _place(self, seq: int) -> tuple[_Batch, int]:
+        """The batch that a sequence is in, and its slot."""
         for batch in self._batches:
             if seq in batch.sequences:
-                return batch
+                return batch, batch.sequences.index(seq)
         raise InvalidArgument(f"sequence must be one of this engine's live sequences, got {seq}")
 
     def _refuse_chunks(self, tokens: int) -> None:
