@@ -2,7 +2,7 @@
 // stream that fills it.
 //
 // Ordering: copies of one DeviceMemory run in the order of submission on its copy stream; record()
-// names a point of that order; wait() blocks the host, wait_on_stream() makes another stream wait.
+// names a point of that order; wait() blocks the host.
 // Threads: wait() and reached() from any thread; of the others one at a time.
 #pragma once
 

@@ -18,7 +18,7 @@ constexpr int kLeastBlocks = sizeof(T) == 4 ? 1 : 2;
 constexpr float kLargestExponent = 80.0f;
 constexpr float kLog2E = 1.44269504f;
 
-// Tokens of pair x before this step; < 0: none to attend for. `full`: no room for another.
+// Tokens of pair x before this step; < 0: no sequence there.
 __device__ __forceinline__ int length_of(const StepParams& p, int x) {
   return p.layer.lengths[x];
 }
