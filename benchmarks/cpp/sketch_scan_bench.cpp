@@ -33,6 +33,7 @@ struct Scan {
   Scan() {
     args.masks = masks.data();
     args.queries = queries.data();
+    args.base = base;
     args.scores = scores.data();
     args.max = max;
     args.mass = mass.data();
@@ -42,8 +43,8 @@ struct Scan {
     args.rank = kRank;
     args.page_size = kPageSize;
     args.bits = kBits;
-    args.shift = 2;
-    args.unit = 2e-3f;
+    args.shift = 4;
+    args.unit = simd::kScoreUnit;
     for (std::size_t i = 0; i < queries.size(); ++i) {
       queries[i] = static_cast<std::int8_t>(37 * i % 255 - 127);
     }
@@ -52,6 +53,8 @@ struct Scan {
   std::vector<std::int8_t> queries = std::vector<std::int8_t>(kGroup * kRank);
   std::vector<std::int16_t> scores = std::vector<std::int16_t>(kGroup * kTokens);
   std::vector<float> mass = std::vector<float>(kPages * simd::mass_stride(kGroup));
+  // No sum is below its negative.
+  const std::int32_t base[kGroup] = {32 * 15 * 127, 32 * 15 * 127, 32 * 15 * 127, 32 * 15 * 127};
   std::int16_t max[kGroup] = {};
   simd::SketchScanArgs args;
 };

@@ -68,32 +68,41 @@ std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int g
       largest = std::max(largest, std::abs(projected[g * rank_ + j]));
     }
   }
+  // Of a query's level: a power of two of a score's unit, so that a shift makes scores of sums.
   constexpr float kLevels = 127.0f;
-  const float scale = std::max(largest, 1e-20f) / kLevels;
+  const float octaves = std::ceil(std::log2(largest / (kLevels * simd::kScoreUnit)));
+  const int level = static_cast<int>(std::clamp(octaves, -100.0f, 100.0f));
+  const float scale = std::ldexp(simd::kScoreUnit, level);
   std::int8_t rounded[kMaxGroup * kMaxHeadDim];
   const int codes = (1 << bits_) - 1;
-  int reach = 0;  // of a score, whatever the codes
+  std::int32_t base[kMaxGroup];
+  int reach = 0;  // of a sum, whatever the codes
   for (int g = 0; g < group; ++g) {
     int above = 0, below = 0;
-    // Coordinates are relative to the keys' mean: rounding the query moves no score on average.
     float bias = kernels.dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
     for (int j = 0; j < rank_; ++j) {
-      const auto q = static_cast<std::int8_t>(std::lrintf(projected[g * rank_ + j] / scale));
+      const float exact = projected[g * rank_ + j];
+      const auto q = static_cast<std::int8_t>(std::lrintf(exact / scale));
       rounded[g * rank_ + j] = q;
       (q > 0 ? above : below) += q * codes;
-      bias += scale * q * (low_[j] / step_[j]);
+      // Rounding the query moves no score at the keys' mean, to which coordinates are relative.
+      const float zero = -low_[j] / step_[j];
+      const float mean = std::clamp(zero, 0.0f, static_cast<float>(codes));
+      bias += (exact - scale * q) * mean - exact * zero;
     }
-    reach = std::max({reach, above, -below});
-    out.bias[g] = bias;
+    reach = std::max(reach, above - below);
+    base[g] = -below;
+    out.bias[g] = bias + scale * static_cast<float>(below);
   }
-  int shift = 0;
+  int shift = std::clamp(-level, 0, 30);  // beyond, all scores are alike
   while (reach >> shift >= simd::kMaxScore) ++shift;
-  out.unit = scale * static_cast<float>(1 << shift);
-  for (int g = 0; g < group; ++g) {
-    out.bias[g] += 0.5f * (out.unit - scale);  // shifting rounds down
-  }
-  kernels.sketch_scan({codes_.data(), masks.data(), rounded, out.scores(), out.max(), out.mass(),
-                       out.stride(), pages, group, rank_, page_size_, bits_, shift, out.unit});
+  for (int g = 0; g < group; ++g) base[g] += (1 << shift) / 2;  // shifting rounds down
+  const int coarse = std::max(level + shift, 0);
+  out.unit = std::ldexp(simd::kScoreUnit, coarse);
+  out.coarse = std::min(coarse, simd::kMaxCoarse);
+  kernels.sketch_scan({codes_.data(), masks.data(), rounded, base, out.scores(), out.max(),
+                       out.mass(), out.stride(), pages, group, rank_, page_size_, bits_, shift,
+                       out.coarse, out.unit});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

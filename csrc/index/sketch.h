@@ -28,8 +28,8 @@ class Sketch {
   void copy(int to_page, int to_slot, int from_page, int from_slot);
 
   // Scores of all tokens, those that `masks` [P] has, for queries [G, D] (scaled): near q.k. The
-  // queries are quantised too, to 8 bits on a scale common to the group; that adds about a tenth to
-  // the error that 4 bits a coordinate make. Returns the bytes read.
+  // queries are quantised too, to 7 or 8 bits on a scale common to the group; that adds a tenth at
+  // most to the error that 4 bits a coordinate make. Returns the bytes read.
   std::int64_t scan(const QueryMetric& metric, const float* queries, int group,
                     std::span<const std::uint32_t> masks, SketchScores& out) const;
 

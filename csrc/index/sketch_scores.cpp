@@ -15,13 +15,9 @@ void SketchScores::resize(int group, int pages, int page_size) {
   page_size_ = page_size;
   mass_columns_ = simd::mass_stride(group);
   const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
-  stride_ = (slots + simd::kRankLanes - 1) / simd::kRankLanes * simd::kRankLanes;
+  stride_ = (slots + simd::kScoreSlots - 1) / simd::kScoreSlots * simd::kScoreSlots;
   scores_.resize(static_cast<std::size_t>(group) * stride_);
-  for (int g = 0; g < group; ++g) {
-    std::fill(scores_.begin() + g * stride_ + slots, scores_.begin() + (g + 1) * stride_,
-              simd::kNoScore);
-  }
-  mass_.resize(static_cast<std::size_t>(pages) * mass_columns_);
+  mass_.resize(static_cast<std::size_t>(stride_ / page_size) * mass_columns_);
 }
 
 float SketchScores::log_max(int g) const {
@@ -29,13 +25,21 @@ float SketchScores::log_max(int g) const {
 }
 
 void SketchScores::log_totals(float* out) const {
-  float sum[kMaxGroup + 3] = {};
-  for (int page = 0; page < pages_; ++page) {
+  // Two sums side by side: neither waits for the other.
+  float sum[kMaxGroup + 3] = {}, other[kMaxGroup + 3] = {};
+  const auto add = [&](float* to, int page) {
     const float* mass = page_mass(page);
     for (int first = 0; first < mass_columns_; first += 4) {
-      for (int g = first; g < first + 4; ++g) sum[g] += mass[g];
+      for (int g = first; g < first + 4; ++g) to[g] += mass[g];
     }
+  };
+  int page = 0;
+  for (; page + 2 <= pages_; page += 2) {
+    add(sum, page);
+    add(other, page + 1);
   }
+  if (page < pages_) add(sum, page);
+  for (int g = 0; g < group_; ++g) sum[g] += other[g];
   for (int g = 0; g < group_; ++g) out[g] = log_max(g) + std::log(sum[g]);
 }
 
@@ -71,13 +75,13 @@ void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::i
 
 void SketchScores::exclude(std::span<const std::int32_t> slots) {
   for (std::size_t begin = 0, end = 0; begin < slots.size(); begin = end) {
-    const int page = slots[begin] / page_size_;
-    for (; end < slots.size() && slots[end] / page_size_ == page; ++end) {
+    const int together = slots[begin] / simd::kScoreSlots, first = together * simd::kScoreSlots;
+    for (; end < slots.size() && slots[end] / simd::kScoreSlots == together; ++end) {
       for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
     }
-    simd::kernels().score_mass({scores_.data() + static_cast<std::int64_t>(page) * page_size_, max_,
-                                mass_.data() + static_cast<std::size_t>(page) * mass_columns_,
-                                nullptr, stride_, 1, unit, group_, page_size_});
+    simd::kernels().score_mass({scores_.data() + first, max_,
+                                mass_.data() + first / page_size_ * mass_columns_, stride_,
+                                simd::kScoreSlots, coarse, group_, page_size_});
   }
 }
 

@@ -1,7 +1,7 @@
 // SketchScores: what a scan of the sketches tells about every token of an index, for one step.
 //
 // Scores are 16-bit integers on a scale that all heads of the group share: score x unit nats above
-// bias[g]. Only differences between a head's scores are exact to the unit; see Sketch for how far a
+// bias[g], unit = 2^coarse simd::kScoreUnit (or more, where coarse is simd::kMaxCoarse). Only differences between a head's scores are exact to the unit; see Sketch for how far a
 // score is from the true logit.
 //
 // Threads: none of its own. Buffers grow and are used again.
@@ -28,6 +28,7 @@ class SketchScores {
   std::int16_t* max() { return max_; }
   float* mass() { return mass_.data(); }
   float unit = 0.0f;
+  int coarse = 0;
   float bias[kMaxGroup] = {};
 
   // Log of the largest weight of a token, -inf where there is none.

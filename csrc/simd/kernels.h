@@ -46,28 +46,36 @@ struct RowsArgs {
   int head_dim = 0;        // D, a multiple of 8, at most 256
 };
 
-// Score of a slot that holds no token; below every other one, and low enough for kMaxScore.
+// Scores are from 0 to kMaxScore, in units of 2^coarse / 128 octaves: as exponents of the weights
+// they stand for, with seven binary places. kNoScore, of a slot that holds no token, weighs nothing
+// beside any of them; neither it nor a score, less an offset of score_rank, leaves 16 bits.
+constexpr float kScoreUnit = 0.693147181f / 128.0f;  // nats, of coarse = 0
 constexpr std::int16_t kNoScore = -16384;
-// Largest magnitude of a score, and of an offset of score_rank: neither difference leaves 16 bits.
 constexpr std::int16_t kMaxScore = 15000;
+constexpr int kMaxCoarse = 7;  // a unit of an octave
+// Scores are taken this many at a time.
+constexpr int kScoreSlots = 32;
 
-// Quantised queries against the quantised keys of P pages: scores[g, slot] = sum over dims of
-// query x code, shifted right. See csrc/index/sketch.h for what the codes mean.
+// Quantised queries against the quantised keys of P pages: scores[g, slot] = base[g] + sum over dims
+// of query x code, shifted right. See csrc/index/sketch.h for what the codes mean.
 //   bits = 4: codes[P][R / 8][S][4]; byte j of a slot in block b: dim 8 b + j in the low nibble,
 //             dim 8 b + 4 + j in the high one
 //   bits = 8: codes[P][R / 4][S][4]; byte j of a slot in block b: dim 4 b + j
 // At most 4 KiB of codes behind the last page are asked for and never read.
+// Outputs end with the last page rounded up to kScoreSlots: slots behind it hold no token.
 struct SketchScanArgs {
   const std::uint8_t* codes = nullptr;
   const std::uint32_t* masks = nullptr;  // [P] bit s: slot s holds a token
   const std::int8_t* queries = nullptr;  // [G, R] from -127 to 127
-  std::int16_t* scores = nullptr;        // out [G, score_stride >= P * S]
+  const std::int32_t* base = nullptr;    // [G] such that no score is below 0
+  std::int16_t* scores = nullptr;        // out [G, score_stride >= P * S, rounded up]
   std::int16_t* max = nullptr;           // out [G]; kNoScore where there is no token
-  float* mass = nullptr;  // out [P, mass_stride(G)]: as ScoreMassArgs of these scores
+  float* mass = nullptr;                 // out [P, mass_stride(G)], P rounded up: as ScoreMassArgs
   std::int64_t score_stride = 0;
   std::int64_t pages = 0;  // P
   int group = 0, rank = 0, page_size = 0, bits = 0;
-  int shift = 0;      // such that no score exceeds kMaxScore
+  int shift = 0;  // such that no score exceeds kMaxScore
+  int coarse = 0;
   float unit = 0.0f;  // of a score, in nats
 };
 
@@ -76,18 +84,16 @@ constexpr int mass_stride(int group) {
   return (group + 3) / 4 * 4;
 }
 
-// mass[p, g] = sum over the slots of page p of exp(unit (scores[g, slot] - max[g])), kNoScore left
-// out. Every term is within 4.1 % below and 2.1 % above, the mean of many within 0.1 %.
+// mass[p, g] = sum over the slots of page p of 2^(2^coarse / 128 (scores[g, slot] - max[g])), to
+// which kNoScore adds 0. Every term is within 4.1 % below and 2.1 % above, the mean of many within
+// 0.1 %.
 struct ScoreMassArgs {
   const std::int16_t* scores = nullptr;  // [G, score_stride]
-  const std::int16_t* max = nullptr;     // [G]
-  float* mass = nullptr;                 // out [P, mass_stride(G)]; columns behind G are zero
-  // [P] bit s: slot s of the page has a score; null: kNoScore alone tells.
-  const std::uint32_t* masks = nullptr;
+  const std::int16_t* max = nullptr;     // [G] at least the scores
+  float* mass = nullptr;                 // out [slots / S, mass_stride(G)]; 0 in columns behind G
   std::int64_t score_stride = 0;
-  std::int64_t pages = 0;
-  float unit = 0.0f;  // nats
-  int group = 0, page_size = 0;
+  std::int64_t slots = 0;  // a multiple of kScoreSlots
+  int coarse = 0, group = 0, page_size = 0;
 };
 
 // rank[slot] = max over g of scores[g, slot] - offset[g], and its maxima: block_max[16 b + j] is

@@ -15,35 +15,36 @@ namespace {
 
 using simd::kNoScore;
 
-// Of scores, in units: as the sketches of 32 coordinates make them.
-constexpr double kSpread = 280.0;
-
 struct Form {
   int group, pages, page_size;
 };
 
 // What Sketch::scan leaves beside scores, maxima, unit and bias.
 void weigh(SketchScores& scores, int pages, int page_size) {
-  simd::kernels().score_mass({scores.scores(), scores.max(), scores.mass(), nullptr,
-                              scores.stride(), pages, scores.unit, scores.group(), page_size});
+  for (int g = 0; g < scores.group(); ++g) {
+    std::int16_t* row = scores.scores() + g * scores.stride();
+    std::fill(row + pages * page_size, row + scores.stride(), kNoScore);
+  }
+  simd::kernels().score_mass({scores.scores(), scores.max(), scores.mass(), scores.stride(),
+                              scores.stride(), scores.coarse, scores.group(), page_size});
 }
 
 class SketchScoresForms : public ::testing::TestWithParam<Form> {
  protected:
-  // Normal scores with a free slot in every tenth place; page 3 is empty.
+  // Normal scores, with a free slot in every tenth place; page 3 is empty.
   void fill(double spread_in_nats, unsigned seed = 1) {
     const auto [group, pages, page_size] = GetParam();
     std::mt19937 random(seed);
-    std::normal_distribution<double> normal(0.0, kSpread);
     scores_.resize(group, pages, page_size);
-    scores_.unit = static_cast<float>(spread_in_nats / kSpread);
+    scores_.unit = simd::kScoreUnit;
+    std::normal_distribution<double> normal(7000.0, spread_in_nats / scores_.unit);
     used_.assign(slots(), 0);
     for (int i = 0; i < slots(); ++i) used_[i] = random() % 10 != 0 && i / page_size != 3;
     for (int g = 0; g < group; ++g) {
       scores_.bias[g] = static_cast<float>(3 * g - 5);
       scores_.max()[g] = kNoScore;
       for (int i = 0; i < slots(); ++i) {
-        const double x = std::clamp(normal(random), -14000.0, 14000.0);
+        const double x = std::clamp(normal(random), 0.0, 14000.0);
         score(g, i) = used_[i] != 0 ? static_cast<std::int16_t>(x) : kNoScore;
         scores_.max()[g] = std::max(scores_.max()[g], score(g, i));
       }
@@ -223,18 +224,21 @@ INSTANTIATE_TEST_SUITE_P(Forms, SketchScoresForms,
                            return name.append("_of").append(std::to_string(form.page_size));
                          });
 
-// Scores [G, slots] of pages of 16.
+// Scores [G, slots] of pages of 16, above a base of kBase.
+constexpr int kBase = 2000;
 class SketchScoresTest : public ::testing::Test {
  protected:
   void fill(int group, const std::vector<int>& values) {
     const int pages = static_cast<int>(values.size()) / group / 16;
     scores_.resize(group, pages, 16);
-    scores_.unit = 0.01f;
+    scores_.coarse = 1;
+    scores_.unit = 2.0f * simd::kScoreUnit;
     for (int g = 0; g < group; ++g) {
       scores_.max()[g] = kNoScore;
-      scores_.bias[g] = 0.0f;
+      scores_.bias[g] = -kBase * scores_.unit;
       for (std::size_t i = 0; i < values.size() / group; ++i) {
-        const auto score = static_cast<std::int16_t>(values[g * values.size() / group + i]);
+        const int value = values[g * values.size() / group + i];
+        const auto score = static_cast<std::int16_t>(value == kNoScore ? value : kBase + value);
         scores_.scores()[g * scores_.stride() + i] = score;
         scores_.max()[g] = std::max(scores_.max()[g], score);
       }
@@ -301,7 +305,7 @@ TEST_F(SketchScoresTest, NoTokens) {
 TEST_F(SketchScoresTest, ASmallerStepForgetsTheLargerOne) {
   fill(4, std::vector<int>(4 * 160, 500));
   fill(1, std::vector<int>(16, 7));
-  EXPECT_NEAR(log_total(0), 0.07 + std::log(16.0), 0.042);
+  EXPECT_NEAR(log_total(0), 7 * scores_.unit + std::log(16.0), 0.042);
   EXPECT_EQ(top({0.0f}, 100).size(), 16u);
 }
 

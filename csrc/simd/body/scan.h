@@ -25,6 +25,7 @@ ICECACHE_INLINE VecU four_bytes(const std::int8_t* p) {
 // Up to kScanQueries queries, spread over lanes: [dims / 4][query].
 struct ScanQueries {
   alignas(64) VecU weights[kMaxHeadDim / 4][kScanQueries];
+  std::int32_t base[kScanQueries] = {};
   int first = 0;
   int count = 0;
 
@@ -35,36 +36,49 @@ struct ScanQueries {
     for (int g = 0; g < count; ++g) {
       const std::int8_t* query = args.queries + static_cast<std::ptrdiff_t>(from + g) * args.rank;
       for (int j = 0; j < args.rank / 4; ++j) weights[j][g] = four_bytes(query + 4 * j);
+      base[g] = args.base[from + g];
     }
   }
 };
 
-// Adds the dims of `count` blocks, as many as partial sums hold, from block `from` on. `codes`: of
+// Adds the dims of `count` blocks, as many as partial sums hold, from block `from` on. codes[v]: of
 // W slots, in that block; `block_bytes`: from one block to the next.
 template <int kBits, int kQueries>
-ICECACHE_INLINE void scan_blocks(const std::uint8_t* codes, int block_bytes, int from, int count,
-                                 const ScanQueries& queries, VecI* sum) {
+ICECACHE_INLINE void scan_blocks(const std::uint8_t* const* codes, int block_bytes, int from,
+                                 int count, const ScanQueries& queries,
+                                 VecI (*sum)[kQueries]) {
   constexpr int kFours = kBits == 4 ? 2 : 1;  // four dims each, of one block
-  VecI low[kQueries] = {};
-  VecI high[kQueries] = {};
-  for (int b = from; b < from + count; ++b, codes += block_bytes) {
-    const VecU bytes = load_u32(codes);
-    const VecU lower = bytes & 0x0f0f0f0fu;
-    const VecU upper = (bytes >> 4) & 0x0f0f0f0fu;
+  VecI low[kScanVectors][kQueries] = {};
+  VecI high[kScanVectors][kQueries] = {};
+  std::ptrdiff_t at = 0;
+  for (int b = from; b < from + count; ++b, at += block_bytes) {
+    VecU lower[kScanVectors], upper[kScanVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kScanVectors; ++v) {
+      const VecU bytes = load_u32(codes[v] + at);
+      lower[v] = bytes & 0x0f0f0f0fu;
+      upper[v] = (bytes >> 4) & 0x0f0f0f0fu;
+    }
 #pragma GCC unroll 4
     for (int g = 0; g < kQueries; ++g) {
-      low[g] = dot4_add(low[g], lower, queries.weights[kFours * b][g]);
-      if (kBits == 4) {
-        low[g] = dot4_add(low[g], upper, queries.weights[kFours * b + 1][g]);
-      } else {
-        high[g] = dot4_add(high[g], upper, queries.weights[b][g]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kScanVectors; ++v) {
+        low[v][g] = dot4_add(low[v][g], lower[v], queries.weights[kFours * b][g]);
+        if (kBits == 4) {
+          low[v][g] = dot4_add(low[v][g], upper[v], queries.weights[kFours * b + 1][g]);
+        } else {
+          high[v][g] = dot4_add(high[v][g], upper[v], queries.weights[b][g]);
+        }
       }
     }
   }
+#pragma GCC unroll 2
+  for (int v = 0; v < kScanVectors; ++v) {
 #pragma GCC unroll 4
-  for (int g = 0; g < kQueries; ++g) {
-    sum[g] = dot4_sum(low[g]);
-    if (kBits == 8) sum[g] += dot4_sum(high[g]) << 4;
+    for (int g = 0; g < kQueries; ++g) {
+      sum[v][g] += dot4_sum(low[v][g]);
+      if (kBits == 8) sum[v][g] += dot4_sum(high[v][g]) << 4;
+    }
   }
 }
 
@@ -77,20 +91,17 @@ ICECACHE_INLINE void scan_pass(int rank, int shift, const ScanQueries& queries,
   // Additions to a partial sum: two of 4 bits a block, one of each half of 8 bits.
   constexpr int kBlocks = kBits == 4 ? kDot4Adds / 2 : kDot4Adds;
   const int blocks = rank * kBits / 32;
-  VecI sum[kScanVectors][kQueries] = {};
+  VecI sum[kScanVectors][kQueries];
+#pragma GCC unroll 4
+  for (int g = 0; g < kQueries; ++g) sum[0][g] = sum[1][g] = VecI{} + queries.base[g];
   if (blocks == kBlocks) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kScanVectors; ++v) {
-      scan_blocks<kBits, kQueries>(codes[v], block_bytes, 0, kBlocks, queries, sum[v]);
-    }
+    scan_blocks<kBits, kQueries>(codes, block_bytes, 0, kBlocks, queries, sum);
   } else {
-    for (int v = 0; v < kScanVectors; ++v) {
-      for (int b = 0; b < blocks; b += kBlocks) {
-        VecI part[kQueries];
-        scan_blocks<kBits, kQueries>(codes[v] + static_cast<std::ptrdiff_t>(b) * block_bytes,
-                                     block_bytes, b, smaller(kBlocks, blocks - b), queries, part);
-        for (int g = 0; g < kQueries; ++g) sum[v][g] += part[g];
-      }
+    for (int b = 0; b < blocks; b += kBlocks) {
+      const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(b) * block_bytes;
+      const std::uint8_t* from[kScanVectors] = {codes[0] + at, codes[1] + at};
+      scan_blocks<kBits, kQueries>(from, block_bytes, b, smaller(kBlocks, blocks - b), queries,
+                                   sum);
     }
   }
 #pragma GCC unroll 4
@@ -197,29 +208,25 @@ ICECACHE_INLINE void clear_free_slots(const SketchScanArgs& args, std::int64_t f
   }
 }
 
-// The largest of n scores, a multiple of 8, and `best`.
+// The largest of n scores, a multiple of kScoreSlots, and `best`.
 ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t n,
                                        std::int16_t best) {
   Vec16S high = Vec16S{} + best;
   Vec16S higher = high;
-  std::int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
+  for (std::int64_t i = 0; i < n; i += 32) {
     Vec16S a, b;
     load_bytes(&a, scores + i);
     load_bytes(&b, scores + i + 16);
     high = a > high ? a : high;
     higher = b > higher ? b : higher;
   }
-  for (; i < n; ++i) best = scores[i] > best ? scores[i] : best;
-  for (int j = 0; j < 16; ++j) {
-    best = high[j] > best ? high[j] : best;
-    best = higher[j] > best ? higher[j] : best;
-  }
+  high = high > higher ? high : higher;
+  for (int j = 0; j < 16; ++j) best = high[j] > best ? high[j] : best;
   return best;
 }
 
-// Masses of pages [first, end), which are relative to one maximum, made relative to another. A
-// maximum that is not the largest leaves no weight of these pages above exp(unit (from - to)).
+// Masses of the slots [first, end), which are relative to one maximum, made relative to another, the
+// largest.
 ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first, std::int64_t end,
                                   const std::int16_t* from) {
   const int columns = mass_stride(args.group);
@@ -230,7 +237,7 @@ ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first
     factor[g] = exp(args.unit * static_cast<float>(from[g] - args.max[g]));
   }
   if (same) return;
-  for (std::int64_t page = first; page < end; ++page) {
+  for (std::int64_t page = first / args.page_size; page < end / args.page_size; ++page) {
     for (int g = 0; g < columns; g += 4) {
       float* mass = args.mass + page * columns + g;
       store4(mass, load4(mass) * load4(factor + g));
@@ -242,34 +249,37 @@ ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first
 // masses are relative to its own maximum until all are known.
 void sketch_scan(const SketchScanArgs& args) {
   constexpr std::int64_t kMaxChunks = 64;  // whose maxima are kept; longer scans take longer chunks
-  const std::int64_t slots = args.pages * args.page_size;
+  const std::int64_t used = args.pages * args.page_size;
+  const std::int64_t slots = (used + kScoreSlots - 1) / kScoreSlots * kScoreSlots;
   const std::int64_t chunk_slots =
       (slots + kMaxChunks * kScanSlots - 1) / (kMaxChunks * kScanSlots) * kScanSlots;
-  const std::int64_t chunk_pages = chunk_slots / args.page_size;
   std::int16_t chunk_max[kMaxChunks][kMaxGroup];
-  for (int g = 0; g < args.group; ++g) args.max[g] = kNoScore;
+  for (int g = 0; g < args.group; ++g) {
+    args.max[g] = kNoScore;
+    for (std::int64_t i = used; i < slots; ++i) args.scores[g * args.score_stride + i] = kNoScore;
+  }
   ScanQueries queries;
   std::int64_t chunk = 0;
-  for (std::int64_t page = 0; page < args.pages; page += chunk_pages, ++chunk) {
-    const std::int64_t end = smaller(page + chunk_pages, args.pages);
+  for (std::int64_t first = 0; first < slots; first += chunk_slots, ++chunk) {
+    const std::int64_t end = smaller(first + chunk_slots, slots);
+    const std::int64_t page = first / args.page_size;
+    const std::int64_t end_page = smaller(end / args.page_size, args.pages);
     for (int g = 0; g < args.group; g += queries.count) {
       queries.load(args, g);
-      scan_queries(args, queries, page, end);
+      scan_queries(args, queries, page, end_page);
     }
-    clear_free_slots(args, page, end);
-    const std::int64_t slot = page * args.page_size;
+    clear_free_slots(args, page, end_page);
     for (int g = 0; g < args.group; ++g) {
-      chunk_max[chunk][g] = max_score(args.scores + g * args.score_stride + slot,
-                                      (end - page) * args.page_size, kNoScore);
+      chunk_max[chunk][g] =
+          max_score(args.scores + g * args.score_stride + first, end - first, kNoScore);
       args.max[g] = chunk_max[chunk][g] > args.max[g] ? chunk_max[chunk][g] : args.max[g];
     }
-    score_mass({args.scores + slot, chunk_max[chunk], args.mass + page * mass_stride(args.group),
-                args.masks + page, args.score_stride, end - page, args.unit, args.group,
-                args.page_size});
+    score_mass({args.scores + first, chunk_max[chunk], args.mass + page * mass_stride(args.group),
+                args.score_stride, end - first, args.coarse, args.group, args.page_size});
   }
   chunk = 0;
-  for (std::int64_t page = 0; page < args.pages; page += chunk_pages, ++chunk) {
-    rescale_mass(args, page, smaller(page + chunk_pages, args.pages), chunk_max[chunk]);
+  for (std::int64_t first = 0; first < slots; first += chunk_slots, ++chunk) {
+    rescale_mass(args, first, smaller(first + chunk_slots, slots), chunk_max[chunk]);
   }
 }
 

@@ -6,82 +6,81 @@
 namespace icecache::simd {
 namespace {
 
-// 2^x read from the bits of a float that is made as an integer: within 6.2 %, always too large, 4 %
-// too large in the mean, which kMeanExcess takes out (Schraudolph, 1999).
-constexpr float kBitsPerOctave = 8388608.0f;  // 2^23
-constexpr float kBitsOfOne = 127.0f * kBitsPerOctave;
+// A score is an exponent as the upper half of a float has it: eight bits of octaves, seven of
+// fractions. Read so, a weight is at most 6.2 % too large, 4 % in the mean, which kMeanExcess takes
+// out (Schraudolph, 1999).
+constexpr std::int16_t kBitsOfOne = 127 << 7;
 constexpr float kMeanExcess = 1.0406844f;  // mean over f in [0, 1) of (1 + f) / 2^f
 
-// scale: bits of a unit. The difference is taken in integers: any unit leaves it exact. kAll: every
-// slot has a score.
-template <bool kAll>
-ICECACHE_INLINE VecF score_weight(VecI score, std::int32_t max_score, float scale) {
-  VecF bits = __builtin_convertvector(score - max_score, VecF) * scale + kBitsOfOne;
-  bits = max(bits, VecF{});
-  const VecI weight = __builtin_convertvector(bits, VecI);
-  if (kAll) return reinterpret_cast<VecF>(weight);
-  return reinterpret_cast<VecF>(score == std::int32_t{kNoScore} ? VecI{} : weight);
+// The weights of 2 W slots, added up in pairs. `floor`: the difference that weighs nothing.
+ICECACHE_INLINE VecF pair_weights(const std::int16_t* scores, std::int16_t max, std::int16_t floor,
+                                  int coarse) {
+  VecS bits;
+  load_bytes(&bits, scores);
+  bits -= max;
+  bits = bits > floor ? bits : VecS{} + floor;
+  bits = (bits << coarse) + kBitsOfOne;
+  const VecU pairs = reinterpret_cast<VecU>(bits);
+  return reinterpret_cast<VecF>(pairs << 16) + reinterpret_cast<VecF>(pairs & 0xffff0000u);
 }
 
-// The weights of one page's slots for one query, added up lane by lane.
-template <bool kAll>
-ICECACHE_INLINE VecF page_weight(const std::int16_t* scores, int page_size, std::int32_t max_score,
-                                 float scale) {
-  VecF sum = {};
-  if (page_size >= kWidth) {
-    for (int s = 0; s < page_size; s += kWidth) {
-      sum += score_weight<kAll>(load_i16(scores + s), max_score, scale);
-    }
-    return sum;
-  }
-  std::int16_t padded[kWidth];
-  for (int i = 0; i < kWidth; ++i) padded[i] = i < page_size ? scores[i] : kNoScore;
-  return score_weight<false>(load_i16(padded), max_score, scale);
-}
-
-// kQueries columns of one page's mass, and zeros up to the fourth.
-template <bool kAll, int kQueries>
-ICECACHE_INLINE void page_mass(const ScoreMassArgs& args, const std::int16_t* scores, int first,
-                               float scale, float* mass) {
-  VecF sum[4] = {};
+// kQueries columns of kScoreSlots slots' masses, and zeros up to the fourth. max: [kQueries].
+template <int kQueries>
+ICECACHE_INLINE void slots_mass(const ScoreMassArgs& args, std::int64_t slot, int first,
+                                const std::int16_t* max, std::int16_t floor, float* mass) {
+  Vec4F eights[kScoreSlots / 8];  // eight slots each: of four queries
 #pragma GCC unroll 4
-  for (int g = 0; g < kQueries; ++g) {
-    sum[g] = page_weight<kAll>(scores + g * args.score_stride, args.page_size, args.max[first + g],
-                               scale);
+  for (int v = 0; v < kScoreSlots / (2 * kWidth); ++v) {
+    VecF sum[4] = {};
+#pragma GCC unroll 4
+    for (int g = 0; g < kQueries; ++g) {
+      sum[g] = pair_weights(args.scores + (first + g) * args.score_stride + slot + 2 * kWidth * v,
+                            max[g], floor, args.coarse);
+    }
+    const VecF sums =
+        add_lanes4(sum[0], sum[1], sum[2], sum[3]) * splat(1.0f / kMeanExcess);
+    store_bytes(eights + v * kWidth / 4, &sums);
   }
-  store4(mass, reduce4(sum[0], sum[1], sum[2], sum[3]) * (1.0f / kMeanExcess));
+  const int columns = mass_stride(args.group);
+  if (args.page_size == 8) {
+    for (int p = 0; p < 4; ++p) store4(mass + p * columns, eights[p]);
+  } else if (args.page_size == 16) {
+    store4(mass, eights[0] + eights[1]);
+    store4(mass + columns, eights[2] + eights[3]);
+  } else {
+    store4(mass, (eights[0] + eights[1]) + (eights[2] + eights[3]));
+  }
 }
 
 template <int kQueries>
-ICECACHE_INLINE void mass_columns(const ScoreMassArgs& args, int first, float scale) {
-  const int columns = mass_stride(args.group);
-  const std::uint32_t full = args.page_size == 32 ? ~0u : (1u << args.page_size) - 1;
-  for (std::int64_t page = 0; page < args.pages; ++page) {
-    const std::int16_t* scores = args.scores + first * args.score_stride + page * args.page_size;
-    float* mass = args.mass + page * columns + first;
-    if (args.masks != nullptr && args.masks[page] == full) {
-      page_mass<true, kQueries>(args, scores, first, scale, mass);
-    } else {
-      page_mass<false, kQueries>(args, scores, first, scale, mass);
-    }
+ICECACHE_INLINE void mass_columns(const ScoreMassArgs& args, int first) {
+  const auto floor = static_cast<std::int16_t>(-(kBitsOfOne >> args.coarse));
+  const std::int64_t pages = kScoreSlots / args.page_size;  // together
+  std::int16_t max[kQueries];
+  for (int g = 0; g < kQueries; ++g) {  // from 0 on, where kNoScore weighs nothing
+    max[g] = args.max[first + g] > 0 ? args.max[first + g] : std::int16_t{0};
+  }
+  float* mass = args.mass + first;
+  for (std::int64_t slot = 0; slot < args.slots; slot += kScoreSlots) {
+    slots_mass<kQueries>(args, slot, first, max, floor, mass);
+    mass += pages * mass_stride(args.group);
   }
 }
 
 void score_mass(const ScoreMassArgs& args) {
-  const float scale = args.unit * 1.44269504088896341f * kBitsPerOctave;
   for (int first = 0; first < args.group; first += 4) {
     switch (smaller(4, args.group - first)) {
       case 1:
-        mass_columns<1>(args, first, scale);
+        mass_columns<1>(args, first);
         break;
       case 2:
-        mass_columns<2>(args, first, scale);
+        mass_columns<2>(args, first);
         break;
       case 3:
-        mass_columns<3>(args, first, scale);
+        mass_columns<3>(args, first);
         break;
       default:
-        mass_columns<4>(args, first, scale);
+        mass_columns<4>(args, first);
         break;
     }
   }

@@ -23,6 +23,7 @@ typedef float VecF __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef std::int32_t VecI __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef std::uint32_t VecU __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef std::uint16_t VecH __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));  // 2 W halves
+typedef std::int16_t VecS __attribute__((vector_size(4 * ICECACHE_SIMD_WIDTH)));
 typedef float Vec4F __attribute__((vector_size(16)));
 typedef std::int16_t Vec8S __attribute__((vector_size(16)));
 typedef std::int16_t Vec16S __attribute__((vector_size(32)));

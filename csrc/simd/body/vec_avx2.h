@@ -80,8 +80,12 @@ ICECACHE_INLINE float reduce_max(VecF v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+ICECACHE_INLINE VecF add_lanes4(VecF a, VecF b, VecF c, VecF d) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+}
+
 ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
-  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const __m256 sums = add_lanes4(a, b, c, d);
   return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
@@ -111,11 +115,6 @@ ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
   const __m256i packed =
       _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
-}
-
-ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
-  return reinterpret_cast<VecI>(
-      _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 }  // namespace

@@ -78,12 +78,15 @@ ICECACHE_INLINE float reduce_max(VecF v) {
   return _mm512_reduce_max_ps(v);
 }
 
-ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+ICECACHE_INLINE VecF add_lanes4(VecF a, VecF b, VecF c, VecF d) {
   const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
   const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
-  // Each 128-bit lane: its part of the four sums, in order.
-  const __m512 lanes =
-      _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) +
+         _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+}
+
+ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+  const __m512 lanes = add_lanes4(a, b, c, d);
   const __m256 half = _mm512_castps512_ps256(lanes) + _mm512_extractf32x8_ps(lanes, 1);
   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
@@ -119,15 +122,10 @@ ICECACHE_INLINE VecI dot4_sum(VecI acc) {
 }
 
 ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtsepi32_epi16(reinterpret_cast<__m512i>(a)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kWidth),
-                      _mm512_cvtsepi32_epi16(reinterpret_cast<__m512i>(b)));
-}
-
-ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
-  return reinterpret_cast<VecI>(
-      _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  const __m512i packed =
+      _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, packed));
 }
 
 }  // namespace

@@ -87,11 +87,16 @@ ICECACHE_INLINE float reduce_max(VecF v) {
   return m;
 }
 
-// The four sums, in order.
-ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+// For each four floats of the vectors, the four sums, in order.
+ICECACHE_INLINE VecF add_lanes4(VecF a, VecF b, VecF c, VecF d) {
   Vec4F rows[4] = {a, b, c, d};
   transpose4(rows);
   return (rows[0] + rows[2]) + (rows[1] + rows[3]);
+}
+
+// The four sums, in order.
+ICECACHE_INLINE Vec4F reduce4(VecF a, VecF b, VecF c, VecF d) {
+  return add_lanes4(a, b, c, d);
 }
 
 ICECACHE_INLINE bool any(VecI mask) {
@@ -118,13 +123,6 @@ ICECACHE_INLINE VecI dot4_sum(VecI acc) {
 ICECACHE_INLINE void store_i16(std::int16_t* p, VecI a, VecI b) {
   for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int16_t>(a[i]);
   for (int i = 0; i < kWidth; ++i) p[kWidth + i] = static_cast<std::int16_t>(b[i]);
-}
-
-ICECACHE_INLINE VecI load_i16(const std::int16_t* p) {
-  Vec4H h;
-  __builtin_memcpy(&h, p, sizeof h);
-  typedef std::int16_t Vec4S __attribute__((vector_size(8)));
-  return __builtin_convertvector(reinterpret_cast<Vec4S>(h), VecI);
 }
 
 }  // namespace
