@@ -48,6 +48,11 @@ class PageTable {
   // [page_count()]; bit s: slot s holds a token.
   std::span<const std::uint32_t> masks() const { return masks_; }
   std::int32_t position(int local, int slot) const { return positions_[local * page_size_ + slot]; }
+  // Of a slot id, which counts the slots of all pages: its page, and its place there.
+  int page_of(std::int32_t slot) const {
+    return slot >> std::countr_zero(static_cast<std::uint32_t>(page_size_));
+  }
+  int place_of(std::int32_t slot) const { return slot & (page_size_ - 1); }
   // positions of all slots, [page_count() * S]; -1 for slots not in use.
   const std::vector<std::int32_t>& positions() const { return positions_; }
   // Raw rows in the cache's dtype.

@@ -172,14 +172,26 @@ std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candi
   thread_local std::vector<const void*> rows_buffer;
   std::vector<const void*>& rows = rows_buffer;
   const auto count = static_cast<std::int64_t>(candidates.size());
-  const int s = table_.page_size();
   rows.resize(count);
   for (std::int64_t i = 0; i < count; ++i) {
-    rows[i] = table_.key(candidates.slots[i] / s, candidates.slots[i] % s);
+    const std::int32_t slot = candidates.slots[i];
+    rows[i] = table_.key(table_.page_of(slot), table_.place_of(slot));
   }
   candidates.logits.resize(count * request.group);
   simd::kernels().row_logits({rows.data(), table_.dtype(), count, request.group, table_.head_dim()},
                              request.queries, candidates.logits.data(), count);
+  candidates.weights.assign(count * request.group, 0.0f);
+  candidates.max.assign(request.group, -INFINITY);
+  candidates.sum.assign(request.group, 0.0f);
+  for (int g = 0; g < request.group && count > 0; ++g) {
+    const std::span<const float> logits(candidates.logits.data() + g * count, count);
+    const std::span<float> weights(candidates.weights.data() + g * count, count);
+    const float max = largest(logits);
+    if (max == -INFINITY) continue;
+    simd::kernels().add_exp(logits.data(), max, weights.data(), count);
+    candidates.max[g] = max;
+    candidates.sum[g] = sum(weights);
+  }
   return count * table_.head_dim() * static_cast<std::int64_t>(size_of(table_.dtype()));
 }
 
@@ -224,7 +236,7 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
     candidates.bytes += rescore(request, candidates);
     if (scores != nullptr) {
       scores->exclude(candidates.slots);
-      scores->log_totals(candidates.rest_lse.data());
+      if (request.mass_target > 0.0) scores->log_totals(candidates.rest_lse.data());
     }
     pick(request, candidates);
   }
@@ -237,23 +249,22 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
 
 void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candidates, int group,
                             Selection& selection) const {
-  const simd::Kernels& kernels = simd::kernels();
   const auto count = static_cast<std::int64_t>(candidates.size());
-  const int s = table_.page_size(), nodes = node_count(), columns = simd::mass_stride(group);
-  thread_local std::vector<float> mass_buffer, known_buffer;
+  const int nodes = node_count(), columns = simd::mass_stride(group);
+  thread_local std::vector<float> mass_buffer;
   thread_local std::vector<std::int32_t> left_buffer;
   std::vector<float>& mass = mass_buffer;         // [C, columns]
-  std::vector<float>& known = known_buffer;       // of one head's candidates
   std::vector<std::int32_t>& left = left_buffer;  // [C] tokens that were not picked
   mass.assign(static_cast<std::size_t>(nodes) * columns, 0.0f);
   selection.far_shift.resize(group);
-  float scale[kMaxGroup + 3] = {};
+  float of_scan[kMaxGroup + 3] = {}, of_candidates[kMaxGroup] = {};
   for (int g = 0; g < group; ++g) {
-    const float* logits = candidates.logits.data() + g * count;
-    float shift = scores != nullptr ? scores->log_max(g) : -INFINITY;
-    const float of_scan = shift;
-    for (std::int64_t i = 0; i < count; ++i) shift = std::max(shift, logits[i]);
-    scale[g] = of_scan > -INFINITY ? std::exp(of_scan - shift) : 0.0f;
+    const float scan_max = scores != nullptr ? scores->log_max(g) : -INFINITY;
+    const float shift = std::max(scan_max, candidates.max[g]);
+    if (shift > -INFINITY) {
+      of_scan[g] = std::exp(scan_max - shift);
+      of_candidates[g] = std::exp(candidates.max[g] - shift);
+    }
     selection.far_shift[g] = shift > -INFINITY ? shift : 0.0f;
   }
   if (scores != nullptr) {
@@ -262,21 +273,17 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
       const float* from = scores->page_mass(page);
       float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns;
       for (int first = 0; first < columns; first += 4) {
-        for (int g = first; g < first + 4; ++g) to[g] += scale[g] * from[g];
+        for (int g = first; g < first + 4; ++g) to[g] += of_scan[g] * from[g];
       }
     }
   }
-  for (int g = 0; g < group; ++g) {
-    known.assign(count, 0.0f);
-    if (count > 0) {
-      kernels.add_exp(candidates.logits.data() + g * count, selection.far_shift[g], known.data(),
-                      count);
-    }
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (candidates.picked[i] != 0) continue;
-      mass[static_cast<std::size_t>(node_of_page_[candidates.slots[i] / s]) * columns + g] +=
-          known[i];
-    }
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (candidates.picked[i] != 0) continue;
+    float* to = mass.data() +
+                static_cast<std::size_t>(node_of_page_[table_.page_of(candidates.slots[i])]) *
+                    columns;
+    const float* weight = candidates.weights.data() + i;
+    for (int g = 0; g < group; ++g) to[g] += of_candidates[g] * weight[g * count];
   }
   float total[kMaxGroup + 3] = {};
   for (int c = 0; c < nodes; ++c) {

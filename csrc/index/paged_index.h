@@ -52,7 +52,9 @@ class PagedIndex : public SemanticIndex {
     // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.
     std::vector<float> rest_lse;
     std::vector<float> logits;  // [G, slots] exact
-    std::vector<char> picked;   // [slots]
+    // exp(logits - max), [G, slots]; 0 where the logit is -inf. max, sum of weights: [G].
+    std::vector<float> weights, max, sum;
+    std::vector<char> picked;  // [slots]
     std::int64_t bytes = 0;     // read to find them
     std::size_t size() const { return slots.size(); }
   };
@@ -107,7 +109,7 @@ class PagedIndex : public SemanticIndex {
  private:
   void attach(int page, int node);
   void shrink_node(int node);
-  // Exact logits of the candidates. Returns the bytes read.
+  // Exact logits of the candidates, and what they weigh. Returns the bytes read.
   std::int64_t rescore(const SelectRequest& request, Candidates& candidates) const;
   // Fills `picked` within the budget; picking whole pages adds their tokens to the candidates.
   void pick(const SelectRequest& request, Candidates& candidates) const;

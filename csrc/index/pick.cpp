@@ -6,45 +6,75 @@
 
 #include "index/log_sum.h"
 #include "index/paged_index.h"
+#include "index/top_k.h"
 #include "simd/kernels.h"
 
 namespace icecache {
+namespace {
+
+// Marks the k largest masses, none of them negative; equal ones by their order. The upper half of a
+// float's bits orders as floats do, but for those that share it with the last.
+void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<char>& marked) {
+  const auto count = static_cast<std::int64_t>(mass.size());
+  marked.assign(count, k >= count ? 1 : 0);
+  if (k <= 0 || k >= count) return;
+  thread_local std::vector<std::int16_t> upper_buffer;
+  thread_local std::vector<std::int32_t> alike_buffer;
+  std::vector<std::int16_t>& upper = upper_buffer;
+  std::vector<std::int32_t>& alike = alike_buffer;
+  upper.resize(count);
+  for (std::int64_t i = 0; i < count; ++i) {
+    upper[i] = static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(mass[i]) >> 16);
+  }
+  const std::int16_t last = kth_largest(upper, k);
+  alike.clear();
+  for (std::int64_t i = 0; i < count; ++i) {
+    marked[i] = upper[i] > last ? 1 : 0;
+    k -= marked[i];
+    if (upper[i] == last) alike.push_back(static_cast<std::int32_t>(i));
+  }
+  std::partial_sort(
+      alike.begin(), alike.begin() + k, alike.end(), [&](std::int32_t a, std::int32_t b) {
+        return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
+      });
+  for (std::int64_t i = 0; i < k; ++i) marked[alike[i]] = 1;
+}
+
+}  // namespace
 
 // Candidates are worth their attention mass, normalised per head over sink, window and candidates
 // and summed over the group. A page is worth its best member. With mass_target the ranking is
 // followed past the budget until every head's estimated share is reached.
 void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) const {
   thread_local std::vector<float> mass_buffer;
-  thread_local std::vector<std::int32_t> ranking_buffer;
   std::vector<float>& mass = mass_buffer;
-  std::vector<std::int32_t>& ranking = ranking_buffer;
   const auto count = static_cast<std::int64_t>(candidates.size());
   const bool by_page = config().select == "page", by_mass = request.mass_target > 0.0;
   mass.assign(count, 0.0f);
   float total[kMaxGroup], share[kMaxGroup];
   for (int g = 0; g < request.group; ++g) {
-    const float* logits = candidates.logits.data() + g * count;
-    const float known = log_add(request.near_lse[g], log_sum(logits, count));
-    if (count > 0) simd::kernels().add_exp(logits, known, mass.data(), count);
+    const float known =
+        log_add(request.near_lse[g], candidates.max[g] + std::log(candidates.sum[g]));
+    const float* weights = candidates.weights.data() + g * count;
+    if (known > -INFINITY) {
+      simd::kernels().axpy(std::exp(candidates.max[g] - known), weights, mass.data(), count);
+    }
     total[g] = log_add(known, candidates.rest_lse[g]);
     share[g] = std::exp(request.near_lse[g] - total[g]);
   }
+  if (!by_page && !by_mass) return mark_largest(mass, request.budget, candidates.picked);
+
+  thread_local std::vector<std::int32_t> ranking_buffer;
+  std::vector<std::int32_t>& ranking = ranking_buffer;
   ranking.resize(count);
   std::iota(ranking.begin(), ranking.end(), 0);
   const auto better = [&](std::int32_t a, std::int32_t b) {
     return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
   };
   candidates.picked.assign(count, 0);
-  if (!by_page && !by_mass) {
-    const auto taken = std::min<std::int64_t>(request.budget, count);
-    std::nth_element(ranking.begin(), ranking.begin() + taken, ranking.end(), better);
-    for (std::int64_t i = 0; i < taken; ++i) candidates.picked[ranking[i]] = 1;
-    return;
-  }
-
   std::sort(ranking.begin(), ranking.end(), better);
-  const int s = table_.page_size(), limit = by_mass ? request.max_budget : request.budget;
-  const auto page_of = [&](std::int64_t i) { return candidates.slots[i] / s; };
+  const int limit = by_mass ? request.max_budget : request.budget;
+  const auto page_of = [&](std::int64_t i) { return table_.page_of(candidates.slots[i]); };
   int tokens = 0;
   for (const std::int32_t i : ranking) {
     if (tokens >= limit) break;
@@ -100,28 +130,28 @@ void PagedIndex::complete_pages(const SelectRequest& request, Candidates& candid
 }
 
 void PagedIndex::take_picked(const Candidates& candidates, int group, Selection& selection) const {
+  thread_local std::vector<std::int32_t> taken_buffer;
+  std::vector<std::int32_t>& taken = taken_buffer;  // their places among the candidates
   const auto count = static_cast<std::int64_t>(candidates.size());
-  const int s = table_.page_size();
+  taken.clear();
   selection.picks.clear();
-  selection.tokens = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     if (candidates.picked[i] == 0) continue;
-    const int page = candidates.slots[i] / s;
-    const std::uint32_t slot = 1u << (candidates.slots[i] % s);
+    taken.push_back(static_cast<std::int32_t>(i));
+    const int page = table_.page_of(candidates.slots[i]);
+    const std::uint32_t slot = 1u << table_.place_of(candidates.slots[i]);
     if (selection.picks.empty() || selection.picks.back().local_page != page) {
       selection.picks.push_back(table_.pick(page, slot));
     } else {
       selection.picks.back().slots |= slot;
     }
-    ++selection.tokens;
   }
-  selection.logits.resize(static_cast<std::size_t>(group) * selection.tokens);
+  selection.tokens = static_cast<int>(taken.size());
+  selection.logits.resize(static_cast<std::size_t>(group) * taken.size());
   float* out = selection.logits.data();
   for (int g = 0; g < group; ++g) {
     const float* logits = candidates.logits.data() + g * count;
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (candidates.picked[i] != 0) *out++ = logits[i];
-    }
+    for (const std::int32_t i : taken) *out++ = logits[i];
   }
 }
 
