@@ -18,7 +18,7 @@ from hf_models import build
 from icecache.bench.ask import Asker, Limits
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import find_methods
-from icecache.bench.tasks import gsm8k
+from icecache.bench.tasks import gsm8k, longbench
 from icecache.hf import IceCache
 from icecache.hf.support import CACHE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -248,6 +248,56 @@ def test_the_command(folder: str, tmp_path: Path) -> None:
     assert "tiny_gsm8k" in done.stdout
     (written,) = out.rglob("results*.json")
     assert json.loads(written.read_text())["config"]["icecache"]["token_budget"] == BUDGET
+
+
+OWN_TASK = """\
+include: {include}
+task: {name}
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+"""
+
+
+def own_tasks(shared: Path, to: Path) -> dict[str, Path]:
+    """lm_eval's own trec of LongBench and gsm8k_cot, their data from files, as the docs say."""
+    rows = []
+    (trec,) = (task for task in longbench.TASKS if task.name == "longbench/trec")
+    for sample in longbench.MiniSource(shared / "longbench_mini").samples(trec):
+        context, _, question = sample.prompt.partition("\n\n")[2].rpartition("\nQuestion:")
+        judged = {"answers": sample.answers, "all_classes": sample.classes}
+        rows.append({"context": context, "question": f"Question:{question}", **judged})
+    questions = to / "trec.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    home = Path(lm_eval.__file__).parent / "tasks"
+    made = {}
+    for name, include, data in (
+        ("longbench_trec_here", home / "longbench" / "trec.yaml", questions),
+        ("gsm8k_cot_here", home / "gsm8k" / "gsm8k-cot.yaml", shared / "gsm8k_test.jsonl"),
+    ):
+        made[name] = to / f"{name}.yaml"
+        text = OWN_TASK.format(include=include, name=name, data=data, cache=to / "cache")
+        made[name].write_text(text)
+    return made
+
+
+def test_its_own_tasks_on_local_data(folder: str, shared_dir: Path, tmp_path: Path) -> None:
+    for library in ("jieba", "fuzzywuzzy", "rouge"):  # of lm_eval's LongBench
+        pytest.importorskip(library)
+    tasks, out = own_tasks(shared_dir / "data", tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "icecache.bench.lm_eval_model", "--model", "icecache"]
+    command += ["--model_args", f"pretrained={folder},token_budget={BUDGET}", "--limit", "1"]
+    command += ["--tasks", ",".join(map(str, tasks.values())), "--output_path", str(out)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=offline)
+    assert done.returncode == 0, done.stderr
+    (written,) = out.rglob("results*.json")
+    results = json.loads(written.read_text())["results"]
+    assert {*results} == {*tasks}
+    assert "exact_match,flexible-extract" in results["gsm8k_cot_here"]
+    assert "classification_score,none" in results["longbench_trec_here"]
 
 
 def test_a_mistake_ends_the_command_with_one_line(

@@ -141,6 +141,10 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
   }
 }
 
+ICECACHE_INLINE void prefetch_codes(const std::uint8_t* codes, std::ptrdiff_t bytes) {
+  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kScanAhead + i);
+}
+
 template <int kBits, int kQueries>
 void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
                 std::int64_t end) {
@@ -155,6 +159,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
   if (page_size == kWidth) {  // two pages a pass
     std::int64_t page = first;
     for (; page + 2 <= end; page += 2, codes += 2 * page_bytes, scores += 2 * page_size) {
+      prefetch_codes(codes, 2 * page_bytes);
       const std::uint8_t* both[kScanVectors] = {codes, codes + page_bytes};
       scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
     }
@@ -162,9 +167,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
     return;
   }
   for (std::int64_t page = first; page < end; ++page, codes += page_bytes) {
-    for (std::ptrdiff_t i = 0; i < page_bytes; i += 64) {
-      __builtin_prefetch(codes + kScanAhead + i);
-    }
+    prefetch_codes(codes, page_bytes);
     for (int s = 0; s < page_size; s += kScanVectors * kWidth) {
       const std::uint8_t* both[kScanVectors] = {codes + 4 * s, codes + 4 * (s + kWidth)};
       scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
