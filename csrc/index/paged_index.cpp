@@ -268,12 +268,15 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
     selection.far_shift[g] = shift > -INFINITY ? shift : 0.0f;
   }
   if (scores != nullptr) {
-    for (int page = 0; page < table_.page_count(); ++page) {
-      if (table_.mask(page) == 0) continue;
-      const float* from = scores->page_mass(page);
-      float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns;
-      for (int first = 0; first < columns; first += 4) {
-        for (int g = first; g < first + 4; ++g) to[g] += of_scan[g] * from[g];
+    for (int first = 0; first < columns; first += 4) {
+      for (int page = 0; page < table_.page_count(); ++page) {
+        if (node_of_page_[page] < 0) continue;
+        const float* from = scores->page_mass(page) + first;
+        float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns + first;
+        for (int g = 0; g < 4; ++g) to[g] += from[g];
+      }
+      for (int c = 0; c < nodes; ++c) {
+        for (int g = first; g < first + 4; ++g) mass[c * columns + g] *= of_scan[g];
       }
     }
   }

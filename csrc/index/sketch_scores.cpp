@@ -25,21 +25,19 @@ float SketchScores::log_max(int g) const {
 }
 
 void SketchScores::log_totals(float* out) const {
-  // Two sums side by side: neither waits for the other.
-  float sum[kMaxGroup + 3] = {}, other[kMaxGroup + 3] = {};
-  const auto add = [&](float* to, int page) {
-    const float* mass = page_mass(page);
-    for (int first = 0; first < mass_columns_; first += 4) {
-      for (int g = first; g < first + 4; ++g) to[g] += mass[g];
+  // Four sums side by side: none waits for the other.
+  constexpr int kTogether = 4;
+  float sum[kMaxGroup + 3];
+  for (int first = 0; first < mass_columns_; first += 4) {
+    float part[kTogether][4] = {};
+    const float* mass = mass_.data() + first;
+    for (int page = 0; page < pages_; ++page, mass += mass_columns_) {
+      for (int g = 0; g < 4; ++g) part[page % kTogether][g] += mass[g];
     }
-  };
-  int page = 0;
-  for (; page + 2 <= pages_; page += 2) {
-    add(sum, page);
-    add(other, page + 1);
+    for (int g = 0; g < 4; ++g) {
+      sum[first + g] = (part[0][g] + part[1][g]) + (part[2][g] + part[3][g]);
+    }
   }
-  if (page < pages_) add(sum, page);
-  for (int g = 0; g < group_; ++g) sum[g] += other[g];
   for (int g = 0; g < group_; ++g) out[g] = log_max(g) + std::log(sum[g]);
 }
 

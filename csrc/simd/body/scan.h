@@ -228,7 +228,7 @@ ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t 
   return best;
 }
 
-// Masses of the slots [first, end), which are relative to one maximum, made relative to another, the
+// Masses of the slots [first, end), which are relative to the scores `from`, made relative to the
 // largest.
 ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first, std::int64_t end,
                                   const std::int16_t* from) {
@@ -240,23 +240,25 @@ ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first
     factor[g] = exp(args.unit * static_cast<float>(from[g] - args.max[g]));
   }
   if (same) return;
-  for (std::int64_t page = first / args.page_size; page < end / args.page_size; ++page) {
-    for (int g = 0; g < columns; g += 4) {
+  const std::int64_t end_page = end / args.page_size;
+  for (int g = 0; g < columns; g += 4) {
+    const Vec4F factors = load4(factor + g);
+    for (std::int64_t page = first / args.page_size; page < end_page; ++page) {
       float* mass = args.mass + page * columns + g;
-      store4(mass, load4(mass) * load4(factor + g));
+      store4(mass, load4(mass) * factors);
     }
   }
 }
 
 // Chunk by chunk: what follows from the scores is done while they are in the L1 cache. A chunk's
-// masses are relative to its own maximum until all are known.
+// masses are relative to the largest score so far until all are known.
 void sketch_scan(const SketchScanArgs& args) {
   constexpr std::int64_t kMaxChunks = 64;  // whose maxima are kept; longer scans take longer chunks
   const std::int64_t used = args.pages * args.page_size;
   const std::int64_t slots = (used + kScoreSlots - 1) / kScoreSlots * kScoreSlots;
   const std::int64_t chunk_slots =
       (slots + kMaxChunks * kScanSlots - 1) / (kMaxChunks * kScanSlots) * kScanSlots;
-  std::int16_t chunk_max[kMaxChunks][kMaxGroup];
+  std::int16_t so_far[kMaxChunks][kMaxGroup];
   for (int g = 0; g < args.group; ++g) {
     args.max[g] = kNoScore;
     for (std::int64_t i = used; i < slots; ++i) args.scores[g * args.score_stride + i] = kNoScore;
@@ -273,16 +275,16 @@ void sketch_scan(const SketchScanArgs& args) {
     }
     clear_free_slots(args, page, end_page);
     for (int g = 0; g < args.group; ++g) {
-      chunk_max[chunk][g] =
-          max_score(args.scores + g * args.score_stride + first, end - first, kNoScore);
-      args.max[g] = chunk_max[chunk][g] > args.max[g] ? chunk_max[chunk][g] : args.max[g];
+      args.max[g] =
+          max_score(args.scores + g * args.score_stride + first, end - first, args.max[g]);
+      so_far[chunk][g] = args.max[g];
     }
-    score_mass({args.scores + first, chunk_max[chunk], args.mass + page * mass_stride(args.group),
+    score_mass({args.scores + first, args.max, args.mass + page * mass_stride(args.group),
                 args.score_stride, end - first, args.coarse, args.group, args.page_size});
   }
   chunk = 0;
   for (std::int64_t first = 0; first < slots; first += chunk_slots, ++chunk) {
-    rescale_mass(args, first, smaller(first + chunk_slots, slots), chunk_max[chunk]);
+    rescale_mass(args, first, smaller(first + chunk_slots, slots), so_far[chunk]);
   }
 }
 
