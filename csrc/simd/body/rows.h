@@ -6,12 +6,8 @@
 namespace icecache::simd {
 namespace {
 
-constexpr std::int64_t kRowsAhead = 16;  // of row_logits
+constexpr std::int64_t kRowsAhead = 32;  // of row_logits
 constexpr std::int64_t kRowsBlock = 32;  // rows of add_rows that stay in the L1 cache
-
-ICECACHE_INLINE void prefetch_row(const void* row, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
 
 // logits[g * stride + s] for kQueries queries and the two rows s.
 template <typename E, int kQueries>
@@ -89,13 +85,14 @@ void row_logits(const RowsArgs& args, const float* queries, float* logits, std::
                [&](auto e) { row_logits_of<decltype(e)>(args, queries, logits, stride); });
 }
 
-// Block by block of rows, each of which the columns of the tiles walk over again and again; each
-// walk asks for the same columns of the next block.
+// Block by block of rows, each of which the columns of the tiles walk over again and again; the
+// first walk asks for the next block.
 template <typename E>
 void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride, float* out) {
   typedef typename E::Element Element;
+  const int row_bytes = args.head_dim * static_cast<int>(sizeof(Element));
   for (std::int64_t i = 0; i < smaller(kRowsBlock, args.count); ++i) {
-    prefetch_row(args.rows[i], args.head_dim * static_cast<int>(sizeof(Element)));
+    prefetch_row(args.rows[i], row_bytes);
   }
   for (std::int64_t first = 0; first < args.count; first += kRowsBlock) {
     const std::int64_t end = smaller(first + kRowsBlock, args.count);
@@ -108,7 +105,7 @@ void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride
     tile.depth = static_cast<int>(end - first);
     tile.c = out;
     tile.ldc = args.head_dim;
-    outer_product<E>(tile, args.group, args.head_dim, ScatteredRows<E>{rows, next, last},
+    outer_product<E>(tile, args.group, args.head_dim, ScatteredRows<E>{rows, next, last, row_bytes},
                      Into::kAdd);
   }
 }

@@ -145,6 +145,15 @@ ICECACHE_INLINE void prefetch_codes(const std::uint8_t* codes, std::ptrdiff_t by
   for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kScanAhead + i);
 }
 
+// Lines that will be written, which else wait for what they hold now.
+template <int kQueries>
+ICECACHE_INLINE void prefetch_scores(std::int16_t* scores, std::int64_t stride) {
+#pragma GCC unroll 4
+  for (int g = 0; g < kQueries; ++g) {
+    __builtin_prefetch(scores + g * stride + kScanAhead / 16, 1);
+  }
+}
+
 template <int kBits, int kQueries>
 void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
                 std::int64_t end) {
@@ -160,6 +169,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
     std::int64_t page = first;
     for (; page + 2 <= end; page += 2, codes += 2 * page_bytes, scores += 2 * page_size) {
       prefetch_codes(codes, 2 * page_bytes);
+      prefetch_scores<kQueries>(scores, stride);
       const std::uint8_t* both[kScanVectors] = {codes, codes + page_bytes};
       scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
     }
@@ -168,6 +178,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
   }
   for (std::int64_t page = first; page < end; ++page, codes += page_bytes) {
     prefetch_codes(codes, page_bytes);
+    prefetch_scores<kQueries>(scores, stride);
     for (int s = 0; s < page_size; s += kScanVectors * kWidth) {
       const std::uint8_t* both[kScanVectors] = {codes + 4 * s, codes + 4 * (s + kWidth)};
       scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);

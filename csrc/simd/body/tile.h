@@ -159,16 +159,20 @@ struct StridedRows {
   ICECACHE_INLINE const float* operator()(int k, int j) const { return base + k * stride + j; }
 };
 
-// Rows of b that lie anywhere. Each access asks for the same columns of a row of the next block.
+ICECACHE_INLINE void prefetch_row(const void* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// Rows of b that lie anywhere. The first access to one asks for a row of the next block.
 template <typename E>
 struct ScatteredRows {
   const void* const* rows;
   const void* const* next;
   int last;  // rows of the next block, less one
+  int row_bytes;
   ICECACHE_INLINE const typename E::Element* operator()(int k, int j) const {
-    typedef typename E::Element Element;
-    __builtin_prefetch(static_cast<const Element*>(next[smaller(k, last)]) + j);
-    return static_cast<const Element*>(rows[k]) + j;
+    if (j == 0) prefetch_row(next[smaller(k, last)], row_bytes);
+    return static_cast<const typename E::Element*>(rows[k]) + j;
   }
 };
 
