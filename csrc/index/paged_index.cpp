@@ -7,6 +7,7 @@
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
+#include "index/prefetch.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -172,10 +173,13 @@ std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candi
   thread_local std::vector<const void*> rows_buffer;
   std::vector<const void*>& rows = rows_buffer;
   const auto count = static_cast<std::int64_t>(candidates.size());
+  const std::size_t row_bytes = table_.head_dim() * size_of(table_.dtype());
   rows.resize(count);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int32_t slot = candidates.slots[i];
-    rows[i] = table_.key(table_.page_of(slot), table_.place_of(slot));
+    const std::byte* key = table_.key(table_.page_of(slot), table_.place_of(slot));
+    prefetch(key, row_bytes);
+    rows[i] = key;
   }
   candidates.logits.resize(count * request.group);
   simd::kernels().row_logits({rows.data(), table_.dtype(), count, request.group, table_.head_dim()},
@@ -192,7 +196,7 @@ std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candi
     candidates.max[g] = max;
     candidates.sum[g] = sum(weights);
   }
-  return count * table_.head_dim() * static_cast<std::int64_t>(size_of(table_.dtype()));
+  return count * static_cast<std::int64_t>(row_bytes);
 }
 
 std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {

@@ -6,6 +6,7 @@
 
 #include "index/log_sum.h"
 #include "index/paged_index.h"
+#include "index/prefetch.h"
 #include "index/top_k.h"
 #include "simd/kernels.h"
 
@@ -133,13 +134,16 @@ void PagedIndex::take_picked(const Candidates& candidates, int group, Selection&
   thread_local std::vector<std::int32_t> taken_buffer;
   std::vector<std::int32_t>& taken = taken_buffer;  // their places among the candidates
   const auto count = static_cast<std::int64_t>(candidates.size());
+  const std::size_t row_bytes = table_.head_dim() * size_of(table_.dtype());
   taken.clear();
   selection.picks.clear();
   for (std::int64_t i = 0; i < count; ++i) {
     if (candidates.picked[i] == 0) continue;
     taken.push_back(static_cast<std::int32_t>(i));
     const int page = table_.page_of(candidates.slots[i]);
-    const std::uint32_t slot = 1u << table_.place_of(candidates.slots[i]);
+    const int place = table_.place_of(candidates.slots[i]);
+    const std::uint32_t slot = 1u << place;
+    prefetch(table_.value(page, place), row_bytes);  // attended soon
     if (selection.picks.empty() || selection.picks.back().local_page != page) {
       selection.picks.push_back(table_.pick(page, slot));
     } else {

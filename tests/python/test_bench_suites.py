@@ -157,6 +157,36 @@ def test_workers_give_the_records_of_one(tmp_path: Path) -> None:
         assert run_parallel(questions, folder, pool, answer, 3) == alone
 
 
+def test_a_worker_ends_with_a_killed_run(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from icecache.bench.evaluate import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    worker = context.Process(target=end_with_parent)\n"
+        "    worker.start()\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        run.kill()
+    deadline = time.monotonic() + 30
+    while not _ended(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _ended(worker), "it went on"
+
+
+def _ended(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"  # its new parent has not asked yet
+
+
 def test_workers_share_the_cores() -> None:
     assert [share_of([0, 2, 4, 6, 7], n, 2) for n in range(2)] == [[0, 4, 7], [2, 6]]
     assert [share_of([3, 5], n, 3) for n in range(3)] == [[3], [5], [3]]

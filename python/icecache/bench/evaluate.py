@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -192,10 +193,19 @@ def _begin_worker(plan: Plan, folder: str, gold: int, numbers: Any) -> None:
     global _worker
     import torch
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     cores = share_of(sorted(os.sched_getaffinity(0)), numbers.get(), plan.workers)
     os.sched_setaffinity(0, cores)  # the engine's threads too: one for each core that it may use
     torch.set_num_threads(len(cores))
     _worker = _asker(plan, folder, gold)
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent has: a killed run must not go on computing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def share_of(cores: Sequence[int], number: int, workers: int) -> list[int]:
