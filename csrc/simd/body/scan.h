@@ -142,7 +142,7 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
 }
 
 ICECACHE_INLINE void prefetch_codes(const std::uint8_t* codes, std::ptrdiff_t bytes) {
-  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kScanAhead + i);
+  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kScanAhead + i, 0, 2);
 }
 
 // Lines that will be written, which else wait for what they hold now.
@@ -150,7 +150,7 @@ template <int kQueries>
 ICECACHE_INLINE void prefetch_scores(std::int16_t* scores, std::int64_t stride) {
 #pragma GCC unroll 4
   for (int g = 0; g < kQueries; ++g) {
-    __builtin_prefetch(scores + g * stride + kScanAhead / 16, 1);
+    __builtin_prefetch(scores + g * stride + kScanAhead / 16, 1, 2);
   }
 }
 
