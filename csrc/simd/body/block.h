@@ -73,25 +73,6 @@ struct FloatBlock<F32> {
   }
 };
 
-ICECACHE_INLINE void ask_for(const void* row, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(static_cast<const std::byte*>(row) + i);
-  }
-}
-
-// Rows that lie anywhere. The first access to one asks for that of the next block.
-template <typename E>
-struct ElementRows {
-  const void* const* rows;
-  const void* const* next;
-  int next_count;
-  std::size_t row_bytes;
-  ICECACHE_INLINE const typename E::Element* operator()(int k, int j) const {
-    if (j == 0 && k < next_count) ask_for(next[k], row_bytes);
-    return static_cast<const typename E::Element*>(rows[k]) + j;
-  }
-};
-
 struct FloatRows {
   const float* const* rows;
   ICECACHE_INLINE const float* operator()(int k, int j) const { return rows[k] + j; }
@@ -112,7 +93,7 @@ ICECACHE_INLINE void attend_few(const BlockArgs& args, int first_row, int rows, 
   const std::size_t row_bytes = sizeof(Element) * static_cast<std::size_t>(args.head_dim);
   const int next_count = first_row == 0 ? args.next_count : 0;
   for (int s = 0; s < count; s += 4) {
-    for (int i = s; i < smaller(s + 4, next_count); ++i) ask_for(args.next_keys[i], row_bytes);
+    for (int i = s; i < smaller(s + 4, next_count); ++i) prefetch_row(args.next_keys[i], row_bytes);
     dot_rows<E>(queries, rows, keys + s, 4, args.head_dim, logits + s, columns);
   }
   float factor[kFewRows];
@@ -121,7 +102,7 @@ ICECACHE_INLINE void attend_few(const BlockArgs& args, int first_row, int rows, 
     for (int s = count; s < columns; ++s) row[s] = -kInfinity;
     factor[r] = online_softmax(row, columns, state.max + first_row + r, state.sum + first_row + r);
   }
-  const ElementRows<E> values{args.values, args.next_values, next_count, row_bytes};
+  const ScatteredRows<E> values{args.values, args.next_values, next_count, row_bytes};
   add_values<E>({logits, columns, count}, factor, rows, values, state, first_row);
 }
 

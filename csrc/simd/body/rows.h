@@ -47,7 +47,7 @@ ICECACHE_INLINE void logit_pair(const float* queries, int dim, const typename E:
 
 template <typename E>
 void row_logits_of(const RowsArgs& args, const float* queries, float* logits, std::int64_t stride) {
-  const int row_bytes = args.head_dim * static_cast<int>(sizeof(typename E::Element));
+  const std::size_t row_bytes = static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
   const auto row = [&](std::int64_t i) {
     return static_cast<const typename E::Element*>(args.rows[i]);
   };
@@ -89,24 +89,22 @@ void row_logits(const RowsArgs& args, const float* queries, float* logits, std::
 // first walk asks for the next block.
 template <typename E>
 void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride, float* out) {
-  typedef typename E::Element Element;
-  const int row_bytes = args.head_dim * static_cast<int>(sizeof(Element));
+  const std::size_t row_bytes = static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
   for (std::int64_t i = 0; i < smaller(kRowsBlock, args.count); ++i) {
     prefetch_row(args.rows[i], row_bytes);
   }
   for (std::int64_t first = 0; first < args.count; first += kRowsBlock) {
     const std::int64_t end = smaller(first + kRowsBlock, args.count);
     const void* const* rows = args.rows + first;
-    const void* const* next = end < args.count ? args.rows + end : rows;
-    const int last = static_cast<int>((end < args.count ? args.count - end : end - first) - 1);
+    const int next_count = static_cast<int>(smaller(args.count - end, kRowsBlock));
     TileArgs tile;
     tile.a = weights + first;
     tile.lda = stride;
     tile.depth = static_cast<int>(end - first);
     tile.c = out;
     tile.ldc = args.head_dim;
-    outer_product<E>(tile, args.group, args.head_dim, ScatteredRows<E>{rows, next, last, row_bytes},
-                     Into::kAdd);
+    const ScatteredRows<E> here{rows, args.rows + end, next_count, row_bytes};
+    outer_product<E>(tile, args.group, args.head_dim, here, Into::kAdd);
   }
 }
 
