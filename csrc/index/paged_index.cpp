@@ -286,9 +286,9 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
   }
   for (std::int64_t i = 0; i < count; ++i) {
     if (candidates.picked[i] != 0) continue;
-    float* to = mass.data() +
-                static_cast<std::size_t>(node_of_page_[table_.page_of(candidates.slots[i])]) *
-                    columns;
+    float* to =
+        mass.data() +
+        static_cast<std::size_t>(node_of_page_[table_.page_of(candidates.slots[i])]) * columns;
     const float* weight = candidates.weights.data() + i;
     for (int g = 0; g < group; ++g) to[g] += of_candidates[g] * weight[g * count];
   }

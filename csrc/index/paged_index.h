@@ -55,7 +55,7 @@ class PagedIndex : public SemanticIndex {
     // exp(logits - max), [G, slots]; 0 where the logit is -inf. max, sum of weights: [G].
     std::vector<float> weights, max, sum;
     std::vector<char> picked;  // [slots]
-    std::int64_t bytes = 0;     // read to find them
+    std::int64_t bytes = 0;    // read to find them
     std::size_t size() const { return slots.size(); }
   };
 

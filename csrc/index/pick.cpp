@@ -34,10 +34,10 @@ void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<char>
     k -= marked[i];
     if (upper[i] == last) alike.push_back(static_cast<std::int32_t>(i));
   }
-  std::partial_sort(
-      alike.begin(), alike.begin() + k, alike.end(), [&](std::int32_t a, std::int32_t b) {
-        return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
-      });
+  std::partial_sort(alike.begin(), alike.begin() + k, alike.end(),
+                    [&](std::int32_t a, std::int32_t b) {
+                      return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
+                    });
   for (std::int64_t i = 0; i < k; ++i) marked[alike[i]] = 1;
 }
 

@@ -1,8 +1,9 @@
 // SketchScores: what a scan of the sketches tells about every token of an index, for one step.
 //
 // Scores are 16-bit integers on a scale that all heads of the group share: score x unit nats above
-// bias[g], unit = 2^coarse simd::kScoreUnit (or more, where coarse is simd::kMaxCoarse). Only differences between a head's scores are exact to the unit; see Sketch for how far a
-// score is from the true logit.
+// bias[g], unit = 2^coarse simd::kScoreUnit (or more, where coarse is simd::kMaxCoarse). Only
+// differences between a head's scores are exact to the unit; see Sketch for how far a score is from
+// the true logit.
 //
 // Threads: none of its own. Buffers grow and are used again.
 #pragma once

@@ -56,8 +56,8 @@ constexpr int kMaxCoarse = 7;  // a unit of an octave
 // Scores are taken this many at a time.
 constexpr int kScoreSlots = 32;
 
-// Quantised queries against the quantised keys of P pages: scores[g, slot] = base[g] + sum over dims
-// of query x code, shifted right. See csrc/index/sketch.h for what the codes mean.
+// Quantised queries against the quantised keys of P pages: scores[g, slot] = base[g] + sum over
+// dims of query x code, shifted right. See csrc/index/sketch.h for what the codes mean.
 //   bits = 4: codes[P][R / 8][S][4]; byte j of a slot in block b: dim 8 b + j in the low nibble,
 //             dim 8 b + 4 + j in the high one
 //   bits = 8: codes[P][R / 4][S][4]; byte j of a slot in block b: dim 4 b + j

@@ -41,8 +41,8 @@ class SimdScoreTest : public SimdLevel {
   std::vector<float> mass(int coarse) const {
     const std::size_t size = static_cast<std::size_t>(pages_) * mass_stride(group_);
     std::vector<float> mass(size + 4, 77.0f);
-    k().score_mass({scores_.data(), max_.data(), mass.data(), stride_, slots_, coarse, group_,
-                    page_size_});
+    k().score_mass(
+        {scores_.data(), max_.data(), mass.data(), stride_, slots_, coarse, group_, page_size_});
     for (int i = 0; i < 4; ++i) EXPECT_EQ(mass[size + i], 77.0f) << "wrote past the end";
     mass.resize(size);
     return mass;

@@ -47,7 +47,8 @@ ICECACHE_INLINE void logit_pair(const float* queries, int dim, const typename E:
 
 template <typename E>
 void row_logits_of(const RowsArgs& args, const float* queries, float* logits, std::int64_t stride) {
-  const std::size_t row_bytes = static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
+  const std::size_t row_bytes =
+      static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
   const auto row = [&](std::int64_t i) {
     return static_cast<const typename E::Element*>(args.rows[i]);
   };
@@ -89,7 +90,8 @@ void row_logits(const RowsArgs& args, const float* queries, float* logits, std::
 // first walk asks for the next block.
 template <typename E>
 void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride, float* out) {
-  const std::size_t row_bytes = static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
+  const std::size_t row_bytes =
+      static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
   for (std::int64_t i = 0; i < smaller(kRowsBlock, args.count); ++i) {
     prefetch_row(args.rows[i], row_bytes);
   }

@@ -45,8 +45,7 @@ struct ScanQueries {
 // W slots, in that block; `block_bytes`: from one block to the next.
 template <int kBits, int kQueries>
 ICECACHE_INLINE void scan_blocks(const std::uint8_t* const* codes, int block_bytes, int from,
-                                 int count, const ScanQueries& queries,
-                                 VecI (*sum)[kQueries]) {
+                                 int count, const ScanQueries& queries, VecI (*sum)[kQueries]) {
   constexpr int kFours = kBits == 4 ? 2 : 1;  // four dims each, of one block
   VecI low[kScanVectors][kQueries] = {};
   VecI high[kScanVectors][kQueries] = {};

@@ -37,8 +37,7 @@ ICECACHE_INLINE void slots_mass(const ScoreMassArgs& args, std::int64_t slot, in
       sum[g] = pair_weights(args.scores + (first + g) * args.score_stride + slot + 2 * kWidth * v,
                             max[g], floor, args.coarse);
     }
-    const VecF sums =
-        add_lanes4(sum[0], sum[1], sum[2], sum[3]) * splat(1.0f / kMeanExcess);
+    const VecF sums = add_lanes4(sum[0], sum[1], sum[2], sum[3]) * splat(1.0f / kMeanExcess);
     store_bytes(eights + v * kWidth / 4, &sums);
   }
   const int columns = mass_stride(args.group);
