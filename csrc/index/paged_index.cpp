@@ -251,6 +251,41 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
   selection.bytes_scanned = candidates.bytes;
 }
 
+void PagedIndex::weigh_nodes(const SketchScores* scores, const Candidates& candidates, int group,
+                             std::vector<float>& mass, std::vector<float>& shift) const {
+  const auto count = static_cast<std::int64_t>(candidates.size());
+  const int nodes = node_count(), columns = simd::mass_stride(group);
+  mass.assign(static_cast<std::size_t>(nodes) * columns, 0.0f);
+  shift.assign(group, 0.0f);
+  float of_scan[kMaxGroup + 3] = {}, of_candidates[kMaxGroup] = {};
+  for (int g = 0; g < group; ++g) {
+    const float scan_max = scores != nullptr ? scores->log_max(g) : -INFINITY;
+    const float max = std::max(scan_max, candidates.max[g]);
+    if (max == -INFINITY) continue;
+    of_scan[g] = std::exp(scan_max - max);
+    of_candidates[g] = std::exp(candidates.max[g] - max);
+    shift[g] = max;
+  }
+  for (int first = 0; scores != nullptr && first < columns; first += 4) {
+    for (int page = 0; page < table_.page_count(); ++page) {
+      if (node_of_page_[page] < 0) continue;
+      const float* from = scores->page_mass(page) + first;
+      float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns + first;
+      for (int g = 0; g < 4; ++g) to[g] += from[g];
+    }
+    for (int c = 0; c < nodes; ++c) {
+      for (int g = first; g < first + 4; ++g) mass[c * columns + g] *= of_scan[g];
+    }
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (candidates.picked[i] != 0) continue;
+    const int node = node_of_page_[table_.page_of(candidates.slots[i])];
+    float* to = mass.data() + static_cast<std::size_t>(node) * columns;
+    const float* weight = candidates.weights.data() + i;
+    for (int g = 0; g < group; ++g) to[g] += of_candidates[g] * weight[g * count];
+  }
+}
+
 void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candidates, int group,
                             Selection& selection) const {
   const auto count = static_cast<std::int64_t>(candidates.size());
@@ -259,39 +294,7 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
   thread_local std::vector<std::int32_t> left_buffer;
   std::vector<float>& mass = mass_buffer;         // [C, columns]
   std::vector<std::int32_t>& left = left_buffer;  // [C] tokens that were not picked
-  mass.assign(static_cast<std::size_t>(nodes) * columns, 0.0f);
-  selection.far_shift.resize(group);
-  float of_scan[kMaxGroup + 3] = {}, of_candidates[kMaxGroup] = {};
-  for (int g = 0; g < group; ++g) {
-    const float scan_max = scores != nullptr ? scores->log_max(g) : -INFINITY;
-    const float shift = std::max(scan_max, candidates.max[g]);
-    if (shift > -INFINITY) {
-      of_scan[g] = std::exp(scan_max - shift);
-      of_candidates[g] = std::exp(candidates.max[g] - shift);
-    }
-    selection.far_shift[g] = shift > -INFINITY ? shift : 0.0f;
-  }
-  if (scores != nullptr) {
-    for (int first = 0; first < columns; first += 4) {
-      for (int page = 0; page < table_.page_count(); ++page) {
-        if (node_of_page_[page] < 0) continue;
-        const float* from = scores->page_mass(page) + first;
-        float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns + first;
-        for (int g = 0; g < 4; ++g) to[g] += from[g];
-      }
-      for (int c = 0; c < nodes; ++c) {
-        for (int g = first; g < first + 4; ++g) mass[c * columns + g] *= of_scan[g];
-      }
-    }
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (candidates.picked[i] != 0) continue;
-    float* to =
-        mass.data() +
-        static_cast<std::size_t>(node_of_page_[table_.page_of(candidates.slots[i])]) * columns;
-    const float* weight = candidates.weights.data() + i;
-    for (int g = 0; g < group; ++g) to[g] += of_candidates[g] * weight[g * count];
-  }
+  weigh_nodes(scores, candidates, group, mass, selection.far_shift);
   float total[kMaxGroup + 3] = {};
   for (int c = 0; c < nodes; ++c) {
     for (int first = 0; first < columns; first += 4) {

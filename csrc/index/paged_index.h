@@ -116,6 +116,10 @@ class PagedIndex : public SemanticIndex {
   void complete_pages(const SelectRequest& request, Candidates& candidates) const;
   // Picks, tokens and logits of the selection.
   void take_picked(const Candidates& candidates, int group, Selection& selection) const;
+  // What the tokens of each node weigh that were not picked, over exp(shift): mass
+  // [C, simd::mass_stride(G)], shift [G]. Arguments as of weigh_rest().
+  void weigh_nodes(const SketchScores* scores, const Candidates& candidates, int group,
+                   std::vector<float>& mass, std::vector<float>& shift) const;
   // The far field and what is left unpicked, from the page masses of `scores` (candidates excluded;
   // null: no token but the candidates) and the exact logits of candidates that were not picked.
   void weigh_rest(const SketchScores* scores, const Candidates& candidates, int group,

@@ -54,7 +54,7 @@ def test_builds_inserts_and_faiss(tmp_path: Path) -> None:
         "--repeats",
         "1",
         "--steps",
-        "2",
+        "8",
         "--insert-length",
         "1024",
     ]
