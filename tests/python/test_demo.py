@@ -143,8 +143,8 @@ def test_traces_hold_what_was_attended(
             positions = sorted(p for _, *page in head.pages for p in page)
             assert positions == list(range(positions[0], positions[-1] + 1))
             assert set(head.picked) <= set(positions)
-            # 128 less 4 sinks and a window of 32
-            assert len(head.picked) == 92
+            # 128 less 4 sinks and a window of 32, and up to 3 tokens that are yet to be inserted
+            assert 89 <= len(head.picked) <= 92
             assert sum(head.exact) == pytest.approx(1 - head.mass, abs=1e-4)
             assert sum(head.summarised) == pytest.approx(1 - head.mass, abs=0.1)
 
