@@ -123,7 +123,7 @@ def test_a_model_end_to_end(tmp_path: Path, batch: int) -> None:
     tokens = hf_models.prompt(batch, 1024 + steps)
     ticks: list[str] = []
     times = bench_generate.measure(model, tokens, steps, budget=64, tick=ticks.append)
-    assert len(ticks) == 2 + 3
+    assert len(ticks) == 2 * bench_generate.PROMPTS + 3
     assert all(len(turns) == 2 for turns in times.turns.values())
     assert isinstance(model(tokens[:, :8])[CACHE], DynamicCache)  # left as it was
     write_json(tmp_path / "generate.json", machine(), list(times.results()))
