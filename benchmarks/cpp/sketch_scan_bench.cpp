@@ -44,7 +44,6 @@ struct Scan {
     args.page_size = kPageSize;
     args.bits = kBits;
     args.shift = 4;
-    args.unit = simd::kScoreUnit;
     for (std::size_t i = 0; i < queries.size(); ++i) {
       queries[i] = static_cast<std::int8_t>(37 * i % 255 - 127);
     }

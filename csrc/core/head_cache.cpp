@@ -7,8 +7,8 @@
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
-#include "index/prefetch.h"
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
@@ -196,9 +196,8 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, auto first) {
     rows.clear();
     for (std::size_t i = 0; i < batch.size(); ++i) add_slots(lease.page(i), batch[i].slots);
-    for (const void* row : rows) {  // its value, too
-      prefetch(static_cast<const std::byte*>(row), row_bytes);
-      prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
+    for (const void* row : rows) {  // its value, attended soon
+      simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
     }
     kernels.row_logits(
         {rows.data(), context_.dtype, static_cast<std::int64_t>(rows.size()), group, d}, queries,

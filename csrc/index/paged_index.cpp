@@ -7,7 +7,6 @@
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
-#include "index/prefetch.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -177,24 +176,20 @@ std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candi
   rows.resize(count);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int32_t slot = candidates.slots[i];
-    const std::byte* key = table_.key(table_.page_of(slot), table_.place_of(slot));
-    prefetch(key, row_bytes);
-    rows[i] = key;
+    rows[i] = table_.key(table_.page_of(slot), table_.place_of(slot));
   }
   candidates.logits.resize(count * request.group);
   simd::kernels().row_logits({rows.data(), table_.dtype(), count, request.group, table_.head_dim()},
                              request.queries, candidates.logits.data(), count);
   candidates.weights.assign(count * request.group, 0.0f);
-  candidates.max.assign(request.group, -INFINITY);
-  candidates.sum.assign(request.group, 0.0f);
-  for (int g = 0; g < request.group && count > 0; ++g) {
-    const std::span<const float> logits(candidates.logits.data() + g * count, count);
-    const std::span<float> weights(candidates.weights.data() + g * count, count);
-    const float max = largest(logits);
-    if (max == -INFINITY) continue;
-    simd::kernels().add_exp(logits.data(), max, weights.data(), count);
-    candidates.max[g] = max;
-    candidates.sum[g] = sum(weights);
+  candidates.max.resize(request.group);
+  candidates.sum.resize(request.group);
+  for (int g = 0; g < request.group; ++g) {
+    const float* logits = candidates.logits.data() + g * count;
+    simd::kernels().softmax_stats(logits, count, &candidates.max[g], &candidates.sum[g]);
+    if (candidates.sum[g] == 0.0f) continue;
+    simd::kernels().add_exp(logits, candidates.max[g], candidates.weights.data() + g * count,
+                            count);
   }
   return count * static_cast<std::int64_t>(row_bytes);
 }

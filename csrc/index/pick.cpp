@@ -6,9 +6,9 @@
 
 #include "index/log_sum.h"
 #include "index/paged_index.h"
-#include "index/prefetch.h"
 #include "index/top_k.h"
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 namespace icecache {
 namespace {
@@ -143,7 +143,7 @@ void PagedIndex::take_picked(const Candidates& candidates, int group, Selection&
     const int page = table_.page_of(candidates.slots[i]);
     const int place = table_.place_of(candidates.slots[i]);
     const std::uint32_t slot = 1u << place;
-    prefetch(table_.value(page, place), row_bytes);  // attended soon
+    simd::prefetch(table_.value(page, place), row_bytes);  // attended soon
     if (selection.picks.empty() || selection.picks.back().local_page != page) {
       selection.picks.push_back(table_.pick(page, slot));
     } else {

@@ -102,7 +102,7 @@ std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int g
   out.coarse = std::min(coarse, simd::kMaxCoarse);
   kernels.sketch_scan({codes_.data(), masks.data(), rounded, base, out.scores(), out.max(),
                        out.mass(), out.stride(), pages, group, rank_, page_size_, bits_, shift,
-                       out.coarse, out.unit});
+                       out.coarse});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

@@ -76,7 +76,6 @@ struct SketchScanArgs {
   int group = 0, rank = 0, page_size = 0, bits = 0;
   int shift = 0;  // such that no score exceeds kMaxScore
   int coarse = 0;
-  float unit = 0.0f;  // of a score, in nats
 };
 
 // Floats of one row of a page's masses.

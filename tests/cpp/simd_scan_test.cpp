@@ -119,7 +119,6 @@ class SimdScanTest : public SimdLevel {
     args.bits = c.bits;
     args.shift = shift_;
     args.coarse = coarse_;
-    args.unit = std::ldexp(kScoreUnit, coarse_);
     k().sketch_scan(args);
     const auto where = [&] {
       return testing::Message() << c.bits << " bits, R " << c.rank << ", S " << c.page_size

@@ -93,7 +93,7 @@ ICECACHE_INLINE void attend_few(const BlockArgs& args, int first_row, int rows, 
   const std::size_t row_bytes = sizeof(Element) * static_cast<std::size_t>(args.head_dim);
   const int next_count = first_row == 0 ? args.next_count : 0;
   for (int s = 0; s < count; s += 4) {
-    for (int i = s; i < smaller(s + 4, next_count); ++i) prefetch_row(args.next_keys[i], row_bytes);
+    for (int i = s; i < smaller(s + 4, next_count); ++i) prefetch(args.next_keys[i], row_bytes);
     dot_rows<E>(queries, rows, keys + s, 4, args.head_dim, logits + s, columns);
   }
   float factor[kFewRows];

@@ -52,10 +52,13 @@ void row_logits_of(const RowsArgs& args, const float* queries, float* logits, st
   const auto row = [&](std::int64_t i) {
     return static_cast<const typename E::Element*>(args.rows[i]);
   };
+  for (std::int64_t i = 0; i < smaller(kRowsAhead, args.count); ++i) {
+    prefetch(args.rows[i], row_bytes);
+  }
   for (std::int64_t i = 0; i < args.count; i += 2) {
     for (std::int64_t ahead = i + kRowsAhead; ahead < smaller(i + kRowsAhead + 2, args.count);
          ++ahead) {
-      prefetch_row(args.rows[ahead], row_bytes);
+      prefetch(args.rows[ahead], row_bytes);
     }
     const bool both = i + 1 < args.count;
     const typename E::Element* first = row(i);
@@ -93,7 +96,7 @@ void add_rows_of(const RowsArgs& args, const float* weights, std::int64_t stride
   const std::size_t row_bytes =
       static_cast<std::size_t>(args.head_dim) * sizeof(typename E::Element);
   for (std::int64_t i = 0; i < smaller(kRowsBlock, args.count); ++i) {
-    prefetch_row(args.rows[i], row_bytes);
+    prefetch(args.rows[i], row_bytes);
   }
   for (std::int64_t first = 0; first < args.count; first += kRowsBlock) {
     const std::int64_t end = smaller(first + kRowsBlock, args.count);

@@ -140,10 +140,6 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
   }
 }
 
-ICECACHE_INLINE void prefetch_codes(const std::uint8_t* codes, std::ptrdiff_t bytes) {
-  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kScanAhead + i, 0, 2);
-}
-
 // Lines that will be written, which else wait for what they hold now.
 template <int kQueries>
 ICECACHE_INLINE void prefetch_scores(std::int16_t* scores, std::int64_t stride) {
@@ -167,7 +163,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
   if (page_size == kWidth) {  // two pages a pass
     std::int64_t page = first;
     for (; page + 2 <= end; page += 2, codes += 2 * page_bytes, scores += 2 * page_size) {
-      prefetch_codes(codes, 2 * page_bytes);
+      prefetch(codes + kScanAhead, static_cast<std::size_t>(2 * page_bytes));
       prefetch_scores<kQueries>(scores, stride);
       const std::uint8_t* both[kScanVectors] = {codes, codes + page_bytes};
       scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
@@ -176,7 +172,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
     return;
   }
   for (std::int64_t page = first; page < end; ++page, codes += page_bytes) {
-    prefetch_codes(codes, page_bytes);
+    prefetch(codes + kScanAhead, static_cast<std::size_t>(page_bytes));
     prefetch_scores<kQueries>(scores, stride);
     for (int s = 0; s < page_size; s += kScanVectors * kWidth) {
       const std::uint8_t* both[kScanVectors] = {codes + 4 * s, codes + 4 * (s + kWidth)};
@@ -243,11 +239,12 @@ ICECACHE_INLINE std::int16_t max_score(const std::int16_t* scores, std::int64_t 
 ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first, std::int64_t end,
                                   const std::int16_t* from) {
   const int columns = mass_stride(args.group);
+  const float unit = kScoreUnit * static_cast<float>(1 << args.coarse);
   float factor[kMaxGroup + 3] = {};
   bool same = true;
   for (int g = 0; g < args.group; ++g) {
     same = same && from[g] == args.max[g];
-    factor[g] = exp(args.unit * static_cast<float>(from[g] - args.max[g]));
+    factor[g] = exp(unit * static_cast<float>(from[g] - args.max[g]));
   }
   if (same) return;
   const std::int64_t end_page = end / args.page_size;

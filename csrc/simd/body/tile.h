@@ -159,13 +159,6 @@ struct StridedRows {
   ICECACHE_INLINE const float* operator()(int k, int j) const { return base + k * stride + j; }
 };
 
-// Into the second-level cache: the first level has few misses in flight, and then holds up all.
-ICECACHE_INLINE void prefetch_row(const void* row, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
-  }
-}
-
 // Rows of b that lie anywhere. The first access to one asks for that of the next block.
 template <typename E>
 struct ScatteredRows {
@@ -174,7 +167,7 @@ struct ScatteredRows {
   int next_count;
   std::size_t row_bytes;
   ICECACHE_INLINE const typename E::Element* operator()(int k, int j) const {
-    if (j == 0 && k < next_count) prefetch_row(next[k], row_bytes);
+    if (j == 0 && k < next_count) prefetch(next[k], row_bytes);
     return static_cast<const typename E::Element*>(rows[k]) + j;
   }
 };

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "simd/kernels.h"
+#include "simd/prefetch.h"
 
 #define ICECACHE_INLINE inline __attribute__((always_inline))
 
