@@ -15,8 +15,9 @@ constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;  // positions are 32-
 constexpr std::int64_t kMaxThreads = 1024;
 constexpr std::int64_t kMaxNodePages = 8;  // past that a summary is of tokens that are not alike
 
-// Past this, exact scores cost more than they find.
-constexpr std::int64_t kCandidates = 320;
+// Twice as many as are picked find nearly all that is worth picking. With few to pick sketches want
+// more choice than that; past 512 exact scores cost more than they find.
+constexpr std::int64_t kFewCandidates = 320, kManyCandidates = 512;
 
 void require(std::string_view name, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value < low || value > high) {
@@ -139,7 +140,8 @@ void resolve_index(Config& config, const CacheShape& shape) {
   require("candidates", config.candidates, 0, kMaxTokens);
   if (config.candidates == 0) {
     // Never fewer than may be picked, or the budget could not be filled.
-    config.candidates = std::max(kCandidates, picked_tokens(config));
+    const std::int64_t picked = picked_tokens(config);
+    config.candidates = std::max(picked, std::clamp(2 * picked, kFewCandidates, kManyCandidates));
   }
   const std::int64_t picked = config.token_budget - config.sink_tokens - config.window_tokens;
   if (config.candidates < picked) {

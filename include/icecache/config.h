@@ -27,8 +27,8 @@ namespace icecache {
   X(int, sketch_rank, 32, "dims", "directions kept in the sketch of a key; a multiple of 8")      \
   X(int, sketch_bits, 4, "bits", "bits of one sketch coordinate: 4 or 8")                         \
   X(int, candidates, 0, "tokens",                                                                 \
-    "tokens found by sketch and rescored with their exact keys; 0: 320, or as many as may be "    \
-    "picked")                                                                                     \
+    "tokens found by sketch and rescored with their exact keys; 0: twice as many as may be "      \
+    "picked, from 320 to 512, or as many as may be picked")                                       \
   X(int, far_node_tokens, 0, "tokens",                                                            \
     "tokens that share one far-field summary; 0: 32 at budgets up to 128, else 64")               \
   X(text, dense_layers, "", "", "layers that always attend in full, e.g. \"0,1\"")                \

@@ -138,7 +138,7 @@ TEST(ConfigResolved, FillsInEveryDerivedValue) {
   const Config config = Config{}.resolved(smollm2());
   EXPECT_EQ(config.window_tokens, 32);
   EXPECT_EQ(config.max_token_budget, 1024);
-  EXPECT_EQ(config.candidates, 320);
+  EXPECT_EQ(config.candidates, 440);
   EXPECT_EQ(config.far_node_tokens, 64);
   EXPECT_EQ(config.num_threads, usable_cores());
   EXPECT_EQ(config.index_threads, config.num_threads);
@@ -182,7 +182,7 @@ TEST(ConfigResolved, SummariesAreFinerAtSmallBudgets) {
 
 TEST(ConfigResolved, CandidatesCoverThePicks) {
   EXPECT_EQ(with("token_budget", "64").resolved(smollm2()).candidates, 320);
-  EXPECT_EQ(with("token_budget", "356").resolved(smollm2()).candidates, 320);
+  EXPECT_EQ(with("token_budget", "356").resolved(smollm2()).candidates, 512);
   EXPECT_EQ(with("token_budget", "1000").resolved(smollm2()).candidates, 1000 - 36);
   Config massive;
   massive.mass_target = 0.98;

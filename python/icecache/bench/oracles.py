@@ -13,8 +13,7 @@ class FullSession(TensorSession):
     """Full attention."""
 
     def select(self, step: Step) -> Selection:
-        heads, _, length = step.scores.shape
-        return Selection(torch.ones(heads, 1, length, dtype=torch.bool))
+        return Selection(torch.ones(step.heads, 1, step.length, dtype=torch.bool))
 
 
 class RecentSession(TensorSession):
@@ -29,7 +28,7 @@ class RecentSession(TensorSession):
 
     def select(self, step: Step) -> Selection:
         near = near_tokens(step.length, self.budget - SINK)
-        return Selection(near.expand(step.scores.shape[0], 1, -1))
+        return Selection(near.expand(step.heads, 1, -1))
 
 
 class TopSession(TensorSession):

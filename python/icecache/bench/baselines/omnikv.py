@@ -37,7 +37,7 @@ class OmniKVSession(TensorSession):
         self._picks: list[torch.Tensor] = []  # of the last filter layer: [1, 1, L] bool
 
     def select(self, step: Step) -> Selection:
-        heads = step.scores.shape[0]
+        heads = step.heads
         if step.layer not in self._filters:
             return Selection(self._picks[0].expand(heads, -1, -1))
         picks = best_tokens(step.weights.amax((0, 1), keepdim=True), self.budget)

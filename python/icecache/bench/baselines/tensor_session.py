@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from icecache.bench.prefill import Prefill
 
 _ROOM = 32  # decoded tokens that a cache begins with; it doubles
+_MASS_EVERY = 4  # steps; mass asks for full attention's weights, most of a step's time
 
 _Self = TypeVar("_Self", bound="TensorSession")
 
@@ -23,12 +25,29 @@ class Step:
 
     layer: int
     queries: torch.Tensor  # [Hkv, G, D], times the scale
-    scores: torch.Tensor  # [Hkv, G, L]
-    weights: torch.Tensor  # [Hkv, G, L]: full attention's, the softmax of the scores
+    keys: tuple[torch.Tensor, torch.Tensor]  # [Hkv, L, D] in two parts: of the prompt, decoded
+
+    @property
+    def heads(self) -> int:
+        return self.queries.shape[0]
 
     @property
     def length(self) -> int:
-        return self.scores.shape[-1]
+        return sum(part.shape[1] for part in self.keys)
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """[Hkv, G, L]"""
+        return torch.cat([self.queries @ part.mT for part in self.keys], -1)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """[Hkv, G, L]: full attention's, the softmax of the scores."""
+        return torch.softmax(self.scores, -1)
+
+    def scores_at(self, picks: torch.Tensor) -> torch.Tensor:
+        """[Hkv, G, n] of the tokens `picks` [Hkv, n], without the scores of all."""
+        return self.queries @ _rows_at(self.keys, picks).mT
 
 
 @dataclass(frozen=True)
@@ -94,8 +113,9 @@ class TensorSession(ABC):
         self.attended: list[torch.Tensor] = []  # in each layer's last step, [Hkv, 1 or G, L] bool
         layers = prefill.keys.shape[0]
         self._decoded = [_Decoded(prefill.keys[0]) for _ in range(layers)]
-        self._mass = 0.0
-        self._calls = 0
+        self._steps = 0
+        self._mass = 0.0  # sum of so many
+        self._masses = 0
         self._bytes = 0
 
     @abstractmethod
@@ -108,17 +128,17 @@ class TensorSession(ABC):
         self._decoded[layer].append(keys, values)
         heads, _, head_dim = keys.shape
         q = self.scale * queries.reshape(heads, -1, head_dim)
-        parts = (self.prefill.keys[layer], self._decoded[layer].keys)
-        scores = torch.cat([q @ part.mT for part in parts], -1)
-        step = Step(layer, q, scores, torch.softmax(scores, -1))
+        step = Step(layer, q, (self.prefill.keys[layer], self._decoded[layer].keys))
         selection = self.select(step)
         union = selection.attended.any(1)
         picks = _picks(union)
         if layer == 0:
             self.attended = []
+            self._steps += 1
         self.attended.append(selection.attended)
-        self._mass += _attended_mass(step, selection, picks)
-        self._calls += 1
+        if self._steps % _MASS_EVERY == 1:
+            self._mass += _attended_mass(step, selection, picks)
+            self._masses += 1
         self._bytes += 2 * self.bytes_of(union.sum()) + selection.bytes_read
         return self._output(step, selection, picks).reshape(queries.shape)
 
@@ -131,7 +151,8 @@ class TensorSession(ABC):
         return other
 
     def mass(self) -> float:
-        return self._mass / max(1, self._calls)
+        """Of every fourth step, the first included."""
+        return self._mass / max(1, self._masses)
 
     def bytes_read(self) -> int:
         """By this session's decode steps, as an engine of this method would have to read:
@@ -167,30 +188,26 @@ class TensorSession(ABC):
         return int(vectors) * self.prefill.keys.shape[-1] * self.prefill.keys.element_size()
 
     def _output(self, step: Step, selection: Selection, picks: torch.Tensor | None) -> torch.Tensor:
-        scores, attended = step.scores, selection.attended
-        if selection.log_scale is not None:
-            scores = scores + selection.log_scale
-        if picks is not None:
-            scores, attended = _at(scores, picks), _at(attended, picks)
+        attended, scale = selection.attended, selection.log_scale
+        if picks is None:
+            scores = step.scores
+        else:
+            scores = step.scores_at(picks)
+            attended = _at(attended, picks)
+            scale = None if scale is None else _at(scale, picks)
+        if scale is not None:
+            scores = scores + scale
         scores = scores.masked_fill(~attended, -torch.inf)
         far = selection.far
         weights = torch.softmax(scores if far is None else torch.cat([scores, far.scores], -1), -1)
         near = scores.shape[-1]
+        values = (self.prefill.values[step.layer], self._decoded[step.layer].values)
         if picks is not None:
-            output = weights[..., :near] @ self._values_at(step.layer, picks)
+            output = weights[..., :near] @ _rows_at(values, picks)
         else:
             prompt = self.prefill.length
-            output = weights[..., :prompt] @ self.prefill.values[step.layer]
-            output = output + weights[..., prompt:near] @ self._decoded[step.layer].values
+            output = weights[..., :prompt] @ values[0] + weights[..., prompt:near] @ values[1]
         return output if far is None else output + weights[..., near:] @ far.values
-
-    def _values_at(self, layer: int, picks: torch.Tensor) -> torch.Tensor:
-        """[Hkv, n, D] of the tokens `picks` [Hkv, n]."""
-        length = self.prefill.length
-        heads = torch.arange(picks.shape[0])[:, None]
-        found = self.prefill.values[layer][heads, picks.clamp(max=length - 1)]
-        decoded = self._decoded[layer].values[heads, (picks - length).clamp(min=0)]
-        return torch.where((picks < length)[..., None], found, decoded)
 
 
 def _picks(attended: torch.Tensor) -> torch.Tensor | None:
@@ -203,6 +220,16 @@ def _picks(attended: torch.Tensor) -> torch.Tensor | None:
     if len({*counts}) > 1 or 4 * counts[0] > length:
         return None
     return attended.nonzero()[:, 1].reshape(heads, counts[0])
+
+
+def _rows_at(parts: tuple[torch.Tensor, torch.Tensor], picks: torch.Tensor) -> torch.Tensor:
+    """[Hkv, n, D] of the tokens `picks` [Hkv, n]; parts [Hkv, L, D] as in Step.keys."""
+    prompt, decoded = parts
+    length = prompt.shape[1]
+    heads = torch.arange(picks.shape[0])[:, None]
+    early = prompt[heads, picks.clamp(max=length - 1)]
+    late = decoded[heads, (picks - length).clamp(min=0)]
+    return torch.where((picks < length)[..., None], early, late)
 
 
 def _at(rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
