@@ -55,14 +55,15 @@ class Method:
 
 _PAGES = {"select": "page", "tail": "off"}
 
-# `topk` is exact: no method that shares its picks in a group can attend to more mass. The paper does
-# not give its share of promoted keys for contexts of some thousand tokens: of the values tried on
-# LongBench (.01 and .03, SmolLM2-135M, n = 40) this is the one nearer to full attention.
+# `topk` is exact: no method that shares its picks in a group can attend to more mass. The paper
+# does not give its share of promoted keys for contexts of some thousand tokens: of those tried on
+# LongBench (.01 and .03, SmolLM2-135M, n = 40) the engine's default is the nearer one to full
+# attention.
 METHODS: tuple[Method, ...] = (
     Method("full", "full", FullSession),
     Method("icecache", "icecache", engine_fields={}),
     Method("topk", "exact top-B", TopSession),
-    Method("paper", "paper", engine_fields={"index": "dci", "dci_promotion": 0.03, **_PAGES}),
+    Method("paper", "paper", engine_fields={"index": "dci", **_PAGES}),
     Method("quest", "quest", engine_fields={"index": "positional", **_PAGES}),
     Method("streaming", "streaming", RecentSession),
     Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
