@@ -14,6 +14,7 @@ from icecache import InvalidArgument, Unavailable
 from icecache.bench.baselines.arkvale import PAGE, ArkValeSession
 from icecache.bench.baselines.budget import SINK, near_tokens, take_fitting
 from icecache.bench.baselines.h2o import H2OSession
+from icecache.bench.baselines.layer_reuse import LayerReuseSession, search_layers
 from icecache.bench.baselines.magicpig import MagicPIGSession
 from icecache.bench.baselines.omnikv import OmniKVSession, filter_layers
 from icecache.bench.baselines.pqcache import PQCacheSession
@@ -134,7 +135,7 @@ def test_the_budget_is_kept_at_every_step(method: Method, budget: int) -> None:
             assert int(counts.max()) <= budget
             if method.name == "arkvale":
                 assert int(counts.min()) > budget - PAGE
-            elif method.name not in ("magicpig", "retroinfer"):
+            elif method.name not in ("paper_reuse", "magicpig", "retroinfer"):
                 assert int(counts.min()) == budget
             if method.name not in ("h2o", "snapkv"):
                 assert bool(attended[..., near_tokens(LENGTH + step + 1, 16)].all())
@@ -399,6 +400,33 @@ def test_omnikv_filters_pick_for_the_layers_that_follow() -> None:
     decode(dense, tokens)
     counts = [int(one.sum()) // HEADS for one in dense.attended]
     assert counts == [LENGTH + 2 if layer in (0, 1, 3, 7) else BUDGET for layer in range(layers)]
+
+
+def test_layer_reuse_hands_on_what_a_layer_picked() -> None:
+    assert search_layers(12, 4) == [0, 1, 2, 6, 10]
+    assert search_layers(2, 4) == [0, 1]
+    prefill, tokens = random_prefill(layers=7), random_tokens(2, layers=7)
+    session = LayerReuseSession(prefill, BUDGET, SCALE)
+    decode(session, tokens)
+    picks = session.attended
+    for before, layer in ((0, 1), (1, 2), (2, 6)):
+        assert not torch.equal(picks[before], picks[layer])
+    assert all(torch.equal(picks[layer], picks[2]) for layer in (3, 4, 5))
+    assert int(torch.stack(picks).sum(-1).max()) <= BUDGET
+    session.close()
+
+
+def test_layer_reuse_with_a_search_in_every_layer_is_the_papers_index() -> None:
+    prefill, tokens = random_prefill(), random_tokens()
+    sessions = [
+        LayerReuseSession(prefill, BUDGET, SCALE, reuse=1),
+        open_by_name("paper", prefill, BUDGET),
+    ]
+    output, truth = (decode(session, tokens) for session in sessions)
+    torch.testing.assert_close(output, truth, atol=1e-5, rtol=1e-5)
+    assert sessions[0].bytes_read() == sessions[1].bytes_read()
+    for session in sessions:
+        session.close()
 
 
 def test_pqcache_with_a_centroid_for_every_key_is_exact() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from icecache.bench.baselines.arkvale import ArkValeSession
 from icecache.bench.baselines.h2o import H2OSession
+from icecache.bench.baselines.layer_reuse import LayerReuseSession
 from icecache.bench.baselines.magicpig import MagicPIGSession
 from icecache.bench.baselines.omnikv import OmniKVSession
 from icecache.bench.baselines.pqcache import PQCacheSession
@@ -67,6 +68,7 @@ METHODS: tuple[Method, ...] = (
     Method("quest", "quest", engine_fields={"index": "positional", **_PAGES}),
     Method("streaming", "streaming", RecentSession),
     Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
+    Method("paper_reuse", "paper, layer reuse", LayerReuseSession),
     Method("h2o", "h2o", H2OSession),
     Method("snapkv", "snapkv", SnapKVSession),
     Method("arkvale", "arkvale", ArkValeSession),

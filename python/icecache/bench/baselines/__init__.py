@@ -6,6 +6,7 @@ All layers have the budget, also those that ArkVale (the first two), MagicPIG (t
 tensor_session   what they share: tokens, exact attention over what was selected, mass, bytes
 budget           how a token budget is spent: sink, window, the best of the rest
 observed         attention of the prompt's last queries, which eviction goes by
+layer_reuse      the IceCache paper's index, searched in some layers for those that follow
 h2o, snapkv      evict: what is gone cannot be attended to later
 arkvale          pages by a bounding volume of their keys
 omnikv           tokens of a few layers, shared by those that follow
