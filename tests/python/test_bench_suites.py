@@ -10,20 +10,24 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from icecache import InvalidArgument
+from icecache.bench import workers
 from icecache.bench.ask import Endings, Limits, gold_tokens, prompt_tokens
-from icecache.bench.evaluate import Plan, _check, share_of
+from icecache.bench.evaluate import Plan, _check, _worker_bytes
 from icecache.bench.html_report import html_report
 from icecache.bench.runner import Question, RunFolder, in_turn, run, run_parallel
 from icecache.bench.scores import halves, lines, results, task_scores
 from icecache.bench.suites import SUITES, Data, find_suite
 from icecache.bench.tasks.task import Sample, Task
+from icecache.bench.workers import fitting_workers, share_of
 from icecache.cli import app
 from icecache.cli.bench_suites import SUITES as NAMES
+from icecache.models import smollm2
 from typer.testing import CliRunner
 
 TASK = Task("some/task", "exact", 8, chat=False, score=lambda text, sample: 0.5)
@@ -161,7 +165,7 @@ def test_a_worker_ends_with_a_killed_run(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import multiprocessing, time\n"
-        "from icecache.bench.evaluate import end_with_parent\n"
+        "from icecache.bench.workers import end_with_parent\n"
         "if __name__ == '__main__':\n"
         "    context = multiprocessing.get_context('spawn')\n"
         "    worker = context.Process(target=end_with_parent)\n"
@@ -190,6 +194,22 @@ def _ended(process: int) -> bool:
 def test_workers_share_the_cores() -> None:
     assert [share_of([0, 2, 4, 6, 7], n, 2) for n in range(2)] == [[0, 4, 7], [2, 6]]
     assert [share_of([3, 5], n, 3) for n in range(3)] == [[3], [5], [3]]
+
+
+def test_as_many_workers_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: 8)
+    monkeypatch.setattr(workers, "usable_memory", lambda: 24 << 30)
+    assert [fitting_workers(gib << 30) for gib in (1, 6, 9, 100)] == [8, 3, 2, 1]
+
+
+@pytest.mark.model
+def test_a_workers_memory_is_what_it_was_measured_to_be() -> None:
+    folder = str(smollm2())
+    plan = Plan("smollm2", ["full", "icecache", "topk", "paper", "quest", "streaming"])
+    measured = 6.4 * 2**30
+    assert _worker_bytes(plan, folder) == pytest.approx(measured, rel=0.2)
+    shorter = replace(plan, max_length=1024)
+    assert _worker_bytes(shorter, folder) < measured / 2
 
 
 def test_lines_and_halves() -> None:

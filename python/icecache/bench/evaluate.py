@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icecache.bench.ask import GOLD_TOKENS, Ask, Asker, Limits, ask_endpoint
+from icecache.bench.ask import GOLD_TOKENS, Asker, Limits, ask_endpoint
 from icecache.bench.html_report import html_report
 from icecache.bench.methods import find_methods
 from icecache.bench.report import machine, write_json
@@ -29,7 +25,8 @@ from icecache.bench.scores import results
 from icecache.bench.suites import Data, Suite
 from icecache.bench.tasks import longbench, longbench_output
 from icecache.bench.tasks.longbench_output import Prediction
-from icecache.bench.tasks.task import Sample, Task
+from icecache.bench.tasks.task import Task
+from icecache.bench.workers import ask_in_worker, fitting_workers, worker_processes
 from icecache.errors import InvalidArgument
 
 
@@ -46,7 +43,7 @@ class Plan:
     max_new_tokens: int | None = None
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)  # fields of icecache.Config
-    workers: int = 1
+    workers: int | None = None  # None: what fits this machine; one for an endpoint
     endpoint: str | None = None
 
     def arguments(self, suite: Suite) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def _check(plan: Plan) -> None:
         find_methods(plan.methods)
     for budget in plan.budgets:
         Config(**{**plan.engine, "token_budget": budget})
-    if plan.workers < 1:
+    if plan.workers is not None and plan.workers < 1:
         raise InvalidArgument(f"--workers: expected at least 1, got {plan.workers}")
 
 
@@ -146,13 +143,37 @@ def _run(
 ) -> list[Record]:
     gold = GOLD_TOKENS if suite.gold_tokens is None else suite.gold_tokens
     if plan.endpoint is not None:
+        workers = plan.workers or 1
         ask = ask_endpoint(plan.endpoint, name, _limits(plan, 1 << 30, gold))
-        with ThreadPoolExecutor(plan.workers) as threads:
-            return run_parallel(questions, folder, threads, ask, plan.workers, done)
-    if plan.workers == 1:
+        with ThreadPoolExecutor(workers) as threads:
+            return run_parallel(questions, folder, threads, ask, workers, done)
+    workers = min(plan.workers or fitting_workers(_worker_bytes(plan, name)), len(questions))
+    if workers == 1:
         return run(questions, folder, _asker(plan, name, gold), done)
-    with _processes(plan, name, gold) as processes:
-        return run_parallel(questions, folder, processes, _ask_in_worker, plan.workers, done)
+    with worker_processes(workers, _asker, plan, name, gold) as processes:
+        return run_parallel(questions, folder, processes, ask_in_worker, workers, done)
+
+
+def _worker_bytes(plan: Plan, folder: str) -> int:
+    """About what a worker holds at its largest prompt: the model as it loads and as it is, the
+    prefill's cache twice, and one in each engine."""
+    from icecache.models.local import load_config
+
+    config = load_config(Path(folder)).get_text_config(decoder=True)
+    element = 4 if plan.dtype == "float32" else 2
+    files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = min(_context(config), plan.max_length or 1 << 30)
+    cache = 2 * element * tokens * config.num_hidden_layers * heads * head_dim
+    engines = sum(method.session is None for method in find_methods(plan.methods))
+    stored = config.dtype.itemsize if config.dtype else 2
+    model = files + files * element // stored
+    return (1 << 30) + model + (2 + engines * len(plan.budgets)) * int(cache)
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _limits(plan: Plan, context: int, gold: int) -> Limits:
@@ -165,57 +186,12 @@ def _asker(plan: Plan, folder: str, gold: int) -> Asker:
 
     model, tokenizer = load_model(Path(folder), plan.dtype)
     config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None) or 1 << 30
     methods = [
         method.with_fields(plan.engine) if method.name == "icecache" else method
         for method in find_methods(plan.methods)
     ]
-    limits = _limits(plan, int(context), gold)
+    limits = _limits(plan, _context(config), gold)
     return Asker(Decoder(model), tokenizer, methods, plan.budgets, limits)
-
-
-_worker: Ask | None = None  # of a worker process
-
-
-@contextmanager
-def _processes(plan: Plan, folder: str, gold: int) -> Iterator[ProcessPoolExecutor]:
-    """Workers with a model each, on their share of the cores."""
-    context = multiprocessing.get_context("spawn")
-    numbers: Any = context.Queue()
-    for number in range(plan.workers):
-        numbers.put(number)
-    given = (plan, folder, gold, numbers)
-    with ProcessPoolExecutor(plan.workers, context, _begin_worker, given) as pool:
-        yield pool
-
-
-def _begin_worker(plan: Plan, folder: str, gold: int, numbers: Any) -> None:
-    global _worker
-    import torch
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    cores = share_of(sorted(os.sched_getaffinity(0)), numbers.get(), plan.workers)
-    os.sched_setaffinity(0, cores)  # the engine's threads too: one for each core that it may use
-    torch.set_num_threads(len(cores))
-    _worker = _asker(plan, folder, gold)
-
-
-def end_with_parent() -> None:
-    """Ends this process when its parent has: a killed run must not go on computing."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def share_of(cores: Sequence[int], number: int, workers: int) -> list[int]:
-    """The cores of worker `number` of `workers`; where there are more workers, one each in turn."""
-    return list(cores[number::workers]) or [cores[number % len(cores)]]
-
-
-def _ask_in_worker(task: Task, sample: Sample) -> dict[str, Any]:
-    assert _worker is not None
-    return _worker(task, sample)
 
 
 def _write_files(

@@ -68,7 +68,10 @@ def _command(suite: str) -> Callable[..., None]:
         ] = None,
         dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
         settings: Settings = None,
-        workers: Annotated[int, typer.Option(min=1, help="Processes with a model each.")] = 1,
+        workers: Annotated[
+            int | None,
+            typer.Option(min=1, help="Processes with a model each; else as many as fit."),
+        ] = None,
         endpoint: Annotated[
             str | None, typer.Option(help="Ask this OpenAI-compatible server instead (.../v1).")
         ] = None,
