@@ -2,69 +2,21 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "core/device_build.h"
+#include "core/device_shape.h"
+#include "core/page_set.h"
 #include "core/thread_pool.h"
 #include "cuda/build.h"
 #include "cuda/cuda_info.h"
 #include "cuda/device.h"
-#include "cuda/step.h"
 #include "icecache/error.h"
-#include "icecache/page_pool.h"
 
 namespace icecache {
 namespace {
 
-constexpr std::int64_t kCachedSteps = 4;  // candidates of as many steps fit the row cache
-constexpr std::int64_t kMaxBuilds = 8;    // at a time; each takes device memory for coordinates
-
-gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const Config& given,
-                          int batch, std::int64_t max_tokens) {
-  if (batch < 1) throw InvalidArgument(message("batch must be positive, got ", batch));
-  const auto refuse = [](const char* name, const auto& got, const char* supported) {
-    throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
-  };
-  if (config.index != "tree") refuse("index", config.index, "tree");
-  if (config.select != "token") refuse("select", config.select, "token");
-  if (config.exact)
-    refuse("exact", "true", "false (attend with the model's own attention instead)");
-  if (config.mass_target > 0.0) refuse("mass_target", config.mass_target, "0");
-  if (!config.dense_layers.empty()) refuse("dense_layers", config.dense_layers, "empty");
-  if (config.integrity != "off") refuse("integrity", config.integrity, "off");
-  if (config.telemetry == "trace") refuse("telemetry", config.telemetry, "on or off");
-  if (config.dense_tokens > config.token_budget)
-    refuse("dense_tokens", config.dense_tokens, "at most token_budget");
-  if (config.sketch_bits != 4) refuse("sketch_bits", config.sketch_bits, "4");
-  gpu::StepShape s;
-  s.batch = batch;
-  s.kv_heads = shape.num_kv_heads;
-  s.group = shape.group();
-  s.head_dim = shape.head_dim;
-  s.dtype = shape.dtype;
-  s.page_size = static_cast<int>(config.page_size);
-  s.sink_tokens = static_cast<int>(config.sink_tokens);
-  s.window_tokens = static_cast<int>(config.window_tokens);
-  s.select_tokens = static_cast<int>(config.token_budget) - s.near_rows();
-  s.candidates = static_cast<int>(config.candidates);
-  s.far_node_tokens = static_cast<int>(config.far_node_tokens);
-  s.rank = static_cast<int>(config.sketch_rank);
-  s.tail = config.tail == "on";
-  s.scale = shape.softmax_scale();
-  const std::int64_t rows = given.device_pages > 0
-                                ? config.device_pages * config.page_size / shape.num_kv_heads
-                                : kCachedSteps * config.candidates;
-  s.cached_rows = static_cast<int>(std::clamp<std::int64_t>(rows, 2 * gpu::kMaxCandidates, 32767));
-  if (max_tokens <= s.near_rows() || max_tokens > (std::int64_t{1} << 26)) {
-    throw InvalidArgument(message("max_tokens must be above sink_tokens + window_tokens = ",
-                                  s.near_rows(), " and at most ", 1 << 26, ", got ", max_tokens));
-  }
-  const std::int64_t unit = std::lcm<std::int64_t>(s.far_node_tokens, s.page_size);
-  s.token_room = static_cast<int>((max_tokens - s.near_rows() + unit - 1) / unit * unit);
-  gpu::check_shape(s);
-  return s;
-}
+constexpr std::int64_t kMaxBuilds = 8;  // at a time; each takes device memory for coordinates
 
 PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
   PagePool::Options options;
@@ -83,55 +35,6 @@ int checked(int device) {
   }
   return device;
 }
-
-// The pages of one sequence in one layer, [Hkv, N / S]; given back when the last sequence that
-// shares them lets go.
-class PageSet {
- public:
-  PageSet() = default;
-  PageSet(PagePool& pool, std::size_t count, const PageOwner& owner) : pool_(&pool) {
-    pool.allocate(count, owner, ids_);
-  }
-  // The first `shared` pages of each `stride` of another set, and new ones behind them.
-  PageSet(const PageSet& other, std::size_t shared, std::size_t stride, const PageOwner& owner)
-      : pool_(other.pool_), ids_(other.ids_) {
-    std::vector<PageId> fresh;
-    const std::size_t runs = ids_.size() / stride;
-    ids_.clear();
-    pool_->allocate(runs * (stride - shared), owner, fresh);
-    for (std::size_t i = 0, next = 0; i < runs * stride; ++i) {
-      ids_.push_back(i % stride < shared ? other.ids_[i] : fresh[next++]);
-      if (i % stride < shared) pool_->retain(other.ids_[i]);
-    }
-  }
-  PageSet(PageSet&& other) noexcept { swap(other); }
-  PageSet& operator=(PageSet&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~PageSet() {
-    for (const PageId id : ids_) pool_->release(id);
-  }
-  std::byte* data(std::size_t i) const { return pool_->data(ids_[i]); }
-  std::vector<std::byte*> table() const {
-    std::vector<std::byte*> addresses;
-    for (const PageId id : ids_) addresses.push_back(pool_->data(id));
-    return addresses;
-  }
-  std::size_t size() const { return ids_.size(); }
-  // Whether a fork has pages of this set, or it has pages of another.
-  bool is_shared() const {
-    return std::any_of(ids_.begin(), ids_.end(), [&](PageId id) { return !pool_->unique(id); });
-  }
-
- private:
-  void swap(PageSet& other) noexcept {
-    std::swap(pool_, other.pool_);
-    ids_.swap(other.ids_);
-  }
-  PagePool* pool_ = nullptr;
-  std::vector<PageId> ids_;
-};
 
 }  // namespace
 

@@ -2,7 +2,11 @@
 
 #include "cuda/launch.h"
 #include "cuda/step.h"
-#include "cuda/step_kernels.h"
+#include "cuda/step_append.h"
+#include "cuda/step_attend.h"
+#include "cuda/step_pick.h"
+#include "cuda/step_rescore.h"
+#include "cuda/step_scan.h"
 #include "icecache/error.h"
 
 namespace icecache::gpu {

@@ -103,13 +103,12 @@ class _Cache:
         self.values[layer, :, start:end] = values[0]
         if start == 0:
             self.queries.append(queries[0, :, -QUERIES:].clone())
-        return F.scaled_dot_product_attention(
-            queries,
-            self.keys[None, layer, :, :end],
-            self.values[None, layer, :, :end],
-            is_causal=start == 0,
-            enable_gqa=True,
-        )
+        rows = self.keys[None, layer, :, :end], self.values[None, layer, :, :end]
+        if queries.shape[2] > 1:
+            return F.scaled_dot_product_attention(queries, *rows, is_causal=True, enable_gqa=True)
+        # The heads of a group as one head's queries: torch else copies keys and values for each.
+        grouped = queries.reshape(1, keys.shape[1], -1, queries.shape[3])
+        return F.scaled_dot_product_attention(grouped, *rows).reshape(queries.shape)
 
 
 def _greedy(logits: torch.Tensor, end: int | None) -> int:

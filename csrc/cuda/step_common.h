@@ -1,0 +1,85 @@
+// What the kernels of a step share. Device code.
+#pragma once
+
+#include "cuda/gpu.h"
+#include "cuda/step.h"
+
+namespace icecache::gpu {
+
+constexpr int kBlock = 256;  // threads of append, scan, rank, choose, rescore
+// Blocks of the widest kernels that a multiprocessor holds at once; fp32 rows take more registers.
+template <typename T>
+constexpr int kLeastBlocks = sizeof(T) == 4 ? 1 : 2;
+
+// Tokens of pair x before this step; < 0: no sequence there.
+__device__ __forceinline__ int length_of(const StepParams& p, int x) {
+  return p.layer.lengths[x];
+}
+__device__ __forceinline__ bool is_full(const StepShape& s, int length) {
+  return length >= s.near_rows() + s.token_room;
+}
+__device__ __forceinline__ bool is_idle(const StepShape& s, int length) {
+  return length < 0 || is_full(s, length);
+}
+// Index tokens and near rows once the token at position `length` is in the window.
+__device__ __forceinline__ int index_tokens(const StepShape& s, int length) {
+  return max(0, length + 1 - s.near_rows());
+}
+__device__ __forceinline__ int near_count(const StepShape& s, int length) {
+  return min(length + 1, s.near_rows());
+}
+// The near row of a position.
+__device__ __forceinline__ int near_row(const StepShape& s, int position) {
+  return position < s.sink_tokens ? position
+                                  : s.sink_tokens + (position - s.sink_tokens) % s.window_tokens;
+}
+
+template <typename T>
+__device__ __forceinline__ T* host_key(const StepParams& p, int x, int token, int d) {
+  const int s = p.shape.page_size;
+  std::byte* page = p.layer.pages[static_cast<std::int64_t>(x) * p.shape.pages() + token / s];
+  return reinterpret_cast<T*>(page) + (token % s) * d;
+}
+template <typename T>
+__device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, int d) {
+  return host_key<T>(p, x, token, d) + p.shape.page_size * d;
+}
+
+// Queries of the pair's group [H, D], scaled; heads beyond the group are 0.
+template <typename T, int D, int Threads>
+__device__ __forceinline__ void load_queries(const StepParams& p, int x, float* queries) {
+  const StepShape& s = p.shape;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(x) * s.group * D;
+  for (int i = threadIdx.x; i < s.padded_group() * D; i += Threads) {
+    queries[i] = i < s.group * D ? to_float(from[i]) * s.scale : 0.0f;
+  }
+}
+
+// Products of a row, of which each of its lanes holds a part, with four queries [4, D]; summed over
+// the row's lanes. All lanes of the warp call it.
+template <typename T, int D>
+__device__ __forceinline__ float4 row_products(const uint4* held, const float* queries,
+                                               int within) {
+  using Shape = RowShape<T, D>;
+  float sums[kHeadTile] = {};
+#pragma unroll
+  for (int j = 0; j < Shape::kPerLane; ++j) {
+    const int v = Shape::vector(within, j);
+    if (v < Shape::kVectors) {
+      float k[Shape::kCount];
+      Vector<T>{held[j]}.unpack(k);
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+#pragma unroll
+        for (int i = 0; i < Shape::kCount; ++i) {
+          sums[g] += queries[g * D + v * Shape::kCount + i] * k[i];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kHeadTile; ++g) sums[g] = warp_sum(sums[g], Shape::kLanes);
+  return make_float4(sums[0], sums[1], sums[2], sums[3]);
+}
+
+}  // namespace icecache::gpu

@@ -1,0 +1,285 @@
+// resolve, pick: a block for each pair, a thread for each candidate. Device code.
+#pragma once
+
+#include <climits>
+
+#include "cuda/step_common.h"
+
+namespace icecache::gpu {
+
+constexpr int kPickBlock = kMaxCandidates;
+constexpr float kLargestExponent = 80.0f;
+
+// Sorts kMaxCandidates shared integers, ascending.
+__device__ __forceinline__ void sort_tokens(int* tokens) {
+  const int i = threadIdx.x;
+  for (int size = 2; size <= kMaxCandidates; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      const int other = i ^ stride;
+      if (other > i) {
+        const int a = tokens[i], b = tokens[other];
+        if ((a > b) == ((i & size) == 0)) {
+          tokens[i] = b;
+          tokens[other] = a;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepParams p) {
+  constexpr int kAges = 1024;
+  __shared__ int tokens[kMaxCandidates];
+  __shared__ int victims[kMaxCandidates];
+  __shared__ int ages[kAges];
+  __shared__ int room[kPickBlock / kWarp + 1];
+  __shared__ int oldest, wanted_of_oldest;
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.x, thread = threadIdx.x;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
+  const int now = length + 1;                              // stamps of this step; 0: never used
+  tokens[thread] = thread < found ? p.scratch.tokens[x * kMaxCandidates + thread] : INT_MAX;
+  for (int i = thread; i < kAges; i += kPickBlock) ages[i] = 0;
+  __syncthreads();
+  sort_tokens(tokens);
+
+  std::int16_t* row_of = p.layer.row_of + static_cast<std::int64_t>(x) * s.token_room;
+  std::int32_t* owner = p.layer.owner + static_cast<std::int64_t>(x) * s.cached_rows;
+  std::int32_t* stamp = p.layer.stamp + static_cast<std::int64_t>(x) * s.cached_rows;
+  const bool asked = thread < found;
+  const int token = tokens[thread];
+  int row = asked ? row_of[token] : -1;
+  const bool missing = asked && row < 0;
+  if (asked && !missing) stamp[row] = now;
+  int misses = 0;
+  const int mine = block_rank(missing, room, misses);  // has a barrier: stamps are seen
+
+  // The rows longest unused, by a histogram of ages.
+  if (misses > 0) {
+    const auto age_of = [&](int r) {
+      return stamp[r] == 0 ? kAges - 1 : min(now - stamp[r], kAges - 2);
+    };
+    for (int r = thread; r < s.cached_rows; r += kPickBlock) atomicAdd(ages + age_of(r), 1);
+    __syncthreads();
+    constexpr int kOwn = kAges / kPickBlock;
+    int own[kOwn], sum = 0, all = 0;
+    for (int i = 0; i < kOwn; ++i) sum += own[i] = ages[kAges - 1 - thread * kOwn - i];
+    int older = block_scan(sum, room, all);
+    for (int i = 0; i < kOwn; ++i) {
+      if (older < misses && older + own[i] >= misses) {
+        oldest = kAges - 1 - thread * kOwn - i;
+        wanted_of_oldest = misses - older;
+      }
+      older += own[i];
+    }
+    __syncthreads();
+    int taken = 0, alike = 0;
+    for (int first = 0; first < s.cached_rows; first += kPickBlock) {
+      const int r = first + thread;
+      const int age = r < s.cached_rows ? age_of(r) : -1;
+      int equal = 0, added = 0;
+      const int order = alike + block_rank(age == oldest, room, equal);
+      const bool taking = age > oldest || (age == oldest && order < wanted_of_oldest);
+      const int at = taken + block_rank(taking, room, added);
+      if (taking) victims[at] = r;
+      alike += equal;
+      taken += added;
+    }
+    __syncthreads();
+    if (missing) {
+      row = victims[mine];
+      if (owner[row] >= 0) row_of[owner[row]] = -1;
+      owner[row] = token;
+      stamp[row] = now;
+      p.layer.has_value[static_cast<std::int64_t>(x) * s.cached_rows + row] = 0;
+      row_of[token] = static_cast<std::int16_t>(row);
+    }
+  }
+  if (asked) {
+    const int in_rows = s.near_rows() + row;
+    p.scratch.tokens[x * kMaxCandidates + thread] = token;
+    p.scratch.token_rows[x * kMaxCandidates + thread] = missing ? ~in_rows : in_rows;
+  }
+  if (thread == 0) {
+    unsigned long long* counters = p.layer.counters + static_cast<std::int64_t>(x) * 4;
+    counters[0] += found - misses;
+    counters[1] += misses;
+    counters[2] +=
+        static_cast<unsigned long long>(misses) * s.head_dim * (s.dtype == DType::kFloat32 ? 4 : 2);
+    counters[3] += 1;
+  }
+}
+
+static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParams p) {
+  constexpr int kWarps = kPickBlock / kWarp;
+  __shared__ int tokens[kMaxCandidates];
+  __shared__ int leader[kMaxCandidates];
+  __shared__ std::uint8_t picked[kMaxCandidates];
+  __shared__ float4 logits[kMaxCandidates];
+  __shared__ float4 shares[kMaxCandidates];
+  __shared__ float room[kWarps][kHeadTile];
+  __shared__ int scan_room[kWarps + 1];
+  __shared__ float references[kMaxGroup];
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.x, i = threadIdx.x, lane = i % kWarp, warp = i / kWarp;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int heads = s.padded_group(), near = near_count(s, length);
+  const int count = index_tokens(s, length);
+  const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
+  const std::int64_t head0 = static_cast<std::int64_t>(x) * heads;
+  const bool is_candidate = i < found;
+  __shared__ float near_lse[kMaxGroup], all_lse[kMaxGroup];
+  if (i < heads) {
+    near_lse[i] = p.scratch.near_lse[head0 + i];
+    all_lse[i] = p.scratch.lse[head0 + i];
+  }
+  // Asked for before it is known whether they are there: one wait less.
+  const int own_token = p.scratch.tokens[x * kMaxCandidates + i];
+  const int own_row = p.scratch.token_rows[x * kMaxCandidates + i];
+  tokens[i] = is_candidate ? own_token : INT_MAX;
+  const int in_rows = own_row < 0 ? ~own_row : own_row;
+  std::uint8_t* has_value = p.layer.has_value + static_cast<std::int64_t>(x) * s.cached_rows +
+                            (is_candidate ? in_rows - s.near_rows() : 0);
+  const bool has_own_value = *has_value != 0;
+  const float4* own_logits = reinterpret_cast<const float4*>(
+      p.scratch.logits + (static_cast<std::int64_t>(x) * kMaxCandidates + i) * heads);
+
+  // A candidate is worth its mass beside sink, window and the other candidates, summed over heads.
+  float mass = 0.0f;
+  for (int tile = 0; tile < s.group; tile += kHeadTile) {
+    const float4 four = is_candidate ? own_logits[tile / kHeadTile]
+                                     : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    const float own[kHeadTile] = {four.x, four.y, four.z, four.w};
+    float high[kHeadTile], sum[kHeadTile];
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      high[g] = warp_max(own[g]);
+      if (lane == 0) room[warp][g] = high[g];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      high[g] = near_lse[tile + g];
+      for (int w = 0; w < kWarps; ++w) high[g] = fmaxf(high[g], room[w][g]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      sum[g] = warp_sum(expf(own[g] - high[g]));
+      if (lane == 0) room[warp][g] = sum[g];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      float total = expf(near_lse[tile + g] - high[g]);
+      for (int w = 0; w < kWarps; ++w) total += room[w][g];
+      if (tile + g < s.group) mass += expf(own[g] - high[g]) / total;
+      if (i == 0) references[tile + g] = fmaxf(high[g], all_lse[tile + g]);
+    }
+    __syncthreads();
+  }
+
+  // The budget's best: the largest threshold that enough of them reach; ties by token.
+  const unsigned bits = is_candidate ? __float_as_uint(mass) + 1 : 0;
+  const int budget = min(s.select_tokens, found);
+  unsigned threshold = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const unsigned tried = threshold | 1u << bit;
+    if (__syncthreads_count(bits >= tried) >= budget) threshold = tried;
+  }
+  int better = 0, ties = 0, taken = 0;
+  block_rank(bits > threshold, scan_room, better);
+  const int order = block_rank(bits == threshold, scan_room, ties);
+  const bool takes =
+      is_candidate && (bits > threshold || (bits == threshold && order < budget - better));
+  const int at = near + block_rank(takes, scan_room, taken);
+  picked[i] = takes ? 1 : 0;
+  const int node = is_candidate ? tokens[i] / s.far_node_tokens : -1;
+  const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries();
+  if (takes) {
+    p.scratch.entry_rows[entry0 + at] = in_rows;
+    p.scratch.entry_sources[entry0 + at] = has_own_value ? -1 : tokens[i];
+    if (!has_own_value) {
+      atomicAdd(p.layer.counters + static_cast<std::int64_t>(x) * 4 + 2,
+                static_cast<unsigned long long>(s.head_dim * (s.dtype == DType::kFloat32 ? 4 : 2)));
+    }
+    *has_value = 1;
+  }
+  for (int e = i; e < near; e += kPickBlock) {
+    p.scratch.entry_rows[entry0 + e] = e;
+    p.scratch.entry_sources[entry0 + e] = -1;
+  }
+  if (i == 0) p.scratch.entry_count[x] = near + taken;
+  __syncthreads();
+
+  // Coefficients. A node stands for its tokens that were not picked, with the mean of their values:
+  // that is (tokens x mean - sum of the picked values) / left.
+  const bool leads = is_candidate && (i == 0 || tokens[i - 1] / s.far_node_tokens != node);
+  for (int tile = 0; tile < heads; tile += kHeadTile) {
+    const float4 four = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
+    logits[i] = four;
+    const float* lse = all_lse + tile;
+    float far_scale[kHeadTile], reference[kHeadTile];
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      const bool real = tile + g < s.group;
+      reference[g] = real ? references[tile + g] : 0.0f;
+      far_scale[g] = real ? expf(lse[g] - reference[g]) : 0.0f;
+      if (i == 0) p.scratch.far_scale[head0 + tile + g] = far_scale[g];
+    }
+    __syncthreads();
+    if (leads && s.tail) {
+      float4* far = reinterpret_cast<float4*>(
+          p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + node) * heads + tile);
+      float4 sum = *far;
+      int left = min(s.far_node_tokens, count - node * s.far_node_tokens);
+      const float held = static_cast<float>(left);
+      for (int j = i; j < found && tokens[j] / s.far_node_tokens == node; ++j) {
+        leader[j] = i;
+        if (picked[j] != 0) {
+          --left;
+        } else {
+          sum.x += expf(fminf(logits[j].x - lse[0], kLargestExponent));
+          sum.y += expf(fminf(logits[j].y - lse[1], kLargestExponent));
+          sum.z += expf(fminf(logits[j].z - lse[2], kLargestExponent));
+          sum.w += expf(fminf(logits[j].w - lse[3], kLargestExponent));
+        }
+      }
+      const float each = left > 0 ? 1.0f / static_cast<float>(left) : 0.0f;
+      shares[i] = make_float4(sum.x * each, sum.y * each, sum.z * each, sum.w * each);
+      *far = make_float4(sum.x * each * held, sum.y * each * held, sum.z * each * held,
+                         sum.w * each * held);
+    }
+    __syncthreads();
+    if (takes) {
+      const float own[kHeadTile] = {four.x, four.y, four.z, four.w};
+      const float4 of_node = s.tail ? shares[leader[i]] : make_float4(0, 0, 0, 0);
+      const float share[kHeadTile] = {of_node.x, of_node.y, of_node.z, of_node.w};
+      float weight[kHeadTile];
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        weight[g] =
+            tile + g < s.group ? expf(own[g] - reference[g]) - share[g] * far_scale[g] : 0.0f;
+      }
+      *reinterpret_cast<float4*>(p.scratch.entry_weights + (entry0 + at) * heads + tile) =
+          make_float4(weight[0], weight[1], weight[2], weight[3]);
+    }
+    for (int e = i; e < near; e += kPickBlock) {
+      const float4 logit = *reinterpret_cast<const float4*>(
+          p.scratch.near_logits + (static_cast<std::int64_t>(x) * s.near_rows() + e) * heads +
+          tile);
+      *reinterpret_cast<float4*>(p.scratch.entry_weights + (entry0 + e) * heads + tile) =
+          make_float4(expf(logit.x - reference[0]), expf(logit.y - reference[1]),
+                      expf(logit.z - reference[2]), expf(logit.w - reference[3]));
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace icecache::gpu

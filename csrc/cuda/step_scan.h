@@ -1,0 +1,326 @@
+// scan, rank, choose: a block for kScanTokens tokens of a pair. Device code.
+#pragma once
+
+#include <climits>
+
+#include "cuda/step_common.h"
+
+namespace icecache::gpu {
+
+constexpr int kScanSteps = kScanTokens / kBlock;
+constexpr float kLog2E = 1.44269504f;
+
+template <int Words>
+__global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
+  constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
+  __shared__ int queries[kMaxGroup * Words * 2];
+  __shared__ int room[kWarps][kHeadTile];
+  __shared__ float sums[kWarps][kHeadTile];
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
+  if (begin >= count) return;
+  const int heads = s.padded_group();
+  const uint4* codes = reinterpret_cast<const uint4*>(p.layer.codes) +
+                       static_cast<std::int64_t>(x) * s.token_room * (Words / 4);
+  uint4 cells[kScanSteps][Words / 4];
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const int token = begin + k * kBlock + thread;
+#pragma unroll
+    for (int w = 0; w < Words / 4; ++w) {
+      cells[k][w] = token < count ? codes[static_cast<std::int64_t>(token) * (Words / 4) + w]
+                                  : make_uint4(0, 0, 0, 0);
+    }
+  }
+  const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
+                    static_cast<std::int64_t>(x) * heads * Words * 2;
+  for (int i = thread; i < heads * Words * 2; i += kBlock) queries[i] = from[i];
+  const float unit = p.scratch.unit[x] * kLog2E;
+  __syncthreads();
+  for (int tile = 0; tile < heads; tile += kHeadTile) {
+    int scores[kScanSteps][kHeadTile] = {};
+#pragma unroll
+    for (int w = 0; w < Words; ++w) {
+      int even_query[kHeadTile], odd_query[kHeadTile];
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        even_query[g] = queries[((tile + g) * Words + w) * 2];
+        odd_query[g] = queries[((tile + g) * Words + w) * 2 + 1];
+      }
+#pragma unroll
+      for (int k = 0; k < kScanSteps; ++k) {
+        const uint4 cell = cells[k][w / 4];
+        const unsigned word = w % 4 == 0   ? cell.x
+                              : w % 4 == 1 ? cell.y
+                              : w % 4 == 2 ? cell.z
+                                           : cell.w;
+        const int even = static_cast<int>(word & 0x0f0f0f0fu);
+        const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+          scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
+        }
+      }
+    }
+    int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+    short4* out =
+        reinterpret_cast<short4*>(p.scratch.scores) +
+        (static_cast<std::int64_t>(x) * (heads / kHeadTile) + tile / kHeadTile) * s.token_room;
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const int token = begin + k * kBlock + thread;
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        scores[k][g] >>= kShift;
+        if (token < count) largest[g] = max(largest[g], scores[k][g]);
+      }
+      if (token < count) {
+        out[token] =
+            make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
+                        static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+      largest[g] = warp_max(largest[g]);
+      if (lane == 0) room[warp][g] = largest[g];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) largest[g] = max(largest[g], room[w][g]);
+    }
+    float sum[kHeadTile] = {};
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const bool counts = begin + k * kBlock + thread < count;
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+        sum[g] += counts ? weight : 0.0f;
+      }
+    }
+    const float of_warp = warp_sum_of_four(sum);
+    if (lane % 8 == 0) sums[warp][lane / 8] = of_warp;
+    __syncthreads();
+    if (thread < kHeadTile) {
+      float total = 0.0f;
+      int high = INT_MIN;
+      for (int w = 0; w < kWarps; ++w) {
+        total += sums[w][thread];
+        high = max(high, room[w][thread]);
+      }
+      const std::int64_t at =
+          (static_cast<std::int64_t>(x) * s.scan_blocks() + blockIdx.x) * heads + tile + thread;
+      p.scratch.block_max[at] = high;
+      p.scratch.block_sum[at] = total;
+    }
+    __syncthreads();
+  }
+}
+
+// Scores of a thread's tokens for one tile of heads: all loads are under way before one is used.
+__device__ __forceinline__ void load_scores(const StepShape& s, const short4* scores, int begin,
+                                            int count, int tile, short4* four) {
+  const short4* of_tile = scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room;
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const int token = begin + k * kBlock + static_cast<int>(threadIdx.x);
+    four[k] = of_tile[min(token, count - 1)];
+  }
+}
+
+// The ranks of a thread's tokens begin + k * kBlock + thread: how far each is below everything, in
+// the head that sees it best, in steps of 1 / kRanksPerNat. `offset` [H]: everything's score in
+// each head, beyond reach where there is no such head. `scale`: ranks of one score. Tokens past the
+// last have any rank.
+__device__ __forceinline__ void rank_tokens(const StepShape& s, const short4* scores, int begin,
+                                            int count, float scale, const int* offset, int* ranks) {
+  int best[kScanSteps];
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) best[k] = INT_MIN;
+  for (int tile = 0; tile < s.group; tile += kHeadTile) {
+    short4 four[kScanSteps];
+    load_scores(s, scores, begin, count, tile, four);
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      best[k] = max(best[k], max(max(four[k].x - offset[tile], four[k].y - offset[tile + 1]),
+                                 max(four[k].z - offset[tile + 2], four[k].w - offset[tile + 3])));
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const float rank = fminf(fmaxf(-scale * static_cast<float>(best[k]), 0.0f), kRanks - 1.0f);
+    ranks[k] = static_cast<int>(rank);
+  }
+}
+
+__device__ __forceinline__ int score_offset(float lse, float bias, float unit) {
+  constexpr float kReach = 1 << 28;
+  return static_cast<int>(fminf(fmaxf(rintf((lse - bias) / unit), -kReach), kReach));
+}
+constexpr int kNoHead = 1 << 29;
+
+static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p) {
+  constexpr int kOwn = kRanks / kBlock;
+  __shared__ std::uint32_t histogram[kRanks];
+  __shared__ int offset[kMaxGroup];
+  __shared__ int room[kBlock / kWarp + 1];
+  __shared__ int last_rank;
+  __shared__ bool is_last;
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
+  const int heads = s.padded_group(), blocks = (count + kScanTokens - 1) / kScanTokens;
+  if (begin >= count && blockIdx.x > 0) return;
+  const float unit = p.scratch.unit[x];
+  const std::int64_t first = static_cast<std::int64_t>(x) * s.scan_blocks() * heads;
+  for (int i = thread; i < kRanks; i += kBlock) histogram[i] = 0;
+  for (int g = warp; g < heads; g += kBlock / kWarp) {
+    int high = INT_MIN;
+    for (int i = lane; i < blocks; i += kWarp) {
+      high = max(high, p.scratch.block_max[first + i * heads + g]);
+    }
+    high = warp_max(high);
+    float sum = 0.0f;
+    for (int i = lane; i < blocks; i += kWarp) {
+      sum += p.scratch.block_sum[first + i * heads + g] *
+             expf(unit * static_cast<float>(p.scratch.block_max[first + i * heads + g] - high));
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      const std::int64_t head = static_cast<std::int64_t>(x) * heads + g;
+      const float bias = p.scratch.bias[head];
+      const float indexed =
+          blocks > 0 ? bias + unit * static_cast<float>(high) + logf(sum) : -INFINITY;
+      const float lse = log_add(indexed, p.scratch.near_lse[head]);
+      offset[g] = g < s.group ? score_offset(lse, bias, unit) : kNoHead;
+      if (blockIdx.x == 0) p.scratch.lse[head] = lse;
+    }
+  }
+  __syncthreads();
+  if (begin >= count) return;
+  const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
+                         static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  const float scale = unit * kRanksPerNat;
+  int ranks[kScanSteps];
+  rank_tokens(s, scores, begin, count, scale, offset, ranks);
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    // The last rank holds all that is too far to matter: nobody counts it.
+    if (begin + k * kBlock + thread < count && ranks[k] < kRanks - 1) {
+      atomicAdd(histogram + ranks[k], 1u);
+    }
+  }
+  __syncthreads();
+  std::uint32_t* all = p.scratch.histogram + static_cast<std::int64_t>(x) * kRanks;
+  for (int i = thread; i < kRanks; i += kBlock) {
+    if (histogram[i] != 0) atomicAdd(all + i, histogram[i]);
+  }
+
+  // The last block decides. Candidates stand at ranks up to last_rank: the first rank by which
+  // there are enough, or the one before it where that would be too many (ties, which nothing tells
+  // apart).
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    is_last = atomicAdd(p.scratch.blocks_ranked + x, 1u) + 1 == static_cast<unsigned>(blocks);
+    last_rank = count <= kMaxCandidates ? kRanks - 1 : kRanks - 2;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  int own[kOwn], sum = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = static_cast<int>(__ldcg(all + thread * kOwn + i));
+    sum += own[i];
+  }
+  int before = block_scan(sum, room, total);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int through = before + own[i];
+    if (before < s.candidates && through >= s.candidates) {
+      last_rank = thread * kOwn + i - (through > kMaxCandidates ? 1 : 0);
+    }
+    before = through;
+  }
+  __syncthreads();
+  if (thread == 0) p.scratch.last_rank[x] = last_rank;
+}
+
+static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
+  constexpr int kSegments = kScanTokens / kWarp;
+  __shared__ int offset[kMaxGroup];
+  __shared__ float shift[kMaxGroup];
+  __shared__ float weights[kSegments * kMaxGroup];
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int length = length_of(p, x);
+  if (is_idle(s, length)) return;
+  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
+  if (begin >= count) return;
+  const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
+  const float unit = p.scratch.unit[x], scale = unit * kRanksPerNat, in_bits = unit * kLog2E;
+  if (thread < heads) {
+    const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
+    const float bias = p.scratch.bias[head], lse = p.scratch.lse[head];
+    offset[thread] = thread < s.group ? score_offset(lse, bias, unit) : kNoHead;
+    shift[thread] = (bias - lse) * kLog2E;
+  }
+  __syncthreads();
+  const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
+                         static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  int ranks[kScanSteps];
+  rank_tokens(s, scores, begin, count, scale, offset, ranks);
+#pragma unroll
+  for (int k = 0; k < kScanSteps; ++k) {
+    const int token = begin + k * kBlock + thread;
+    if (token < count && ranks[k] <= last_rank) {
+      const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
+      p.scratch.tokens[x * kMaxCandidates + at] = token;
+    }
+    if (token >= count) ranks[k] = last_rank;  // weighs nothing
+  }
+  for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
+    short4 four[kScanSteps];
+    load_scores(s, scores, begin, count, tile, four);
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const int of_head[kHeadTile] = {four[k].x, four[k].y, four[k].z, four[k].w};
+      float weight[kHeadTile];
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        const float w = power_of_two(in_bits * small_to_float(of_head[g]) + shift[tile + g]);
+        weight[g] = ranks[k] > last_rank ? w : 0.0f;
+      }
+      const float of_warp = warp_sum_of_four(weight);
+      if (lane % 8 == 0) {
+        weights[(k * (kBlock / kWarp) + warp) * kMaxGroup + tile + lane / 8] = of_warp;
+      }
+    }
+  }
+  if (!s.tail) return;
+  __syncthreads();
+  const int segments = s.far_node_tokens / kWarp, nodes = kScanTokens / s.far_node_tokens;
+  for (int i = thread; i < nodes * heads; i += kBlock) {
+    const int node = i / heads, g = i % heads;
+    if (begin + node * s.far_node_tokens >= count) continue;
+    float mass = 0.0f;
+    for (int j = 0; j < segments; ++j) mass += weights[(node * segments + j) * kMaxGroup + g];
+    p.scratch.mass[(static_cast<std::int64_t>(x) * s.nodes() + begin / s.far_node_tokens + node) *
+                       heads +
+                   g] = g < s.group ? mass : 0.0f;
+  }
+}
+
+}  // namespace icecache::gpu
