@@ -84,7 +84,6 @@ class FaissIndex final : public TreeIndex {
 FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coordinates,
                                             std::int32_t count) {
   const int s = static_cast<int>(config().page_size), d = context().head_dim;
-  const int rank = static_cast<int>(config().sketch_rank);
   const std::int64_t cells =
       std::max<std::int64_t>(1, count / (static_cast<std::int64_t>(node_pages()) * s));
   const std::vector<std::int32_t> cell = faiss_cells(keys, count, d, cells, config().seed);
@@ -96,8 +95,8 @@ FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coor
   int node = 0;
   for (std::int32_t begin = 0, end = 0; begin < count; begin = end) {
     while (end < count && cell[arrangement.order[end]] == cell[arrangement.order[begin]]) ++end;
-    bisect(coordinates, rank, std::span(arrangement.order).subspan(begin, end - begin), s,
-           node_pages());
+    bisect(coordinates, space().width(), std::span(arrangement.order).subspan(begin, end - begin),
+           s, node_pages());
     int page = 0;
     for (std::int32_t at = begin; at < end; at += s, ++page) {
       if (page > 0 && page % node_pages() == 0) ++node;

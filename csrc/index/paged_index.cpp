@@ -36,11 +36,12 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
   std::vector<float> coordinates;
   if (has_sketches()) {
-    const int rank = static_cast<int>(config().sketch_rank);
-    metric_ = QueryMetric::fit(keys.data(), tokens.count, d, queries, rank);
-    coordinates.resize(static_cast<std::size_t>(tokens.count) * rank);
-    metric_.coordinates(keys.data(), tokens.count, coordinates.data());
-    sketch_.fit(coordinates.data(), tokens.count);
+    space_ = TokenSpace::fit(config(), keys.data(), tokens.values, context_.dtype, tokens.count, d,
+                             queries);
+    coordinates.resize(static_cast<std::size_t>(tokens.count) * space_.width());
+    space_.coordinates(keys.data(), tokens.values, context_.dtype, tokens.count,
+                       coordinates.data());
+    sketch_.fit(coordinates.data(), tokens.count, space_.width());
   }
   const Arrangement arrangement =
       arrange(keys.data(), has_sketches() ? coordinates.data() : nullptr, tokens.count);
@@ -53,7 +54,7 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
       for (int i = arrangement.bounds[p]; i < arrangement.bounds[p + 1]; ++i) {
         sketch_.write(
             p, i - arrangement.bounds[p],
-            coordinates.data() + static_cast<std::size_t>(arrangement.order[i]) * metric_.rank);
+            coordinates.data() + static_cast<std::size_t>(arrangement.order[i]) * space_.width());
       }
     }
   }
@@ -70,16 +71,16 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
 void PagedIndex::insert(const TokenBlock& tokens) {
   const int d = context_.head_dim;
   const std::size_t row = d * size_of(context_.dtype);
-  float key[kMaxHeadDim], value[kMaxHeadDim], in_metric[kMaxHeadDim];
+  float key[kMaxHeadDim], value[kMaxHeadDim], place[2 * kMaxHeadDim];
   const bool sketched = has_sketches();
-  const float* coordinates = sketched ? in_metric : nullptr;
+  const float* coordinates = sketched ? place : nullptr;
   for (std::int32_t t = 0; t < tokens.count; ++t) {
     const std::byte* raw_key = tokens.keys + t * row;
     const std::byte* raw_value = tokens.values + t * row;
     const std::int32_t position = tokens.first_position + t;
     simd::kernels().to_float(raw_key, context_.dtype, key, d);
     simd::kernels().to_float(raw_value, context_.dtype, value, d);
-    if (sketched) metric_.coordinates(key, 1, in_metric);
+    if (sketched) space_.coordinates(key, raw_value, context_.dtype, 1, place);
     int page = choose_page(key, coordinates);
     if (page >= 0 && table_.full(page)) {
       const std::uint32_t moved = split_mask(page);
@@ -112,7 +113,7 @@ void PagedIndex::insert(const TokenBlock& tokens) {
       page_opened(page);
     }
     if (has_far_field_) far_.add(node_of_page_[page], value);
-    if (sketched) sketch_.write(page, slot, in_metric);
+    if (sketched) sketch_.write(page, slot, place);
     token_added(page, slot, key, coordinates);
     end_position_ = position + 1;
   }
@@ -212,7 +213,7 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
   if (!few && has_sketches()) {
     scores = &scores_buffer;
     candidates.bytes +=
-        sketch_.scan(metric_, request.queries, request.group, table_.masks(), *scores);
+        sketch_.scan(space_.metric, request.queries, request.group, table_.masks(), *scores);
   }
   if (chosen) {
     for (const PagePick& pick : selection.picks) {
@@ -395,10 +396,11 @@ void PagedIndex::selected_positions(const Selection& selection,
 }
 
 std::size_t PagedIndex::memory_bytes() const {
-  std::size_t bytes =
-      table_.memory_bytes() + sketch_.memory_bytes() + far_.memory_bytes() +
-      (metric_.from_key.capacity() + metric_.from_query.capacity()) * sizeof(float) +
-      node_of_page_.capacity() * sizeof(int);
+  std::size_t bytes = table_.memory_bytes() + sketch_.memory_bytes() + far_.memory_bytes() +
+                      (space_.metric.from_key.capacity() + space_.metric.from_query.capacity() +
+                       space_.from_value.capacity()) *
+                          sizeof(float) +
+                      node_of_page_.capacity() * sizeof(int);
   for (const auto& pages : pages_of_node_) bytes += pages.capacity() * sizeof(int);
   return bytes;
 }

@@ -12,8 +12,8 @@
 #include "icecache/semantic_index.h"
 #include "index/far_field.h"
 #include "index/page_table.h"
-#include "index/query_metric.h"
 #include "index/sketch.h"
+#include "index/token_space.h"
 
 namespace icecache {
 
@@ -61,8 +61,8 @@ class PagedIndex : public SemanticIndex {
 
   // Whether keys are sketched: where the far field needs to know what tokens weigh.
   virtual bool has_sketches() const { return has_far_field_; }
-  // keys: [N, D] fp32; coordinates: [N, R] in metric(), null without sketches. Called once, before
-  // the pages are taken.
+  // keys: [N, D] fp32; coordinates: [N, width] in space(), null without sketches. Called once,
+  // before the pages are taken.
   virtual Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) = 0;
   // Called once, when page p of the arrangement is local page p.
   virtual void built(const float* keys, const float* coordinates,
@@ -79,7 +79,7 @@ class PagedIndex : public SemanticIndex {
   }
 
   // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
-  // coordinates: [R] of the key, null without sketches.
+  // coordinates: [width] of the token, null without sketches.
   virtual int choose_page(const float* key, const float* coordinates) = 0;
   // Which tokens of a full page move to a new one; neither none nor all.
   virtual std::uint32_t split_mask(int page) const = 0;
@@ -100,7 +100,7 @@ class PagedIndex : public SemanticIndex {
   int node_of(int page) const { return node_of_page_[page]; }
   int node_count() const { return static_cast<int>(pages_of_node_.size()); }
   const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
-  const QueryMetric& metric() const { return metric_; }
+  const TokenSpace& space() const { return space_; }
   // Tokens that get an exact score; at least what may be picked.
   std::int64_t wanted_candidates(const SelectRequest& request) const;
   // Pages per far-field node as built.
@@ -127,7 +127,7 @@ class PagedIndex : public SemanticIndex {
 
   IndexContext context_;
   PageTable table_;
-  QueryMetric metric_;
+  TokenSpace space_;
   Sketch sketch_;
   FarField far_;
   bool has_far_field_;

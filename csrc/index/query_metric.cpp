@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "index/covariance.h"
 #include "index/symmetric_eigen.h"
 #include "simd/kernels.h"
 
@@ -12,28 +13,6 @@ namespace {
 // Directions that no query was seen in keep this share of the mean variance, so that a new kind of
 // query still finds its keys.
 constexpr double kFloor = 1e-4;
-// Rows that estimate the keys' covariance; more change it by less than the quantisation does.
-constexpr std::int64_t kSampleRows = 4096;
-
-std::vector<double> covariance(const float* keys, std::int64_t count, int d,
-                               const std::vector<float>& mean) {
-  const std::int64_t stride = std::max<std::int64_t>(1, count / kSampleRows);
-  const std::int64_t rows = (count + stride - 1) / stride;
-  std::vector<float> transposed(static_cast<std::size_t>(rows) * d);
-  std::vector<float> centred(static_cast<std::size_t>(rows) * d);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (int i = 0; i < d; ++i) {
-      const float x = keys[r * stride * d + i] - mean[i];
-      centred[r * d + i] = x;
-      transposed[i * rows + r] = x;
-    }
-  }
-  std::vector<float> product(static_cast<std::size_t>(d) * d);
-  simd::kernels().matmul(transposed.data(), centred.data(), product.data(), d, rows, d);
-  std::vector<double> result(product.begin(), product.end());
-  for (double& x : result) x /= static_cast<double>(rows);
-  return result;
-}
 
 }  // namespace
 
@@ -69,7 +48,8 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
     for (int i = 0; i < d; ++i) root[i * d + i] = inverse[i * d + i] = 1.0;
   }
 
-  const std::vector<double> spread = covariance(keys, count, d, metric.mean);
+  const std::vector<double> spread =
+      covariance_of(keys, count, sample_stride(count), d, metric.mean);
   std::vector<double> half(root.size(), 0.0), seen(root.size(), 0.0);
   for (int i = 0; i < d; ++i) {
     for (int k = 0; k < d; ++k) {

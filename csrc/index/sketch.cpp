@@ -9,14 +9,14 @@
 
 namespace icecache {
 
-void Sketch::fit(const float* coordinates, std::int64_t n) {
+void Sketch::fit(const float* coordinates, std::int64_t n, std::int64_t stride) {
   std::vector<float> high(rank_, -INFINITY);
   low_.assign(rank_, INFINITY);
   step_.resize(rank_);
   for (std::int64_t i = 0; i < n; ++i) {
     for (int j = 0; j < rank_; ++j) {
-      low_[j] = std::min(low_[j], coordinates[i * rank_ + j]);
-      high[j] = std::max(high[j], coordinates[i * rank_ + j]);
+      low_[j] = std::min(low_[j], coordinates[i * stride + j]);
+      high[j] = std::max(high[j], coordinates[i * stride + j]);
     }
   }
   const float levels = static_cast<float>((1 << bits_) - 1);

@@ -19,8 +19,8 @@ class Sketch {
  public:
   Sketch(int rank, int bits, int page_size) : rank_(rank), bits_(bits), page_size_(page_size) {}
 
-  // Ranges from coordinates [n, R].
-  void fit(const float* coordinates, std::int64_t n);
+  // Ranges from coordinates [n, stride], of which the first R count.
+  void fit(const float* coordinates, std::int64_t n, std::int64_t stride);
   // Makes room for pages 0..pages-1.
   void resize(int pages);
   void write(int page, int slot, const float* coordinates);

@@ -13,7 +13,7 @@
 namespace icecache {
 
 TreeIndex::TreeIndex(const IndexContext& context)
-    : PagedIndex(context), tree_(static_cast<int>(context.config->sketch_rank)) {}
+    : PagedIndex(context), tree_(TokenSpace::width(*context.config, context.head_dim)) {}
 
 std::unique_ptr<SemanticIndex> TreeIndex::fork() const {
   return std::unique_ptr<SemanticIndex>(new TreeIndex(*this));
@@ -26,7 +26,7 @@ TreeIndex::Arrangement TreeIndex::arrange(const float* keys, const float* coordi
   Arrangement arrangement;
   arrangement.order.resize(count);
   std::iota(arrangement.order.begin(), arrangement.order.end(), 0);
-  bisect(coordinates, rank(), arrangement.order, s, node_pages());
+  bisect(coordinates, width(), arrangement.order, s, node_pages());
   for (std::int32_t begin = 0; begin < count; begin += s) {
     arrangement.nodes.push_back(begin / s / node_pages());
     arrangement.bounds.push_back(begin);
@@ -37,11 +37,11 @@ TreeIndex::Arrangement TreeIndex::arrange(const float* keys, const float* coordi
 
 void TreeIndex::built(const float* keys, const float* coordinates, const Arrangement& arrangement) {
   (void)keys;
-  page_sums_.assign(static_cast<std::size_t>(table().page_count()) * rank(), 0.0f);
+  page_sums_.assign(static_cast<std::size_t>(table().page_count()) * width(), 0.0f);
   for (int page = 0; page < table().page_count(); ++page) {
     for (int i = arrangement.bounds[page]; i < arrangement.bounds[page + 1]; ++i) {
-      const float* y = coordinates + static_cast<std::size_t>(arrangement.order[i]) * rank();
-      for (int j = 0; j < rank(); ++j) page_sums_[page * rank() + j] += y[j];
+      const float* y = coordinates + static_cast<std::size_t>(arrangement.order[i]) * width();
+      for (int j = 0; j < width(); ++j) page_sums_[page * width() + j] += y[j];
     }
   }
   for (int node = 0; node < node_count(); ++node) set_leaf(node, node - 1);
@@ -61,8 +61,8 @@ int TreeIndex::choose_page(const float* key, const float* coordinates) {
   for (int page : pages_of(node)) {
     const float scale = 1.0f / static_cast<float>(table().count(page));
     float distance = 0.0f;
-    for (int j = 0; j < rank(); ++j) {
-      const float delta = coordinates[j] - page_sums_[page * rank() + j] * scale;
+    for (int j = 0; j < width(); ++j) {
+      const float delta = coordinates[j] - page_sums_[page * width() + j] * scale;
       distance += delta * delta;
     }
     if (nearest < 0 || distance < best) {
@@ -77,27 +77,27 @@ void TreeIndex::page_coordinates(int page, std::vector<float>& out) const {
   const int d = table().head_dim(), s = table().page_size();
   std::vector<float> keys(static_cast<std::size_t>(s) * d);
   simd::kernels().to_float(table().keys(page), table().dtype(), keys.data(), keys.size());
-  out.resize(static_cast<std::size_t>(s) * rank());
-  metric().coordinates(keys.data(), s, out.data());
+  out.resize(static_cast<std::size_t>(s) * width());
+  space().coordinates(keys.data(), table().values(page), table().dtype(), s, out.data());
 }
 
 std::uint32_t TreeIndex::split_mask(int page) const {
   std::vector<float> coordinates;
   page_coordinates(page, coordinates);
-  return upper_half(coordinates.data(), rank(), table().page_size());
+  return upper_half(coordinates.data(), width(), table().page_size());
 }
 
 std::vector<int> TreeIndex::split_node(int node) const {
-  const int rank = this->rank();
+  const int width = this->width();
   const std::vector<int>& pages = pages_of(node);
-  std::vector<float> centroids(pages.size() * rank);
+  std::vector<float> centroids(pages.size() * width);
   for (std::size_t p = 0; p < pages.size(); ++p) {
-    for (int j = 0; j < rank; ++j) {
-      centroids[p * rank + j] =
-          page_sums_[pages[p] * rank + j] / static_cast<float>(table().count(pages[p]));
+    for (int j = 0; j < width; ++j) {
+      centroids[p * width + j] =
+          page_sums_[pages[p] * width + j] / static_cast<float>(table().count(pages[p]));
     }
   }
-  const std::uint32_t upper = upper_half(centroids.data(), rank, static_cast<int>(pages.size()));
+  const std::uint32_t upper = upper_half(centroids.data(), width, static_cast<int>(pages.size()));
   std::vector<int> moved;
   for (std::size_t p = 0; p < pages.size(); ++p) {
     if (upper >> p & 1u) moved.push_back(pages[p]);
@@ -106,23 +106,23 @@ std::vector<int> TreeIndex::split_node(int node) const {
 }
 
 void TreeIndex::sum_page(int page) {
-  const int rank = this->rank();
+  const int width = this->width();
   std::vector<float> coordinates;
   page_coordinates(page, coordinates);
-  float* sum = page_sums_.data() + static_cast<std::size_t>(page) * rank;
-  std::fill_n(sum, rank, 0.0f);
+  float* sum = page_sums_.data() + static_cast<std::size_t>(page) * width;
+  std::fill_n(sum, width, 0.0f);
   for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
-    const float* y = coordinates.data() + std::countr_zero(mask) * rank;
-    for (int j = 0; j < rank; ++j) sum[j] += y[j];
+    const float* y = coordinates.data() + std::countr_zero(mask) * width;
+    for (int j = 0; j < width; ++j) sum[j] += y[j];
   }
 }
 
 void TreeIndex::set_leaf(int node, int near) {
-  std::vector<float> sum(rank(), 0.0f);
+  std::vector<float> sum(width(), 0.0f);
   std::int32_t count = 0;
   for (int page : pages_of(node)) {
     count += table().count(page);
-    for (int j = 0; j < rank(); ++j) sum[j] += page_sums_[page * rank() + j];
+    for (int j = 0; j < width(); ++j) sum[j] += page_sums_[page * width() + j];
   }
   if (node == tree_.leaf_count()) {
     tree_.add_leaf(near, sum.data(), count);
@@ -133,23 +133,23 @@ void TreeIndex::set_leaf(int node, int near) {
 
 void TreeIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
   (void)slot, (void)key;
-  for (int j = 0; j < rank(); ++j) page_sums_[page * rank() + j] += coordinates[j];
+  for (int j = 0; j < width(); ++j) page_sums_[page * width() + j] += coordinates[j];
   tree_.add(node_of(page), coordinates);
 }
 
 void TreeIndex::page_split(int page, int other, std::uint32_t moved) {
   (void)moved;
-  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * rank());
+  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * width());
   sum_page(page);
   sum_page(other);
 }
 
 void TreeIndex::page_opened(int page) {
-  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * rank());
-  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * rank(), rank(), 0.0f);
+  page_sums_.resize(static_cast<std::size_t>(table().page_count()) * width());
+  std::fill_n(page_sums_.data() + static_cast<std::size_t>(page) * width(), width(), 0.0f);
   // The token itself is added by token_added().
   if (node_of(page) == tree_.leaf_count()) {
-    tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * rank(), 0);
+    tree_.add_leaf(-1, page_sums_.data() + static_cast<std::size_t>(page) * width(), 0);
   }
 }
 
@@ -177,14 +177,14 @@ void TreeIndex::check_integrity() const {
   for (int page = 0; page < table().page_count(); ++page) {
     if (!table().in_use(page)) continue;
     page_coordinates(page, coordinates);
-    for (int j = 0; j < rank(); ++j) {
+    for (int j = 0; j < width(); ++j) {
       double sum = 0.0, size = 1e-6;
       for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
-        const double y = coordinates[std::countr_zero(mask) * rank() + j];
+        const double y = coordinates[std::countr_zero(mask) * width() + j];
         sum += y;
         size += std::abs(y);
       }
-      if (!(std::abs(sum - page_sums_[page * rank() + j]) <= 1e-3 * size))
+      if (!(std::abs(sum - page_sums_[page * width() + j]) <= 1e-3 * size))
         throw IntegrityError(message("page ", page, " differs from the sum of its members"));
     }
   }

@@ -1,5 +1,5 @@
-// TreeIndex (index = "tree"): pages from balanced bisection in the query metric, candidates from a
-// flat scan of key sketches. design: docs/index.md.
+// TreeIndex (index = "tree"): pages from balanced bisection of the space of tokens, candidates from
+// a flat scan of key sketches. design: docs/index.md.
 #pragma once
 
 #include <memory>
@@ -35,8 +35,8 @@ class TreeIndex : public PagedIndex {
   TreeIndex(const TreeIndex&) = default;
 
  private:
-  int rank() const { return metric().rank; }
-  // Coordinates [S, R] of a page's tokens; rows of empty slots are left as they are.
+  int width() const { return space().width(); }
+  // Coordinates [S, width] of a page's tokens; rows of empty slots are left as they are.
   void page_coordinates(int page, std::vector<float>& out) const;
   // Sets the sum of a page from its members.
   void sum_page(int page);
@@ -44,7 +44,7 @@ class TreeIndex : public PagedIndex {
   void set_leaf(int node, int near);
 
   CentroidTree tree_;
-  std::vector<float> page_sums_;  // [P, R]
+  std::vector<float> page_sums_;  // [P, width]
 };
 
 std::unique_ptr<SemanticIndex> make_tree_index(const IndexContext& context);

@@ -84,7 +84,7 @@ class SketchForms : public ::testing::TestWithParam<Form> {
   Sketch filled() const {
     const auto [rank, bits, page_size] = GetParam();
     Sketch sketch(rank, bits, page_size);
-    sketch.fit(coordinates_.data(), kPages * page_size);
+    sketch.fit(coordinates_.data(), kPages * page_size, rank);
     sketch.resize(kPages);
     for (int p = 0; p < kPages; ++p) {
       for (int s = 0; s < page_size; ++s) sketch.write(p, s, coordinates(p, s));
@@ -173,7 +173,7 @@ TEST_P(SketchForms, ScoresStayBelowTheLargest) {
 TEST_P(SketchForms, CopyMovesOneSlotAndClampsOutliers) {
   const auto [rank, bits, page_size] = GetParam();
   Sketch sketch(rank, bits, page_size);
-  sketch.fit(coordinates_.data(), kPages * page_size);
+  sketch.fit(coordinates_.data(), kPages * page_size, rank);
   sketch.resize(2);
   for (int s = 0; s < page_size; ++s) sketch.write(0, s, coordinates(0, s));
   sketch.copy(1, page_size - 1, 0, 2);
@@ -217,7 +217,7 @@ TEST(Sketch, ConstantCoordinatesStayFinite) {
   metric.from_query.assign(64, 0.1f);
   const std::vector<float> same(16 * 8, 2.5f), query(8, 1.0f);
   Sketch sketch(8, 4, 16);
-  sketch.fit(same.data(), 16);
+  sketch.fit(same.data(), 16, 8);
   sketch.resize(1);
   for (int s = 0; s < 16; ++s) sketch.write(0, s, same.data() + s * 8);
   SketchScores scores;
@@ -237,7 +237,7 @@ TEST(Sketch, QueriesOfZeroScoreNothing) {
   for (std::size_t i = 0; i < coordinates.size(); ++i) coordinates[i] = static_cast<float>(i % 11);
   const std::vector<float> zeros(2 * 8, 0.0f);
   Sketch sketch(8, 4, 16);
-  sketch.fit(coordinates.data(), 16);
+  sketch.fit(coordinates.data(), 16, 8);
   sketch.resize(1);
   for (int s = 0; s < 16; ++s) sketch.write(0, s, coordinates.data() + s * 8);
   SketchScores scores;
