@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "icecache/semantic_index.h"
-#include "index/query_metric.h"
+#include "index/token_space.h"
 
 namespace icecache {
 
@@ -24,19 +24,24 @@ DeviceBuild::DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream)
     buffer = gpu::Buffer(std::max<std::size_t>(1, count) * sizeof(*array), stream);
     array = buffer.as<std::remove_reference_t<decltype(*array)>>();
   };
-  take(sampled_, p_.sampled_keys, heads * (p_.key_samples + p_.query_samples) * d);
-  p_.sampled_queries = p_.sampled_keys + heads * p_.key_samples * d;
-  take(coordinates_, p_.coordinates, heads * (p_.length - p_.first) * rank);
+  const std::size_t width = p_.width(), of_values = width - rank;
+  take(sampled_, p_.sampled_keys, heads * (2 * p_.key_samples + p_.query_samples) * d);
+  p_.sampled_values = p_.sampled_keys + heads * p_.key_samples * d;
+  p_.sampled_queries = p_.sampled_values + heads * p_.key_samples * d;
+  from_value_ =
+      gpu::Buffer(std::max<std::size_t>(1, heads * d * of_values) * sizeof(float), stream);
+  p_.from_value = from_value_.as<float>();
+  take(coordinates_, p_.coordinates, heads * (p_.length - p_.first) * width);
   take(range_, p_.range, heads * rank * 2);
   take(segments_, p_.segments, bounds_.size());
-  take(directions_, p_.directions, heads * most * rank);
+  take(directions_, p_.directions, heads * most * width);
   take(order_, p_.order, 2 * items);  // the sort goes to and fro
   take(sort_keys_, p_.sort_keys, 2 * items);
   room_ = gpu::Buffer(items > 0 ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0, stream);
 }
 
 void DeviceBuild::run(std::span<std::byte* const> pages) {
-  fit_metrics();
+  fit_spaces();
   gpu::launch_coordinates(p_, stream_);
   order_tokens();
   // The row cache is empty; codes, means and pages are written in their order.
@@ -55,26 +60,32 @@ void DeviceBuild::run(std::span<std::byte* const> pages) {
 }
 
 // Keys' means are those of the sample.
-void DeviceBuild::fit_metrics() {
+void DeviceBuild::fit_spaces() {
   const auto heads = static_cast<std::size_t>(p_.shape.kv_heads);
   const auto d = static_cast<std::size_t>(p_.shape.head_dim);
   const auto rank = static_cast<std::size_t>(p_.shape.rank);
   const std::size_t keys = p_.key_samples * d, queries = p_.query_samples * d;
-  std::vector<float> sample(heads * (keys + queries));
+  std::vector<float> sample(heads * (2 * keys + queries));
   gpu::launch_sample(p_, stream_);
   gpu::copy_to_host(sample.data(), p_.sampled_keys, sample.size() * sizeof(float), stream_);
   gpu::synchronize(stream_);
 
-  std::vector<float> means, from_key, from_query;
+  std::vector<float> means, from_key, from_query, from_value;
+  const auto add = [](std::vector<float>& to, const std::vector<float>& from) {
+    to.insert(to.end(), from.begin(), from.end());
+  };
+  const int value_rank = p_.width() - p_.shape.rank;
   for (std::size_t h = 0; h < heads; ++h) {
     QueryMoments moments;
-    moments.observe(sample.data() + heads * keys + h * queries, p_.query_samples,
+    moments.observe(sample.data() + heads * 2 * keys + h * queries, p_.query_samples,
                     p_.shape.head_dim);
-    const QueryMetric metric = QueryMetric::fit(sample.data() + h * keys, p_.key_samples,
-                                                p_.shape.head_dim, moments, p_.shape.rank);
-    means.insert(means.end(), metric.mean.begin(), metric.mean.end());
-    from_key.insert(from_key.end(), metric.from_key.begin(), metric.from_key.end());
-    from_query.insert(from_query.end(), metric.from_query.begin(), metric.from_query.end());
+    const TokenSpace space = TokenSpace::fit(
+        sample.data() + h * keys, sample.data() + (heads + h) * keys, DType::kFloat32,
+        p_.key_samples, p_.shape.head_dim, moments, p_.shape.rank, value_rank);
+    add(means, space.metric.mean);
+    add(from_key, space.metric.from_key);
+    add(from_query, space.metric.from_query);
+    add(from_value, space.from_value);
   }
   const std::size_t pair = p_.first_pair;
   const auto copy = [&](float* to, const std::vector<float>& from) {
@@ -83,6 +94,7 @@ void DeviceBuild::fit_metrics() {
   copy(p_.layer.mean_key + pair * d, means);
   copy(p_.layer.from_key + pair * d * rank, from_key);
   copy(p_.layer.from_query + pair * d * rank, from_query);
+  if (value_rank > 0) copy(from_value_.as<float>(), from_value);
   gpu::synchronize(stream_);  // the vectors go
 }
 

@@ -1,6 +1,6 @@
 // DeviceBuild: what DeviceCache::prefill() leaves to an index thread. The prompt of one (sequence,
-// layer) becomes a metric for each head, an order of tokens, sketches, far-field means and host
-// pages. Kernels: cuda/build.h; metrics are fitted on the host, from a sample.
+// layer) becomes a space of tokens for each head, their order there, sketches, far-field means and
+// host pages. Kernels: cuda/build.h; spaces are fitted on the host, from a sample.
 //
 // Failure: all memory is taken by the constructor; until run() nothing of the layer was touched.
 #pragma once
@@ -20,14 +20,15 @@ class DeviceBuild {
   void run(std::span<std::byte* const> pages);
 
  private:
-  void fit_metrics();
+  void fit_spaces();
   void order_tokens();
 
   gpu::BuildParams p_;
   gpu::Stream stream_;
   std::vector<std::vector<std::int32_t>> levels_;  // bounds of the segments, see bisection_levels()
   std::vector<std::int32_t> bounds_;               // of all levels, one behind the other
-  gpu::Buffer sampled_, coordinates_, range_, segments_, directions_, order_, sort_keys_, room_;
+  gpu::Buffer sampled_, from_value_, coordinates_, range_, segments_, directions_, order_;
+  gpu::Buffer sort_keys_, room_;
 };
 
 }  // namespace icecache

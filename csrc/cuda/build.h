@@ -1,9 +1,10 @@
 // What a prompt leaves on the device and in host memory: window, sketches, far-field means, pages.
 //
-//   sample       keys and queries that shape the metric, as fp32, for the host
-//   (host)       the metric of each head: two eigenproblems of D x D, on a CPU thread
-//   coordinates  all keys in the metric, and the range of each coordinate
-//   order        balanced bisection along principal directions (index/bisect.h), level by level: a
+//   sample       keys, values and queries that shape the space of tokens, as fp32, for the host
+//   (host)       that space for each head: three eigenproblems of D x D, on a CPU thread
+//   coordinates  all tokens in that space (index/token_space.h), and the range of a key's
+//   coordinates order        balanced bisection along principal directions (index/bisect.h), level
+//   by level: a
 //                direction for each segment, then one sort of (head, segment, projection)
 //   lay_out      codes, means of nodes and host pages in that order; sink and window rows
 //
@@ -18,6 +19,7 @@ namespace icecache::gpu {
 
 constexpr int kMaxSampledKeys = 4096;  // of a head
 constexpr int kMaxQueries = 512;       // rows of the group's queries
+constexpr int kValueRank = 32;         // V: coordinates of a value, one for each lane of a warp
 
 struct BuildParams {
   StepShape shape;
@@ -32,17 +34,20 @@ struct BuildParams {
   std::int64_t key_head = 0, key_token = 0, value_head = 0, value_token = 0;  // strides, elements
   std::int64_t query_head = 0, query_token = 0;
   int query_tokens = 0;  // T'
-  int key_samples = 0;   // of a head
+  int key_samples = 0;   // of a head, and as many values
   int query_samples = 0;
+  constexpr int width() const { return shape.rank + (shape.tail ? kValueRank : 0); }
 
-  float* sampled_keys = nullptr;     // [Hkv, key_samples, D]
-  float* sampled_queries = nullptr;  // [Hkv, query_samples, D]
-  float* coordinates = nullptr;      // [Hkv, T - first, R]
-  std::uint32_t* range = nullptr;    // [Hkv, R, 2] smallest and largest, as ordered integers
-  std::int32_t* order = nullptr;     // [Hkv, indexed] index tokens (0: the first after the sinks)
-  std::int32_t* segments = nullptr;  // [segment_count + 1] bounds within 0..indexed
+  float* sampled_keys = nullptr;      // [Hkv, key_samples, D]
+  float* sampled_values = nullptr;    // [Hkv, key_samples, D]
+  float* sampled_queries = nullptr;   // [Hkv, query_samples, D]
+  const float* from_value = nullptr;  // [Hkv, D, V]
+  float* coordinates = nullptr;       // [Hkv, T - first, width]
+  std::uint32_t* range = nullptr;     // [Hkv, R, 2] smallest and largest, as ordered integers
+  std::int32_t* order = nullptr;      // [Hkv, indexed] index tokens (0: the first after the sinks)
+  std::int32_t* segments = nullptr;   // [segment_count + 1] bounds within 0..indexed
   int segment_count = 0;
-  float* directions = nullptr;              // [Hkv, segment_count, R]
+  float* directions = nullptr;              // [Hkv, segment_count, width]
   unsigned long long* sort_keys = nullptr;  // [Hkv, indexed]
 };
 

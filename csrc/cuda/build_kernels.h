@@ -1,6 +1,8 @@
 // The kernels of build.h. Device code: seen by cuda_build.cu alone.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/build.h"
 #include "cuda/gpu.h"
 
@@ -23,15 +25,17 @@ template <typename T>
 __global__ void __launch_bounds__(kBuildBlock) sample_kernel(const BuildParams p) {
   const int h = blockIdx.y, d = p.shape.head_dim, keys = p.key_samples;
   const int tokens = p.length - p.first;
-  const T* from = static_cast<const T*>(p.keys) + h * p.key_head;
+  const T* from_keys = static_cast<const T*>(p.keys) + h * p.key_head;
+  const T* from_values = static_cast<const T*>(p.values) + h * p.value_head;
   const std::int64_t all = static_cast<std::int64_t>(keys + p.query_samples) * d;
   for (std::int64_t i = blockIdx.x * kBuildBlock + threadIdx.x; i < all;
        i += static_cast<std::int64_t>(gridDim.x) * kBuildBlock) {
     const int row = static_cast<int>(i / d), at = static_cast<int>(i % d);
     if (row < keys) {
       const std::int64_t token = p.first + static_cast<std::int64_t>(row) * tokens / keys;
-      p.sampled_keys[(static_cast<std::int64_t>(h) * keys + row) * d + at] =
-          to_float(from[token * p.key_token + at]);
+      const std::int64_t to = (static_cast<std::int64_t>(h) * keys + row) * d + at;
+      p.sampled_keys[to] = to_float(from_keys[token * p.key_token + at]);
+      p.sampled_values[to] = to_float(from_values[token * p.value_token + at]);
     } else {
       const int q = row - keys, token = q / p.shape.group, g = q % p.shape.group;
       p.sampled_queries[(static_cast<std::int64_t>(h) * p.query_samples + q) * d + at] =
@@ -43,17 +47,22 @@ __global__ void __launch_bounds__(kBuildBlock) sample_kernel(const BuildParams p
   }
 }
 
-// A thread for each (token, few coordinates); the basis passes through shared memory by slices.
-template <typename T>
+// Coordinates of keys, or of values. A thread for each (token, few coordinates); the basis passes
+// through shared memory by slices.
+template <typename T, bool OfValues>
 __global__ void __launch_bounds__(kBuildBlock) coordinates_kernel(const BuildParams p) {
   constexpr int kSlice = 32, kMaxRank = 64, kTokens = 64;
   __shared__ float basis[kSlice * kMaxRank];
-  __shared__ float keys[kTokens * (kSlice + 1)];
+  __shared__ float rows[kTokens * (kSlice + 1)];
   __shared__ float centre[kSlice];
-  const int h = blockIdx.y, d = p.shape.head_dim, rank = p.shape.rank, thread = threadIdx.x;
+  const int h = blockIdx.y, d = p.shape.head_dim, thread = threadIdx.x, width = p.width();
+  const int rank = OfValues ? kValueRank : p.shape.rank, skipped = OfValues ? p.shape.rank : 0;
   const int x = p.first_pair + h, tokens = p.length - p.first;
-  const T* from = static_cast<const T*>(p.keys) + h * p.key_head;
-  const float* from_key = p.layer.from_key + static_cast<std::int64_t>(x) * d * rank;
+  const T* from = OfValues ? static_cast<const T*>(p.values) + h * p.value_head
+                           : static_cast<const T*>(p.keys) + h * p.key_head;
+  const std::int64_t stride = OfValues ? p.value_token : p.key_token;
+  const float* to_space = OfValues ? p.from_value + static_cast<std::int64_t>(h) * d * rank
+                                   : p.layer.from_key + static_cast<std::int64_t>(x) * d * rank;
   const float* mean = p.layer.mean_key + static_cast<std::int64_t>(x) * d;
   // Four threads to a token, rank / 4 coordinates each.
   constexpr int kMost = kMaxRank / 4;
@@ -64,18 +73,17 @@ __global__ void __launch_bounds__(kBuildBlock) coordinates_kernel(const BuildPar
     for (int first = 0; first < d; first += kSlice) {
       __syncthreads();
       for (int i = thread; i < kSlice * rank; i += kBuildBlock) {
-        basis[i] = from_key[static_cast<std::int64_t>(first) * rank + i];
+        basis[i] = to_space[static_cast<std::int64_t>(first) * rank + i];
       }
-      if (thread < kSlice) centre[thread] = mean[first + thread];
+      if (thread < kSlice) centre[thread] = OfValues ? 0.0f : mean[first + thread];
       for (int i = thread; i < kTokens * kSlice; i += kBuildBlock) {
         const std::int64_t token = begin + i / kSlice;
-        keys[i / kSlice * (kSlice + 1) + i % kSlice] =
-            token < tokens ? to_float(from[(p.first + token) * p.key_token + first + i % kSlice])
-                           : 0.0f;
+        rows[i / kSlice * (kSlice + 1) + i % kSlice] =
+            token < tokens ? to_float(from[(p.first + token) * stride + first + i % kSlice]) : 0.0f;
       }
       __syncthreads();
       for (int i = 0; i < kSlice; ++i) {
-        const float k = keys[own * (kSlice + 1) + i] - centre[i];
+        const float k = rows[own * (kSlice + 1) + i] - centre[i];
 #pragma unroll
         for (int j = 0; j < kMost; ++j) {
           if (j < each) sums[j] += k * basis[i * rank + quarter * each + j];
@@ -84,11 +92,11 @@ __global__ void __launch_bounds__(kBuildBlock) coordinates_kernel(const BuildPar
     }
     const std::int64_t token = begin + own;
     if (token < tokens) {
-      float* out =
-          p.coordinates + (static_cast<std::int64_t>(h) * tokens + token) * rank + quarter * each;
+      float* out = p.coordinates + (static_cast<std::int64_t>(h) * tokens + token) * width +
+                   skipped + quarter * each;
 #pragma unroll
       for (int j = 0; j < kMost; ++j) {
-        if (j < each) out[j] = sums[j];
+        if (j < each) out[j] = OfValues && !std::isfinite(sums[j]) ? 0.0f : sums[j];
       }
     }
   }
@@ -107,7 +115,7 @@ static __global__ void __launch_bounds__(kBuildBlock) range_kernel(const BuildPa
   float low = INFINITY, high = -INFINITY;
   for (std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / rank;
        t < tokens; t += static_cast<std::int64_t>(gridDim.x) * rows) {
-    const float y = p.coordinates[(static_cast<std::int64_t>(h) * tokens + t) * rank + r];
+    const float y = p.coordinates[(static_cast<std::int64_t>(h) * tokens + t) * p.width() + r];
     low = fminf(low, y);
     high = fmaxf(high, y);
   }
@@ -137,19 +145,19 @@ static __global__ void __launch_bounds__(kBuildBlock) order_kernel(const BuildPa
 __device__ __forceinline__ const float* coordinates_of(const BuildParams& p, int h, int token) {
   const int offset = p.shape.sink_tokens - p.first;  // index token 0 among the coordinates
   return p.coordinates +
-         (static_cast<std::int64_t>(h) * (p.length - p.first) + offset + token) * p.shape.rank;
+         (static_cast<std::int64_t>(h) * (p.length - p.first) + offset + token) * p.width();
 }
 
 // The principal direction of one segment of one head, by power iteration from the row farthest from
-// the mean. A lane holds a coordinate, or two.
+// the mean. A lane holds one to three coordinates.
 static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const BuildParams p) {
-  constexpr int kWarps = kBuildBlock / kWarp, kMost = 2;
+  constexpr int kWarps = kBuildBlock / kWarp, kMost = 3;
   __shared__ float rows_sum[kWarps][kMost * kWarp];
   __shared__ float direction[kMost * kWarp], mean[kMost * kWarp];
   __shared__ float totals[kWarps], far[kWarps];
   __shared__ int far_row[kWarps];
-  const int segment = blockIdx.x, h = blockIdx.y, rank = p.shape.rank;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, per_lane = rank / kWarp;
+  const int segment = blockIdx.x, h = blockIdx.y, width = p.width();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, per_lane = width / kWarp;
   const int begin = p.segments[segment], size = p.segments[segment + 1] - begin;
   const int stride = max(1, size / kDirectionRows), rows = (size + stride - 1) / stride;
   const std::int32_t* order = p.order + static_cast<std::int64_t>(h) * p.indexed + begin;
@@ -160,7 +168,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
   // rows_sum -> out, in the order of the warps.
   const auto gather = [&](float* out, float scale) {
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < rank) {
+    if (static_cast<int>(threadIdx.x) < width) {
       float sum = 0.0f;
       for (int w = 0; w < kWarps; ++w) sum += rows_sum[w][threadIdx.x];
       out[threadIdx.x] = sum * scale;
@@ -239,18 +247,18 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
     gather(direction, 1.0f);
     total = 0.0f;
     for (int w = 0; w < kWarps; ++w) total += totals[w];
-    if (static_cast<int>(threadIdx.x) < rank) direction[threadIdx.x] -= total * mean[threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < width) direction[threadIdx.x] -= total * mean[threadIdx.x];
     __syncthreads();
   }
-  if (static_cast<int>(threadIdx.x) < rank) {
-    p.directions[(static_cast<std::int64_t>(h) * p.segment_count + segment) * rank + threadIdx.x] =
+  if (static_cast<int>(threadIdx.x) < width) {
+    p.directions[(static_cast<std::int64_t>(h) * p.segment_count + segment) * width + threadIdx.x] =
         direction[threadIdx.x];
   }
 }
 
 // (head, segment, projection) of every token, to be sorted.
 static __global__ void __launch_bounds__(kBuildBlock) projection_kernel(const BuildParams p) {
-  const int h = blockIdx.y, rank = p.shape.rank;
+  const int h = blockIdx.y, width = p.width();
   for (int i = blockIdx.x * kBuildBlock + threadIdx.x; i < p.indexed;
        i += gridDim.x * kBuildBlock) {
     int low = 0, high = p.segment_count;  // the last segment that begins at or before i
@@ -265,9 +273,9 @@ static __global__ void __launch_bounds__(kBuildBlock) projection_kernel(const Bu
     const std::int64_t at = static_cast<std::int64_t>(h) * p.indexed + i;
     const float4* y = reinterpret_cast<const float4*>(coordinates_of(p, h, p.order[at]));
     const float4* direction = reinterpret_cast<const float4*>(
-        p.directions + (static_cast<std::int64_t>(h) * p.segment_count + low) * rank);
+        p.directions + (static_cast<std::int64_t>(h) * p.segment_count + low) * width);
     float along = 0.0f;
-    for (int j = 0; j < rank / 4; ++j) {
+    for (int j = 0; j < width / 4; ++j) {
       const float4 a = y[j], b = direction[j];
       along += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
     }

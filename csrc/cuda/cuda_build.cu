@@ -60,8 +60,12 @@ void launch_coordinates(const BuildParams& p, Stream stream) {
   const auto heads = static_cast<unsigned>(p.shape.kv_heads);
   const int tokens = p.length - p.first;
   with_type(p.shape.dtype, [&](auto type) {
-    launch("coordinates", coordinates_kernel<decltype(type)>, dim3(blocks_for(tokens, 64), heads),
-           kBuildBlock, stream, p);
+    using T = decltype(type);
+    const dim3 blocks(blocks_for(tokens, 64), heads);
+    launch("coordinates of keys", coordinates_kernel<T, false>, blocks, kBuildBlock, stream, p);
+    if (p.shape.tail) {
+      launch("coordinates of values", coordinates_kernel<T, true>, blocks, kBuildBlock, stream, p);
+    }
   });
   launch("range start", range_start_kernel, dim3(1), kBuildBlock, stream, p);
   launch("range", range_kernel, dim3(blocks_for(tokens, 16 * kBuildBlock / p.shape.rank), heads),

@@ -36,8 +36,9 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
   std::vector<float> coordinates;
   if (has_sketches()) {
-    space_ = TokenSpace::fit(config(), keys.data(), tokens.values, context_.dtype, tokens.count, d,
-                             queries);
+    space_ = TokenSpace::fit(keys.data(), tokens.values, context_.dtype, tokens.count, d, queries,
+                             static_cast<int>(config().sketch_rank),
+                             TokenSpace::value_rank_of(config(), d));
     coordinates.resize(static_cast<std::size_t>(tokens.count) * space_.width());
     space_.coordinates(keys.data(), tokens.values, context_.dtype, tokens.count,
                        coordinates.data());

@@ -51,18 +51,16 @@ std::vector<float> value_directions(const void* values, DType dtype, std::int64_
 
 }  // namespace
 
-int TokenSpace::width(const Config& config, int head_dim) {
-  const int of_value = config.tail == "on" ? std::min(kValueRank, head_dim) : 0;
-  return static_cast<int>(config.sketch_rank) + of_value;
+int TokenSpace::value_rank_of(const Config& config, int head_dim) {
+  return config.tail == "on" ? std::min(kValueRank, head_dim) : 0;
 }
 
-TokenSpace TokenSpace::fit(const Config& config, const float* keys, const void* values, DType dtype,
-                           std::int64_t count, int head_dim, const QueryMoments& queries) {
+TokenSpace TokenSpace::fit(const float* keys, const void* values, DType dtype, std::int64_t count,
+                           int head_dim, const QueryMoments& queries, int rank, int value_rank) {
   TokenSpace space;
-  const int rank = static_cast<int>(config.sketch_rank);
   space.metric = QueryMetric::fit(keys, count, head_dim, queries, rank);
-  const int of_value = width(config, head_dim) - rank;
-  if (of_value == 0) return space;
+  space.value_rank = value_rank;
+  if (value_rank == 0) return space;
   const std::int64_t rows = std::min(count, kRows);
   std::vector<float> sample(static_cast<std::size_t>(rows) * head_dim);
   std::vector<float> of_keys(static_cast<std::size_t>(rows) * rank);
@@ -72,8 +70,7 @@ TokenSpace TokenSpace::fit(const Config& config, const float* keys, const void* 
   space.metric.coordinates(sample.data(), rows, of_keys.data());
   double spread = 0.0;
   for (float x : of_keys) spread += static_cast<double>(x) * x;
-  space.value_rank = of_value;
-  space.from_value = value_directions(values, dtype, count, head_dim, of_value,
+  space.from_value = value_directions(values, dtype, count, head_dim, value_rank,
                                       spread / static_cast<double>(rows));
   return space;
 }

@@ -22,13 +22,13 @@ struct TokenSpace {
   int value_rank = 0;             // V; 0: keys alone
   std::vector<float> from_value;  // [D, V]
 
-  // Coordinates that a token has: none of its value where nothing stands for tokens together.
-  static int width(const Config& config, int head_dim);
+  // V of an index: 0 where nothing stands for tokens together.
+  static int value_rank_of(const Config& config, int head_dim);
 
   int width() const { return metric.rank + value_rank; }
-  // keys [N, D] fp32, values [N, D] of `dtype`.
-  static TokenSpace fit(const Config& config, const float* keys, const void* values, DType dtype,
-                        std::int64_t count, int head_dim, const QueryMoments& queries);
+  // keys [N, D] fp32, values [N, D] of `dtype`; R = rank, V = value_rank <= D.
+  static TokenSpace fit(const float* keys, const void* values, DType dtype, std::int64_t count,
+                        int head_dim, const QueryMoments& queries, int rank, int value_rank);
   // Coordinates [n, width()] of keys [n, D] fp32 and values [n, D] of `dtype`. Values that are no
   // numbers lie at 0.
   void coordinates(const float* keys, const void* values, DType dtype, std::int64_t n,

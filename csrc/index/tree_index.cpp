@@ -13,7 +13,9 @@
 namespace icecache {
 
 TreeIndex::TreeIndex(const IndexContext& context)
-    : PagedIndex(context), tree_(TokenSpace::width(*context.config, context.head_dim)) {}
+    : PagedIndex(context),
+      tree_(static_cast<int>(context.config->sketch_rank) +
+            TokenSpace::value_rank_of(*context.config, context.head_dim)) {}
 
 std::unique_ptr<SemanticIndex> TreeIndex::fork() const {
   return std::unique_ptr<SemanticIndex>(new TreeIndex(*this));
