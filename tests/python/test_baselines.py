@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -314,8 +314,16 @@ def test_snapkv_evicts_votes_before_window_and_decoded_tokens() -> None:
     assert session.attended[0][:, 0, LENGTH + 12 - 40 :].all()
 
 
-def test_snapkv_keeps_the_tokens_that_kvpress_keeps() -> None:
-    kvpress = pytest.importorskip("kvpress", exc_type=ImportError)
+@pytest.fixture
+def kvpress(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """kvpress, without what importing it does to the attention functions of transformers."""
+    patch: Any = ModuleType("kvpress.attention_patch")
+    patch.patch_attention_functions = lambda: None
+    monkeypatch.setitem(sys.modules, patch.__name__, patch)
+    return pytest.importorskip("kvpress", exc_type=ImportError)
+
+
+def test_snapkv_keeps_the_tokens_that_kvpress_keeps(kvpress: Any) -> None:
     prefill, budget = random_prefill(), 60
     session = SnapKVSession(prefill, budget, SCALE, window=32, kernel=7, pooling="mean")
     decode(session, random_tokens(1))
@@ -325,8 +333,7 @@ def test_snapkv_keeps_the_tokens_that_kvpress_keeps() -> None:
         assert_kept(scores, session.attended[layer][:, 0], budget)
 
 
-def test_streaming_keeps_the_tokens_that_kvpress_keeps() -> None:
-    kvpress = pytest.importorskip("kvpress", exc_type=ImportError)
+def test_streaming_keeps_the_tokens_that_kvpress_keeps(kvpress: Any) -> None:
     prefill, budget = random_prefill(), 60
     session = RecentSession(prefill, budget, SCALE)
     decode(session, random_tokens(1))
