@@ -167,7 +167,7 @@ def _worker_bytes(plan: Plan, folder: str) -> int:
     tokens = min(_context(config), plan.max_length or 1 << 30)
     cache = 2 * element * tokens * config.num_hidden_layers * heads * head_dim
     engines = sum(method.session is None for method in find_methods(plan.methods))
-    stored = config.dtype.itemsize if config.dtype else 2
+    stored = getattr(config.dtype, "itemsize", 2)
     model = files + files * element // stored
     return (1 << 30) + model + (2 + engines * len(plan.budgets)) * int(cache)
 
