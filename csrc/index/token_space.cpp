@@ -33,12 +33,16 @@ std::vector<float> value_directions(const void* values, DType dtype, std::int64_
     simd::kernels().axpy(1.0f / static_cast<float>(rows), to, mean.data(), d);
   }
   const std::vector<double> covariance = covariance_of(sample.data(), rows, 1, d, mean);
-  double total = 0.0;
-  for (int i = 0; i < d; ++i) total += covariance[i * d + i];
+  double total = 0.0, at_mean = 0.0;
+  for (int i = 0; i < d; ++i) {
+    total += covariance[i * d + i];
+    at_mean += static_cast<double>(mean[i]) * mean[i];
+  }
   for (double x : covariance) {
     if (!std::isfinite(x)) return directions;
   }
-  if (!(total > 0.0)) return directions;
+  constexpr double kRounding = 1e-10;  // of values that are all the same
+  if (!(total > kRounding * at_mean)) return directions;
   const SymmetricEigen eigen = symmetric_eigen(covariance, d);
   const double scale = std::sqrt(spread / total);
   for (int i = 0; i < d; ++i) {
