@@ -24,13 +24,11 @@ DeviceBuild::DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream)
     buffer = gpu::Buffer(std::max<std::size_t>(1, count) * sizeof(*array), stream);
     array = buffer.as<std::remove_reference_t<decltype(*array)>>();
   };
-  const std::size_t width = p_.width(), of_values = width - rank;
+  const std::size_t width = p_.width();
   take(sampled_, p_.sampled_keys, heads * (2 * p_.key_samples + p_.query_samples) * d);
   p_.sampled_values = p_.sampled_keys + heads * p_.key_samples * d;
   p_.sampled_queries = p_.sampled_values + heads * p_.key_samples * d;
-  from_value_ =
-      gpu::Buffer(std::max<std::size_t>(1, heads * d * of_values) * sizeof(float), stream);
-  p_.from_value = from_value_.as<float>();
+  take(from_value_, p_.from_value, heads * d * (width - rank));
   take(coordinates_, p_.coordinates, heads * (p_.length - p_.first) * width);
   take(range_, p_.range, heads * rank * 2);
   take(segments_, p_.segments, bounds_.size());
@@ -94,7 +92,7 @@ void DeviceBuild::fit_spaces() {
   copy(p_.layer.mean_key + pair * d, means);
   copy(p_.layer.from_key + pair * d * rank, from_key);
   copy(p_.layer.from_query + pair * d * rank, from_query);
-  if (value_rank > 0) copy(from_value_.as<float>(), from_value);
+  if (value_rank > 0) copy(p_.from_value, from_value);
   gpu::synchronize(stream_);  // the vectors go
 }
 

@@ -38,14 +38,14 @@ struct BuildParams {
   int query_samples = 0;
   constexpr int width() const { return shape.rank + (shape.tail ? kValueRank : 0); }
 
-  float* sampled_keys = nullptr;      // [Hkv, key_samples, D]
-  float* sampled_values = nullptr;    // [Hkv, key_samples, D]
-  float* sampled_queries = nullptr;   // [Hkv, query_samples, D]
-  const float* from_value = nullptr;  // [Hkv, D, V]
-  float* coordinates = nullptr;       // [Hkv, T - first, width]
-  std::uint32_t* range = nullptr;     // [Hkv, R, 2] smallest and largest, as ordered integers
-  std::int32_t* order = nullptr;      // [Hkv, indexed] index tokens (0: the first after the sinks)
-  std::int32_t* segments = nullptr;   // [segment_count + 1] bounds within 0..indexed
+  float* sampled_keys = nullptr;     // [Hkv, key_samples, D]
+  float* sampled_values = nullptr;   // [Hkv, key_samples, D]
+  float* sampled_queries = nullptr;  // [Hkv, query_samples, D]
+  float* from_value = nullptr;       // [Hkv, D, V]
+  float* coordinates = nullptr;      // [Hkv, T - first, width]
+  std::uint32_t* range = nullptr;    // [Hkv, R, 2] smallest and largest, as ordered integers
+  std::int32_t* order = nullptr;     // [Hkv, indexed] index tokens (0: the first after the sinks)
+  std::int32_t* segments = nullptr;  // [segment_count + 1] bounds within 0..indexed
   int segment_count = 0;
   float* directions = nullptr;              // [Hkv, segment_count, width]
   unsigned long long* sort_keys = nullptr;  // [Hkv, indexed]

@@ -91,10 +91,10 @@ TEST(TokenSpaceTest, ValuesThatAreNoNumbersOrDoNotVaryLieAtZero) {
   const std::vector<float> same(kCount * kDim, 3.0f);
   const auto rows = placed(good, keys, values);
   for (float x : rows) EXPECT_TRUE(std::isfinite(x));
-  for (const std::vector<float>* bad : {static_cast<const std::vector<float>*>(&values), &same}) {
-    const TokenSpace space = fitted(keys, *bad);
+  for (const auto& bad : {values, same}) {
+    const TokenSpace space = fitted(keys, bad);
     for (float x : space.from_value) EXPECT_EQ(x, 0.0f);
-    for (float x : placed(space, keys, *bad)) EXPECT_TRUE(std::isfinite(x));
+    for (float x : placed(space, keys, bad)) EXPECT_TRUE(std::isfinite(x));
   }
 }
 

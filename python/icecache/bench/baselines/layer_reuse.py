@@ -58,7 +58,9 @@ class LayerReuseSession(TensorSession):
             return Selection(self._picks[0])
         self._append(index, *self.span(step.layer, step.length - 1, step.length))
         before = self._bytes_read(index)
-        self._engine.attend([self._sequence], index, step.queries.reshape(1, -1, 1, self._dim))
+        self._engine.attend(
+            [self._sequence], index, step.queries.reshape(1, -1, 1, step.queries.shape[-1])
+        )
         picks = torch.ones(self._heads, 1, step.length, dtype=torch.bool)
         for head in range(self._heads):
             trace = self._engine.trace(self._sequence, index, head)
@@ -77,10 +79,6 @@ class LayerReuseSession(TensorSession):
     def close(self) -> None:
         self._engine.release(self._sequence)
         super().close()
-
-    @property
-    def _dim(self) -> int:
-        return self._engine.head_dim
 
     def _append(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._engine.append([self._sequence], index, keys[None], values[None])
