@@ -64,6 +64,7 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
     }
   }
   const SymmetricEigen main = symmetric_eigen(seen, d);
+  for (int j = 0; j < rank; ++j) metric.spread += std::max(0.0, main.values[j]);
   metric.from_key.assign(static_cast<std::size_t>(d) * rank, 0.0f);
   metric.from_query.assign(static_cast<std::size_t>(d) * rank, 0.0f);
   std::vector<double> key(rank), query(rank);

@@ -19,6 +19,7 @@ struct QueryMetric {
   std::vector<float> mean;        // [D] of the keys
   std::vector<float> from_key;    // [D, R]: coordinates y = (k - mean) from_key
   std::vector<float> from_query;  // [D, R]: q.k ~ q.mean + (q from_query).y
+  double spread = 0.0;            // mean |y|^2 of the keys it was fitted to
 
   // keys [N, D] fp32. Without queries the metric is the Euclidean one.
   static QueryMetric fit(const float* keys, std::int64_t count, int head_dim,

@@ -65,17 +65,8 @@ TokenSpace TokenSpace::fit(const float* keys, const void* values, DType dtype, s
   space.metric = QueryMetric::fit(keys, count, head_dim, queries, rank);
   space.value_rank = value_rank;
   if (value_rank == 0) return space;
-  const std::int64_t rows = std::min(count, kRows);
-  std::vector<float> sample(static_cast<std::size_t>(rows) * head_dim);
-  std::vector<float> of_keys(static_cast<std::size_t>(rows) * rank);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::copy_n(keys + r * count / rows * head_dim, head_dim, sample.data() + r * head_dim);
-  }
-  space.metric.coordinates(sample.data(), rows, of_keys.data());
-  double spread = 0.0;
-  for (float x : of_keys) spread += static_cast<double>(x) * x;
-  space.from_value = value_directions(values, dtype, count, head_dim, value_rank,
-                                      spread / static_cast<double>(rows));
+  space.from_value =
+      value_directions(values, dtype, count, head_dim, value_rank, space.metric.spread);
   return space;
 }
 
