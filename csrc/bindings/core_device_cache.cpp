@@ -1,5 +1,6 @@
 // Tensors come as TensorTuple or, where they are contiguous, as addresses; streams as the integers
-// that torch.cuda.Stream.cuda_stream gives.
+// that torch.cuda.Stream.cuda_stream gives. Classes are local to their module: tests bind them a
+// second time, on an emulator.
 #include "bindings/core_bindings.h"
 #include "icecache/device_cache.h"
 
@@ -18,7 +19,8 @@ void* pointer(Address address) {
 
 void bind_device_cache(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<DeviceCacheStats>(module, "DeviceCacheStats", "Sums over steps of one layer.")
+  py::class_<DeviceCacheStats>(module, "DeviceCacheStats", py::module_local(),
+                               "Sums over steps of one layer.")
       .def_readonly("steps", &DeviceCacheStats::steps)
       .def_readonly("hits", &DeviceCacheStats::hits)
       .def_readonly("misses", &DeviceCacheStats::misses)
@@ -26,7 +28,7 @@ void bind_device_cache(py::module_& module) {
       .def("__repr__", [](const py::object& self) {
         return describe(self, "steps", "hits", "misses", "bytes_moved");
       });
-  py::class_<DeviceCacheMemory>(module, "DeviceCacheMemory", "Bytes held.")
+  py::class_<DeviceCacheMemory>(module, "DeviceCacheMemory", py::module_local(), "Bytes held.")
       .def_readonly("device_bytes", &DeviceCacheMemory::device_bytes)
       .def_readonly("rows_bytes", &DeviceCacheMemory::rows_bytes)
       .def_readonly("index_bytes", &DeviceCacheMemory::index_bytes)
@@ -36,7 +38,7 @@ void bind_device_cache(py::module_& module) {
         return describe(self, "device_bytes", "rows_bytes", "index_bytes", "scratch_bytes",
                         "host_bytes");
       });
-  py::class_<DeviceCache>(module, "DeviceCache", "See icecache.DeviceCache.")
+  py::class_<DeviceCache>(module, "DeviceCache", py::module_local(), "See icecache.DeviceCache.")
       .def(py::init([](int num_layers, int num_q_heads, int num_kv_heads, int head_dim, DType dtype,
                        float scale, const Config& config, int batch, std::int64_t max_tokens,
                        int device) {
@@ -56,9 +58,9 @@ void bind_device_cache(py::module_& module) {
       .def(
           "step",
           [](DeviceCache& self, int layer, Address queries, Address keys, Address values,
-             Address out, Address stream) {
+             Address out, Address stream, Address rows) {
             self.step(layer, pointer(queries), pointer(keys), pointer(values), pointer(out),
-                      pointer(stream));
+                      pointer(stream), static_cast<const std::int32_t*>(pointer(rows)));
           },
           Release())
       .def(

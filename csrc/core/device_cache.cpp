@@ -200,7 +200,7 @@ void DeviceCache::wait(int layer_number) {
 }
 
 void DeviceCache::step(int layer_number, const void* queries, const void* keys, const void* values,
-                       void* out, Stream stream) {
+                       void* out, Stream stream, const std::int32_t* rows) {
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
   const gpu::DeviceScope here(self.device);
@@ -209,6 +209,7 @@ void DeviceCache::step(int layer_number, const void* queries, const void* keys, 
   params.shape = self.step;
   params.layer = layer.state;
   params.scratch = self.scratch;
+  params.rows = rows;
   params.queries = queries;
   params.keys = keys;
   params.values = values;

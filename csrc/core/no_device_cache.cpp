@@ -30,7 +30,8 @@ bool DeviceCache::built(int) {
 void DeviceCache::wait(int) {
   refuse();
 }
-void DeviceCache::step(int, const void*, const void*, const void*, void*, Stream) {
+void DeviceCache::step(int, const void*, const void*, const void*, void*, Stream,
+                       const std::int32_t*) {
   refuse();
 }
 void DeviceCache::rebuild(int, int, Stream) {

@@ -160,6 +160,8 @@ void copy_pairs(const StepShape& s, const LayerState& layer, std::int64_t from, 
 std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   Layout layout(memory);
   const std::int64_t pairs = s.pairs(), heads = s.padded_group();
+  layout.place(scratch.inputs, pairs);
+  layout.place(scratch.lengths, pairs);
   layout.place(scratch.query_codes, pairs * heads * s.rank);
   layout.place(scratch.unit, pairs);
   layout.place(scratch.bias, pairs * heads);

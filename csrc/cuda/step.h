@@ -95,6 +95,8 @@ struct LayerState {
 
 // What the kernels of a step hand to each other; used again by every layer.
 struct StepScratch {
+  std::int32_t* inputs = nullptr;      // [X] row * Hkv + h of queries, keys, ...; < 0: none
+  std::int32_t* lengths = nullptr;     // [X] before the step; < 0: not in it
   std::int8_t* query_codes = nullptr;  // [X, H, R]
   float* unit = nullptr;               // [X] nats of one score
   float* bias = nullptr;               // [X, H]
@@ -123,15 +125,17 @@ struct StepScratch {
   std::uint32_t* blocks_done = nullptr;  // [X]
 };
 
-// A step of one layer. Rows of queries, keys, values and out are contiguous.
+// A step of one layer. Rows of queries, keys, values and out are contiguous; A rows, one for each
+// sequence that takes part.
 struct StepParams {
   StepShape shape;
   LayerState layer;
   StepScratch scratch;
-  const void* queries = nullptr;  // [B, Hq, D]
-  const void* keys = nullptr;     // [B, Hkv, D]
+  const std::int32_t* rows = nullptr;  // [B] row of each sequence; < 0: none. Null: row b, A = B
+  const void* queries = nullptr;       // [A, Hq, D]
+  const void* keys = nullptr;          // [A, Hkv, D]
   const void* values = nullptr;
-  void* out = nullptr;  // [B, Hq, D]; NaN where a sequence has no room for another token
+  void* out = nullptr;  // [A, Hq, D]; 0 for an empty sequence, NaN for one without room
 };
 
 // Throws InvalidArgument, with what is supported, for a shape that the kernels do not cover.

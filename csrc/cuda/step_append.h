@@ -7,7 +7,7 @@ namespace icecache::gpu {
 
 // The token that leaves the window goes to its host page, and the new one takes its place.
 template <typename T, int D>
-__device__ void store_token(const StepParams& p, int x, int length) {
+__device__ void store_token(const StepParams& p, int x, int input, int length) {
   using Shape = RowShape<T, D>;
   constexpr int kMaxRank = 64;
   __shared__ float key[D];
@@ -62,8 +62,8 @@ __device__ void store_token(const StepParams& p, int x, int length) {
     }
   }
   __syncthreads();
-  const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(x) * D;
-  const T* new_value = static_cast<const T*>(p.values) + static_cast<std::int64_t>(x) * D;
+  const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(input) * D;
+  const T* new_value = static_cast<const T*>(p.values) + static_cast<std::int64_t>(input) * D;
   for (int d = thread; d < D; d += kBlock) {
     row_key[d] = new_key[d];
     row_value[d] = new_value[d];
@@ -72,7 +72,7 @@ __device__ void store_token(const StepParams& p, int x, int length) {
 
 // Logits of sink and window, the new token among them, and the sum of their weights.
 template <typename T, int D>
-__device__ void score_near(const StepParams& p, int x, int length) {
+__device__ void score_near(const StepParams& p, int x, int input, int length) {
   using Shape = RowShape<T, D>;
   constexpr int kWarps = kBlock / kWarp;
   __shared__ float query[kMaxGroup * D];
@@ -82,8 +82,8 @@ __device__ void score_near(const StepParams& p, int x, int length) {
   const int heads = s.padded_group(), near = near_count(s, length), newest = near_row(s, length);
   const T* rows =
       static_cast<const T*>(p.layer.row_keys) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(x) * D;
-  load_queries<T, D, kBlock>(p, x, query);
+  const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(input) * D;
+  load_queries<T, D, kBlock>(p, input, query);
   __syncthreads();
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
@@ -123,7 +123,7 @@ __device__ void score_near(const StepParams& p, int x, int length) {
 
 // The queries in sketch coordinates, in 8 bits on a scale that the heads share.
 template <typename T, int D>
-__device__ void project_queries(const StepParams& p, int x, int length) {
+__device__ void project_queries(const StepParams& p, int x, int input, int length) {
   constexpr int kMaxRank = 64, kWarps = kBlock / kWarp;
   __shared__ float query[kMaxGroup * D];
   __shared__ float slices[kHeadTile * kBlock];
@@ -138,7 +138,7 @@ __device__ void project_queries(const StepParams& p, int x, int length) {
   const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
   const float* low = p.layer.low + static_cast<std::int64_t>(x) * rank;
   const float* step = p.layer.step + static_cast<std::int64_t>(x) * rank;
-  load_queries<T, D, kBlock>(p, x, query);
+  load_queries<T, D, kBlock>(p, input, query);
   __syncthreads();
   float largest = 0.0f;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
@@ -174,7 +174,7 @@ __device__ void project_queries(const StepParams& p, int x, int length) {
   T* recent = static_cast<T*>(p.layer.recent_queries) +
               static_cast<std::int64_t>(x) * s.group * kRecentQueries * D +
               length % kRecentQueries * D;
-  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(x) * s.group * D;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
   for (int i = thread; i < s.group * D; i += kBlock) {
     recent[i / D * kRecentQueries * D + i % D] = from[i];
   }
@@ -195,12 +195,18 @@ __device__ void project_queries(const StepParams& p, int x, int length) {
 template <typename T, int D>
 __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const StepParams p) {
   wait_for_earlier_kernel();
-  const int x = blockIdx.x, length = length_of(p, x);
+  // Later kernels read what is found here.
+  const int x = blockIdx.x, heads = p.shape.kv_heads;
+  const int row = p.rows == nullptr ? x / heads : p.rows[x / heads];
+  const int input = row < 0 ? -1 : row * heads + x % heads;
+  const int length = row < 0 ? -1 : p.layer.lengths[x];
   if (blockIdx.y == 0) {
     for (int i = threadIdx.x; i < kRanks; i += kBlock) {
       p.scratch.histogram[static_cast<std::int64_t>(x) * kRanks + i] = 0;
     }
     if (threadIdx.x == 0) {
+      p.scratch.inputs[x] = input;
+      p.scratch.lengths[x] = length;
       p.scratch.found[x] = 0;
       p.scratch.blocks_ranked[x] = 0;
       p.scratch.blocks_done[x] = 0;
@@ -209,11 +215,11 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   if (is_idle(p.shape, length)) return;
   switch (blockIdx.y) {
     case 0:
-      return store_token<T, D>(p, x, length);
+      return store_token<T, D>(p, x, input, length);
     case 1:
-      return score_near<T, D>(p, x, length);
+      return score_near<T, D>(p, x, input, length);
     default:
-      return project_queries<T, D>(p, x, length);
+      return project_queries<T, D>(p, x, input, length);
   }
 }
 

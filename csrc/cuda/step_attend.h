@@ -23,7 +23,9 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(x) * s.group * D;
+  const int input = input_of(p, x);
+  if (input < 0) return;
+  T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input) * s.group * D;
   if (is_idle(s, length)) {
     const T value = from_float<T>(length < 0 ? 0.0f : NAN);
     if (blockIdx.x == 0 && blockIdx.z == 0) {

@@ -11,9 +11,13 @@ constexpr int kBlock = 256;  // threads of append, scan, rank, choose, rescore
 template <typename T>
 constexpr int kLeastBlocks = sizeof(T) == 4 ? 1 : 2;
 
-// Tokens of pair x before this step; < 0: no sequence there.
+// Where pair x stands in queries, keys, values and out; < 0: it takes no part in this step.
+__device__ __forceinline__ int input_of(const StepParams& p, int x) {
+  return p.scratch.inputs[x];
+}
+// Tokens of pair x before this step; < 0: no sequence there, or it takes no part.
 __device__ __forceinline__ int length_of(const StepParams& p, int x) {
-  return p.layer.lengths[x];
+  return p.scratch.lengths[x];
 }
 __device__ __forceinline__ bool is_full(const StepShape& s, int length) {
   return length >= s.near_rows() + s.token_room;
@@ -45,11 +49,11 @@ __device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, 
   return host_key<T>(p, x, token, d) + p.shape.page_size * d;
 }
 
-// Queries of the pair's group [H, D], scaled; heads beyond the group are 0.
+// Queries of a pair's group [H, D], scaled; heads beyond the group are 0.
 template <typename T, int D, int Threads>
-__device__ __forceinline__ void load_queries(const StepParams& p, int x, float* queries) {
+__device__ __forceinline__ void load_queries(const StepParams& p, int input, float* queries) {
   const StepShape& s = p.shape;
-  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(x) * s.group * D;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
   for (int i = threadIdx.x; i < s.padded_group() * D; i += Threads) {
     queries[i] = i < s.group * D ? to_float(from[i]) * s.scale : 0.0f;
   }

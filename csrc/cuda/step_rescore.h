@@ -14,14 +14,12 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
+  if (is_idle(s, length_of(p, x))) return;
   const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   constexpr int kOfBlock = kBlock / kWarp * Shape::kRows * kRescoreUnroll;
   const int begin = blockIdx.x * kOfBlock;
   if (begin >= found) return;
-  const int heads = s.padded_group();
-  load_queries<T, D, kBlock>(p, x, query);
+  load_queries<T, D, kBlock>(p, input_of(p, x), query);
   T* rows = static_cast<T*>(p.layer.row_keys) + static_cast<std::int64_t>(x) * s.rows() * D;
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   const int first = begin + (warp * Shape::kRows + own) * kRescoreUnroll;
@@ -54,6 +52,7 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
         if (v < Shape::kVectors) to[v] = held[u][j];
       }
     }
+    const int heads = s.padded_group();
     for (int tile = 0; tile < heads; tile += kHeadTile) {
       const float4 four = row_products<T, D>(held[u], query + tile * D, within);
       if (c < found && within == 0) {

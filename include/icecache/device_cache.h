@@ -7,7 +7,8 @@
 // CUDA graph (csrc/cuda/step.h).
 //
 // Sequences stand in a batch of fixed size, each with room for max_tokens. A prompt enters whole
-// and once; after that each step adds one token to every sequence of the batch.
+// and once, also while others decode; after that a step adds one token to every sequence of the
+// batch, or to those that it names.
 //
 // Streams: what a call launches is ordered on the stream it is given, but for the work that
 // prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the
@@ -61,11 +62,13 @@ class DeviceCache {
   // Waits on the host until it is; rethrows its first error.
   void wait(int layer);
 
-  // Adds one token to every sequence of the batch that holds any, and attends: queries [B, Hq, D],
-  // keys and values [B, Hkv, D], out [B, Hq, D], contiguous. Rows of sequences that hold none
-  // become 0; rows of sequences that are full become NaN, and the sequence stays as it is.
+  // Adds one token to each of A sequences, and attends: queries [A, Hq, D], keys and values
+  // [A, Hkv, D], out [A, Hq, D], contiguous. `rows` [B], on the device, is the row of each sequence
+  // of the batch, -1 for one that sits this step out; null: row b is sequence b, and A = B. Rows of
+  // sequences that hold no token become 0; rows of sequences that are full become NaN, and the
+  // sequence stays as it is; rows of no sequence are not written.
   void step(int layer, const void* queries, const void* keys, const void* values, void* out,
-            Stream stream);
+            Stream stream, const std::int32_t* rows = nullptr);
 
   // Builds the index of one sequence anew, from all its tokens and its recent queries, and waits
   // for it. For sequences that have grown to some times their prompt: metric, sketches and

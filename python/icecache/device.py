@@ -23,8 +23,9 @@ _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
 class DeviceCache:
     """KV cache of one model on one CUDA device, and decode attention within a token budget.
 
-    B sequences of up to `max_tokens` each. A prompt enters whole, layer by layer; after that each
-    step adds one token to every sequence that holds a prompt, and attends. A step is a chain of
+    B sequences of up to `max_tokens` each. A prompt enters whole, layer by layer, also while other
+    sequences decode; after that a step adds one token to every sequence that holds a prompt, or to
+    those that it names, and attends. A step is a chain of
     kernels on torch's current stream: no host decision, no allocation but its output, and it may be
     captured into a CUDA graph. Not thread-safe.
 
@@ -137,16 +138,33 @@ class DeviceCache:
         self._cache.prefill(layer, sequence, key_rows, value_rows, query_rows, self._stream())
 
     def step(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Adds one token to every sequence that holds a prompt, and attends.
 
         Queries [B, Hq, 1, D], keys and values [B, Hkv, 1, D]; the result is [B, Hq, 1, D]: zeros
         where a sequence holds nothing, NaN where it is full (and stays as it is).
+
+        With `rows`, an int32 tensor [B] on the device, some sequences take part, in any order:
+        rows[b] is the row of sequence b in tensors [A, ...], -1 where it sits this step out. Each
+        row belongs to one sequence at most (not looked at: a graph may be replayed with other
+        rows); rows of none come out as zeros.
         """
-        out = torch.empty(queries.shape, dtype=self.dtype, device=self.device)
+        make = torch.empty if rows is None else torch.zeros
+        out = make(queries.shape, dtype=self.dtype, device=self.device)
         torch.ops.icecache.device_step(
-            self._number, layer, queries.contiguous(), keys.contiguous(), values.contiguous(), out
+            self._number,
+            layer,
+            queries.contiguous(),
+            keys.contiguous(),
+            values.contiguous(),
+            out,
+            rows,
         )
         return out
 
@@ -213,18 +231,30 @@ class DeviceCache:
         keys: torch.Tensor,
         values: torch.Tensor,
         out: torch.Tensor,
+        rows: torch.Tensor | None,
     ) -> None:
+        count = self.batch if rows is None else len(queries)
         for name, tensor, heads in (
             ("queries", queries, self.num_q_heads),
             ("keys", keys, self.num_kv_heads),
             ("values", values, self.num_kv_heads),
         ):
-            if tensor.shape != (self.batch, heads, 1, self.head_dim):
+            if tensor.shape != (count, heads, 1, self.head_dim):
                 raise InvalidArgument(
-                    f"{name} must be [{self.batch}, {heads}, 1, {self.head_dim}], got "
+                    f"{name} must be [{count}, {heads}, 1, {self.head_dim}], got "
                     f"{list(tensor.shape)}"
                 )
             self._check(name, tensor)
+        if rows is not None and (
+            rows.shape != (self.batch,)
+            or rows.dtype != torch.int32
+            or rows.device != self.device
+            or not rows.is_contiguous()
+        ):
+            raise InvalidArgument(
+                f"rows must be a contiguous int32 tensor [{self.batch}] on {self.device}, got "
+                f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+            )
         self._cache.step(
             layer,
             queries.data_ptr(),
@@ -232,6 +262,7 @@ class DeviceCache:
             values.data_ptr(),
             out.data_ptr(),
             self._stream(),
+            0 if rows is None else rows.data_ptr(),
         )
         self._held.pop(layer, None)
 
@@ -265,8 +296,9 @@ def _device_step(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,
+    rows: torch.Tensor | None,
 ) -> None:
-    _caches[cache]._step(layer, queries, keys, values, out)
+    _caches[cache]._step(layer, queries, keys, values, out, rows)
 
 
 @_device_step.register_fake
