@@ -18,6 +18,7 @@ from icecache.engine import _tuple, core_settings
 from icecache.errors import InvalidArgument
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
+KIND = "cuda"  # of torch.device; tests put an emulator on the CPU in its place
 
 
 class DeviceCache:
@@ -59,9 +60,9 @@ class DeviceCache:
         """
         core_dtype, core_scale, fields = core_settings(dtype, scale, config, config_fields)
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if where.type != "cuda":
+        if where.type != KIND:
             raise InvalidArgument(f"device must be a CUDA device, got {where}; use icecache.Engine")
-        if where.index is None:
+        if where.index is None and KIND == "cuda":
             current = torch.cuda.current_device() if torch.cuda.is_available() else 0
             where = torch.device("cuda", current)
         self._cache = _core.DeviceCache(
@@ -288,7 +289,7 @@ def _odd(row: torch.Tensor) -> bool:
     return bool(row.data_ptr() % 16 or any(stride * size % 16 for stride in row.stride()[:2]))
 
 
-@torch.library.custom_op("icecache::device_step", mutates_args=("out",), device_types="cuda")
+@torch.library.custom_op("icecache::device_step", mutates_args=("out",))
 def _device_step(
     cache: int,
     layer: int,

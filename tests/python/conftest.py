@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from emulated import emulate_device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,3 +33,15 @@ def repository() -> Path:
 def shared_dir() -> Path:
     """Test data beside the checkout: `../shared`, or the folder that ICECACHE_SHARED names."""
     return _require_folder(Path(os.environ.get("ICECACHE_SHARED", REPOSITORY.parent / "shared")))
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def any_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Torch's default device: a GPU, or the CPU with DeviceCache on the emulator."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda" if request.param == "cuda" else "cpu")
+    with pytest.MonkeyPatch.context() as patch, device:
+        if request.param == "emulated":
+            emulate_device(patch)
+        yield device

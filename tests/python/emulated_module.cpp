@@ -3,5 +3,6 @@
 
 PYBIND11_MODULE(_emulated, module) {
   module.doc() = "icecache._core.DeviceCache on the emulator of tests/cpp/emulator.";
+  icecache::bindings::bind_errors();
   icecache::bindings::bind_device_cache(module);
 }

@@ -1,4 +1,4 @@
-"""DeviceCache: what it refuses anywhere, and what it does on a GPU."""
+"""DeviceCache: what it refuses anywhere, and what it does on a GPU or the emulator."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def make(**changes: Any) -> icecache.DeviceCache:
         "batch": 2,
         "max_tokens": 4096,
         "host_memory": 1 << 30,
+        "device": icecache.device.KIND,
     }
     return icecache.DeviceCache(**{**settings, **changes})
 
@@ -41,10 +42,9 @@ def test_says_what_is_missing_without_a_device() -> None:
 
 
 def tokens(count: int, heads: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(
-        2, heads, count, DIM, generator=generator, device="cuda", dtype=torch.bfloat16
-    )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, heads, count, DIM, generator=generator, device="cpu")
+    return rows.to(torch.get_default_device(), torch.bfloat16)
 
 
 def fill(cache: icecache.DeviceCache, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -56,7 +56,7 @@ def fill(cache: icecache.DeviceCache, length: int) -> list[tuple[torch.Tensor, t
     return held
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_full_budget_is_full_attention() -> None:
     cache = make(token_budget=400, max_tokens=400)
     held = fill(cache, 200)
@@ -106,7 +106,7 @@ def test_a_captured_step_is_the_eager_one() -> None:
     assert torch.equal(outputs[0], outputs[1])
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_a_compiled_step_is_the_eager_one() -> None:
     caches = [make(), make()]
     for cache in caches:
@@ -114,7 +114,7 @@ def test_a_compiled_step_is_the_eager_one() -> None:
 
     def attend(cache: icecache.DeviceCache, query: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
-        torch.ops.icecache.device_step(cache._number, 1, query, key, value, out)
+        torch.ops.icecache.device_step(cache._number, 1, query, key, value, out, None)
         return 2 * out
 
     query, key, value = tokens(1, HEADS, 1), tokens(1, KV_HEADS, 2), tokens(1, KV_HEADS, 3)
@@ -123,18 +123,18 @@ def test_a_compiled_step_is_the_eager_one() -> None:
         assert torch.equal(attend(caches[0], query), compiled(caches[1], query))
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_index_work_keeps_few_layers_waiting() -> None:
     cache = make(num_layers=12)
     for layer in range(12):
-        keys = tokens(2000, KV_HEADS, layer)
-        cache.prefill(layer, tokens(2000, HEADS, layer), keys, keys)
+        keys = tokens(400, KV_HEADS, layer)
+        cache.prefill(layer, tokens(400, HEADS, layer), keys, keys)
         assert len(cache._held) <= 6
     cache.synchronize()
     assert not cache._held
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_full_sequences_answer_nan_and_stay() -> None:
     cache = make(max_tokens=100)
     fill(cache, 90)
@@ -145,7 +145,7 @@ def test_full_sequences_answer_nan_and_stay() -> None:
     assert 100 <= cache.length() < 170
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_forks_share_host_memory_and_go_their_own_ways() -> None:
     cache = make()
     keys = tokens(3000, KV_HEADS, 1)
@@ -163,7 +163,7 @@ def test_forks_share_host_memory_and_go_their_own_ways() -> None:
     assert torch.equal(cache.step(0, query, key, key)[0], torch.zeros_like(out[0]))
 
 
-@gpu
+@pytest.mark.usefixtures("any_device")
 def test_bad_tensors_are_refused_and_nothing_changes() -> None:
     cache = make()
     fill(cache, 500)
@@ -186,3 +186,31 @@ def test_a_cache_too_large_for_the_device_is_refused() -> None:
     with pytest.raises(icecache.OutOfPages, match="the device has no"):
         make(num_layers=512, batch=64, max_tokens=1 << 22)
     assert make().memory().device_bytes > 0
+
+
+@pytest.mark.usefixtures("any_device")
+def test_sequences_step_in_the_rows_they_are_given() -> None:
+    together, apart = make(batch=3), make(batch=3)
+    for cache in (together, apart):
+        for sequence in range(3):
+            seed, length = 100 * sequence, 300 + 200 * sequence
+            keys = tokens(length, KV_HEADS, seed)
+            for layer in range(2):
+                queries = tokens(length, HEADS, seed + 1)[0]
+                cache.prefill(layer, queries, keys[0], keys[1], sequence=sequence)
+    generator = torch.Generator().manual_seed(5)
+    query, key = (
+        torch.randn(3, heads, 1, DIM, generator=generator, device="cpu").to(
+            together.device, torch.bfloat16
+        )
+        for heads in (HEADS, KV_HEADS)
+    )
+    expected = together.step(0, query, key, key)
+    # Sequence 1 sits out; a row of none lies between.
+    rows = torch.tensor([2, -1, 0], dtype=torch.int32)
+    out = apart.step(0, query[[2, 1, 0]], key[[2, 1, 0]], key[[2, 1, 0]], rows)
+    assert torch.equal(out[[2, 0]], expected[[0, 2]])
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert [apart.length(0, sequence) for sequence in range(3)] == [301, 500, 701]
+    with pytest.raises(icecache.InvalidArgument, match=r"rows must be a contiguous int32 tensor"):
+        apart.step(0, query, key, key, rows.long())

@@ -1,7 +1,8 @@
-"""A transformers model on a CUDA device."""
+"""A transformers model on a CUDA device, or on the emulator of one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.usefixtures("any_device")
 
 
 def make(**changes: Any) -> LlamaForCausalLM:
@@ -29,13 +30,13 @@ def make(**changes: Any) -> LlamaForCausalLM:
         **changes,
     )
     made = LlamaForCausalLM(config)
-    torch.nn.Module.cuda(made)
+    torch.nn.Module.to(made, torch.get_default_device())
     made.eval()
     return made
 
 
 @pytest.fixture
-def model() -> Iterator[LlamaForCausalLM]:
+def model(any_device: torch.device) -> Iterator[LlamaForCausalLM]:
     made = make()
     with torch.inference_mode():
         yield made
@@ -43,7 +44,8 @@ def model() -> Iterator[LlamaForCausalLM]:
 
 def words(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 512, (batch, tokens), generator=generator).to("cuda")
+    made = torch.randint(1, 512, (batch, tokens), generator=generator, device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def logits(model: LlamaForCausalLM, prompt: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -77,7 +79,10 @@ def test_within_the_budget_is_close_and_repeats(model: LlamaForCausalLM) -> None
     assert 0 <= apart < 1e-2
     stats = icecache.stats(model)
     assert stats.total("steps") > 0
-    assert stats.memory.device_bytes > 0
+    assert stats.memory.sequences == 0  # its caches are gone
+    output = model(prompt, use_cache=True)
+    assert output.past_key_values is not None
+    assert icecache.stats(model).memory.device_bytes > 0
 
 
 def test_generate_with_left_padding(model: LlamaForCausalLM) -> None:
@@ -95,6 +100,27 @@ def test_generate_with_left_padding(model: LlamaForCausalLM) -> None:
     assert icecache.stats(model).memory.sequences == 0
 
 
+def test_a_turn_of_a_conversation_is_taken_token_by_token(model: LlamaForCausalLM) -> None:
+    prompt, turn, steps = words(2, 150), words(2, 6, seed=2), words(2, 4, seed=3)
+    expected = model(torch.cat([prompt, turn, steps], dim=1)).logits
+    icecache.enable(model, token_budget=400)
+    output = model(prompt, use_cache=True)
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    found = [output.logits]
+    found += [model(more, past_key_values=cache).logits for more in (turn, steps)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_beams_come_and_go(model: LlamaForCausalLM) -> None:
+    prompt = words(2, 120)
+    settings = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(prompt, **settings)
+    icecache.enable(model, token_budget=400, max_tokens=200)
+    found = model.generate(prompt, **settings)
+    assert torch.equal(found, expected)
+    assert icecache.stats(model).memory.sequences == 0
+
+
 def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
     with pytest.raises(icecache.InvalidArgument, match="index must be tree, got dci"):
         icecache.enable(model, index="dci")
@@ -102,10 +128,10 @@ def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
         icecache.enable(model, max_tokens=-1)
     icecache.enable(model)
     prompt = words(1, 100)
-    with pytest.raises(icecache.InvalidArgument, match="num_beams"):
-        model.generate(prompt, num_beams=2, max_new_tokens=4)
     output = model(prompt, use_cache=True)
     cache = output.cache if hasattr(output, "cache") else output.past_key_values
-    with pytest.raises(icecache.InvalidArgument, match="a prompt enters whole"):
-        model(words(1, 5), past_key_values=cache)
+    with pytest.raises(icecache.InvalidArgument, match="crop: on a CUDA device"):
+        cache.crop(-3)
+    with pytest.raises(icecache.InvalidArgument, match="a batch keeps its number of sequences"):
+        model(words(1, 1), past_key_values=copy.deepcopy(cache))
     assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 104)

@@ -47,12 +47,21 @@ class _Batch:
     built: list[list[int]]  # of the last build
     prompts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
+    def fork(self, slot: int, seq: int, source: int) -> None:
+        """Makes the free `slot` a copy of the sequence `source`, named `seq`."""
+        other = self.sequences.index(source)
+        self.cache.fork(slot, other)
+        self.sequences[slot] = seq
+        for counts in (*self.lengths, *self.built):
+            counts[slot] = counts[other]
+
 
 class DeviceEngine:
     """Batches of sequences on one CUDA device, each batch in a DeviceCache of its own.
 
-    A prompt enters whole (append, then observe); after that every step adds one token to every
-    sequence of the batch. Anything else is refused.
+    A prompt enters whole (append, then observe). What follows, a turn of a conversation or one
+    token, is taken token by token, each within the budget. A fork takes the slot of the next
+    sequence of its batch that is released, as beams come and go. Anything else is refused.
     """
 
     def __init__(self, *, device: torch.device, max_tokens: int | None, **settings: Any) -> None:
@@ -61,6 +70,7 @@ class DeviceEngine:
         self._settings = settings
         self._batches: list[_Batch] = []
         self._waiting: list[int] = []  # sequences without tokens
+        self._forks: dict[int, int] = {}  # sequences without a slot yet, and what they copy
         self._past: dict[tuple[int, int], DeviceHeadStats] = {}  # of batches that are gone
         self._next = 0
         self._heads = int(settings["num_kv_heads"])
@@ -76,8 +86,17 @@ class DeviceEngine:
         if seq in self._waiting:
             self._waiting.remove(seq)
             return
+        if self._forks.pop(seq, None) is not None:
+            return
         batch, slot = self._place(seq)
+        if seq in self._forks.values():
+            raise InvalidArgument(f"sequence: {seq} is being copied and cannot be released")
         batch.sequences[slot] = -1
+        for fork, source in self._forks.items():
+            if source in batch.sequences:
+                batch.fork(slot, fork, source)
+                del self._forks[fork]
+                return
         if any(other >= 0 for other in batch.sequences):
             batch.cache.release(slot)
         else:
@@ -89,10 +108,10 @@ class DeviceEngine:
             self._batches.remove(batch)
 
     def fork(self, seq: int) -> int:
-        raise InvalidArgument(
-            "num_beams: on a CUDA device sequences cannot be copied or reordered (beam search, "
-            f"contrastive search); use one beam, {_ELSE}"
-        )
+        self._place(seq)
+        self._forks[self._next] = seq
+        self._next += 1
+        return self._next - 1
 
     def truncate(self, seq: int, length: int) -> None:
         if seq in self._waiting:
@@ -149,23 +168,55 @@ class DeviceEngine:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
-        if queries.shape[2] != 1:
-            self._refuse_chunks(queries.shape[2])
-        batch, _ = self._place(seqs[0])
-        if list(seqs) != batch.sequences:
-            self.fork(seqs[0])
-        lengths = batch.lengths[layer]
-        if max(lengths) >= batch.cache.max_tokens:
+        """Queries [A, Hq, T, D], keys and values [A, Hkv, T, D] of sequences of one batch."""
+        if any(seq in self._forks for seq in seqs):
             raise InvalidArgument(
-                f"max_tokens: the sequence has {max(lengths)} tokens, and there is room for "
+                "batch_size: on a CUDA device a batch keeps its number of sequences (contrastive "
+                f"search and copies of a cache make more); {_ELSE}"
+            )
+        batch, _ = self._place(seqs[0])
+        slots = [batch.sequences.index(seq) if seq in batch.sequences else -1 for seq in seqs]
+        if -1 in slots:
+            raise InvalidArgument(
+                "past_key_values: on a CUDA device sequences that entered in different batches "
+                f"cannot continue in one; {_ELSE}"
+            )
+        rows = None
+        if slots != list(range(len(batch.sequences))):
+            of_slots = [-1] * len(batch.sequences)
+            for row, slot in enumerate(slots):
+                of_slots[slot] = row
+            rows = torch.tensor(of_slots, dtype=torch.int32, device=queries.device)
+        outs = [
+            self._token(batch, slots, layer, *token, rows)
+            for token in zip(*(t.split(1, dim=2) for t in (queries, keys, values)), strict=True)
+        ]
+        return torch.cat(outs, dim=2)
+
+    def _token(
+        self,
+        batch: _Batch,
+        slots: list[int],
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        lengths, built = batch.lengths[layer], batch.built[layer]
+        longest = max(lengths[slot] for slot in slots)
+        if longest >= batch.cache.max_tokens:
+            raise InvalidArgument(
+                f"max_tokens: the sequence has {longest} tokens, and there is room for "
                 f"{batch.cache.max_tokens}; give icecache.enable a larger max_tokens"
             )
-        for slot, (length, built) in enumerate(zip(lengths, batch.built[layer], strict=True)):
-            if length >= max(_LEAST_BUILT, 2 * built):
+        for slot in slots:
+            if lengths[slot] >= max(_LEAST_BUILT, 2 * built[slot]):
                 batch.cache.rebuild(layer, slot)
-                batch.built[layer][slot] = length
-        out = batch.cache.step(layer, queries, keys, values)
-        batch.lengths[layer] = [length + 1 for length in lengths]
+                built[slot] = lengths[slot]
+        out = batch.cache.step(layer, query, key, value, rows)
+        for slot in slots:
+            lengths[slot] += 1
         return out
 
     def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
@@ -206,7 +257,6 @@ class DeviceEngine:
 
     def _refuse_chunks(self, tokens: int) -> None:
         raise InvalidArgument(
-            "input_ids: on a CUDA device a prompt enters whole and is followed by one token at a "
-            f"time, got {tokens} more tokens for a cache that holds some; pass the whole prompt at "
-            f"once, {_ELSE}"
+            "attention_mask: on a CUDA device tokens that follow a prompt have no padding, got "
+            f"{tokens} for a cache that holds some; pass the whole prompt at once, {_ELSE}"
         )

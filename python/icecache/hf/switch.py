@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from icecache import InvalidArgument
+from icecache import InvalidArgument, device
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.device_engine import DeviceEngine
@@ -72,12 +72,13 @@ def enable(
     included, or 4,096 tokens behind the prompt.
     """
     check_model(model)
-    if max_tokens is not None and (model.device.type != "cuda" or max_tokens < 1):
+    on_device = model.device.type == device.KIND
+    if max_tokens is not None and (not on_device or max_tokens < 1):
         raise InvalidArgument(
             "max_tokens: expected a positive number, for a model on a CUDA device, got "
             f"{max_tokens} for one on {model.device}"
         )
-    if engine_class is None and model.device.type == "cuda":
+    if engine_class is None and on_device:
         engine_class = functools.partial(DeviceEngine, device=model.device, max_tokens=max_tokens)
     text_config = model.config.get_text_config(decoder=True)
     handle = EngineHandle(

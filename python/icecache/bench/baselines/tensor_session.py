@@ -46,7 +46,9 @@ class Step:
         return torch.softmax(self.scores, -1)
 
     def scores_at(self, picks: torch.Tensor) -> torch.Tensor:
-        """[Hkv, G, n] of the tokens `picks` [Hkv, n], without the scores of all."""
+        """[Hkv, G, n] of the tokens `picks` [Hkv, n]; makes the scores of no others."""
+        if "scores" in vars(self):
+            return _at(self.scores, picks)
         return self.queries @ _rows_at(self.keys, picks).mT
 
 

@@ -1,0 +1,34 @@
+"""icecache.DeviceCache without a device: its own sources and kernels, on the emulator, on a CPU.
+
+Tensors and models stay on the CPU. Slow: a fibre for each CUDA thread.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+
+import icecache
+import pytest
+from icecache import _core, device
+
+_FOLDER = Path(__file__).resolve().parents[2] / "build" / "release" / "tests"
+
+
+def emulate_device(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone, CPU tensors stand for those of a CUDA device."""
+    path = _FOLDER / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        reason = f"{path} is absent: make build-test makes it"
+        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    patch.setattr(_core, "DeviceCache", module.DeviceCache)
+    patch.setattr(device, "KIND", "cpu")
+    patch.setattr(icecache.DeviceCache, "_stream", lambda self: 0)
