@@ -145,6 +145,7 @@ class DeviceCache:
         keys: torch.Tensor,
         values: torch.Tensor,
         rows: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Adds one token to every sequence that holds a prompt, and attends.
 
@@ -154,10 +155,12 @@ class DeviceCache:
         With `rows`, an int32 tensor [B] on the device, some sequences take part, in any order:
         rows[b] is the row of sequence b in tensors [A, ...], -1 where it sits this step out. Each
         row belongs to one sequence at most (not looked at: a graph may be replayed with other
-        rows); rows of none come out as zeros.
+        rows); rows of none come out as zeros, or as they were in `out`, where that is given: a
+        contiguous tensor like the queries, which is returned.
         """
-        make = torch.empty if rows is None else torch.zeros
-        out = make(queries.shape, dtype=self.dtype, device=self.device)
+        if out is None:
+            make = torch.empty if rows is None else torch.zeros
+            out = make(queries.shape, dtype=self.dtype, device=self.device)
         torch.ops.icecache.device_step(
             self._number,
             layer,
@@ -246,6 +249,12 @@ class DeviceCache:
                     f"{list(tensor.shape)}"
                 )
             self._check(name, tensor)
+        if out.shape != queries.shape or not out.is_contiguous():
+            raise InvalidArgument(
+                f"out must be a contiguous {list(queries.shape)}, got {list(out.shape)} with "
+                f"strides {out.stride()}"
+            )
+        self._check("out", out)
         if rows is not None and (
             rows.shape != (self.batch,)
             or rows.dtype != torch.int32

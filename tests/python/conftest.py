@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import emulate_device
+from emulated import emulate_device, require_emulator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,8 @@ def any_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Torch's default device: a GPU, or the CPU with DeviceCache on the emulator."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if request.param == "emulated":
+        require_emulator()
     device = torch.device("cuda" if request.param == "cuda" else "cpu")
     with pytest.MonkeyPatch.context() as patch, device:
         if request.param == "emulated":

@@ -15,17 +15,21 @@ import pytest
 from icecache import _core, device
 
 _FOLDER = Path(__file__).resolve().parents[2] / "build" / "release" / "tests"
+_MODULE = _FOLDER / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def require_emulator() -> None:
+    """Skips where the module was not built; fails there with ICECACHE_REQUIRE_SHARED=1."""
+    if not _MODULE.exists():
+        reason = f"{_MODULE} is absent: make build-test makes it"
+        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def emulate_device(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, CPU tensors stand for those of a CUDA device."""
-    path = _FOLDER / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.exists():
-        reason = f"{path} is absent: make build-test makes it"
-        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    spec = importlib.util.spec_from_file_location("_emulated", path)
+    spec = importlib.util.spec_from_file_location("_emulated", _MODULE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

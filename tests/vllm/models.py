@@ -12,7 +12,9 @@ VOCABULARY = 512
 NAN_TOKEN = 7  # its embedding is NaN
 
 
-def tiny_llama(folder: Path, num_q_heads: int = 4, num_kv_heads: int = 2) -> Path:
+def tiny_llama(
+    folder: Path, num_q_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 32
+) -> Path:
     """Two layers of random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -22,7 +24,7 @@ def tiny_llama(folder: Path, num_q_heads: int = 4, num_kv_heads: int = 2) -> Pat
         num_hidden_layers=2,
         num_attention_heads=num_q_heads,
         num_key_value_heads=num_kv_heads,
-        head_dim=32,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,

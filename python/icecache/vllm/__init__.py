@@ -14,10 +14,11 @@ host_memory  how much of it a request takes
 scheduler    vLLM's own, which also ends requests that a worker lost
 spec         how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager
 connector    request ids, lifecycle and statistics between scheduler and workers
-backend      the attention backend
+backend      the attention backends
 metadata     what the scheduler tells the workers with every step
 worker       what one worker process knows: its layers, its store and the step under way
 store        the worker's engine: requests, their sequences and their steps
+slots        that engine on a CUDA device: one sequence of a DeviceCache for each request
 metrics      statistics, for the log and for Prometheus
 """
 

@@ -1,12 +1,13 @@
-"""The attention backend: full attention by the engine, all other layers as they were.
+"""The attention backends: full attention by the engine, all other layers as they were.
 
-vLLM's platform chooses the backend; ours takes its place under the same name and hands back the
-stock parts wherever IceCache was not asked for.
+vLLM's platform chooses a backend by its name. Ours takes the place of each that it may choose,
+inherits from it, and hands back the stock parts wherever IceCache was not asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +18,10 @@ from icecache.vllm.names import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionSpec,
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
     FullAttentionSpec,
     get_current_vllm_config,
     register_backend,
+    resolve_obj_by_qualname,
 )
 from icecache.vllm.settings import is_wanted
 from icecache.vllm.spec import IceCacheSpec
@@ -137,50 +136,65 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
         return IceCacheMetadata(self.worker, starts, blocks)
 
 
-class _Impl(CPUAttentionBackendImpl):  # type: ignore[misc]
-    """What vLLM calls to make a layer's implementation: ours or the stock one."""
+@cache
+def _in_place_of(name: str) -> type:
+    """The backend that takes the place of vLLM's of this name."""
+    stock: Any = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+    stock_impl: Any = stock.get_impl_cls()
+    stock_builder: Any = stock.get_builder_cls()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        window = args[5] if len(args) > 5 else kwargs.get("sliding_window")
-        if is_wanted(get_current_vllm_config()) and window is None:
-            return IceCacheAttention(*args, **kwargs)
-        return CPUAttentionBackendImpl(*args, **kwargs)
+    class Impl(stock_impl):  # type: ignore[misc]
+        """What vLLM calls to make a layer's implementation: ours or the stock one."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            window = args[5] if len(args) > 5 else kwargs.get("sliding_window")
+            if is_wanted(get_current_vllm_config()) and window is None:
+                return IceCacheAttention(*args, **kwargs)
+            return stock_impl(*args, **kwargs)
+
+    class Builder(stock_builder):  # type: ignore[misc]
+        """What vLLM calls to make a group's metadata builder: ours or the stock one."""
+
+        def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(kv_cache_spec, IceCacheSpec):
+                return IceCacheMetadataBuilder(kv_cache_spec, *args, **kwargs)
+            return stock_builder(kv_cache_spec, *args, **kwargs)
+
+    class Backend(stock):  # type: ignore[misc]
+        @staticmethod
+        def get_impl_cls() -> Any:
+            """As in vLLM's backend where IceCache was not asked for."""
+            return Impl
+
+        @staticmethod
+        def get_builder_cls() -> Any:
+            """As get_impl_cls()."""
+            return Builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            """One block a request, for the layers that the engine serves."""
+            worker = current_worker()
+            if worker is None or not worker.shapes or type(spec) is not FullAttentionSpec:
+                return spec
+            return worker.spec_of(spec)
+
+    # vLLM hands classes on by their names.
+    Backend.__module__, Backend.__name__, Backend.__qualname__ = __name__, name, name
+    return Backend
 
 
-class _Builder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """What vLLM calls to make a group's metadata builder: ours or the stock one."""
-
-    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kv_cache_spec, IceCacheSpec):
-            return IceCacheMetadataBuilder(kv_cache_spec, *args, **kwargs)
-        return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
+# Those that vLLM's platforms choose for full attention on a CPU and on CUDA devices.
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 
 
-class IceCacheBackend(CPUAttentionBackend):  # type: ignore[misc]
-    """In place of vLLM's attention backend for CPUs."""
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """As in vLLM's backend where IceCache was not asked for."""
-        return _Impl
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        """As get_impl_cls()."""
-        return _Builder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """One block a request, for the layers that the engine serves."""
-        worker = current_worker()
-        if worker is None or not worker.shapes or type(spec) is not FullAttentionSpec:
-            return spec
-        store = worker.open_store(spec.dtype)
-        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes)
+def __getattr__(name: str) -> Any:
+    if name in BACKENDS:
+        return _in_place_of(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register_backends() -> None:
-    """Takes the place of the backend that vLLM's platform chooses."""
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN, f"{IceCacheBackend.__module__}.{IceCacheBackend.__name__}"
-    )
+    """Takes the places of vLLM's backends; each is imported when its platform chooses it."""
+    for name in BACKENDS:
+        register_backend(AttentionBackendEnum[name], f"{__name__}.{name}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from icecache import InvalidArgument, Phase
-from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
@@ -61,7 +60,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             logger.info(
                 "IceCache: host memory holds %s tokens, %.1f requests of %s tokens at once",
                 f"{spec.host_slots:,}",
-                spec.host_slots / slots_needed(longest),
+                spec.host_slots / spec.slots_of(longest),
                 f"{longest:,}",
             )
 

@@ -93,7 +93,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
             "IceCache host GiB": round(self.data.get("host_bytes", 0) / 2**30, 3),
             "requests": self.data.get("requests", 0),
         }
-        if steps:
+        if steps and self.data["attention_mass"]:  # which a device does not estimate
             line["exact attention mass"] = round(self.data["attention_mass"] / steps, 4)
             line["select us per head"] = round(self.data["select_seconds"] / steps * 1e6, 1)
         if pages:

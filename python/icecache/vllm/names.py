@@ -42,15 +42,11 @@ if is_supported_version():
         KVConnectorStats,
     )
     from vllm.logger import init_logger
+    from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.attention.backend import (
         AttentionImpl,
         AttentionMetadata,
         AttentionMetadataBuilder,
-    )
-    from vllm.v1.attention.backends.cpu_attn import (
-        CPUAttentionBackend,
-        CPUAttentionBackendImpl,
-        CPUAttentionMetadataBuilder,
     )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -68,9 +64,6 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "AttentionSpec",
-    "CPUAttentionBackend",
-    "CPUAttentionBackendImpl",
-    "CPUAttentionMetadataBuilder",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "FullAttentionSpec",
@@ -90,4 +83,5 @@ __all__ = [
     "installed_version",
     "is_supported_version",
     "register_backend",
+    "resolve_obj_by_qualname",
 ]

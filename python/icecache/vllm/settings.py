@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from icecache import Config, InvalidArgument
+import torch
+
+from icecache import Config, InvalidArgument, device
 from icecache.machine import usable_memory
 
 KEY = "icecache"  # of vLLM's additional_config
@@ -44,6 +46,12 @@ def is_wanted(vllm_config: Any) -> bool:
     )
 
 
+def device_of(vllm_config: Any) -> torch.device | None:
+    """The CUDA device that holds the cache; None where the engine on the CPU does."""
+    kind = vllm_config.device_config.device_type
+    return torch.device(kind) if kind == device.KIND else None
+
+
 def engine_config(vllm_config: Any) -> Config:
     """The engine's parameters. Raises InvalidArgument for those it does not know or take."""
     settings = (vllm_config.additional_config or {}).get(KEY, {})
@@ -53,7 +61,7 @@ def engine_config(vllm_config: Any) -> Config:
         )
     given = Config(**settings)
     derived: dict[str, Any] = {}
-    if given.dense_tokens == 0:
+    if given.dense_tokens == 0 and device_of(vllm_config) is None:
         derived["dense_tokens"] = max(DENSE_TOKENS, given.token_budget)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if given.host_memory == 0 and ranks > 1:

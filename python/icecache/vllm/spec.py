@@ -20,12 +20,17 @@ class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
     """KV-cache spec of a full-attention layer that the engine serves."""
 
     host_slots: int = 0  # tokens that the pages in host memory hold, of every layer and KV head
+    request_slots: int = 0  # of them, those that every request takes; 0: by its tokens
 
     @classmethod
-    def of(cls, spec: AttentionSpec, host_slots: int) -> IceCacheSpec:
+    def of(cls, spec: AttentionSpec, host_slots: int, request_slots: int = 0) -> IceCacheSpec:
         """In place of a stock spec."""
         shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**shared, host_slots=host_slots)
+        return cls(**shared, host_slots=host_slots, request_slots=request_slots)
+
+    def slots_of(self, tokens: int) -> int:
+        """Slots of host memory that a request of `tokens` takes."""
+        return self.request_slots or slots_needed(tokens)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of vLLM's pool that one request takes at most."""
@@ -38,7 +43,6 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: IceCacheSpec, **kwargs: Any) -> None:
         kwargs["max_admission_blocks_per_request"] = 1
         super().__init__(kv_cache_spec, **kwargs)
-        self.host_slots = kv_cache_spec.host_slots
         self.tokens: dict[str, int] = {}  # of each request: those it has, or was admitted for
         self._asked: dict[str, int] = {}  # by a request that was told how many blocks it needs
 
@@ -49,8 +53,9 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
         Then the scheduler lets a new request wait, and preempts where a running one must grow.
         """
-        others = sum(slots_needed(n) for other, n in self.tokens.items() if other != request_id)
-        if others > 0 and others + slots_needed(num_tokens) > self.host_slots:
+        spec = self.kv_cache_spec
+        others = sum(spec.slots_of(n) for other, n in self.tokens.items() if other != request_id)
+        if others > 0 and others + spec.slots_of(num_tokens) > spec.host_slots:
             return int(self.block_pool.get_num_free_blocks()) + 1
         self._asked[request_id] = max(num_tokens, self._asked.get(request_id, 0))
         return 0 if self.req_to_blocks.get(request_id) else 1

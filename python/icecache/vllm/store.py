@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from icecache import Config, Engine, Error, InvalidArgument, Phase
+from icecache import Engine, Error, InvalidArgument, Phase
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
+from icecache.vllm.slots import SlotEngine
 
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
@@ -48,25 +49,8 @@ class Batch:
 class Store:
     """Requests' sequences in one engine. Not thread-safe: a worker steps on one thread."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        scale: float,
-        config: Config,
-    ) -> None:
-        self.engine = Engine(
-            num_layers=num_layers,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            scale=scale,
-            config=config,
-        )
+    def __init__(self, engine: Engine | SlotEngine) -> None:
+        self.engine = engine
         self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
         self._sequence: dict[str, int] = {}
         self._length: dict[str, int] = {}
@@ -122,7 +106,11 @@ class Store:
                 continue
             length = self._length.get(row.request, 0)
             if row.position < length:  # tokens that the scheduler took back
-                self.engine.truncate(self._sequence[row.request], row.position)
+                try:
+                    self.engine.truncate(self._sequence[row.request], row.position)
+                except Error as error:
+                    self._fail(row.request, str(error))
+                    continue
             elif row.position > length:
                 self._fail(row.request, f"holds {length} tokens, {row.position} were expected")
                 continue

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from icecache import InvalidArgument
+from icecache import Engine, InvalidArgument
+from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.metadata import StepMetadata
-from icecache.vllm.names import VllmConfig
-from icecache.vllm.settings import engine_config
+from icecache.vllm.names import AttentionSpec, VllmConfig
+from icecache.vllm.settings import device_of, engine_config
+from icecache.vllm.slots import SlotEngine
+from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch, Store
 from icecache.vllm.support import check_config, check_memory
 
@@ -55,20 +58,38 @@ class Worker:
         """
         if self.store is None:
             shape = self.shapes[0]
+            settings = {
+                "num_layers": len(self.shapes),
+                "num_q_heads": shape.num_q_heads,
+                "num_kv_heads": shape.num_kv_heads,
+                "head_dim": shape.head_dim,
+                "dtype": dtype,
+                "scale": shape.scale,
+                "config": self.config,
+            }
+            longest = self.vllm_config.model_config.max_model_len
+            device = device_of(self.vllm_config)
             store = Store(
-                len(self.shapes),
-                shape.num_q_heads,
-                shape.num_kv_heads,
-                shape.head_dim,
-                dtype,
-                shape.scale,
-                self.config,
+                Engine(**settings)
+                if device is None
+                else SlotEngine(
+                    **settings,
+                    device=device,
+                    slots=self.vllm_config.scheduler_config.max_num_seqs,
+                    max_tokens=longest,
+                )
             )
-            check_memory(
-                store.host_memory, store.slot_bytes, self.vllm_config.model_config.max_model_len
-            )
+            check_memory(store.host_memory, store.slot_bytes, longest)
             self.store = store
         return self.store
+
+    def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
+        """In place of a stock spec. Opens the store."""
+        store = self.open_store(spec.dtype)
+        of_request = 0  # by its tokens
+        if device_of(self.vllm_config) is not None:
+            of_request = slots_needed(self.vllm_config.model_config.max_model_len)
+        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes, of_request)
 
     def begin(self, starts: list[int], blocks: list[int]) -> Batch:
         """The batch of the step under way.

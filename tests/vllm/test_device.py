@@ -1,0 +1,171 @@
+"""The plugin with its cache on a CUDA device: here on the emulator, in a real vLLM on the CPU."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from conftest import EngineFailed, Run
+from icecache import Config, Error, InvalidArgument, Phase
+from icecache.vllm.backend import BACKENDS
+from icecache.vllm.names import AttentionBackendEnum, resolve_obj_by_qualname
+from icecache.vllm.slots import SlotEngine
+from icecache.vllm.spec import IceCacheSpec
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+from emulated import emulate_device, require_emulator
+
+SMALL = {"max_model_len": 512, "block_size": 32, "max_num_seqs": 6, "num_gpu_blocks_override": 7}
+SIZES = [1, 5, 33, 100, 200, 300, 64, 17]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a head size that the kernels cover."""
+    require_emulator()
+    return models.tiny_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
+
+
+def prompts(sizes: list[int]) -> list[list[int]]:
+    generator = random.Random(3)
+    return [[generator.randrange(8, 512) for _ in range(size)] for size in sizes]
+
+
+def serve(run: Run, model: Path, icecache: dict[str, Any], **llm: Any) -> dict[str, Any]:
+    return run(
+        "generate",
+        model=model,
+        prompts=prompts(SIZES),
+        tokens=12,
+        emulated=True,
+        icecache={"host_memory": "64M", **icecache},
+        llm={**SMALL, **llm},
+    )
+
+
+@pytest.fixture(scope="module")
+def stock(run: Run, model: Path) -> list[list[int]]:
+    """What vLLM itself answers."""
+    llm = {**SMALL, "num_gpu_blocks_override": None}
+    result = run("generate", model=model, prompts=prompts(SIZES), tokens=12, llm=llm)
+    return list(result["tokens"])
+
+
+@pytest.mark.parametrize("batched_tokens", [1024, 48], ids=["whole prompts", "48 tokens a step"])
+def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
+    run: Run, model: Path, stock: list[list[int]], batched_tokens: int
+) -> None:
+    budget = {"token_budget": 512}
+    result = serve(run, model, budget, max_num_batched_tokens=batched_tokens)
+    assert result["tokens"] == stock
+    # Eight requests in six seats: they step in changing company, beside prompts.
+    assert result["steps"] == 8 * 11 * 2 * 2
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+    assert result["page_misses"] > 0
+
+
+def test_requests_come_and_go(run: Run, model: Path) -> None:
+    result = run(
+        "storm",
+        model=model,
+        count=40,
+        abort_share=0.1,
+        emulated=True,
+        icecache={"host_memory": "64M", "token_budget": 64},
+        llm=SMALL,
+    )
+    assert result["most_requests"] >= 4
+    assert result["answered"] > 10 and not result["differing"]
+    assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
+
+
+def test_a_small_pool_is_refused(run: Run, model: Path) -> None:
+    with pytest.raises(EngineFailed, match="host_memory: expected at least"):
+        serve(run, model, {"host_memory": "1M"})
+
+
+def test_every_request_takes_room_for_the_longest() -> None:
+    spec = IceCacheSpec(
+        block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, request_slots=1000
+    )
+    assert spec.slots_of(1) == spec.slots_of(700) == 1000
+
+
+def test_the_backends_of_a_cuda_platform_are_ours() -> None:
+    for name in BACKENDS:
+        path = AttentionBackendEnum[name].get_path()
+        try:
+            stock = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+        except ImportError as error:  # of packages that come with CUDA
+            with pytest.raises(ImportError, match=str(error)):
+                resolve_obj_by_qualname(path)
+            continue
+        backend = resolve_obj_by_qualname(path)
+        assert issubclass(backend, stock) and backend.get_name() == stock.get_name()
+        assert ".".join(backend.full_cls_name()) == path
+        assert issubclass(backend.get_impl_cls(), stock.get_impl_cls())
+
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> SlotEngine:
+    require_emulator()
+    emulate_device(monkeypatch)
+    return SlotEngine(
+        num_layers=1,
+        num_q_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        scale=DIM**-0.5,
+        config=Config(host_memory="1M", token_budget=64, window_tokens=16),
+        device=torch.device("cpu"),
+        slots=2,
+        max_tokens=700,
+    )
+
+
+def step(engine: SlotEngine, counts: dict[int, int], phase: Phase = Phase.AUTO) -> torch.Tensor:
+    total = sum(counts.values())
+    inputs = [torch.randn(total, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    firsts = [sum(list(counts.values())[:i]) for i in range(len(counts))]
+    engine.step_packed(
+        list(counts), 0, *inputs, firsts, list(counts.values()), [phase] * len(counts)
+    )
+    return inputs[3]
+
+
+def test_slots_run_out_and_come_back(engine: SlotEngine) -> None:
+    first, second = engine.new_sequence(), engine.new_sequence()
+    with pytest.raises(InvalidArgument, match="max_num_seqs: all 2 slots"):
+        engine.new_sequence()
+    engine.release(first)
+    assert engine.new_sequence() == first != second
+
+
+def test_a_prompt_that_finds_no_pages_leaves_the_others(engine: SlotEngine) -> None:
+    first, second = engine.new_sequence(), engine.new_sequence()
+    step(engine, {first: 300}, Phase.PROMPT_END)
+    with pytest.raises(Error, match="host_memory"):
+        step(engine, {first: 1, second: 500})
+    assert engine.cache.length(0, first) == 300
+    assert step(engine, {first: 1}).isfinite().all()
+    assert engine.cache.length(0, first) == 301
+
+
+def test_more_than_a_token_behind_a_prompt_is_refused(engine: SlotEngine) -> None:
+    first = engine.new_sequence()
+    step(engine, {first: 20}, Phase.PREFILL)
+    step(engine, {first: 10}, Phase.PROMPT_END)
+    with pytest.raises(InvalidArgument, match="got 2 tokens behind 30"):
+        step(engine, {first: 2})
+    with pytest.raises(InvalidArgument, match="cannot be taken back"):
+        engine.truncate(first, 3)
+    assert engine.cache.length(0, first) == 30
