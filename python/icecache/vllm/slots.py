@@ -150,7 +150,9 @@ class SlotEngine:
             )
             if (layer, seq) in self._chunks:
                 before = self._chunks[layer, seq]
-                key, value = (torch.cat(parts, dim=1) for parts in zip(before, (key, value)))
+                key, value = (
+                    torch.cat(parts, dim=1) for parts in zip(before, (key, value), strict=True)
+                )
             outputs[rows] = self._attend(query, key, value).transpose(0, 1)
             if phase != Phase.PREFILL:
                 self.cache.prefill(layer, query, key, value, sequence=seq)
