@@ -130,6 +130,47 @@ def fill(cache: icecache.DeviceCache, tokens: int) -> float:
     return took
 
 
+def staged_us(rows: int, row_bytes: int) -> float:
+    """Microseconds for `rows` of pinned host memory, packed by the host and copied at once."""
+    held = (1 << 30) // row_bytes
+    host = torch.empty(held, row_bytes, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(rows, row_bytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(rows, row_bytes, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(12):
+        which = torch.randint(held, (rows,))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.index_select(host, 0, which, out=packed)
+        target.copy_(packed, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:]) * 1e6
+
+
+def largest_batch(tokens: int) -> dict[str, Any]:
+    """Sequences of `tokens` whose caches fit beside the model, by trying."""
+    fits, fails = 0, 1
+    while fails <= 4096:
+        try:
+            held = make_cache(fails, tokens, LAYERS).memory().device_bytes
+        except icecache.OutOfPages:
+            break
+        fits, device_bytes = fails, held
+        fails *= 2
+    while fails - fits > max(1, fits // 32):
+        tried = (fits + fails) // 2
+        try:
+            held = make_cache(tried, tokens, LAYERS).memory().device_bytes
+        except icecache.OutOfPages:
+            fails = tried
+        else:
+            fits, device_bytes = tried, held
+    if not fits:
+        return {"tokens": tokens, "batch": 0}
+    return {"tokens": tokens, "batch": fits, "device_gb": device_bytes / 1e9}
+
+
 def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, Any]:
     """Each kernel of a step, over eight layers, so that caches of the chip hold little."""
     layers = 8
@@ -181,6 +222,10 @@ def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, An
         "scan_share_of_memory": scanned / warm["scan"] / 1e3 / roof["memory_gbs"],
         "attend_share_of_memory": attended / warm["attend"] / 1e3 / roof["memory_gbs"],
         "gather_share_of_link": found / cold["rescore"] / 1e3 / roof["link_gbs"],
+        # The same rows by a packed copy, and the pages that they are in: to compare with
+        # us_cold["rescore"].
+        "staged_rows_us": staged_us(pairs * config.candidates, row),
+        "staged_pages_us": staged_us(pairs * config.candidates, row * config.page_size),
     }
     return result
 
@@ -336,7 +381,13 @@ def main(
     """Measures DeviceCache on the current GPU."""
     begin = time.perf_counter()
     torch.manual_seed(0)
-    results: dict[str, Any] = {"machine": machine(), "kernels": [], "model": [], "left_out": []}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "kernels": [],
+        "model": [],
+        "largest": [],
+        "left_out": [],
+    }
     print(json.dumps(results["machine"]), flush=True)
 
     def save() -> None:
@@ -371,6 +422,8 @@ def main(
             row["speedup"] = full["tpot_ms"]["median"] / ours["tpot_ms"]["median"]
         return row
 
+    for tokens in (32768, 131072, 1048576):
+        run("largest", f"largest batch of {tokens}", functools.partial(largest_batch, tokens))
     cases = [(1, 1024), (1, 131072), (16, 131072), (1, 8192), (1, 32768), (1, 262144)]
     cases += [(4, 8192), (4, 32768), (4, 131072), (16, 8192), (16, 32768)]
     for batch, tokens in cases:
