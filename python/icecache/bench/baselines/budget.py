@@ -33,11 +33,10 @@ def near_tokens(length: int, recent: int) -> torch.Tensor:
 
 def best_tokens(worth: torch.Tensor, budget: int) -> torch.Tensor:
     """Sink, window, and with what is left the tokens of most `worth` [..., L] -> [..., L] bool."""
-    window = window_of(budget)
-    near = near_tokens(worth.shape[-1], window)
-    count = min(budget - SINK - window, int((~near).sum()))
-    best = worth.masked_fill(near, -torch.inf).topk(count, -1).indices
-    return near.expand(worth.shape).scatter(-1, best, True)
+    window, length = window_of(budget), worth.shape[-1]
+    far = worth[..., SINK : max(SINK, length - window)]
+    best = far.topk(min(budget - SINK - window, far.shape[-1]), -1).indices + SINK
+    return near_tokens(length, window).expand(worth.shape).scatter(-1, best, True)
 
 
 def take_fitting(worth: torch.Tensor, sizes: torch.Tensor, room: int) -> torch.Tensor:

@@ -227,11 +227,13 @@ def _picks(attended: torch.Tensor) -> torch.Tensor | None:
 def _rows_at(parts: tuple[torch.Tensor, torch.Tensor], picks: torch.Tensor) -> torch.Tensor:
     """[Hkv, n, D] of the tokens `picks` [Hkv, n]; parts [Hkv, L, D] as in Step.keys."""
     prompt, decoded = parts
-    length = prompt.shape[1]
-    heads = torch.arange(picks.shape[0])[:, None]
-    early = prompt[heads, picks.clamp(max=length - 1)]
-    late = decoded[heads, (picks - length).clamp(min=0)]
-    return torch.where((picks < length)[..., None], early, late)
+    heads, length, head_dim = prompt.shape
+    firsts = length * torch.arange(heads)[:, None]
+    rows = F.embedding(picks.clamp(max=length - 1) + firsts, prompt.reshape(-1, head_dim))
+    late = (picks >= length).nonzero(as_tuple=True)
+    if late[0].numel():
+        rows[late] = decoded[late[0], picks[late] - length]
+    return rows
 
 
 def _at(rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
