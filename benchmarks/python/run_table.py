@@ -53,11 +53,14 @@ def main(
     records: list[Record] = [json_module.loads(line) for line in text.splitlines()]
     if not records:
         raise icecache.InvalidArgument(f"RUN: expected a run with samples, got {run}")
-    suite = settings["arguments"]["suite"]
+    arguments = dict(settings["arguments"])
+    if arguments.get("data"):
+        arguments["data"] = Path(arguments["data"]).name  # not where it lay
+    suite = arguments["suite"]
     rows = [row for part, held in parts(suite, records) for row in table(part, held)]
     bounds = list(BOUNDS.get(suite, _nothing)(rows))
     made = {
-        "meta": {**settings["machine"], **_shape(records), "arguments": settings["arguments"]},
+        "meta": {**settings["machine"], **_shape(records), "arguments": arguments},
         "bounds": bounds,
         "rows": rows,
         "samples": [differences(record) for record in records],

@@ -11,11 +11,13 @@ import models
 import pytest
 import torch
 from conftest import EngineFailed, Run
-from icecache import Config, Error, InvalidArgument, Phase
+from icecache import Config, Error, InvalidArgument, OutOfPages, Phase, device
+from icecache.vllm import worker
 from icecache.vllm.backend import BACKENDS
 from icecache.vllm.names import AttentionBackendEnum, resolve_obj_by_qualname
 from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
+from test_refusals import config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
 from emulated import emulate_device, require_emulator
@@ -87,6 +89,23 @@ def test_requests_come_and_go(run: Run, model: Path) -> None:
 def test_a_small_pool_is_refused(run: Run, model: Path) -> None:
     with pytest.raises(EngineFailed, match="host_memory: expected at least"):
         serve(run, model, {"host_memory": "1M"})
+
+
+def test_a_device_without_room_says_what_to_lower(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**settings: Any) -> None:
+        raise OutOfPages("the device has no 7 bytes left")
+
+    monkeypatch.setattr(device, "KIND", "cpu")
+    monkeypatch.setattr(worker, "SlotEngine", full)
+    made = worker.Worker(config(model, max_num_seqs=9))
+    made.add_layer(worker.Shape(4, 2, 64, 0.125))
+    with pytest.raises(
+        InvalidArgument,
+        match=r"9 requests of 1,024 tokens \(the device has no 7 .*lower --max-num-seqs or",
+    ):
+        made.open_store(torch.float32)
 
 
 def test_every_request_takes_room_for_the_longest() -> None:

@@ -187,9 +187,10 @@ class DeviceEngine:
             for row, slot in enumerate(slots):
                 of_slots[slot] = row
             rows = torch.tensor(of_slots, dtype=torch.int32, device=queries.device)
+        tokens = zip(queries.split(1, 2), keys.split(1, 2), values.split(1, 2), strict=True)
         outs = [
-            self._token(batch, slots, layer, *token, rows)
-            for token in zip(*(t.split(1, dim=2) for t in (queries, keys, values)), strict=True)
+            self._token(batch, slots, layer, query, key, value, rows)
+            for query, key, value in tokens
         ]
         return torch.cat(outs, dim=2)
 

@@ -204,9 +204,11 @@ class SlotEngine:
         try:
             self.cache.step(
                 layer,
-                *(x.unsqueeze(2) for x in (queries, keys, values)),
-                rows=self._rows[1],
-                out=outputs.unsqueeze(2),
+                queries.unsqueeze(2),
+                keys.unsqueeze(2),
+                values.unsqueeze(2),
+                self._rows[1],
+                outputs.unsqueeze(2),
             )
         except Error as error:  # of index work, before the step: of whose?
             for seq, _ in later:

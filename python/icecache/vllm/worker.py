@@ -7,10 +7,11 @@ them to another; they meet here. One model at a time: the newest VllmConfig is t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from icecache import Engine, InvalidArgument
+from icecache import Engine, InvalidArgument, OutOfPages
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.metadata import StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
@@ -58,7 +59,7 @@ class Worker:
         """
         if self.store is None:
             shape = self.shapes[0]
-            settings = {
+            settings: dict[str, Any] = {
                 "num_layers": len(self.shapes),
                 "num_q_heads": shape.num_q_heads,
                 "num_kv_heads": shape.num_kv_heads,
@@ -67,21 +68,24 @@ class Worker:
                 "scale": shape.scale,
                 "config": self.config,
             }
-            longest = self.vllm_config.model_config.max_model_len
             device = device_of(self.vllm_config)
-            store = Store(
-                Engine(**settings)
-                if device is None
-                else SlotEngine(
-                    **settings,
-                    device=device,
-                    slots=self.vllm_config.scheduler_config.max_num_seqs,
-                    max_tokens=longest,
-                )
-            )
+            engine = Engine(**settings) if device is None else self._on_device(device, settings)
+            store = Store(engine)
+            longest = self.vllm_config.model_config.max_model_len
             check_memory(store.host_memory, store.slot_bytes, longest)
             self.store = store
         return self.store
+
+    def _on_device(self, device: torch.device, settings: dict[str, Any]) -> SlotEngine:
+        slots = self.vllm_config.scheduler_config.max_num_seqs
+        longest = self.vllm_config.model_config.max_model_len
+        try:
+            return SlotEngine(**settings, device=device, slots=slots, max_tokens=longest)
+        except OutOfPages as error:
+            raise InvalidArgument(
+                f"max_num_seqs: {device} has no memory for {slots} requests of {longest:,} tokens "
+                f"({error}); lower --max-num-seqs or --max-model-len"
+            ) from error
 
     def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
         """In place of a stock spec. Opens the store."""
