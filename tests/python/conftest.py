@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,3 +48,4 @@ def any_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         if request.param == "emulated":
             emulate_device(patch)
         yield device
+        gc.collect()  # caches that are let go of later would ask CUDA for a stream

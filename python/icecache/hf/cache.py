@@ -196,9 +196,9 @@ class IceCache(Cache):
             raise InvalidArgument(
                 f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
             )
+        self.rows.crop(-tokens_to_remove)  # first: it may be refused
         for layer in self._stock_layers():
             layer.crop(tokens_to_remove)
-        self.rows.crop(-tokens_to_remove)
         for layer in self.ice_layers:
             layer.seen += tokens_to_remove
 

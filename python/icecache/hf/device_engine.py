@@ -114,7 +114,7 @@ class DeviceEngine:
         return self._next - 1
 
     def truncate(self, seq: int, length: int) -> None:
-        if seq in self._waiting:
+        if seq in self._waiting or seq in self._forks:  # has taken nothing of its own
             return
         batch, slot = self._place(seq)
         if length == 0:

@@ -113,17 +113,17 @@ class Rows:
             return
         if columns > self.seen:
             raise InvalidArgument(f"crop: the cache holds {self.seen} tokens, got {-columns}")
-        if self._real is None:
-            removed = [columns] * len(self.lengths)
-        else:
+        removed = [columns] * len(self.lengths)
+        if self._real is not None:
             removed = self._real[:, self.seen - columns :].sum(1).tolist()
-            self._real = self._real[:, : self.seen - columns]
-        self._mask = self._chunk = None
-        self.seen -= columns
-        self.lengths = [length - n for length, n in zip(self.lengths, removed, strict=True)]
+        left = [length - n for length, n in zip(self.lengths, removed, strict=True)]
         if self._engine is not None:
-            for sequence, length in zip(self.sequences, self.lengths, strict=True):
+            for sequence, length in zip(self.sequences, left, strict=True):
                 self._engine.truncate(sequence, self._engine_length(length))
+        self.lengths = left
+        self.seen -= columns
+        self._real = None if self._real is None else self._real[:, : self.seen]
+        self._mask = self._chunk = None
 
     def arrange(self, order: Sequence[int]) -> None:
         """Row i becomes a continuation of old row `order[i]`.
