@@ -121,6 +121,22 @@ def test_beams_come_and_go(model: LlamaForCausalLM) -> None:
     assert icecache.stats(model).memory.sequences == 0
 
 
+def test_a_copy_takes_the_place_of_what_it_copies(model: LlamaForCausalLM) -> None:
+    prompt, steps = words(2, 100), words(2, 3, seed=2)
+    expected = model(torch.cat([prompt, steps], dim=1)).logits[:, -1:]
+    icecache.enable(model, token_budget=400)
+    cache = model(prompt, use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    cache.reset()
+    found = model(steps, past_key_values=twin).logits[:, -1:]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    late = copy.deepcopy(twin)
+    model(words(2, 1), past_key_values=twin)
+    twin.reset()
+    with pytest.raises(icecache.InvalidArgument, match="a batch keeps its number of sequences"):
+        model(words(2, 1), past_key_values=late)
+
+
 def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
     with pytest.raises(icecache.InvalidArgument, match="index must be tree, got dci"):
         icecache.enable(model, index="dci")

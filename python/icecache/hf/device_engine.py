@@ -13,6 +13,8 @@ from icecache.device import DeviceCache
 
 _NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
+# In place of sequences: a slot has none; what a fork copies has gone on without it.
+_FREE, _LOST = -1, -2
 _ELSE = "or run the model on the CPU, or without icecache.enable"
 
 
@@ -61,7 +63,8 @@ class DeviceEngine:
 
     A prompt enters whole (append, then observe). What follows, a turn of a conversation or one
     token, is taken token by token, each within the budget. A fork takes the slot of the next
-    sequence of its batch that is released, as beams come and go. Anything else is refused.
+    sequence of its batch that is released, as beams come and go, if what it copies has not gone on
+    by then. Anything else is refused.
     """
 
     def __init__(self, *, device: torch.device, max_tokens: int | None, **settings: Any) -> None:
@@ -89,9 +92,14 @@ class DeviceEngine:
         if self._forks.pop(seq, None) is not None:
             return
         batch, slot = self._place(seq)
-        if seq in self._forks.values():
-            raise InvalidArgument(f"sequence: {seq} is being copied and cannot be released")
-        batch.sequences[slot] = -1
+        batch.sequences[slot] = _FREE
+        heirs = [fork for fork, source in self._forks.items() if source == seq]
+        if heirs:
+            batch.sequences[slot] = heirs[0]
+            del self._forks[heirs[0]]
+            for fork in heirs[1:]:
+                self._forks[fork] = heirs[0]
+            return
         for fork, source in self._forks.items():
             if source in batch.sequences:
                 batch.fork(slot, fork, source)
@@ -181,6 +189,9 @@ class DeviceEngine:
                 "past_key_values: on a CUDA device sequences that entered in different batches "
                 f"cannot continue in one; {_ELSE}"
             )
+        for fork, source in self._forks.items():
+            if source in seqs:
+                self._forks[fork] = _LOST
         rows = None
         if slots != list(range(len(batch.sequences))):
             of_slots = [-1] * len(batch.sequences)
