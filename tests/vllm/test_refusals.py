@@ -181,7 +181,7 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
 def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
     own: Callable[[str], bool] = lambda name: not name.startswith("_")  # noqa: E731
     public = {name for name in vars(ours) if own(name) and callable(getattr(ours, name))}
-    assert public - {"of", "get_num_common_prefix_blocks"} <= methods
+    assert public - {"of", "slots_of", "get_num_common_prefix_blocks"} <= methods
     for name in methods:
         assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
 
