@@ -150,24 +150,16 @@ def staged_us(rows: int, row_bytes: int) -> float:
 
 def largest_batch(tokens: int) -> dict[str, Any]:
     """Sequences of `tokens` whose caches fit beside the model, by trying."""
-    fits, fails = 0, 1
-    while fails <= 4096:
-        try:
-            held = make_cache(fails, tokens, LAYERS).memory().device_bytes
-        except icecache.OutOfPages:
-            break
-        fits, device_bytes = fails, held
-        fails *= 2
+    fits, fails, device_bytes = 0, 4097, 0
+    tried = 1
     while fails - fits > max(1, fits // 32):
-        tried = (fits + fails) // 2
         try:
-            held = make_cache(tried, tokens, LAYERS).memory().device_bytes
+            device_bytes = make_cache(tried, tokens, LAYERS).memory().device_bytes
         except icecache.OutOfPages:
             fails = tried
         else:
-            fits, device_bytes = tried, held
-    if not fits:
-        return {"tokens": tokens, "batch": 0}
+            fits = tried
+        tried = min(2 * fits, (fits + fails) // 2) if fits else 1
     return {"tokens": tokens, "batch": fits, "device_gb": device_bytes / 1e9}
 
 

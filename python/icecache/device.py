@@ -18,6 +18,7 @@ from icecache.engine import _tuple, core_settings
 from icecache.errors import InvalidArgument
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
+_LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
 KIND = "cuda"  # of torch.device; tests put an emulator on the CPU in its place
 
 
@@ -85,6 +86,8 @@ class DeviceCache:
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        # Of the last step, for its other layers: who was in which row.
+        self._rows: tuple[tuple[tuple[int, int], ...], torch.Tensor] | None = None
         # Tensors that index work still reads, by layer.
         self._held: dict[int, list[torch.Tensor]] = {}
         self._number = _register(self)
@@ -171,6 +174,19 @@ class DeviceCache:
             rows,
         )
         return out
+
+    def rows_of(self, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """`rows` of a step for pairs of a sequence and its row; the others sit it out.
+
+        The tensor of the last call serves again where the pairs are the same, as in the layers of
+        one step.
+        """
+        if self._rows is None or self._rows[0] != places:
+            rows = torch.full((self.batch,), -1, dtype=torch.int32, device="cpu")
+            for sequence, row in places:
+                rows[sequence] = row
+            self._rows = places, rows.to(self.device, non_blocking=True)
+        return self._rows[1]
 
     def rebuild(self, layer: int, sequence: int) -> None:
         """Builds the index of one sequence anew from all its tokens and its recent queries.
@@ -275,6 +291,11 @@ class DeviceCache:
             0 if rows is None else rows.data_ptr(),
         )
         self._held.pop(layer, None)
+
+
+def rebuild_is_due(length: int, built: int) -> bool:
+    """Whether a sequence of `length` tokens wants rebuild(), with `built` at the last build."""
+    return length >= max(_LEAST_BUILT, 2 * built)
 
 
 # Layers whose index work may wait: each keeps the keys and values of a prompt on the device.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from absence import absent
 from emulated import emulate_device, require_emulator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -18,9 +19,7 @@ def _require_folder(folder: Path) -> Path:
     """`folder`; skips where it is absent, fails there with ICECACHE_REQUIRE_SHARED=1."""
     if not folder.is_dir():
         reason = f"{folder} is absent: test data that is not part of the repository"
-        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
-            pytest.fail(f"{reason}, but ICECACHE_REQUIRE_SHARED=1")
-        pytest.skip(f"{reason} (ICECACHE_SHARED names another folder)")
+        absent(reason, "ICECACHE_SHARED names another folder")
     return folder
 
 

@@ -6,12 +6,12 @@ Tensors and models stay on the CPU. Slow: a fibre for each CUDA thread.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sysconfig
 from pathlib import Path
 
 import icecache
 import pytest
+from absence import absent
 from icecache import _core, device
 
 _FOLDER = Path(__file__).resolve().parents[2] / "build" / "release" / "tests"
@@ -21,10 +21,7 @@ _MODULE = _FOLDER / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
 def require_emulator() -> None:
     """Skips where the module was not built; fails there with ICECACHE_REQUIRE_SHARED=1."""
     if not _MODULE.exists():
-        reason = f"{_MODULE} is absent: make build-test makes it"
-        if os.environ.get("ICECACHE_REQUIRE_SHARED") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        absent(f"{_MODULE} is absent", "make build-test makes it")
 
 
 def emulate_device(patch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from icecache.vllm.backend import BACKENDS
 from icecache.vllm.names import AttentionBackendEnum, resolve_obj_by_qualname
 from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
+from test_engine import prompts
 from test_refusals import config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
@@ -31,11 +31,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a head size that the kernels cover."""
     require_emulator()
     return models.tiny_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
-
-
-def prompts(sizes: list[int]) -> list[list[int]]:
-    generator = random.Random(3)
-    return [[generator.randrange(8, 512) for _ in range(size)] for size in sizes]
 
 
 def serve(run: Run, model: Path, icecache: dict[str, Any], **llm: Any) -> dict[str, Any]:

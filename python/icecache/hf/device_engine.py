@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument
-from icecache.device import DeviceCache
+from icecache.device import DeviceCache, rebuild_is_due
 
 _NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
-_LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
 # In place of sequences: a slot has none; what a fork copies has gone on without it.
 _FREE, _LOST = -1, -2
 _ELSE = "or run the model on the CPU, or without icecache.enable"
@@ -194,10 +193,7 @@ class DeviceEngine:
                 self._forks[fork] = _LOST
         rows = None
         if slots != list(range(len(batch.sequences))):
-            of_slots = [-1] * len(batch.sequences)
-            for row, slot in enumerate(slots):
-                of_slots[slot] = row
-            rows = torch.tensor(of_slots, dtype=torch.int32, device=queries.device)
+            rows = batch.cache.rows_of(tuple((slot, row) for row, slot in enumerate(slots)))
         tokens = zip(queries.split(1, 2), keys.split(1, 2), values.split(1, 2), strict=True)
         outs = [
             self._token(batch, slots, layer, query, key, value, rows)
@@ -223,7 +219,7 @@ class DeviceEngine:
                 f"{batch.cache.max_tokens}; give icecache.enable a larger max_tokens"
             )
         for slot in slots:
-            if lengths[slot] >= max(_LEAST_BUILT, 2 * built[slot]):
+            if rebuild_is_due(lengths[slot], built[slot]):
                 batch.cache.rebuild(layer, slot)
                 built[slot] = lengths[slot]
         out = batch.cache.step(layer, query, key, value, rows)

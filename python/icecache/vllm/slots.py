@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from icecache import Config, Error, InvalidArgument, Phase
-from icecache.device import DeviceCache
-
-_LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
+from icecache.device import DeviceCache, rebuild_is_due
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,6 @@ class SlotEngine:
         # Prompts so far, by layer and slot: keys and values [Hkv, T, D].
         self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._broken: dict[int, str] = {}  # slots whose index could not be built, and why
-        # Of the last step, for its other layers: who was in which row.
-        self._rows: tuple[tuple[tuple[int, int], ...], torch.Tensor] | None = None
 
     @property
     def config(self) -> Config:
@@ -192,22 +188,16 @@ class SlotEngine:
     ) -> None:
         lengths, built = self._lengths[layer], self._built[layer]
         for seq, _ in later:
-            if lengths[seq] >= max(_LEAST_BUILT, 2 * built[seq]):
+            if rebuild_is_due(lengths[seq], built[seq]):
                 self.cache.rebuild(layer, seq)
                 built[seq] = lengths[seq]
-        if self._rows is None or self._rows[0] != later:
-            of_slots = [-1] * self.cache.batch
-            for seq, first in later:
-                of_slots[seq] = first
-            made = torch.tensor(of_slots, dtype=torch.int32)
-            self._rows = later, made.to(self.cache.device, non_blocking=True)
         try:
             self.cache.step(
                 layer,
                 queries.unsqueeze(2),
                 keys.unsqueeze(2),
                 values.unsqueeze(2),
-                self._rows[1],
+                self.cache.rows_of(later),
                 outputs.unsqueeze(2),
             )
         except Error as error:  # of index work, before the step: of whose?
