@@ -57,7 +57,7 @@ class DeviceCache:
         """Head dims 64, 96, 128, 256; up to 16 query heads a KV head; any of three dtypes.
 
         `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
-        bounds the row cache of a layer's sequence (default: four steps' candidates).
+        bounds the row cache of a layer's sequence (default: three steps' candidates).
         """
         core_dtype, core_scale, fields = core_settings(dtype, scale, config, config_fields)
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
