@@ -33,11 +33,11 @@ std::string setup_name(const ::testing::TestParamInfo<Setup>& info) {
 constexpr int kSetups = 10;
 
 // How far log weights that sketches of 4 bits tell may be from what the tokens weigh, in nats: of
-// one node, and of all tokens that were not picked. Measured over 40 seeds: at most 0.035 and 0.015
+// one node, and of all tokens that were not picked. Measured over 40 seeds: at most 0.035 and 0.018
 // on average. Single ones are far off where a token lies outside of what its sketch was fitted to,
 // as an index of 20 tokens has seen little: one in 900 at most, of one in kRare that may be.
 constexpr double kMaxNodeError = 1.5, kMaxRestError = 0.5;
-constexpr double kMeanNodeError = 0.05, kMeanRestError = 0.02;
+constexpr double kMeanNodeError = 0.05, kMeanRestError = 0.03;
 constexpr int kRare = 200;
 
 // Errors of log weights against what they may be.
@@ -334,7 +334,7 @@ INSTANTIATE_TEST_SUITE_P(
         Setup{"faiss_flat", "faiss", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
         Setup{"positional_page", "positional", "page", "off", "cpu", 2, 2, 2, 16, 8, 40},
         Setup{"positional_far_field", "positional", "token", "on", "emulated", 1, 4, 2, 32, 32,
-              14}),
+              40}),
     setup_name);
 
 }  // namespace
