@@ -3,7 +3,7 @@ find_package(Threads REQUIRED)
 
 file(GLOB icecache_sources CONFIGURE_DEPENDS csrc/core/*.cpp csrc/index/*.cpp csrc/simd/*.cpp
      csrc/cpu/*.cpp)
-list(FILTER icecache_sources EXCLUDE REGEX "/(no_faiss|faiss_[a-z_]*|(no_)?device_cache|device_(build|shape))\\.cpp$")
+list(FILTER icecache_sources EXCLUDE REGEX "/(no_faiss|faiss_[a-z_]*|no_device_cache|device_[a-z_]*)\\.cpp$")
 
 add_library(icecache SHARED ${icecache_sources})
 target_include_directories(icecache PUBLIC include csrc)
@@ -30,7 +30,7 @@ endif()
 
 # CUDA: the real device layer, or stubs with the same symbols that say what is missing. Wheels get
 # every architecture; a build for development this machine's, or the two that differ most.
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/core/device_*.cpp)
 set(icecache_with_cuda OFF)
 if(NOT ICECACHE_CUDA STREQUAL "OFF")
   include(CheckLanguage)
@@ -66,8 +66,7 @@ if(icecache_with_cuda)
   target_compile_options(icecache PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
   set_target_properties(icecache PROPERTIES CUDA_STANDARD_REQUIRED OFF CUDA_RUNTIME_LIBRARY Static
                                             CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
-  target_sources(icecache PRIVATE ${cuda_sources} csrc/core/device_cache.cpp csrc/core/device_shape.cpp
-                                   csrc/core/device_build.cpp)
+  target_sources(icecache PRIVATE ${cuda_sources})
   target_link_libraries(icecache PRIVATE CUDA::cudart_static)
   target_compile_definitions(icecache PRIVATE ICECACHE_HAVE_CUDA)
 else()

@@ -76,6 +76,12 @@ void bind_device_cache(py::module_& module) {
           },
           Release())
       .def(
+          "truncate",
+          [](DeviceCache& self, int sequence, std::int64_t length, Address stream) {
+            self.truncate(sequence, length, pointer(stream));
+          },
+          Release())
+      .def(
           "release",
           [](DeviceCache& self, int sequence, Address stream) {
             self.release(sequence, pointer(stream));

@@ -38,7 +38,7 @@ DeviceBuild::DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream)
   room_ = gpu::Buffer(items > 0 ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0, stream);
 }
 
-void DeviceBuild::run(std::span<std::byte* const> pages) {
+std::vector<std::int32_t> DeviceBuild::run(std::span<std::byte* const> pages) {
   fit_spaces();
   gpu::launch_coordinates(p_, stream_);
   order_tokens();
@@ -54,7 +54,10 @@ void DeviceBuild::run(std::span<std::byte* const> pages) {
   gpu::fill(p_.layer.stamp + pair * s.cached_rows, 0, cached * sizeof(std::int32_t), stream_);
   gpu::fill(p_.layer.has_value + pair * s.cached_rows, 0, cached, stream_);
   gpu::launch_lay_out(p_, stream_);
+  std::vector<std::int32_t> order(heads * p_.indexed);
+  gpu::copy_to_host(order.data(), p_.order, order.size() * sizeof(std::int32_t), stream_);
   gpu::synchronize(stream_);
+  return order;
 }
 
 // Keys' means are those of the sample.

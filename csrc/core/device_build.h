@@ -16,8 +16,9 @@ class DeviceBuild {
  public:
   // `params` without the arrays that this object owns. Throws OutOfPages.
   DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream);
-  // `pages`: host pages [Hkv, N / S] that the sequence gets. Returns when all is done.
-  void run(std::span<std::byte* const> pages);
+  // `pages`: host pages [Hkv, N / S] that the sequence gets. Returns when all is done, with the
+  // order of the index tokens [Hkv, indexed]: the position of each, less sinks.
+  std::vector<std::int32_t> run(std::span<std::byte* const> pages);
 
  private:
   void fit_spaces();

@@ -1,16 +1,6 @@
-#include "icecache/device_cache.h"
-
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
 #include "core/device_build.h"
-#include "core/device_shape.h"
-#include "core/page_set.h"
-#include "core/thread_pool.h"
-#include "cuda/build.h"
+#include "core/device_cache_impl.h"
 #include "cuda/cuda_info.h"
-#include "cuda/device.h"
 #include "icecache/error.h"
 
 namespace icecache {
@@ -38,87 +28,34 @@ int checked(int device) {
 
 }  // namespace
 
-struct DeviceCache::Impl {
-  Impl(const CacheShape& cache_shape, const Config& given, int batch, std::int64_t most, int on)
-      : shape(cache_shape),
-        config(given.resolved(shape)),
-        device(on),
-        max_tokens(most),
-        step(step_shape(shape, config, given, batch, most)),
-        pool(pool_options(shape, config)),
-        layers(static_cast<std::size_t>(shape.num_layers)),
-        jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
-    const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
-    const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
-    scratch_memory = gpu::Buffer(scratch_bytes, start.get());
-    gpu::place(step, scratch_memory.data(), scratch);
-    // Kernels ask for some of it before they know whether they need it.
-    gpu::fill(scratch_memory.data(), 0, scratch_bytes, start.get());
-    for (Layer& layer : layers) {
-      layer.memory = gpu::Buffer(layer_bytes, start.get());
-      gpu::place(step, layer.memory.data(), layer.state);
-      // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
-      gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
-      gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * 4 * step.pairs(),
-                start.get());
-      layer.pages.resize(static_cast<std::size_t>(batch));
-      layer.building.resize(static_cast<std::size_t>(batch));
-    }
-    gpu::synchronize(start.get());
+DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int batch,
+                        std::int64_t most, int on)
+    : shape(cache_shape),
+      config(given.resolved(shape)),
+      device(on),
+      max_tokens(most),
+      step(step_shape(shape, config, given, batch, most)),
+      pool(pool_options(shape, config)),
+      layers(static_cast<std::size_t>(shape.num_layers)),
+      jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
+  const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
+  const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
+  scratch_memory = gpu::Buffer(scratch_bytes, start.get());
+  gpu::place(step, scratch_memory.data(), scratch);
+  // Kernels ask for some of it before they know whether they need it.
+  gpu::fill(scratch_memory.data(), 0, scratch_bytes, start.get());
+  for (Layer& layer : layers) {
+    layer.memory = gpu::Buffer(layer_bytes, start.get());
+    gpu::place(step, layer.memory.data(), layer.state);
+    // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
+    gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
+    gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * 4 * step.pairs(), start.get());
+    layer.pages.resize(static_cast<std::size_t>(batch));
+    layer.order.resize(static_cast<std::size_t>(batch));
+    layer.building.resize(static_cast<std::size_t>(batch));
   }
-  // Steps that are under way read the pages.
-  ~Impl() { gpu::synchronize_device(); }
-
-  struct Layer {
-    gpu::Buffer memory;
-    gpu::LayerState state;
-    std::vector<PageSet> pages;  // [B] of all heads, [Hkv, N / S]
-    JobGroup job;                // builds that were not waited for
-    bool pending = false;        // there are some
-    std::vector<char> building;  // [B] of this sequence
-  };
-
-  Layer& layer_of(int layer) {
-    if (layer < 0 || layer >= shape.num_layers) {
-      throw InvalidArgument(
-          message("layer must be from 0 to ", shape.num_layers - 1, ", got ", layer));
-    }
-    return layers[static_cast<std::size_t>(layer)];
-  }
-  void check_sequence(const char* name, int sequence) const {
-    if (sequence < 0 || sequence >= step.batch) {
-      throw InvalidArgument(
-          message(name, " must be from 0 to ", step.batch - 1, ", got ", sequence));
-    }
-  }
-  void check_view(const char* name, const TensorView& view, int heads, std::int64_t tokens) const {
-    const std::int64_t aligned = 16 / static_cast<std::int64_t>(size_of(shape.dtype));
-    if (view.dtype != shape.dtype || view.heads != heads || view.dim != shape.head_dim ||
-        view.tokens < 1 || (tokens > 0 && view.tokens != tokens)) {
-      throw InvalidArgument(message(name, " must be [", heads, ", ",
-                                    tokens > 0 ? std::to_string(tokens) : "T", ", ", shape.head_dim,
-                                    "] of ", name_of(shape.dtype), ", got [", view.heads, ", ",
-                                    view.tokens, ", ", view.dim, "] of ", name_of(view.dtype)));
-    }
-    if (view.head_stride % aligned != 0 || view.token_stride % aligned != 0 ||
-        reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) {
-      throw InvalidArgument(
-          message(name, " must have strides and an address that are multiples of 16 bytes"));
-    }
-  }
-
-  const CacheShape shape;
-  const Config config;  // resolved
-  const int device;
-  const std::int64_t max_tokens;
-  const gpu::StepShape step;
-  PagePool pool;
-  gpu::OwnStream start;  // of the memory below
-  gpu::Buffer scratch_memory;
-  gpu::StepScratch scratch;
-  std::vector<Layer> layers;
-  ThreadPool jobs;  // last: its threads use all of the above
-};
+  gpu::synchronize(start.get());
+}
 
 DeviceCache::DeviceCache(const CacheShape& shape, const Config& config, int batch,
                          std::int64_t max_tokens, int device) {
@@ -183,7 +120,7 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
     const gpu::DeviceScope on(self.device);
     const gpu::OwnStream build;
     ready->wait_on(build.get());
-    DeviceBuild(p, build.get()).run(layer.pages[sequence].table());
+    layer.order[sequence] = DeviceBuild(p, build.get()).run(layer.pages[sequence].table());
   });
 }
 
@@ -217,79 +154,6 @@ void DeviceCache::step(int layer_number, const void* queries, const void* keys, 
   gpu::launch_step(params, stream);
 }
 
-void DeviceCache::rebuild(int layer_number, int sequence, Stream stream) {
-  Impl& self = *impl_;
-  const gpu::StepShape& s = self.step;
-  const std::int64_t tokens = length(layer_number, sequence, stream);
-  if (tokens <= s.near_rows()) return;
-  const gpu::DeviceScope here(self.device);
-  const std::int64_t d = s.head_dim;
-  const auto bytes = static_cast<std::size_t>(tokens * s.kv_heads * d) * size_of(s.dtype);
-  const gpu::Buffer keys(bytes, stream), values(bytes, stream);
-  gather(layer_number, sequence, keys.data(), values.data(), stream);
-  const auto view = [&](void* data, int heads, std::int64_t rows) {
-    return TensorView{data, s.dtype, heads, rows, d, rows * d, d};
-  };
-  auto* queries = static_cast<std::byte*>(self.layers[layer_number].state.recent_queries) +
-                  std::int64_t{sequence} * s.kv_heads * s.group * gpu::kRecentQueries * d *
-                      static_cast<std::int64_t>(size_of(s.dtype));
-  // The ring is read before the build writes it: a copy.
-  const std::int64_t rows = std::int64_t{s.kv_heads} * s.group;
-  const auto query_bytes =
-      static_cast<std::size_t>(rows * gpu::kRecentQueries * d) * size_of(s.dtype);
-  const gpu::Buffer recent(query_bytes, stream);
-  gpu::copy_on_device(recent.data(), queries, query_bytes, stream);
-  prefill(layer_number, sequence, view(keys.data(), s.kv_heads, tokens),
-          view(values.data(), s.kv_heads, tokens),
-          view(recent.data(), static_cast<int>(rows), gpu::kRecentQueries), stream);
-  wait(layer_number);
-}
-
-void DeviceCache::fork(int sequence, int from, Stream stream) {
-  Impl& self = *impl_;
-  const gpu::StepShape& s = self.step;
-  self.check_sequence("sequence", sequence);
-  self.check_sequence("from", from);
-  if (sequence == from) return;
-  const gpu::DeviceScope here(self.device);
-  for (int number = 0; number < self.shape.num_layers; ++number) {
-    Impl::Layer& layer = self.layers[number];
-    const PageSet& source = layer.pages[from];
-    if (source.size() == 0) {
-      throw InvalidArgument(message("from must be a sequence that holds tokens, got ", from));
-    }
-    const std::int64_t tokens =
-        std::max<std::int64_t>(0, length(number, from, stream) - s.near_rows());
-    const auto full = static_cast<std::size_t>(tokens / s.page_size);
-    const auto pages = static_cast<std::size_t>(s.pages());
-    PageSet own(source, full, pages, {sequence, number, -1});
-    for (std::size_t i = full; i < own.size() && tokens % s.page_size != 0; i += pages) {
-      std::memcpy(own.data(i), source.data(i), self.pool.page_bytes());
-    }
-    const std::vector<std::byte*> table = own.table();
-    layer.pages[sequence] = std::move(own);
-    const std::int64_t pair = static_cast<std::int64_t>(sequence) * s.kv_heads;
-    gpu::copy_pairs(s, layer.state, static_cast<std::int64_t>(from) * s.kv_heads, pair, stream);
-    gpu::copy_to_device(layer.state.pages + pair * s.pages(), table.data(),
-                        table.size() * sizeof(std::byte*), stream);
-    gpu::synchronize(stream);
-  }
-}
-
-void DeviceCache::release(int sequence, Stream stream) {
-  Impl& self = *impl_;
-  self.check_sequence("sequence", sequence);
-  const gpu::DeviceScope here(self.device);
-  for (int number = 0; number < self.shape.num_layers; ++number) {
-    wait(number);
-    Impl::Layer& layer = self.layers[number];
-    gpu::fill(layer.state.lengths + sequence * self.step.kv_heads, 0xff,
-              sizeof(std::int32_t) * self.step.kv_heads, stream);
-  }
-  gpu::synchronize(stream);  // steps that read the pages
-  for (Impl::Layer& layer : self.layers) layer.pages[sequence] = PageSet();
-}
-
 std::int64_t DeviceCache::length(int layer_number, int sequence, Stream stream) {
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
@@ -301,22 +165,6 @@ std::int64_t DeviceCache::length(int layer_number, int sequence, Stream stream) 
                     stream);
   gpu::synchronize(stream);
   return std::max(0, tokens);
-}
-
-void DeviceCache::gather(int layer_number, int sequence, void* keys, void* values, Stream stream) {
-  Impl& self = *impl_;
-  const gpu::StepShape& s = self.step;
-  const std::int64_t tokens = length(layer_number, sequence, stream);
-  const gpu::DeviceScope here(self.device);
-  gpu::FetchParams p;
-  p.shape = s;
-  p.layer = self.layer_of(layer_number).state;
-  p.first_pair = sequence * s.kv_heads;
-  p.near = static_cast<int>(std::min<std::int64_t>(tokens, s.near_rows()));
-  p.indexed = static_cast<int>(tokens) - p.near;
-  p.keys = keys;
-  p.values = values;
-  gpu::launch_fetch(p, stream);
 }
 
 DeviceCacheStats DeviceCache::stats(int layer_number, int kv_head, Stream stream) {

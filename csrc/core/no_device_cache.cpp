@@ -40,6 +40,9 @@ void DeviceCache::rebuild(int, int, Stream) {
 void DeviceCache::fork(int, int, Stream) {
   refuse();
 }
+void DeviceCache::truncate(int, std::int64_t, Stream) {
+  refuse();
+}
 void DeviceCache::release(int, Stream) {
   refuse();
 }

@@ -3,7 +3,6 @@
 // Threads: none of its own; the pool's rules hold.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <utility>
 #include <vector>
@@ -45,9 +44,13 @@ class PageSet {
     return addresses;
   }
   std::size_t size() const { return ids_.size(); }
-  // Whether a fork has pages of this set, or it has pages of another.
-  bool is_shared() const {
-    return std::any_of(ids_.begin(), ids_.end(), [&](PageId id) { return !pool_->unique(id); });
+  // Whether a fork has pages of this set, or it has pages of another, leaving out the first `kept`
+  // of each `stride`.
+  bool is_shared(std::size_t kept = 0, std::size_t stride = 1) const {
+    for (std::size_t i = 0; i < ids_.size(); ++i) {
+      if (i % stride >= kept && !pool_->unique(ids_[i])) return true;
+    }
+    return false;
   }
 
  private:

@@ -57,17 +57,6 @@ void launch_order_start(const BuildParams& params, Stream stream);  // order = 0
 // Directions and sort keys of one level.
 void launch_level(const BuildParams& params, Stream stream);
 void launch_lay_out(const BuildParams& params, Stream stream);
-// What a prompt would be that leaves just this: sinks, index tokens in slot order, window in order
-// of position. keys, values [Hkv, near + indexed, D], contiguous.
-struct FetchParams {
-  StepShape shape;
-  LayerState layer;
-  int first_pair = 0, near = 0, indexed = 0;
-  void* keys = nullptr;
-  void* values = nullptr;
-};
-void launch_fetch(const FetchParams& params, Stream stream);
-
 // Sorts n (key, value) pairs by key, stably; the result is in keys_out and values_out. `room`: see
 // sort_room().
 std::size_t sort_room(std::int64_t n);

@@ -362,31 +362,4 @@ __global__ void __launch_bounds__(kBuildBlock) near_kernel(const BuildParams p) 
   if (threadIdx.x == 0) p.layer.lengths[x] = p.length;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kBuildBlock) fetch_kernel(const FetchParams p) {
-  const StepShape& s = p.shape;
-  const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / Vector<T>::kCount;
-  const std::int64_t all = static_cast<std::int64_t>(p.near + p.indexed) * vectors;
-  for (std::int64_t i = blockIdx.x * kBuildBlock + threadIdx.x; i < all;
-       i += static_cast<std::int64_t>(gridDim.x) * kBuildBlock) {
-    const auto row = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
-    const uint4 *key, *value;
-    const int token = row - s.sink_tokens;
-    if (token < 0 || token >= p.indexed) {
-      // Sinks and window: the row is the token's position.
-      const int near_row = token < 0 ? row : s.sink_tokens + token % s.window_tokens;
-      const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + near_row) * vectors;
-      key = static_cast<const uint4*>(p.layer.row_keys) + at;
-      value = static_cast<const uint4*>(p.layer.row_values) + at;
-    } else {
-      const std::byte* page =
-          p.layer.pages[static_cast<std::int64_t>(x) * s.pages() + token / s.page_size];
-      key = reinterpret_cast<const uint4*>(page) + token % s.page_size * vectors;
-      value = key + s.page_size * vectors;
-    }
-    static_cast<uint4*>(p.keys)[h * all + i] = key[v];
-    static_cast<uint4*>(p.values)[h * all + i] = value[v];
-  }
-}
-
 }  // namespace icecache::gpu

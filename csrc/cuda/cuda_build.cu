@@ -8,28 +8,6 @@
 #include "cuda/launch.h"
 
 namespace icecache::gpu {
-namespace {
-
-unsigned blocks_for(std::int64_t items, int per_block) {
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>((items + per_block - 1) / per_block, 1, 1024));
-}
-
-// Calls body with the element type.
-template <typename Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
-  }
-}
-
-}  // namespace
-
 std::vector<std::vector<std::int32_t>> bisection_levels(int n, int node_tokens) {
   std::vector<std::vector<std::int32_t>> levels;
   std::vector<std::int32_t> bounds = {0, n};
@@ -97,16 +75,6 @@ void launch_lay_out(const BuildParams& p, Stream stream) {
              stream, p);
     }
     launch("near", near_kernel<T>, dim3(heads), kBuildBlock, stream, p);
-  });
-}
-
-void launch_fetch(const FetchParams& p, Stream stream) {
-  if (p.near == 0) return;
-  with_type(p.shape.dtype, [&](auto type) {
-    launch("fetch", fetch_kernel<decltype(type)>,
-           dim3(blocks_for(static_cast<std::int64_t>(p.near + p.indexed) * 16, kBuildBlock),
-                static_cast<unsigned>(p.shape.kv_heads)),
-           kBuildBlock, stream, p);
   });
 }
 

@@ -1,7 +1,10 @@
 // Starting a kernel: one function for CUDA and for the emulator.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/gpu.h"
+#include "icecache/types.h"
 
 namespace icecache::gpu {
 
@@ -10,6 +13,25 @@ void check(cudaError_t status, const char* call);
 
 // Whether the current device starts chained kernels.
 bool can_chain();
+
+// Blocks for kernels whose blocks take several items each.
+inline unsigned blocks_for(std::int64_t items, int per_block) {
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>((items + per_block - 1) / per_block, 1, 1024));
+}
+
+// Calls body with the element type.
+template <typename Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
 
 // kernel(params). A chained kernel may start before the one ahead of it on the stream has ended,
 // and must begin with wait_for_earlier_kernel(); only devices of compute capability 9 and newer do

@@ -77,13 +77,18 @@ class DeviceCache {
 
   // Makes `sequence` a copy of `from` in every layer: full pages are shared, the rest is copied.
   void fork(int sequence, int from, Stream stream);
+  // Takes tokens back, so that the sequence holds the first `length`; layers that hold fewer keep
+  // theirs. Tokens that came one by one since the last build cost a kernel, those before them a
+  // build of what is left. Throws InvalidArgument for a length beyond the longest layer's;
+  // OutOfPages may leave some layers longer than others: call it again, or release.
+  void truncate(int sequence, std::int64_t length, Stream stream);
   // Empties a sequence in every layer.
   void release(int sequence, Stream stream);
 
   // Tokens of a sequence in a layer; waits for the stream.
   std::int64_t length(int layer, int sequence, Stream stream);
-  // Rows of a sequence in order of storage: sinks, pages, window. keys, values [Hkv, length, D]
-  // contiguous on the device.
+  // Tokens of a sequence in order of position: keys, values [Hkv, length, D], contiguous on the
+  // device.
   void gather(int layer, int sequence, void* keys, void* values, Stream stream);
   // Of one KV head; -1: of all.
   DeviceCacheStats stats(int layer, int kv_head, Stream stream);
@@ -96,6 +101,8 @@ class DeviceCache {
 
  private:
   struct Impl;
+  // Builds the index of the first `kept` of a sequence's `length` tokens.
+  void build_anew(int layer, int sequence, std::int64_t length, std::int64_t kept, Stream stream);
   std::unique_ptr<Impl> impl_;
 };
 

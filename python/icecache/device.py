@@ -200,6 +200,14 @@ class DeviceCache:
         """Makes `sequence` a copy of `source`; whole pages of host memory are shared."""
         self._cache.fork(sequence, source, self._stream())
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Takes tokens back, so that the sequence holds the first `length` in every layer.
+
+        Waits for the current stream. Tokens that came one by one since the last build cost a
+        kernel; a length within the tokens of that build, one more build.
+        """
+        self._cache.truncate(sequence, length, self._stream())
+
     def release(self, sequence: int) -> None:
         """Empties a sequence and gives its pages back. Waits for the current stream."""
         self._cache.release(sequence, self._stream())
@@ -216,7 +224,7 @@ class DeviceCache:
         return self._cache.length(layer, sequence, self._stream())
 
     def gather(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [Hkv, L, D] of a sequence, in the order in which they are stored."""
+        """Keys and values [Hkv, L, D] of a sequence, in order of position."""
         shape = (self.num_kv_heads, self.length(layer, sequence), self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         values = torch.empty(shape, dtype=self.dtype, device=self.device)

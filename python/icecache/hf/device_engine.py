@@ -12,7 +12,7 @@ from icecache import InvalidArgument
 from icecache.device import DeviceCache, rebuild_is_due
 
 _NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
-# In place of sequences: a slot has none; what a fork copies has gone on without it.
+# In place of sequences: a slot has none; what a fork copies is no longer what it was.
 _FREE, _LOST = -1, -2
 _ELSE = "or run the model on the CPU, or without icecache.enable"
 
@@ -56,6 +56,26 @@ class _Batch:
         for counts in (*self.lengths, *self.built):
             counts[slot] = counts[other]
 
+    def shorten(self, slot: int, length: int | None) -> bool:
+        """Leaves at most `length` tokens in every layer. Says whether there were more."""
+        if length is None or all(lengths[slot] <= length for lengths in self.lengths):
+            return False
+        self.cache.truncate(slot, length)
+        for counts in (*self.lengths, *self.built):
+            counts[slot] = min(counts[slot], length)
+        return True
+
+
+@dataclass
+class _Fork:
+    """A sequence without a slot: what it copies, and how many tokens of that (None: all)."""
+
+    source: int
+    length: int | None = None
+
+    def tokens(self) -> float:
+        return float("inf") if self.length is None else self.length
+
 
 class DeviceEngine:
     """Batches of sequences on one CUDA device, each batch in a DeviceCache of its own.
@@ -72,7 +92,7 @@ class DeviceEngine:
         self._settings = settings
         self._batches: list[_Batch] = []
         self._waiting: list[int] = []  # sequences without tokens
-        self._forks: dict[int, int] = {}  # sequences without a slot yet, and what they copy
+        self._forks: dict[int, _Fork] = {}
         self._past: dict[tuple[int, int], DeviceHeadStats] = {}  # of batches that are gone
         self._next = 0
         self._heads = int(settings["num_kv_heads"])
@@ -92,17 +112,22 @@ class DeviceEngine:
             return
         batch, slot = self._place(seq)
         batch.sequences[slot] = _FREE
-        heirs = [fork for fork, source in self._forks.items() if source == seq]
+        heirs = sorted(
+            (heir for heir, fork in self._forks.items() if fork.source == seq),
+            key=lambda heir: self._forks[heir].tokens(),
+        )
         if heirs:
-            batch.sequences[slot] = heirs[0]
-            del self._forks[heirs[0]]
-            for fork in heirs[1:]:
-                self._forks[fork] = heirs[0]
+            heir = heirs.pop()
+            batch.sequences[slot] = heir
+            for other in heirs:
+                self._forks[other].source = heir
+            batch.shorten(slot, self._forks.pop(heir).length)
             return
-        for fork, source in self._forks.items():
-            if source in batch.sequences:
-                batch.fork(slot, fork, source)
-                del self._forks[fork]
+        for heir, fork in self._forks.items():
+            if fork.source in batch.sequences:
+                batch.fork(slot, heir, fork.source)
+                del self._forks[heir]
+                batch.shorten(slot, fork.length)
                 return
         if any(other >= 0 for other in batch.sequences):
             batch.cache.release(slot)
@@ -116,21 +141,25 @@ class DeviceEngine:
 
     def fork(self, seq: int) -> int:
         self._place(seq)
-        self._forks[self._next] = seq
+        self._forks[self._next] = _Fork(seq)
         self._next += 1
         return self._next - 1
 
     def truncate(self, seq: int, length: int) -> None:
-        if seq in self._waiting or seq in self._forks:  # has taken nothing of its own
+        if seq in self._waiting:
             return
-        batch, slot = self._place(seq)
         if length == 0:
             self.release(seq)
             self._waiting.append(seq)
-        elif any(lengths[slot] != length for lengths in batch.lengths):
-            raise InvalidArgument(
-                f"crop: on a CUDA device tokens cannot be taken back (assisted generation); {_ELSE}"
-            )
+        elif seq in self._forks:
+            fork = self._forks[seq]
+            fork.length = int(min(fork.tokens(), length))
+        else:
+            batch, slot = self._place(seq)
+            if batch.shorten(slot, length):
+                for fork in self._forks.values():
+                    if fork.source == seq and fork.tokens() > length:
+                        fork.source = _LOST
 
     def append(self, seqs: Sequence[int], layer: int, keys: Any, values: Any) -> None:
         if all(seq in self._waiting for seq in seqs):
@@ -188,9 +217,9 @@ class DeviceEngine:
                 "past_key_values: on a CUDA device sequences that entered in different batches "
                 f"cannot continue in one; {_ELSE}"
             )
-        for fork, source in self._forks.items():
-            if source in seqs:
-                self._forks[fork] = _LOST
+        for fork in self._forks.values():
+            if fork.source in seqs:
+                fork.source = _LOST
         rows = None
         if slots != list(range(len(batch.sequences))):
             rows = batch.cache.rows_of(tuple((slot, row) for row, slot in enumerate(slots)))

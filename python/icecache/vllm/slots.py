@@ -101,11 +101,11 @@ class SlotEngine:
         self._free.append(seq)
 
     def truncate(self, seq: int, length: int) -> None:
-        """Raises InvalidArgument."""
-        raise InvalidArgument(
-            f"on a CUDA device tokens cannot be taken back, got {length} for "
-            f"{self._lengths[0][seq]}"
-        )
+        """Takes tokens back that the scheduler did not keep. Waits for the current stream."""
+        self.cache.truncate(seq, length)
+        for layer in range(self.num_layers):
+            for counts in (self._lengths[layer], self._built[layer]):
+                counts[seq] = min(counts[seq], length)
 
     def step_packed(
         self,

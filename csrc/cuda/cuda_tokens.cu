@@ -1,0 +1,23 @@
+#include "cuda/launch.h"
+#include "cuda/token_kernels.h"
+
+namespace icecache::gpu {
+
+void launch_fetch(const FetchParams& p, Stream stream) {
+  if (p.length == 0) return;
+  with_type(p.shape.dtype, [&](auto type) {
+    launch("fetch", fetch_kernel<decltype(type)>,
+           dim3(blocks_for(static_cast<std::int64_t>(p.length) * 16, kTokenBlock),
+                static_cast<unsigned>(p.shape.kv_heads)),
+           kTokenBlock, stream, p);
+  });
+}
+
+void launch_truncate(const TruncateParams& p, Stream stream) {
+  with_type(p.shape.dtype, [&](auto type) {
+    launch("truncate", truncate_kernel<decltype(type)>,
+           dim3(static_cast<unsigned>(p.shape.kv_heads)), kTokenBlock, stream, p);
+  });
+}
+
+}  // namespace icecache::gpu

@@ -1,0 +1,105 @@
+// The kernels of tokens.h. Device code: seen by cuda_tokens.cu alone.
+#pragma once
+
+#include "cuda/gpu.h"
+#include "cuda/step_common.h"
+#include "cuda/tokens.h"
+
+namespace icecache::gpu {
+
+constexpr int kTokenBlock = 256;
+
+// Where the key of an index token of pair x lies, in vectors; its value is a page's half behind.
+template <typename T>
+__device__ __forceinline__ const uint4* page_row(const StepShape& s, const LayerState& layer, int x,
+                                                 int token) {
+  const std::byte* page =
+      layer.pages[static_cast<std::int64_t>(x) * s.pages() + token / s.page_size];
+  return reinterpret_cast<const uint4*>(page) +
+         token % s.page_size * (s.head_dim / Vector<T>::kCount);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p) {
+  const StepShape& s = p.shape;
+  const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / Vector<T>::kCount;
+  const int indexed = max(0, p.length - s.near_rows());
+  const std::int64_t all = static_cast<std::int64_t>(p.length) * vectors;
+  for (std::int64_t i = blockIdx.x * kTokenBlock + threadIdx.x; i < all;
+       i += static_cast<std::int64_t>(gridDim.x) * kTokenBlock) {
+    const auto row = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
+    const uint4 *key, *value;
+    int position = row;
+    const int token = row - s.sink_tokens;
+    if (token >= 0 && token < indexed) {
+      key = page_row<T>(s, p.layer, x, token);
+      value = key + s.page_size * vectors;
+      if (token < p.arranged.count) {
+        position = s.sink_tokens +
+                   p.arranged.order[static_cast<std::int64_t>(h) * p.arranged.count + token];
+      }
+    } else {
+      const std::int64_t at =
+          (static_cast<std::int64_t>(x) * s.rows() + near_row(s, row)) * vectors;
+      key = static_cast<const uint4*>(p.layer.row_keys) + at;
+      value = static_cast<const uint4*>(p.layer.row_values) + at;
+    }
+    const std::int64_t to = h * all + static_cast<std::int64_t>(position) * vectors + v;
+    static_cast<uint4*>(p.keys)[to] = key[v];
+    static_cast<uint4*>(p.values)[to] = value[v];
+  }
+}
+
+// A block for each head.
+template <typename T>
+__global__ void __launch_bounds__(kTokenBlock) truncate_kernel(const TruncateParams p) {
+  const StepShape& s = p.shape;
+  const int x = p.first_pair + static_cast<int>(blockIdx.x), thread = threadIdx.x;
+  const int d = s.head_dim, vectors = d / Vector<T>::kCount;
+  const int indexed = max(0, p.kept - s.near_rows());
+
+  // The window of then, of which the ring holds what has not been displaced since.
+  const int first = max(s.sink_tokens, p.kept - s.window_tokens);
+  const int last = min(p.kept, p.length - s.window_tokens);
+  for (int i = thread; i < (last - first) * vectors; i += kTokenBlock) {
+    const int position = first + i / vectors, v = i % vectors;
+    const uint4* key = page_row<T>(s, p.layer, x, position - s.sink_tokens);
+    const std::int64_t to =
+        (static_cast<std::int64_t>(x) * s.rows() + near_row(s, position)) * vectors + v;
+    static_cast<uint4*>(p.layer.row_keys)[to] = key[v];
+    static_cast<uint4*>(p.layer.row_values)[to] = key[s.page_size * vectors + v];
+  }
+
+  // The node that is being filled, its values added up in the order in which they had come.
+  const int in_node = indexed % s.far_node_tokens, node = indexed / s.far_node_tokens;
+  for (int i = thread; i < d && in_node > 0; i += kTokenBlock) {
+    float sum = 0.0f;
+    for (int token = indexed - in_node; token < indexed; ++token) {
+      const auto* value =
+          reinterpret_cast<const T*>(page_row<T>(s, p.layer, x, token) + s.page_size * vectors);
+      sum += to_float(value[i]);
+    }
+    p.layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
+    static_cast<T*>(p.layer.means)[(static_cast<std::int64_t>(x) * s.nodes() + node) * d + i] =
+        from_float<T>(divide(sum, static_cast<float>(in_node)));
+  }
+
+  // Cached rows of tokens that are gone. Stamps are lengths: none may lie ahead.
+  std::int16_t* row_of = p.layer.row_of + static_cast<std::int64_t>(x) * s.token_room;
+  const std::int64_t cached = static_cast<std::int64_t>(x) * s.cached_rows;
+  for (int r = thread; r < s.cached_rows; r += kTokenBlock) {
+    std::int32_t& owner = p.layer.owner[cached + r];
+    std::int32_t& stamp = p.layer.stamp[cached + r];
+    if (owner >= indexed) {
+      row_of[owner] = -1;
+      owner = -1;
+      stamp = 0;
+      p.layer.has_value[cached + r] = 0;
+    } else {
+      stamp = min(stamp, p.kept);
+    }
+  }
+  if (thread == 0) p.layer.lengths[x] = p.kept;
+}
+
+}  // namespace icecache::gpu
