@@ -75,11 +75,12 @@ def test_full_budget_is_full_attention() -> None:
             expected = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
             torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     assert cache.length(1, 1) == 240
-    keys, _ = cache.gather(0, 1)
-    assert torch.equal(
-        keys.float().sum(dim=2).sort(dim=1).values,
-        held[0][0][1].float().sum(dim=2).sort(dim=1).values,
-    )
+    assert torch.equal(cache.gather(0, 1)[0], held[0][0][1])
+    with pytest.raises(icecache.InvalidArgument, match="length must be from 0 to 240"):
+        cache.truncate(1, 241)
+    cache.truncate(1, 190)
+    for rows, whole in zip(cache.gather(0, 1), held[0], strict=True):
+        assert torch.equal(rows, whole[1, :, :190])
 
 
 @gpu

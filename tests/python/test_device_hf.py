@@ -137,6 +137,58 @@ def test_a_copy_takes_the_place_of_what_it_copies(model: LlamaForCausalLM) -> No
         model(words(2, 1), past_key_values=late)
 
 
+@pytest.mark.parametrize("cut", [3, 20, 60])  # of a turn, all that came after the prompt, and more
+def test_cropped_tokens_make_room_for_others(model: LlamaForCausalLM, cut: int) -> None:
+    prompt, turn, steps = words(2, 150), words(2, 20, seed=2), words(2, 5, seed=3)
+    kept = torch.cat([prompt, turn], dim=1)[:, : 170 - cut]
+    expected = model(torch.cat([kept, steps], dim=1)).logits[:, -5:]
+    icecache.enable(model, token_budget=400)
+    cache = model(prompt, use_cache=True).past_key_values
+    model(turn, past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    cache.crop(-cut)
+    assert cache.get_seq_length() == 170 - cut
+    found = model(steps, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    cache.reset()
+    with pytest.raises(icecache.InvalidArgument, match="a batch keeps its number of sequences"):
+        model(steps, past_key_values=twin)  # what it copied is no longer there
+
+
+def test_a_copy_is_cropped_before_it_has_a_place(model: LlamaForCausalLM) -> None:
+    prompt, steps = words(2, 150), words(2, 5, seed=3)
+    expected = model(torch.cat([prompt[:, :130], steps], dim=1)).logits[:, -5:]
+    icecache.enable(model, token_budget=400)
+    cache = model(prompt, use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    twin.crop(-20)
+    cache.crop(-10)  # which the copy does not need
+    cache.reset()
+    found = model(steps, past_key_values=twin).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_assisted_generation_is_greedy_generation(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = words(1, 40).repeat(1, 4)  # so that its own n-grams are drafts
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    icecache.enable(model, token_budget=400, max_tokens=256)
+    expected = model.generate(prompt, **settings)
+    rejected = []
+    truncate = icecache.DeviceCache.truncate
+
+    def counted(self: icecache.DeviceCache, sequence: int, length: int) -> None:
+        rejected.append(length)
+        truncate(self, sequence, length)
+
+    monkeypatch.setattr(icecache.DeviceCache, "truncate", counted)
+    found = model.generate(prompt, prompt_lookup_num_tokens=5, **settings)
+    assert torch.equal(found, expected)
+    assert rejected
+    assert icecache.stats(model).memory.sequences == 0
+
+
 def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
     with pytest.raises(icecache.InvalidArgument, match="index must be tree, got dci"):
         icecache.enable(model, index="dci")
@@ -146,8 +198,6 @@ def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
     prompt = words(1, 100)
     output = model(prompt, use_cache=True)
     cache = output.cache if hasattr(output, "cache") else output.past_key_values
-    with pytest.raises(icecache.InvalidArgument, match="crop: on a CUDA device"):
-        cache.crop(-3)
     with pytest.raises(icecache.InvalidArgument, match="a batch keeps its number of sequences"):
         model(words(1, 1), past_key_values=copy.deepcopy(cache))
     assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 104)

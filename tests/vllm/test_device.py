@@ -180,6 +180,14 @@ def test_more_than_a_token_behind_a_prompt_is_refused(engine: SlotEngine) -> Non
     step(engine, {first: 10}, Phase.PROMPT_END)
     with pytest.raises(InvalidArgument, match="got 2 tokens behind 30"):
         step(engine, {first: 2})
-    with pytest.raises(InvalidArgument, match="cannot be taken back"):
-        engine.truncate(first, 3)
     assert engine.cache.length(0, first) == 30
+
+
+def test_tokens_are_taken_back(engine: SlotEngine) -> None:
+    first = engine.new_sequence()
+    step(engine, {first: 300}, Phase.PROMPT_END)
+    step(engine, {first: 1})
+    for length in (300, 280):  # what came after the prompt, and some of that
+        engine.truncate(first, length)
+        assert step(engine, {first: 1}).isfinite().all()
+        assert engine.cache.length(0, first) == length + 1
