@@ -11,6 +11,7 @@ from typing import Any
 import bench_build
 import bench_generate
 import bench_kernels
+import bench_row_cache
 import bench_search
 import hf_models
 import plots
@@ -90,6 +91,26 @@ def test_searches(tmp_path: Path) -> None:
     ours = found["search_recall_icecache_1k"]["value"]
     assert found["search_recall_ivf_1k"]["value"] > ours - 0.1
     assert found["search_us_ivf_1k"]["params"]["nprobe"]
+
+
+def test_a_row_cache_forgets_the_longest_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_row_cache, "CANDIDATES", 2)
+    monkeypatch.setattr(bench_row_cache, "FILLING", 1)
+    # Candidates are the first two; the third is the runner-up.
+    best = [[0, 1, 2], [2, 1, 5], [0, 5, 9], [0, 5, 9]]
+    assert bench_row_cache.play(best, 2, 0) == (3 / 6, 3 / 6)  # 2, then 0 and 5
+    assert bench_row_cache.play(best, 9, 0) == (2 / 6, 2 / 6)  # 2 and 5
+    assert bench_row_cache.play(best, 9, 1) == (0, 2 / 6)  # 5 and 9, before anyone wanted them
+
+
+@pytest.mark.model
+def test_row_caches(tmp_path: Path) -> None:
+    path = tmp_path / "row_cache.json"
+    result = run(bench_row_cache.main, "--lengths", "1024", "--steps", "20", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    found = written(path)
+    few, many = (found[f"row_cache_missing_1k_{kept}_steps_0_more"]["value"] for kept in (2, 6))
+    assert 0 <= many < few < 1
 
 
 def test_recall_counts_the_best_of_what_was_found() -> None:
