@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, Any
 
 import icecache
 import typer
@@ -98,7 +98,7 @@ def main(
                 table.add_row(
                     f"{length:,}", f"{kept} steps'", str(more), f"{missing:.1%}", f"{moved:.1%}"
                 )
-                params = {"length": length, "rows": kept * CANDIDATES, "runners_up": more}
+                params: dict[str, Any] = {"length": length, "rows": kept * CANDIDATES, "runners_up": more}
                 params |= {"layers": LAYERS, "heads": len(pairs), "steps": steps - FILLING}
                 name = f"{size(length)}_{kept}_steps_{more}_more"
                 results.append(Result(f"row_cache_missing_{name}", missing, "share", params))
