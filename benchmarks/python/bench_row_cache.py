@@ -98,8 +98,9 @@ def main(
                 table.add_row(
                     f"{length:,}", f"{kept} steps'", str(more), f"{missing:.1%}", f"{moved:.1%}"
                 )
-                params: dict[str, Any] = {"length": length, "rows": kept * CANDIDATES, "runners_up": more}
-                params |= {"layers": LAYERS, "heads": len(pairs), "steps": steps - FILLING}
+                params: dict[str, Any] = {"rows": kept * CANDIDATES, "runners_up": more}
+                params |= {"length": length, "layers": LAYERS, "heads": len(pairs)}
+                params |= {"steps": steps - FILLING}
                 name = f"{size(length)}_{kept}_steps_{more}_more"
                 results.append(Result(f"row_cache_missing_{name}", missing, "share", params))
                 results.append(Result(f"row_cache_moved_{name}", moved, "share", params))
