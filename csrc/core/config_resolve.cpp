@@ -138,12 +138,12 @@ void resolve_index(Config& config, const CacheShape& shape) {
   }
 
   require("candidates", config.candidates, 0, kMaxTokens);
-  if (config.candidates == 0) {
-    // Never fewer than may be picked, or the budget could not be filled.
-    const std::int64_t picked = picked_tokens(config);
-    config.candidates = std::max(picked, std::clamp(2 * picked, kFewCandidates, kManyCandidates));
-  }
   const std::int64_t picked = config.token_budget - config.sink_tokens - config.window_tokens;
+  if (config.candidates == 0) {
+    // Never fewer than the budget, or it could not be filled; mass_target finds more as it goes.
+    const std::int64_t few = config.mass_target > 0.0 ? kManyCandidates : kFewCandidates;
+    config.candidates = std::max(picked, std::clamp(2 * picked, few, kManyCandidates));
+  }
   if (config.candidates < picked) {
     throw InvalidArgument(
         message("candidates must be at least token_budget - sink_tokens - window_tokens = ",

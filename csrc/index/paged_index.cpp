@@ -197,7 +197,32 @@ std::int64_t PagedIndex::rescore(const SelectRequest& request, Candidates& candi
 }
 
 std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {
-  return std::max<std::int64_t>(config().candidates, request.max_budget);
+  const bool few_at_first = finds_by_scores() && config().select == "token";
+  return std::max<std::int64_t>(config().candidates,
+                                few_at_first ? request.budget : request.max_budget);
+}
+
+bool PagedIndex::find_more(const SelectRequest& request, SketchScores* scores,
+                           Candidates& candidates) const {
+  thread_local std::vector<std::int32_t> more_buffer, all_buffer;
+  std::vector<std::int32_t>&more = more_buffer, &all = all_buffer;
+  const auto count = static_cast<std::int64_t>(candidates.size());
+  const std::int64_t wanted = std::min<std::int64_t>(request.max_budget, 2 * count) - count;
+  if (scores == nullptr || wanted <= 0) return false;
+  float known[kMaxGroup];
+  for (int g = 0; g < request.group; ++g) {
+    known[g] = log_add(request.near_lse[g], candidates.max[g] + std::log(candidates.sum[g]));
+  }
+  scores->top(known, wanted, more);
+  if (more.empty()) return false;
+  all.resize(candidates.size() + more.size());
+  std::merge(candidates.slots.begin(), candidates.slots.end(), more.begin(), more.end(),
+             all.begin());
+  candidates.slots.swap(all);
+  const std::int64_t bytes = rescore(request, candidates);
+  candidates.bytes += bytes / static_cast<std::int64_t>(candidates.size()) *
+                      static_cast<std::int64_t>(more.size());  // the others' keys are at hand
+  return true;
 }
 
 void PagedIndex::select(const SelectRequest& request, Selection& selection) const {
@@ -235,11 +260,12 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
       find(request, scores, candidates);
     }
     candidates.bytes += rescore(request, candidates);
-    if (scores != nullptr) {
-      scores->exclude(candidates.slots);
-      if (request.mass_target > 0.0) scores->log_totals(candidates.rest_lse.data());
-    }
-    pick(request, candidates);
+    do {
+      if (scores != nullptr) {
+        scores->exclude(candidates.slots);
+        if (request.mass_target > 0.0) scores->log_totals(candidates.rest_lse.data());
+      }
+    } while (pick(request, candidates) && find_more(request, scores, candidates));
   }
   // Whole pages brought more candidates.
   if (scores != nullptr && config().select == "page") scores->exclude(candidates.slots);

@@ -67,6 +67,8 @@ class PagedIndex : public SemanticIndex {
   // Called once, when page p of the arrangement is local page p.
   virtual void built(const float* keys, const float* coordinates,
                      const Arrangement& arrangement) = 0;
+  // Whether find() takes the tokens of the best scores, so that more of them can follow.
+  virtual bool finds_by_scores() const { return false; }
   // Called where there are more tokens than wanted_candidates(); finds about that many. `scores` is
   // null without sketches.
   virtual void find(const SelectRequest& request, SketchScores* scores,
@@ -101,7 +103,8 @@ class PagedIndex : public SemanticIndex {
   int node_count() const { return static_cast<int>(pages_of_node_.size()); }
   const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
   const TokenSpace& space() const { return space_; }
-  // Tokens that get an exact score; at least what may be picked.
+  // Tokens that get an exact score at first; at least the budget, and where no more can follow,
+  // what mass_target may pick.
   std::int64_t wanted_candidates(const SelectRequest& request) const;
   // Pages per far-field node as built.
   int node_pages() const;
@@ -111,8 +114,11 @@ class PagedIndex : public SemanticIndex {
   void shrink_node(int node);
   // Exact logits of the candidates, and what they weigh. Returns the bytes read.
   std::int64_t rescore(const SelectRequest& request, Candidates& candidates) const;
+  // Twice as many candidates as there are, at most what may be picked; false: there are no more.
+  bool find_more(const SelectRequest& request, SketchScores* scores, Candidates& candidates) const;
   // Fills `picked` within the budget; picking whole pages adds their tokens to the candidates.
-  void pick(const SelectRequest& request, Candidates& candidates) const;
+  // Returns whether all candidates are picked and mass_target asks for more.
+  bool pick(const SelectRequest& request, Candidates& candidates) const;
   void complete_pages(const SelectRequest& request, Candidates& candidates) const;
   // Picks, tokens and logits of the selection.
   void take_picked(const Candidates& candidates, int group, Selection& selection) const;

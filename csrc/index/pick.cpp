@@ -46,7 +46,7 @@ void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<char>
 // Candidates are worth their attention mass, normalised per head over sink, window and candidates
 // and summed over the group. A page is worth its best member. With mass_target the ranking is
 // followed past the budget until every head's estimated share is reached.
-void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) const {
+bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) const {
   thread_local std::vector<float> mass_buffer;
   std::vector<float>& mass = mass_buffer;
   const auto count = static_cast<std::int64_t>(candidates.size());
@@ -63,7 +63,10 @@ void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
     total[g] = log_add(known, candidates.rest_lse[g]);
     share[g] = std::exp(request.near_lse[g] - total[g]);
   }
-  if (!by_page && !by_mass) return mark_largest(mass, request.budget, candidates.picked);
+  if (!by_page && !by_mass) {
+    mark_largest(mass, request.budget, candidates.picked);
+    return false;
+  }
 
   thread_local std::vector<std::int32_t> ranking_buffer;
   std::vector<std::int32_t>& ranking = ranking_buffer;
@@ -76,14 +79,13 @@ void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
   std::sort(ranking.begin(), ranking.end(), better);
   const int limit = by_mass ? request.max_budget : request.budget;
   const auto page_of = [&](std::int64_t i) { return table_.page_of(candidates.slots[i]); };
+  const auto is_reached = [&] {
+    return std::all_of(share, share + request.group,
+                       [&](float x) { return x >= request.mass_target; });
+  };
   int tokens = 0;
   for (const std::int32_t i : ranking) {
-    if (tokens >= limit) break;
-    if (tokens >= request.budget && std::all_of(share, share + request.group, [&](float x) {
-          return x >= request.mass_target;
-        })) {
-      break;
-    }
+    if (tokens >= limit || (tokens >= request.budget && is_reached())) break;
     if (candidates.picked[i] == 0) {
       const int cost = by_page ? table_.count(page_of(i)) : 1;
       if (tokens + cost > limit) continue;
@@ -102,6 +104,7 @@ void PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
     }
   }
   if (by_page) complete_pages(request, candidates);
+  return by_mass && !by_page && tokens < limit && !is_reached();
 }
 
 // Tokens of picked pages that were no candidates become some.

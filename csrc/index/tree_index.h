@@ -19,6 +19,7 @@ class TreeIndex : public PagedIndex {
 
  protected:
   bool has_sketches() const override { return true; }
+  bool finds_by_scores() const override { return true; }
   Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
   void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override;
   void find(const SelectRequest& request, SketchScores* scores,

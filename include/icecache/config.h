@@ -27,8 +27,8 @@ namespace icecache {
   X(int, sketch_rank, 32, "dims", "directions kept in the sketch of a key; a multiple of 8")      \
   X(int, sketch_bits, 4, "bits", "bits of one sketch coordinate: 4 or 8")                         \
   X(int, candidates, 0, "tokens",                                                                 \
-    "tokens found by sketch and rescored with their exact keys; 0: twice as many as may be "      \
-    "picked, from 320 to 512, or as many as may be picked")                                       \
+    "tokens found by sketch and rescored with their exact keys; 0: twice as many as the budget "  \
+    "picks, from 320 (with mass_target 512) to 512, or as many as it picks")                      \
   X(int, far_node_tokens, 0, "tokens",                                                            \
     "tokens that share one far-field summary; 0: 32 at budgets up to 128, else 64")               \
   X(text, dense_layers, "", "", "layers that always attend in full, e.g. \"0,1\"")                \
@@ -36,7 +36,7 @@ namespace icecache {
     "sequences of up to this many tokens attend in full; 0: token_budget. On a CPU that is as "   \
     "fast as selecting up to about 1,500")                                                        \
   X(real, mass_target, 0.0, "",                                                                   \
-    "0: off; else pages are added past token_budget until this share of the attention mass")      \
+    "0: off; else tokens are added past token_budget until this share of the attention mass")     \
   X(int, max_token_budget, 0, "tokens", "bound of mass_target; 0: 4 x token_budget")              \
   X(flag, exact, false, "", "attend to every token: full attention through the same engine")      \
   X(int, decode_tokens, 32, "tokens",                                                             \
