@@ -52,7 +52,7 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
   const auto count = static_cast<std::int64_t>(candidates.size());
   const bool by_page = config().select == "page", by_mass = request.mass_target > 0.0;
   mass.assign(count, 0.0f);
-  float total[kMaxGroup], share[kMaxGroup];
+  float weight_share[kMaxGroup], share[kMaxGroup];
   for (int g = 0; g < request.group; ++g) {
     const float known =
         log_add(request.near_lse[g], candidates.max[g] + std::log(candidates.sum[g]));
@@ -60,8 +60,9 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
     if (known > -INFINITY) {
       simd::kernels().axpy(std::exp(candidates.max[g] - known), weights, mass.data(), count);
     }
-    total[g] = log_add(known, candidates.rest_lse[g]);
-    share[g] = std::exp(request.near_lse[g] - total[g]);
+    const float total = log_add(known, candidates.rest_lse[g]);
+    share[g] = std::exp(request.near_lse[g] - total);
+    weight_share[g] = std::exp(candidates.max[g] - total);
   }
   if (!by_page && !by_mass) {
     mark_largest(mass, request.budget, candidates.picked);
@@ -76,7 +77,9 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
     return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
   };
   candidates.picked.assign(count, 0);
-  std::sort(ranking.begin(), ranking.end(), better);
+  // In what order tokens within the budget are picked does not matter.
+  const std::int64_t unordered = by_page ? 0 : std::min<std::int64_t>(request.budget, count);
+  std::nth_element(ranking.begin(), ranking.begin() + unordered, ranking.end(), better);
   const int limit = by_mass ? request.max_budget : request.budget;
   const auto page_of = [&](std::int64_t i) { return table_.page_of(candidates.slots[i]); };
   const auto is_reached = [&] {
@@ -84,8 +87,10 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
                        [&](float x) { return x >= request.mass_target; });
   };
   int tokens = 0;
-  for (const std::int32_t i : ranking) {
+  for (std::int64_t n = 0; n < count; ++n) {
     if (tokens >= limit || (tokens >= request.budget && is_reached())) break;
+    if (n == unordered) std::sort(ranking.begin() + n, ranking.end(), better);
+    const std::int32_t i = ranking[n];
     if (candidates.picked[i] == 0) {
       const int cost = by_page ? table_.count(page_of(i)) : 1;
       if (tokens + cost > limit) continue;
@@ -100,7 +105,7 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
       }
     }
     for (int g = 0; g < request.group; ++g) {
-      share[g] += std::exp(candidates.logits[g * count + i] - total[g]);
+      share[g] += weight_share[g] * candidates.weights[g * count + i];
     }
   }
   if (by_page) complete_pages(request, candidates);

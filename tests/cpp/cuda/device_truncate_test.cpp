@@ -34,12 +34,12 @@ struct Cut {
 
 // Bit for bit: cached rows may be others, but no result depends on them.
 TEST_F(DeviceCacheTest, TakenBackIsAsIfNeverSaid) {
-  for (const Cut& cut : {Cut{300, 0, 5, 20},     // all that came after the prompt
-                         Cut{300, 30, 3, 24},    // a draft
-                         Cut{300, 30, 20, 24},   // more than a window
-                         Cut{300, 20, 100, 10},  // several nodes
-                         Cut{9, 6, 30, 24},      // a short prompt: to less than sinks and window
-                         Cut{9, 60, 2, 10, DType::kBFloat16}}) {
+  for (const Cut& cut : {Cut{300, 0, 5, 12},   // all that came after the prompt
+                         Cut{300, 20, 3, 12},  // a draft
+                         Cut{300, 6, 30, 12},  // more than a window
+                         Cut{300, 2, 70, 4},   // more than a node
+                         Cut{9, 6, 30, 16},    // a short prompt: to less than sinks and window
+                         Cut{300, 4, 2, 6, DType::kBFloat16}}) {
     Case setup;
     setup.dtype = cut.dtype;
     setup.batch = 1;
@@ -63,15 +63,16 @@ TEST_F(DeviceCacheTest, TakenBackIsAsIfNeverSaid) {
 
 TEST_F(DeviceCacheTest, TokensOfAPromptAreTakenBack) {
   Case setup;
+  setup.kv_heads = 1;
   setup.budget = 512;
   Talk talk(setup, 800);
   talk.prefill(0, 400);
-  talk.prefill(1, 500);
-  for (int t = 0; t < 30; ++t) talk.step();
+  talk.prefill(1, 450);
+  for (int t = 0; t < 8; ++t) talk.step();
   for (const int kept : {390, 300, 20, 3}) {
     talk.truncate(0, kept);
     talk.expect_complete(0);
-    for (int t = 0; t < 12; ++t) {
+    for (int t = 0; t < 5; ++t) {
       const Rows out = talk.step();
       ASSERT_LT(talk.error(out, 0), rounding(setup.dtype)) << kept;
     }
@@ -85,13 +86,13 @@ TEST_F(DeviceCacheTest, WhatIsTakenBackStaysWithAFork) {
   setup.kv_heads = 1;
   Talk talk(setup, 1200);
   talk.prefill(0, 300);
-  for (int t = 0; t < 120; ++t) talk.step({0, -1});
+  for (int t = 0; t < 50; ++t) talk.step({0, -1});
   talk.cache->fork(1, 0, nullptr);
   talk.keys[1] = talk.keys[0];
   talk.values[1] = talk.values[0];
-  talk.truncate(0, 340);  // into pages that both hold
+  talk.truncate(0, 320);  // into pages that both hold
   talk.expect_complete(1);
-  for (int t = 0; t < 70; ++t) {
+  for (int t = 0; t < 30; ++t) {
     const Rows out = talk.step();
     ASSERT_LT(talk.error(out, 0), 0.15);
     ASSERT_LT(talk.error(out, 1), 0.15);
