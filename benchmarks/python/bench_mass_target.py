@@ -11,9 +11,7 @@ over steps and heads, then prompts. "us" is attention of one head in a step, sel
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -23,17 +21,15 @@ import typer
 from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
 from icecache.bench.prefill import prefill
-from icecache.bench.prompts import default_prompts
 from icecache.bench.quality import kl_divergence, teacher_forced
 from icecache.bench.report import Result, machine, write_json
 from icecache.models.local import load_model
+from quality_prompts import DATA, check_data, quality_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 STEPS = 24
-_BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
-DATA = Path(os.environ.get("ICECACHE_SHARED", _BESIDE)) / "data"
 
 
 @dataclass
@@ -86,12 +82,10 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 18,
 ) -> None:
     """Measure KL to full attention against tokens attended; takes ten minutes."""
-    if not (data / "longbench_mini").is_dir():
-        raise icecache.InvalidArgument(f"--data must hold longbench_mini/ and text/, got {data}")
+    check_data(data)
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
     decoder = Decoder(model)
-    essays = data / "text" / "PaulGrahamEssays.json"
-    wanted = list(islice(default_prompts(tokenizer, data / "longbench_mini", essays), prompts))
+    wanted = quality_prompts(tokenizer, data, prompts)
     compared = ways()
     console = Console()
     for prompt in track(wanted, "prompts", console=console, transient=True):

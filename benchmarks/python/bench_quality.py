@@ -10,8 +10,6 @@ over prompts. Needles count when a method finds them decoding freely.
 
 from __future__ import annotations
 
-import os
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +19,17 @@ import typer
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import METHODS, find_methods
 from icecache.bench.prefill import Prefill, load, prefill, save
-from icecache.bench.prompts import Prompt, default_prompts
+from icecache.bench.prompts import Prompt
 from icecache.bench.quality import DecodeStats, decode_stats
 from icecache.bench.report import machine, write_json
 from icecache.bench.summary import broken_bounds, lines, results
 from icecache.models.local import load_model
+from quality_prompts import DATA, check_data, quality_prompts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 STEPS = 24
-_BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
-DATA = Path(os.environ.get("ICECACHE_SHARED", _BESIDE)) / "data"
 
 console = Console()
 
@@ -58,8 +55,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Fail where a bound is broken.")] = False,
 ) -> None:
     """Measure KL to full attention, agreement and needles of every method and budget."""
-    if not (data / "longbench_mini").is_dir():
-        raise icecache.InvalidArgument(f"--data must hold longbench_mini/ and text/, got {data}")
+    check_data(data)
     sizes = [int(text) for text in budgets.split(",")]
     names = [name for name in methods.split(",") if name]
     fields = dict(setting.split("=", 1) for setting in settings or [])
@@ -69,8 +65,7 @@ def main(
     ]
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
     decoder = Decoder(model)
-    essays = data / "text" / "PaulGrahamEssays.json"
-    wanted = list(islice(default_prompts(tokenizer, data / "longbench_mini", essays), prompts))
+    wanted = quality_prompts(tokenizer, data, prompts)
     stats: list[DecodeStats] = []
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=len(wanted) * (1 + len(sizes)))

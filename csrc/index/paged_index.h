@@ -4,6 +4,7 @@
 // found.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -57,6 +58,8 @@ class PagedIndex : public SemanticIndex {
     std::vector<char> picked;  // [slots]
     std::int64_t bytes = 0;    // read to find them
     std::size_t size() const { return slots.size(); }
+    // Exact log weight of all of them, for one head.
+    float lse(int g) const { return max[g] + std::log(sum[g]); }
   };
 
   // Whether keys are sketched: where the far field needs to know what tokens weigh.

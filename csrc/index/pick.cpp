@@ -54,8 +54,7 @@ bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) cons
   mass.assign(count, 0.0f);
   float weight_share[kMaxGroup], share[kMaxGroup];
   for (int g = 0; g < request.group; ++g) {
-    const float known =
-        log_add(request.near_lse[g], candidates.max[g] + std::log(candidates.sum[g]));
+    const float known = log_add(request.near_lse[g], candidates.lse(g));
     const float* weights = candidates.weights.data() + g * count;
     if (known > -INFINITY) {
       simd::kernels().axpy(std::exp(candidates.max[g] - known), weights, mass.data(), count);

@@ -202,9 +202,7 @@ TEST_F(DeviceCacheTest, ARebuiltIndexServesAGrownSequence) {
   Talk talk(setup, 400);
   talk.prefill(0, 24);
   for (int t = 0; t < 260; ++t) talk.step({0, -1});
-  talk.cache->fork(1, 0, nullptr);
-  talk.keys[1] = talk.keys[0];
-  talk.values[1] = talk.values[0];
+  talk.fork(1, 0);
   talk.cache->rebuild(0, 1, nullptr);  // no longer shares pages
   const std::int64_t pages = talk.cache->memory().host_bytes;
   talk.cache->rebuild(0, 1, nullptr);
@@ -296,10 +294,8 @@ TEST_F(DeviceCacheTest, AForkGoesItsOwnWay) {
   talk.prefill(0, 1500);
   for (int t = 0; t < 5; ++t) talk.step();
   const std::int64_t before = talk.cache->memory().host_bytes;
-  talk.cache->fork(1, 0, nullptr);
+  talk.fork(1, 0);
   EXPECT_LT(talk.cache->memory().host_bytes, 2 * before);  // full pages are shared
-  talk.keys[1] = talk.keys[0];
-  talk.values[1] = talk.values[0];
   for (int t = 0; t < 60; ++t) {
     const Rows out = talk.step();
     if (t % 20 != 0) continue;

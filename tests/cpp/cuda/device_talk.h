@@ -252,6 +252,12 @@ class Talk {
     }
     return std::sqrt(apart / size);
   }
+  // Makes sequence b a copy of another.
+  void fork(int b, int from) {
+    cache->fork(b, from, nullptr);
+    keys[b] = keys[from];
+    values[b] = values[from];
+  }
   // Takes back all but the first `kept` tokens of sequence b.
   void truncate(int b, std::int64_t kept) {
     cache->truncate(b, kept, nullptr);

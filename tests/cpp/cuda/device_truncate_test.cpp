@@ -87,9 +87,7 @@ TEST_F(DeviceCacheTest, WhatIsTakenBackStaysWithAFork) {
   Talk talk(setup, 1200);
   talk.prefill(0, 300);
   for (int t = 0; t < 50; ++t) talk.step({0, -1});
-  talk.cache->fork(1, 0, nullptr);
-  talk.keys[1] = talk.keys[0];
-  talk.values[1] = talk.values[0];
+  talk.fork(1, 0);
   talk.truncate(0, 320);  // into pages that both hold
   talk.expect_complete(1);
   for (int t = 0; t < 30; ++t) {
