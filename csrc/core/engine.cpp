@@ -84,6 +84,13 @@ void Engine::Impl::settle(SequenceCache& sequence) {
   }
 }
 
+void Engine::Impl::rest() {
+  for (auto& [id, sequence] : sequences) {
+    settle(sequence);
+    for (LayerCache& layer : sequence.layers) threads.wait(layer.rebuilds);
+  }
+}
+
 void Engine::Impl::drop_rebuilds(SequenceCache& sequence) {
   settle(sequence);
   for (LayerCache& layer : sequence.layers) {
@@ -177,10 +184,7 @@ std::int64_t Engine::length(SeqId sequence, int layer) const {
 
 void Engine::synchronize() {
   const std::lock_guard lock(impl_->mutex);
-  for (auto& [id, sequence] : impl_->sequences) {
-    impl_->settle(sequence);
-    for (LayerCache& layer : sequence.layers) impl_->threads.wait(layer.rebuilds);
-  }
+  impl_->rest();
 }
 
 void Engine::gather(SeqId sequence, int layer, const TensorView& keys,
@@ -257,8 +261,8 @@ StepTrace Engine::trace(SeqId sequence, int layer, int kv_head) const {
 
 void Engine::check_integrity() const {
   const std::lock_guard lock(impl_->mutex);
-  for (auto& [id, sequence] : impl_->sequences) {
-    impl_->settle(sequence);
+  impl_->rest();
+  for (const auto& [id, sequence] : impl_->sequences) {
     for (const LayerCache& layer : sequence.layers) {
       for (const HeadCache& head : layer.heads) head.check_integrity();
     }

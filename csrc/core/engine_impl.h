@@ -36,6 +36,9 @@ struct Engine::Impl {
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add);
 
+  // Settles all sequences and waits for their rebuilds too: no other thread writes to the pool.
+  void rest();
+
   // Settles a sequence and gives up its rebuilds under way, and with them their pages.
   void drop_rebuilds(SequenceCache& sequence);
 

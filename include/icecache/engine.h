@@ -112,6 +112,7 @@ class Engine {
   std::int64_t pool_bytes() const;
   // The last decode step of (sequence, layer, KV head); empty where there was none.
   StepTrace trace(SeqId sequence, int layer, int kv_head) const;
+  // Waits for all background work; throws IntegrityError where an invariant does not hold.
   void check_integrity() const;
 
   const CacheShape& shape() const;

@@ -104,10 +104,11 @@ TEST_F(IndexRebuildTest, GivenUpItLeavesNothingBehind) {
   EXPECT_EQ(pool_.pool->used_pages(), used);
 }
 
-// Decoding past several doublings, with and without background threads: bitwise the same.
+// Decoding past several doublings, with and without background threads, and with integrity checks
+// that come while indexes are built anew: bitwise the same.
 TEST(EngineRebuild, TimingDoesNotShow) {
   constexpr int kHeads = 2, kQueryHeads = 4, kSteps = 600;
-  const auto run = [&](int index_threads, std::int64_t host_memory) {
+  const auto run = [&](int index_threads, bool check = false) {
     CacheShape shape;
     shape.num_layers = 1;
     shape.num_q_heads = kQueryHeads;
@@ -118,7 +119,7 @@ TEST(EngineRebuild, TimingDoesNotShow) {
     config.sink_tokens = 4;
     config.window_tokens = 8;
     config.candidates = 32;
-    config.host_memory = host_memory;
+    config.host_memory = 64 << 20;
     config.num_threads = 2;
     config.index_threads = index_threads;
     Engine engine(shape, config);
@@ -141,14 +142,16 @@ TEST(EngineRebuild, TimingDoesNotShow) {
                        queries = view(q, kQueryHeads), out = view(o, kQueryHeads);
       engine.step({&id, 1}, 0, {&keys, 1}, {&values, 1}, {&queries, 1}, {&out, 1});
       outputs.insert(outputs.end(), o.begin(), o.end());
+      if (check) engine.check_integrity();
     }
     engine.check_integrity();
     EXPECT_EQ(engine.length(id, 0), kSteps);
     return outputs;
   };
-  const std::vector<float> expected = run(1, 64 << 20);
-  EXPECT_EQ(run(2, 64 << 20), expected);
-  EXPECT_EQ(run(3, 64 << 20), expected);
+  const std::vector<float> expected = run(1);
+  EXPECT_EQ(run(2), expected);
+  EXPECT_EQ(run(3), expected);
+  EXPECT_EQ(run(3, true), expected);
 }
 
 // A step that does not fit frees what rebuilds hold before it is refused.
