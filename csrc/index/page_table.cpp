@@ -114,7 +114,7 @@ void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t
     // Slots without a token stay readable: kernels may load a whole page.
     std::memset(keys + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
     std::memset(values + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
-    pages_.push_back({ids[p], pool_->seal(ids[p])});
+    pages_.push_back({ids[p], pool_->seal(ids[p]), keys});
     masks_.push_back(slot_mask(count));
     tokens_ += count;
   }
@@ -124,10 +124,10 @@ void PageTable::own(int local) {
   Page& page = pages_[local];
   if (pool_->unique(page.id)) return;
   const PageId copy = pool_->allocate(owner_);
-  std::memcpy(pool_->data(copy), pool_->data(page.id), pool_->page_bytes());
+  std::byte* memory = pool_->data(copy);
+  std::memcpy(memory, page.memory, pool_->page_bytes());
   pool_->release(page.id);
-  page.id = copy;
-  page.epoch = pool_->seal(copy);
+  page = {copy, pool_->seal(copy), memory};
 }
 
 int PageTable::take_number() {
@@ -152,8 +152,9 @@ void PageTable::drop(int local) noexcept {
 int PageTable::open(const std::byte* key, const std::byte* value, std::int32_t position) {
   const PageId fresh = pool_->allocate(owner_);
   const int local = take_number();
-  std::memset(pool_->data(fresh), 0, pool_->page_bytes());
-  pages_[local] = {fresh, 0};
+  std::byte* memory = pool_->data(fresh);
+  std::memset(memory, 0, pool_->page_bytes());
+  pages_[local] = {fresh, 0, memory};
   masks_[local] = 0;
   append(local, key, value, position);
   return local;
@@ -164,7 +165,7 @@ int PageTable::append(int local, const std::byte* key, const std::byte* value,
   own(local);
   Page& page = pages_[local];
   const int slot = std::countr_one(masks_[local]);
-  std::byte* target = pool_->data(page.id) + slot * row_bytes_;
+  std::byte* target = page.memory + slot * row_bytes_;
   std::memcpy(target, key, row_bytes_);
   std::memcpy(target + page_size_ * row_bytes_, value, row_bytes_);
   masks_[local] |= 1u << slot;
@@ -180,7 +181,7 @@ int PageTable::split(int local, std::uint32_t moved) {
   const Page& page = pages_[local];
   std::int32_t* from = positions_.data() + local * page_size_;
   std::int32_t* to = positions_.data() + other * page_size_;
-  const std::byte* source = pool_->data(page.id);
+  const std::byte* source = page.memory;
   std::byte* target = pool_->data(fresh);
   const std::size_t values = page_size_ * row_bytes_;
   std::memset(target, 0, pool_->page_bytes());
@@ -194,7 +195,7 @@ int PageTable::split(int local, std::uint32_t moved) {
     }
   }
   masks_[local] &= ~moved;
-  pages_[other] = {fresh, pool_->seal(fresh)};
+  pages_[other] = {fresh, pool_->seal(fresh), target};
   masks_[other] = slot_mask(taken);
   return other;
 }

@@ -26,6 +26,7 @@ class PageTable {
   struct Page {
     PageId id = kNoPage;  // kNoPage: the number is not in use
     std::uint64_t epoch = 0;
+    std::byte* memory = nullptr;
   };
 
   explicit PageTable(const IndexContext& context);
@@ -56,7 +57,7 @@ class PageTable {
   // positions of all slots, [page_count() * S]; -1 for slots not in use.
   const std::vector<std::int32_t>& positions() const { return positions_; }
   // Raw rows in the cache's dtype.
-  const std::byte* keys(int local) const { return pool_->data(pages_[local].id); }
+  const std::byte* keys(int local) const { return pages_[local].memory; }
   const std::byte* values(int local) const { return keys(local) + page_size_ * row_bytes_; }
   const std::byte* key(int local, int slot) const { return keys(local) + slot * row_bytes_; }
   const std::byte* value(int local, int slot) const { return values(local) + slot * row_bytes_; }

@@ -7,6 +7,8 @@
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
+#include "index/sketch_scores.h"
+#include "simd/four.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -203,12 +205,12 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
       }
     } else {
       find(request, scores, candidates);
+      if (scores != nullptr) leave_to_candidates(candidates.slots, *scores);
     }
     candidates.bytes += rescore(request, candidates);
     do {
-      if (scores != nullptr) {
-        scores->exclude(candidates.slots);
-        if (request.mass_target > 0.0) scores->log_totals(candidates.rest_lse.data());
+      if (scores != nullptr && request.mass_target > 0.0) {
+        scores->log_totals(candidates.rest_lse.data());
       }
     } while (pick(request, candidates) && find_more(request, scores, candidates));
   }
@@ -218,6 +220,30 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
   weigh_rest(scores, candidates, request.group, selection);
   selection.bytes_scanned = candidates.bytes;
 }
+
+namespace {
+
+// Adds four columns of the page masses, times `scale`, to those of the pages' nodes. Pages of a
+// node mostly follow one another.
+void add_page_masses(const SketchScores& scores, const std::vector<int>& node_of_page, int first,
+                     const float* scale, float* mass) {
+  const int columns = simd::mass_stride(scores.group());
+  const auto pages = static_cast<int>(node_of_page.size());
+  const simd::Four scales = simd::load_four(scale);
+  const float* from = scores.page_mass(0) + first;
+  for (int page = 0; page < pages;) {
+    const int node = node_of_page[page];
+    simd::Four sum = {};
+    for (; page < pages && node_of_page[page] == node; ++page, from += columns) {
+      sum += simd::load_four(from);
+    }
+    if (node < 0) continue;
+    float* to = mass + static_cast<std::ptrdiff_t>(node) * columns;
+    simd::store_four(to, simd::load_four(to) + scales * sum);
+  }
+}
+
+}  // namespace
 
 void PagedIndex::weigh_nodes(const SketchScores* scores, const Candidates& candidates, int group,
                              std::vector<float>& mass, std::vector<float>& shift) const {
@@ -235,15 +261,7 @@ void PagedIndex::weigh_nodes(const SketchScores* scores, const Candidates& candi
     shift[g] = max;
   }
   for (int first = 0; scores != nullptr && first < columns; first += 4) {
-    for (int page = 0; page < table_.page_count(); ++page) {
-      if (node_of_page_[page] < 0) continue;
-      const float* from = scores->page_mass(page) + first;
-      float* to = mass.data() + static_cast<std::size_t>(node_of_page_[page]) * columns + first;
-      for (int g = 0; g < 4; ++g) to[g] += from[g];
-    }
-    for (int c = 0; c < nodes; ++c) {
-      for (int g = first; g < first + 4; ++g) mass[c * columns + g] *= of_scan[g];
-    }
+    add_page_masses(*scores, node_of_page_, first, of_scan + first, mass.data() + first);
   }
   for (std::int64_t i = 0; i < count; ++i) {
     if (candidates.picked[i] != 0) continue;
@@ -263,11 +281,9 @@ void PagedIndex::weigh_rest(const SketchScores* scores, const Candidates& candid
   std::vector<float>& mass = mass_buffer;         // [C, columns]
   std::vector<std::int32_t>& left = left_buffer;  // [C] tokens that were not picked
   weigh_nodes(scores, candidates, group, mass, selection.far_shift);
-  float total[kMaxGroup + 3] = {};
-  for (int c = 0; c < nodes; ++c) {
-    for (int first = 0; first < columns; first += 4) {
-      for (int g = first; g < first + 4; ++g) total[g] += mass[c * columns + g];
-    }
+  float total[kMaxGroup + 3];
+  for (int first = 0; first < columns; first += 4) {
+    simd::store_four(total + first, simd::sum_rows(mass.data() + first, nodes, columns));
   }
   selection.far_total.assign(total, total + group);
   // Where tokens are neither sketched nor candidates, only find() or choose_pages() knows of them.

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "simd/kernels.h"
 #include "simd/lane_mask.h"
 
 namespace icecache {
@@ -22,6 +23,13 @@ std::int64_t count_at_least(const std::int16_t* x, std::int64_t n, std::int16_t 
     count += part;
   }
   return count;
+}
+
+// Whether any maximum of a block reaches `bound`.
+bool reaches(const std::int16_t* maxima, std::int16_t bound) {
+  int hit = 0;
+  for (int lane = 0; lane < simd::kRankLanes; ++lane) hit |= maxima[lane] >= bound ? 1 : 0;
+  return hit != 0;
 }
 
 }  // namespace
@@ -64,16 +72,20 @@ void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> blo
     if (out.size() < taken + more) out.resize(2 * taken + more);
     if (chosen.size() < out.size()) chosen.resize(out.size());
   };
-  std::int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-    std::uint64_t bits = simd::lanes_at_least(&rank[i], static_cast<std::int16_t>(bound));
-    if (bits == 0) continue;
-    make_room(64);
-    for (; bits != 0; bits &= bits - 1) take(i + std::countr_zero(bits));
-  }
-  make_room(64);
-  for (; i < n; ++i) {
-    if (rank[i] >= bound) take(i);
+  const auto least = static_cast<std::int16_t>(bound);
+  for (std::int64_t block = 0; block < n; block += simd::kRankBlock) {
+    if (!reaches(&block_max[block / simd::kRankBlock * simd::kRankLanes], least)) continue;
+    const std::int64_t end = std::min<std::int64_t>(block + simd::kRankBlock, n);
+    make_room(simd::kRankBlock);
+    std::int64_t i = block;
+    for (; i + 64 <= end; i += 64) {
+      for (std::uint64_t bits = simd::lanes_at_least(&rank[i], least); bits != 0; bits &= bits - 1) {
+        take(i + std::countr_zero(bits));
+      }
+    }
+    for (; i < end; ++i) {
+      if (rank[i] >= least) take(i);
+    }
   }
   if (static_cast<std::int64_t>(taken) <= k) return out.resize(taken);
 
