@@ -28,6 +28,8 @@ CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_
 SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 # Tests of kernels, which know no threads.
 ONE_THREAD = /Simd
+# Threads that wait give their cores away.
+TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
@@ -37,7 +39,7 @@ FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
 	@echo "make test            build and run all tests (test-cpp, test-python)"
-	@echo "make test-vllm       the plugin in a real vLLM, which goes into .venv-vllm (20 minutes)"
+	@echo "make test-vllm       the plugin in a real vLLM, which goes into .venv-vllm (10 minutes)"
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
@@ -75,11 +77,12 @@ test-cpp: build-test
 	$(TOOLS) ctest --test-dir build/release -j $(JOBS) --output-on-failure --no-tests=error
 
 test-python: build-test
-	$(IN_TREE) $(PYTHON) -m pytest $(ARGS)
+	$(IN_TREE) $(TWO_AT_ONCE) $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Scenarios run in processes of their own, one after the other: each takes all cores.
+# Scenarios run in processes of their own, which mostly start up: two take little longer than one.
 test-vllm: setup-vllm
-	.venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm $(ARGS)
+	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm \
+	  -n 2 --dist loadfile $(ARGS)
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror

@@ -22,12 +22,12 @@ void principal_projection(const float* x, int rank, std::span<const std::int32_t
   const auto row = [&](std::size_t i) {
     return x + static_cast<std::size_t>(rows[i]) * static_cast<std::size_t>(rank);
   };
+  const simd::SomeRowsArgs sample{x, rows.data(), static_cast<std::int64_t>(rows.size()),
+                                  static_cast<std::int64_t>(stride), rank};
   std::vector<float> mean(rank, 0.0f), direction(rank), next(rank), centred(rank);
-  std::size_t sampled = 0;
-  for (std::size_t i = 0; i < rows.size(); i += stride, ++sampled) {
-    kernels.axpy(1.0f, row(i), mean.data(), rank);
-  }
-  for (float& m : mean) m /= static_cast<float>(sampled);
+  // The sum of all rows, each times 0 + 1.
+  const float sampled = kernels.power_step(sample, next.data(), -1.0f, mean.data());
+  for (float& m : mean) m /= sampled;
   float farthest = -1.0f;
   for (std::size_t i = 0; i < rows.size(); i += stride) {
     for (int j = 0; j < rank; ++j) centred[j] = row(i)[j] - mean[j];
@@ -43,19 +43,12 @@ void principal_projection(const float* x, int rank, std::span<const std::int32_t
     for (float& d : direction) d /= length;
     const float offset = kernels.dot(mean.data(), direction.data(), rank);
     std::fill(next.begin(), next.end(), 0.0f);
-    float total = 0.0f;
-    for (std::size_t i = 0; i < rows.size(); i += stride) {
-      const float p = kernels.dot(row(i), direction.data(), rank) - offset;
-      kernels.axpy(p, row(i), next.data(), rank);
-      total += p;
-    }
+    const float total = kernels.power_step(sample, direction.data(), offset, next.data());
     kernels.axpy(-total, mean.data(), next.data(), rank);
     direction = next;
   }
   out.resize(rows.size());
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    out[i] = kernels.dot(row(i), direction.data(), rank);
-  }
+  kernels.project_rows({x, rows.data(), sample.count, 1, rank}, direction.data(), out.data());
 }
 
 void bisect(const float* x, int rank, std::span<std::int32_t> order, int page_size,

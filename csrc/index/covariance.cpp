@@ -13,19 +13,28 @@ std::int64_t sample_stride(std::int64_t count) {
 
 std::vector<double> covariance_of(const float* x, std::int64_t count, std::int64_t stride, int d,
                                   const std::vector<float>& mean) {
+  // Some rows at a time, so that they stay in the caches; a power of two of them would lie in few
+  // sets of these.
+  constexpr std::int64_t kTogether = 136;
   const std::int64_t rows = (count + stride - 1) / stride;
-  std::vector<float> transposed(static_cast<std::size_t>(rows) * d);
-  std::vector<float> centred(static_cast<std::size_t>(rows) * d);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (int i = 0; i < d; ++i) {
-      const float difference = x[r * stride * d + i] - mean[i];
-      centred[r * d + i] = difference;
-      transposed[i * rows + r] = difference;
+  std::vector<float> transposed(static_cast<std::size_t>(kTogether) * d);
+  std::vector<float> centred(transposed.size()), product(static_cast<std::size_t>(d) * d);
+  std::vector<double> result(product.size(), 0.0);
+  for (std::int64_t first = 0; first < rows; first += kTogether) {
+    const std::int64_t here = std::min(kTogether, rows - first);
+    if (here < kTogether) {
+      std::fill(transposed.begin(), transposed.end(), 0.0f);
+      std::fill(centred.begin(), centred.end(), 0.0f);
     }
+    for (std::int64_t r = 0; r < here; ++r) {
+      const float* row = x + (first + r) * stride * d;
+      for (int i = 0; i < d; ++i) {
+        transposed[i * kTogether + r] = centred[r * d + i] = row[i] - mean[i];
+      }
+    }
+    simd::kernels().matmul(transposed.data(), centred.data(), product.data(), d, kTogether, d);
+    for (std::size_t i = 0; i < result.size(); ++i) result[i] += product[i];
   }
-  std::vector<float> product(static_cast<std::size_t>(d) * d);
-  simd::kernels().matmul(transposed.data(), centred.data(), product.data(), d, rows, d);
-  std::vector<double> result(product.begin(), product.end());
   for (double& value : result) value /= static_cast<double>(rows);
   return result;
 }

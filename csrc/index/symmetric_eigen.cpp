@@ -67,14 +67,14 @@ void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<dou
       }
       if (m == l) break;
       double g = (d[l + 1] - d[l]) / (2.0 * e[l]);
-      double r = std::hypot(g, 1.0);
+      double r = std::sqrt(g * g + 1.0);
       g = d[m] - d[l] + e[l] / (g + std::copysign(r, g));
       double s = 1.0, c = 1.0, p = 0.0;
       int i = m - 1;
       for (; i >= l; --i) {
         double f = s * e[i];
         const double b = c * e[i];
-        r = std::hypot(f, g);
+        r = std::sqrt(f * f + g * g);
         e[i + 1] = r;
         if (r == 0.0) {
           d[i + 1] -= p;

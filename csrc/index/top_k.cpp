@@ -79,7 +79,8 @@ void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> blo
     make_room(simd::kRankBlock);
     std::int64_t i = block;
     for (; i + 64 <= end; i += 64) {
-      for (std::uint64_t bits = simd::lanes_at_least(&rank[i], least); bits != 0; bits &= bits - 1) {
+      for (std::uint64_t bits = simd::lanes_at_least(&rank[i], least); bits != 0;
+           bits &= bits - 1) {
         take(i + std::countr_zero(bits));
       }
     }

@@ -17,7 +17,8 @@ inline void store_four(float* to, Four x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// The sum of four columns of rows [count, stride]. Four sums side by side: none waits for the other.
+// The sum of four columns of rows [count, stride]. Four sums side by side: none waits for the
+// other.
 inline Four sum_rows(const float* rows, int count, int stride) {
   Four part[4] = {};
   for (int row = 0; row < count; ++row, rows += stride) part[row % 4] += load_four(rows);

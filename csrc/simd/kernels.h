@@ -109,6 +109,15 @@ struct ScoreRankArgs {
 constexpr int kRankLanes = 16;
 constexpr int kRankBlock = 256;
 
+// Some rows of a matrix x [*, dim]: rows[0], rows[stride], rows[2 stride], ... of `count`.
+struct SomeRowsArgs {
+  const float* x = nullptr;
+  const std::int32_t* rows = nullptr;  // [count]
+  std::int64_t count = 0;
+  std::int64_t stride = 1;
+  int dim = 0;
+};
+
 struct Kernels {
   std::string_view name;
 
@@ -124,6 +133,11 @@ struct Kernels {
   // c[n, m] = a[n, k] b[k, m], row-major, overwritten.
   void (*matmul)(const float* a, const float* b, float* c, std::int64_t n, std::int64_t k,
                  std::int64_t m);
+
+  // out[i] = direction . rows[i * stride], direction [dim].
+  void (*project_rows)(const SomeRowsArgs& args, const float* direction, float* out);
+  // next += sum of p row over the rows, with p = direction . row - offset; returns the sum of p.
+  float (*power_step)(const SomeRowsArgs& args, const float* direction, float offset, float* next);
 
   // Merges the tokens into the state of `rows` queries (state.group == rows).
   void (*attend_block)(const BlockArgs& args, const AttentionState& state);

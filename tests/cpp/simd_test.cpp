@@ -77,6 +77,37 @@ TEST_P(SimdTest, RoundsToNearestEven) {
   }
 }
 
+// Every number of whole vectors and floats behind them, and rows that are left out.
+TEST_P(SimdTest, RowsAlongADirection) {
+  constexpr int kRows = 37;
+  for (int dim = 1; dim <= 272; dim += dim < 110 ? 1 : 27) {
+    const std::vector<float> x = normal(kRows * dim), direction = normal(dim);
+    std::vector<std::int32_t> rows(kRows);
+    for (int i = 0; i < kRows; ++i) rows[i] = i * 7 % kRows;
+    for (const int stride : {1, 3}) {
+      const SomeRowsArgs args{x.data(), rows.data(), kRows, stride, dim};
+      const int count = (kRows + stride - 1) / stride;
+      std::vector<float> along(count + 1, 77.0f), next(dim + 1, 77.0f);
+      k().project_rows(args, direction.data(), along.data());
+      const float total = k().power_step(args, direction.data(), 0.25f, next.data());
+      std::vector<double> expected(dim, 77.0);
+      double sum = 0.0;
+      for (int i = 0; i < count; ++i) {
+        const float* row = x.data() + rows[i * stride] * dim;
+        double p = 0.0;
+        for (int j = 0; j < dim; ++j) p += double{row[j]} * direction[j];
+        ASSERT_NEAR(along[i], p, 1e-4) << dim;
+        for (int j = 0; j < dim; ++j) expected[j] += (p - 0.25) * row[j];
+        sum += p - 0.25;
+      }
+      for (int j = 0; j < dim; ++j) ASSERT_NEAR(next[j], expected[j], 1e-3) << dim;
+      ASSERT_NEAR(total, sum, 1e-3) << dim;
+      ASSERT_EQ(along[count], 77.0f) << "wrote past the end";
+      ASSERT_EQ(next[dim], 77.0f) << "wrote past the end";
+    }
+  }
+}
+
 TEST_P(SimdTest, FromFloatAtTheEndsOfTheRange) {
   const std::vector<float> inputs = {65504.0f, 65519.99f, 65520.0f, 3.4e38f,  kInf,   -kInf,  kNan,
                                      1e-8f,    -1e-8f,    -0.0f,    2.98e-8f, 1e-40f, -1e-45f};

@@ -3,6 +3,7 @@
 
 #include "simd/body/block.h"
 #include "simd/body/linear.h"
+#include "simd/body/project.h"
 #include "simd/body/rows.h"
 #include "simd/body/scan.h"
 #include "simd/body/score.h"
@@ -11,9 +12,9 @@ namespace icecache::simd {
 namespace {
 
 constexpr Kernels make_table(std::string_view name) {
-  return Kernels{name,        to_float,   from_float,   all_finite,    dot,
-                 axpy,        matmul,     attend_block, row_logits,    add_rows,
-                 sketch_scan, score_mass, score_rank,   softmax_stats, add_exp};
+  return Kernels{name,        to_float,     from_float, all_finite,    dot,        axpy,
+                 matmul,      project_rows, power_step, attend_block,  row_logits, add_rows,
+                 sketch_scan, score_mass,   score_rank, softmax_stats, add_exp};
 }
 
 }  // namespace

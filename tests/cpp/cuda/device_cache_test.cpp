@@ -201,7 +201,7 @@ TEST_F(DeviceCacheTest, ARebuiltIndexServesAGrownSequence) {
   setup.far_node_tokens = 32;
   Talk talk(setup, 400);
   talk.prefill(0, 24);
-  for (int t = 0; t < 260; ++t) talk.step({0, -1});
+  for (int t = 0; t < 130; ++t) talk.step({0, -1});
   talk.fork(1, 0);
   talk.cache->rebuild(0, 1, nullptr);  // no longer shares pages
   const std::int64_t pages = talk.cache->memory().host_bytes;
