@@ -8,17 +8,26 @@
 namespace icecache {
 namespace {
 
-// Reduces a (in place, row-major) to tridiagonal form with diagonal d and subdiagonal e[1..n-1];
-// leaves the orthogonal transform Q with A = Q T Q^T in a.
-void tridiagonalise(std::vector<double>& a, int n, std::vector<double>& d, std::vector<double>& e) {
+// y[j] += f x[j] for j in [from, to).
+void add_row(double f, const double* __restrict x, double* __restrict y, int from, int to) {
+  for (int j = from; j < to; ++j) y[j] += f * x[j];
+}
+
+// Reduces a (row-major, symmetric) to tridiagonal form with diagonal d and subdiagonal e[1..n-1].
+// Returns the transpose of the orthogonal Q with A = Q T Q^T. All loops go along rows.
+std::vector<double> tridiagonalise(std::vector<double>& a, int n, std::vector<double>& d,
+                                   std::vector<double>& e) {
   std::vector<double> v(n), w(n);
-  std::vector<double> q(static_cast<std::size_t>(n) * n, 0.0);
-  for (int i = 0; i < n; ++i) q[i * n + i] = 1.0;
+  std::vector<double> qt(static_cast<std::size_t>(n) * n, 0.0);
+  for (int i = 0; i < n; ++i) qt[i * n + i] = 1.0;
+  double largest = 0.0;
+  for (const double x : a) largest = std::max(largest, std::abs(x));
+  constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
   for (int k = 0; k + 2 < n; ++k) {
     double norm = 0.0;
     for (int i = k + 1; i < n; ++i) norm += a[i * n + k] * a[i * n + k];
     norm = std::sqrt(norm);
-    if (norm == 0.0) continue;
+    if (norm <= kEpsilon * kEpsilon * largest) continue;  // rounding alone
     const double alpha = a[(k + 1) * n + k] > 0.0 ? -norm : norm;
     double length = 0.0;
     for (int i = k + 1; i < n; ++i) {
@@ -28,30 +37,27 @@ void tridiagonalise(std::vector<double>& a, int n, std::vector<double>& d, std::
     if (length == 0.0) continue;
     const double beta = 2.0 / length;
     // A <- H A H with H = I - beta v v^T, by the symmetric rank-two update.
+    std::fill(w.begin(), w.end(), 0.0);
+    for (int j = k + 1; j < n; ++j) add_row(beta * v[j], &a[j * n], w.data(), k + 1, n);
     double inner = 0.0;
-    for (int i = k; i < n; ++i) {
-      double sum = 0.0;
-      for (int j = k + 1; j < n; ++j) sum += a[i * n + j] * v[j];
-      w[i] = beta * sum;
-      if (i > k) inner += w[i] * v[i];
-    }
-    for (int i = k + 1; i < n; ++i) w[i] -= 0.5 * beta * inner * v[i];
+    for (int i = k + 1; i < n; ++i) inner += w[i] * v[i];
+    add_row(-0.5 * beta * inner, v.data(), w.data(), k + 1, n);
     for (int i = k + 1; i < n; ++i) {
-      for (int j = k + 1; j < n; ++j) a[i * n + j] -= v[i] * w[j] + w[i] * v[j];
+      add_row(-v[i], w.data(), &a[i * n], k + 1, n);
+      add_row(-w[i], v.data(), &a[i * n], k + 1, n);
     }
     a[(k + 1) * n + k] = a[k * n + k + 1] = alpha;
     for (int i = k + 2; i < n; ++i) a[i * n + k] = a[k * n + i] = 0.0;
-    for (int i = 0; i < n; ++i) {
-      double sum = 0.0;
-      for (int j = k + 1; j < n; ++j) sum += q[i * n + j] * v[j];
-      for (int j = k + 1; j < n; ++j) q[i * n + j] -= beta * sum * v[j];
-    }
+    // Q <- Q H.
+    std::fill(w.begin(), w.end(), 0.0);
+    for (int j = k + 1; j < n; ++j) add_row(v[j], &qt[j * n], w.data(), 0, n);
+    for (int j = k + 1; j < n; ++j) add_row(-beta * v[j], w.data(), &qt[j * n], 0, n);
   }
   for (int i = 0; i < n; ++i) {
     d[i] = a[i * n + i];
     e[i] = i > 0 ? a[i * n + i - 1] : 0.0;
   }
-  a = std::move(q);
+  return qt;
 }
 
 // QL with implicit shifts on (d, e); the rotations are applied to the rows of qt [n, n].
@@ -112,11 +118,7 @@ SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int n) {
     for (int j = i + 1; j < n; ++j) a[i * n + j] = a[j * n + i];
   }
   std::vector<double> d(n), e(n);
-  tridiagonalise(a, n, d, e);
-  std::vector<double> qt(a.size());  // eigenvectors as rows: rotations then touch contiguous memory
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < n; ++j) qt[j * n + i] = a[i * n + j];
-  }
+  std::vector<double> qt = tridiagonalise(a, n, d, e);  // eigenvectors will be rows
   implicit_ql(d, e, qt, n);
 
   std::vector<int> order(n);

@@ -62,6 +62,20 @@ TEST(SymmetricEigen, KnowsDiagonalZeroAndRepeated) {
   expect_decomposition(ones, repeated, 8);
 }
 
+// What is left after the first column is rounding, of any size.
+TEST(SymmetricEigen, DecomposesMatricesOfRankOne) {
+  for (const double size : {1e-70, 1.0, 1e9, 1e70}) {
+    for (const int n : {3, 32, 128}) {
+      SCOPED_TRACE(size);
+      std::vector<double> matrix(static_cast<std::size_t>(n) * n);
+      for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) matrix[i * n + j] = size * (1 + i % 3) * (1 + j % 3);
+      }
+      expect_decomposition(matrix, symmetric_eigen(matrix, n), n);
+    }
+  }
+}
+
 TEST(SymmetricEigen, SpansManyOrdersOfMagnitude) {
   std::vector<double> matrix = random_symmetric(16, 3);
   for (int i = 0; i < 16; ++i) {

@@ -1,0 +1,234 @@
+// The indexes of which every test of the contract (icecache/semantic_index.h) is made: each index,
+// unit of picking, far field and dtype.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "icecache/engine.h"
+#include "icecache/semantic_index.h"
+#include "pool_fixture.h"
+
+namespace icecache::testing {
+
+constexpr int kDim = 32, kGroup = 3, kPageSize = 8;
+
+struct Variant {
+  const char* index;
+  const char* faiss_search;
+  const char* select;
+  const char* tail;
+  DType dtype;
+};
+
+inline std::vector<Variant> variants() {
+  std::vector<Variant> result;
+  for (const char* index : {"tree", "dci", "positional", "faiss"}) {
+    for (const char* select : {"token", "page"}) {
+      for (const char* tail : {"on", "off"}) {
+        for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+          result.push_back({index, "sketch", select, tail, dtype});
+        }
+      }
+    }
+  }
+  for (const char* search : {"flat", "ivf", "hnsw"}) {
+    result.push_back({"faiss", search, "token", "on", DType::kFloat32});
+  }
+  return result;
+}
+
+inline std::string variant_name(const ::testing::TestParamInfo<Variant>& info) {
+  const Variant& v = info.param;
+  return std::string(v.index) + "_" + v.faiss_search + "_" + v.select + "_tail_" + v.tail + "_" +
+         std::string(name_of(v.dtype));
+}
+
+class IndexContract : public ::testing::TestWithParam<Variant> {
+ protected:
+  void SetUp() override {
+    use_pages(400);
+    if (std::string(GetParam().index) == "faiss" && !build_info().faiss) {
+      GTEST_SKIP() << "index=faiss is not in this build (ICECACHE_FAISS)";
+    }
+  }
+
+  void use_pages(std::size_t pages) {
+    const Variant& variant = GetParam();
+    pool_ = std::make_unique<PoolFixture>(pages, kPageSize, kDim, kGroup, variant.dtype);
+    Config config;
+    config.index = variant.index;
+    config.faiss_search = variant.faiss_search;
+    config.select = variant.select;
+    config.tail = variant.tail;
+    config.page_size = kPageSize;
+    config.far_node_tokens = 32;
+    CacheShape shape;
+    shape.num_layers = 1;
+    shape.num_q_heads = kGroup;
+    shape.num_kv_heads = 1;
+    shape.head_dim = kDim;
+    shape.dtype = variant.dtype;
+    pool_->config = config.resolved(shape);
+  }
+
+  Tokens tokens(int n, unsigned seed = 1) {
+    return clustered_tokens(n, kDim, GetParam().dtype, seed);
+  }
+
+  // An index of the first `built` tokens at once and the others one call each of 1, 2, 3, ..
+  // tokens.
+  std::unique_ptr<SemanticIndex> made(const Tokens& all, int built) {
+    std::unique_ptr<SemanticIndex> index = make_index(pool_->context);
+    index->build(all.block(0, built, kFirst), moments(all));
+    for (int at = built, n = 1; at < all.count(); at += n, ++n) {
+      n = std::min(n, all.count() - at);
+      index->insert(all.block(at, n, kFirst + at));
+    }
+    return index;
+  }
+
+  // Queries that look like keys.
+  static QueryMoments moments(const Tokens& all) {
+    QueryMoments moments;
+    moments.observe(all.keys.data(), std::min(64, all.count()), kDim);
+    return moments;
+  }
+
+  void expect_holds(const SemanticIndex& index, const Tokens& all, int count) {
+    index.check_integrity();
+    ASSERT_EQ(index.size(), count);
+    EXPECT_EQ(index.end_position(), count > 0 ? kFirst + count : 0);
+    std::vector<std::int32_t> positions;
+    for (const PageInfo& page : index.pages()) {
+      EXPECT_FALSE(page.positions.empty());
+      EXPECT_LE(page.positions.size(), kPageSize);
+      positions.insert(positions.end(), page.positions.begin(), page.positions.end());
+    }
+    std::sort(positions.begin(), positions.end());
+    std::vector<std::int32_t> expected(count);
+    std::iota(expected.begin(), expected.end(), kFirst);
+    EXPECT_EQ(positions, expected);
+    std::vector<std::byte> keys(count * kDim * size_of(all.dtype)), values(keys.size());
+    index.gather(keys.data(), values.data());
+    EXPECT_TRUE(std::equal(keys.begin(), keys.end(), all.raw_keys.begin()));
+    EXPECT_TRUE(std::equal(values.begin(), values.end(), all.raw_values.begin()));
+  }
+
+  struct Answer {
+    Selection selection;
+    std::vector<float> out, lse;
+    bool operator==(const Answer& other) const {
+      const Selection& a = selection;
+      const Selection& b = other.selection;
+      return out == other.out && lse == other.lse && a.tokens == b.tokens && a.logits == b.logits &&
+             a.rest_lse == b.rest_lse && a.far_weights == b.far_weights &&
+             a.far_share == b.far_share && a.far_total == b.far_total &&
+             a.far_shift == b.far_shift &&
+             std::equal(a.picks.begin(), a.picks.end(), b.picks.begin(), b.picks.end(),
+                        [](const PagePick& x, const PagePick& y) {
+                          return x.local_page == y.local_page && x.slots == y.slots;
+                        });
+    }
+  };
+
+  // A step without sink and window, as HeadCache::decode makes one.
+  Answer ask(const SemanticIndex& index, const std::vector<float>& queries, int budget) {
+    const std::vector<float> near(kGroup, -INFINITY);
+    SelectRequest request;
+    request.queries = queries.data();
+    request.group = kGroup;
+    request.near_lse = near.data();
+    request.budget = request.max_budget = budget;
+    Answer answer;
+    Selection& selection = answer.selection;
+    index.select(request, selection);
+    const auto picked = static_cast<std::size_t>(selection.tokens);
+    const std::vector<float> means = node_means(index);
+    const std::size_t nodes = means.size() / kDim;
+    EXPECT_EQ(selection.logits.size(), kGroup * picked);
+    EXPECT_EQ(selection.far_weights.size(), kGroup * nodes);
+    EXPECT_EQ(selection.far_share.size(),
+              GetParam().tail == std::string("on") ? kGroup * picked : 0);
+    std::vector<float> keys, values;
+    picked_rows(selection, keys, values);
+    answer.out.assign(kGroup * kDim, 0.0f);
+    for (int g = 0; g < kGroup; ++g) {
+      const float* logits = selection.logits.data() + g * picked;
+      float max = selection.far_total[g] > 0.0f ? selection.far_shift[g] : -INFINITY;
+      for (std::size_t t = 0; t < picked; ++t) max = std::max(max, logits[t]);
+      const float far_scale =
+          selection.far_total[g] > 0.0f ? std::exp(selection.far_shift[g] - max) : 0.0f;
+      float total = far_scale * selection.far_total[g];
+      float* out = answer.out.data() + g * kDim;
+      for (std::size_t t = 0; t < picked; ++t) {
+        expect_logit(queries.data() + g * kDim, keys.data() + t * kDim, logits[t]);
+        float weight = std::exp(logits[t] - max);
+        total += weight;
+        if (nodes > 0) weight -= far_scale * selection.far_share[g * picked + t];
+        for (int j = 0; j < kDim; ++j) out[j] += weight * values[t * kDim + j];
+      }
+      for (std::size_t c = 0; c < nodes; ++c) {
+        const float weight = far_scale * selection.far_weights[g * nodes + c];
+        for (int j = 0; j < kDim; ++j) out[j] += weight * means[c * kDim + j];
+      }
+      for (int j = 0; j < kDim && total > 0.0f; ++j) out[j] /= total;
+      answer.lse.push_back(max + std::log(total));
+    }
+    return answer;
+  }
+
+  std::vector<float> node_means(const SemanticIndex& index) const {
+    const std::span<const std::byte> raw = index.far_values();
+    std::vector<float> means(raw.size() / size_of(GetParam().dtype));
+    simd::kernels().to_float(raw.data(), GetParam().dtype, means.data(), means.size());
+    return means;
+  }
+
+  // Keys and values [T, D] of the picked tokens.
+  void picked_rows(const Selection& selection, std::vector<float>& keys,
+                   std::vector<float>& values) {
+    const std::size_t row = kDim * size_of(GetParam().dtype);
+    keys.resize(static_cast<std::size_t>(selection.tokens) * kDim);
+    values.resize(keys.size());
+    std::size_t at = 0;
+    for (const PagePick& pick : selection.picks) {
+      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1, at += kDim) {
+        const std::byte* key = pool_->pool->data(pick.page) + std::countr_zero(slots) * row;
+        simd::kernels().to_float(key, GetParam().dtype, keys.data() + at, kDim);
+        simd::kernels().to_float(key + kPageSize * row, GetParam().dtype, values.data() + at, kDim);
+      }
+    }
+  }
+
+  static void expect_logit(const float* query, const float* key, float logit) {
+    double exact = 0.0, size = 0.0;
+    for (int j = 0; j < kDim; ++j) {
+      exact += double{query[j]} * key[j];
+      size += std::abs(double{query[j]} * key[j]);
+    }
+    EXPECT_NEAR(logit, exact, 1e-6 * (1.0 + size));
+  }
+
+  std::vector<float> queries(unsigned seed = 9) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal(0.0f, 0.4f);
+    std::vector<float> result(kGroup * kDim);
+    for (float& x : result) x = normal(random);
+    return result;
+  }
+
+  static constexpr int kFirst = 4;  // position of the first token; 0..3 would be sinks
+  std::unique_ptr<PoolFixture> pool_;
+};
+
+}  // namespace icecache::testing
