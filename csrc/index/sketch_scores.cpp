@@ -7,16 +7,8 @@
 #include "index/top_k.h"
 #include "simd/four.h"
 #include "simd/kernels.h"
-#include "simd/score_weight.h"
 
 namespace icecache {
-namespace {
-
-// What is left of a page's mass is the difference where that is at least this share of it: rounding
-// is some 1e-7.
-constexpr float kAccurate = 1e-3f;
-
-}  // namespace
 
 void SketchScores::resize(int group, int pages, int page_size) {
   group_ = group;
@@ -73,27 +65,13 @@ void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::i
 
 void SketchScores::exclude(std::span<const std::int32_t> slots) {
   for (std::size_t begin = 0, end = 0; begin < slots.size(); begin = end) {
-    const int page = slots[begin] / page_size_;
-    while (end < slots.size() && slots[end] / page_size_ == page) ++end;
-    float* mass = mass_.data() + static_cast<std::size_t>(page) * mass_columns_;
-    for (int g = 0; g < group_; ++g) {
-      std::int16_t* scores = scores_.data() + g * stride_;
-      const std::int16_t max = std::max<std::int16_t>(max_[g], 0);
-      float out = 0.0f;
-      for (std::size_t i = begin; i < end; ++i) {
-        out += simd::score_weight(scores[slots[i]], max, coarse);
-        scores[slots[i]] = simd::kNoScore;
-      }
-      const float left = mass[g] - out;
-      if (left < kAccurate * mass[g]) {
-        float sum = 0.0f;
-        const std::int16_t* of_page = scores + static_cast<std::ptrdiff_t>(page) * page_size_;
-        for (int i = 0; i < page_size_; ++i) sum += simd::score_weight(of_page[i], max, coarse);
-        mass[g] = sum;
-      } else {
-        mass[g] = left;
-      }
+    const int together = slots[begin] / simd::kScoreSlots, first = together * simd::kScoreSlots;
+    for (; end < slots.size() && slots[end] / simd::kScoreSlots == together; ++end) {
+      for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
     }
+    simd::kernels().score_mass({scores_.data() + first, max_,
+                                mass_.data() + first / page_size_ * mass_columns_, stride_,
+                                simd::kScoreSlots, coarse, group_, page_size_});
   }
 }
 

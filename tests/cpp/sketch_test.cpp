@@ -250,5 +250,52 @@ TEST(Sketch, QueriesOfZeroScoreNothing) {
   }
 }
 
+// A weight is an approximation that depends on what it is relative to, and a long scan learns the
+// largest score as it goes: what is left of a page must be what its other tokens weigh, not what
+// the page weighed less what those taken out weigh.
+TEST(Sketch, WhatIsLeftOfAPageIsWhatItsOtherTokensWeigh) {
+  constexpr int kPages = 300, kRank = 32, kPageSize = 16;
+  QueryMetric metric;
+  metric.head_dim = metric.rank = kRank;
+  metric.mean.assign(kRank, 0.0f);
+  metric.from_key.assign(kRank * kRank, 0.0f);
+  for (int j = 0; j < kRank; ++j) metric.from_key[j * kRank + j] = 1.0f;
+  metric.from_query = metric.from_key;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> coordinates(kPages * kPageSize * kRank), query(2 * kRank);
+  for (float& x : query) x = 0.5f * normal(random);
+  for (int token = 0; token < kPages * kPageSize; ++token) {
+    // Later tokens score higher, and the first of a page highest.
+    const float along = 0.002f * static_cast<float>(token) + (token % kPageSize == 0 ? 4.0f : 0.0f);
+    for (int j = 0; j < kRank; ++j) {
+      coordinates[token * kRank + j] = 0.3f * normal(random) + along * query[j] / kRank;
+    }
+  }
+  Sketch sketch(kRank, 4, kPageSize);
+  sketch.fit(coordinates.data(), kPages * kPageSize, kRank);
+  sketch.resize(kPages);
+  for (int token = 0; token < kPages * kPageSize; ++token) {
+    sketch.write(token / kPageSize, token % kPageSize, coordinates.data() + token * kRank);
+  }
+  SketchScores scores;
+  sketch.scan(metric, query.data(), 2, std::vector<std::uint32_t>(kPages, 0xffffu), scores);
+  std::vector<std::int32_t> best(kPages);
+  for (int page = 0; page < kPages; ++page) best[page] = page * kPageSize;
+  scores.exclude(best);
+  for (int g = 0; g < 2; ++g) {
+    const std::int16_t* of_head = scores.scores() + g * scores.stride();
+    for (int page = 0; page < kPages; ++page) {
+      double exact = 0.0;
+      for (int slot = 1; slot < kPageSize; ++slot) {
+        exact +=
+            std::exp(double{scores.unit} * (of_head[page * kPageSize + slot] - scores.max()[g]));
+      }
+      EXPECT_LE(scores.page_mass(page)[g], 1.022 * exact) << page;
+      EXPECT_GE(scores.page_mass(page)[g], 0.958 * exact) << page;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace icecache
