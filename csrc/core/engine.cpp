@@ -84,17 +84,18 @@ void Engine::Impl::settle(SequenceCache& sequence) {
   }
 }
 
+void Engine::Impl::rest(SequenceCache& sequence) {
+  settle(sequence);
+  for (LayerCache& layer : sequence.layers) threads.wait(layer.rebuilds);
+}
+
 void Engine::Impl::rest() {
-  for (auto& [id, sequence] : sequences) {
-    settle(sequence);
-    for (LayerCache& layer : sequence.layers) threads.wait(layer.rebuilds);
-  }
+  for (auto& [id, sequence] : sequences) rest(sequence);
 }
 
 void Engine::Impl::drop_rebuilds(SequenceCache& sequence) {
-  settle(sequence);
+  rest(sequence);
   for (LayerCache& layer : sequence.layers) {
-    threads.wait(layer.rebuilds);
     for (HeadCache& head : layer.heads) head.drop_rebuild();
   }
 }

@@ -36,10 +36,11 @@ struct Engine::Impl {
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add);
 
-  // Settles all sequences and waits for their rebuilds too: no other thread writes to the pool.
+  // Settles a sequence, or all, and waits for rebuilds too: no other thread writes to their pages.
+  void rest(SequenceCache& sequence);
   void rest();
 
-  // Settles a sequence and gives up its rebuilds under way, and with them their pages.
+  // Lets a sequence rest and gives up its rebuilds under way, and with them their pages.
   void drop_rebuilds(SequenceCache& sequence);
 
   // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the

@@ -4,7 +4,6 @@
 #include "index/log_sum.h"
 #include "index/paged_index.h"
 #include "simd/kernels.h"
-#include "simd/prefetch.h"
 
 namespace icecache {
 
@@ -40,19 +39,6 @@ std::int64_t PagedIndex::wanted_candidates(const SelectRequest& request) const {
                                 few_at_first ? request.budget : request.max_budget);
 }
 
-void PagedIndex::leave_to_candidates(std::span<const std::int32_t> slots,
-                                     SketchScores& scores) const {
-  constexpr std::size_t kTogether = 8;
-  const std::size_t row_bytes = table_.head_dim() * size_of(table_.dtype());
-  for (std::size_t first = 0; first < slots.size(); first += kTogether) {
-    const auto some = slots.subspan(first, std::min(kTogether, slots.size() - first));
-    for (const std::int32_t slot : some) {
-      simd::prefetch(table_.key(table_.page_of(slot), table_.place_of(slot)), row_bytes);
-    }
-    scores.exclude(some);
-  }
-}
-
 bool PagedIndex::find_more(const SelectRequest& request, SketchScores* scores,
                            Candidates& candidates) const {
   thread_local std::vector<std::int32_t> more_buffer, all_buffer;
@@ -66,7 +52,6 @@ bool PagedIndex::find_more(const SelectRequest& request, SketchScores* scores,
   }
   scores->top(known, wanted, more);
   if (more.empty()) return false;
-  leave_to_candidates(more, *scores);
   all.resize(candidates.size() + more.size());
   std::merge(candidates.slots.begin(), candidates.slots.end(), more.begin(), more.end(),
              all.begin());

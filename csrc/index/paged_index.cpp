@@ -205,12 +205,12 @@ void PagedIndex::select(const SelectRequest& request, Selection& selection) cons
       }
     } else {
       find(request, scores, candidates);
-      if (scores != nullptr) leave_to_candidates(candidates.slots, *scores);
     }
     candidates.bytes += rescore(request, candidates);
     do {
-      if (scores != nullptr && request.mass_target > 0.0) {
-        scores->log_totals(candidates.rest_lse.data());
+      if (scores != nullptr) {
+        scores->exclude(candidates.slots);
+        if (request.mass_target > 0.0) scores->log_totals(candidates.rest_lse.data());
       }
     } while (pick(request, candidates) && find_more(request, scores, candidates));
   }

@@ -117,8 +117,6 @@ class PagedIndex : public SemanticIndex {
   void shrink_node(int node);
   // Exact logits of the candidates, and what they weigh. Returns the bytes read.
   std::int64_t rescore(const SelectRequest& request, Candidates& candidates) const;
-  // Takes new candidates out of the page masses; their keys, read next, are on their way meanwhile.
-  void leave_to_candidates(std::span<const std::int32_t> slots, SketchScores& scores) const;
   // Twice as many candidates as there are, at most what may be picked; false: there are no more.
   bool find_more(const SelectRequest& request, SketchScores* scores, Candidates& candidates) const;
   // Fills `picked` within the budget; picking whole pages adds their tokens to the candidates.

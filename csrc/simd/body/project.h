@@ -11,6 +11,11 @@ namespace {
 
 constexpr int kMostVectors = 6;
 
+template <int n>
+struct Vectors {
+  static constexpr int kCount = n;
+};
+
 // A row in registers; its last vector holds `last` floats.
 template <int kVectors>
 struct ShortRow {
@@ -74,46 +79,49 @@ float power_short(const SomeRowsArgs& args, const float* direction, float offset
   return total;
 }
 
-void project_rows(const SomeRowsArgs& args, const float* direction, float* out) {
-  switch ((args.dim + kWidth - 1) / kWidth) {
+// Calls f with how many vectors a row of dim floats takes; false where these are too many.
+template <typename F>
+ICECACHE_INLINE bool with_vectors(int dim, const F& f) {
+  switch ((dim + kWidth - 1) / kWidth) {
     case 1:
-      return project_short<1>(args, direction, out);
+      f(Vectors<1>());
+      return true;
     case 2:
-      return project_short<2>(args, direction, out);
+      f(Vectors<2>());
+      return true;
     case 3:
-      return project_short<3>(args, direction, out);
+      f(Vectors<3>());
+      return true;
     case 4:
-      return project_short<4>(args, direction, out);
+      f(Vectors<4>());
+      return true;
     case 5:
-      return project_short<5>(args, direction, out);
+      f(Vectors<5>());
+      return true;
     case kMostVectors:
-      return project_short<kMostVectors>(args, direction, out);
+      f(Vectors<kMostVectors>());
+      return true;
     default:
-      for (std::int64_t i = 0; i < args.count; i += args.stride) {
-        *out++ = dot(some_row(args, i), direction, static_cast<std::size_t>(args.dim));
-      }
+      return false;
+  }
+}
+
+void project_rows(const SomeRowsArgs& args, const float* direction, float* out) {
+  const bool done = with_vectors(
+      args.dim, [&](auto vectors) { project_short<vectors.kCount>(args, direction, out); });
+  if (done) return;
+  for (std::int64_t i = 0; i < args.count; i += args.stride) {
+    *out++ = dot(some_row(args, i), direction, static_cast<std::size_t>(args.dim));
   }
 }
 
 float power_step(const SomeRowsArgs& args, const float* direction, float offset, float* next) {
-  switch ((args.dim + kWidth - 1) / kWidth) {
-    case 1:
-      return power_short<1>(args, direction, offset, next);
-    case 2:
-      return power_short<2>(args, direction, offset, next);
-    case 3:
-      return power_short<3>(args, direction, offset, next);
-    case 4:
-      return power_short<4>(args, direction, offset, next);
-    case 5:
-      return power_short<5>(args, direction, offset, next);
-    case kMostVectors:
-      return power_short<kMostVectors>(args, direction, offset, next);
-    default:
-      break;
-  }
-  const auto dim = static_cast<std::size_t>(args.dim);
   float total = 0.0f;
+  const bool done = with_vectors(args.dim, [&](auto vectors) {
+    total = power_short<vectors.kCount>(args, direction, offset, next);
+  });
+  if (done) return total;
+  const auto dim = static_cast<std::size_t>(args.dim);
   for (std::int64_t i = 0; i < args.count; i += args.stride) {
     const float p = dot(some_row(args, i), direction, dim) - offset;
     axpy(p, some_row(args, i), next, dim);
