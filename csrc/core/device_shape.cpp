@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cuda/device.h"
 #include "icecache/error.h"
 
 namespace icecache {
@@ -54,6 +55,7 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
   }
   const std::int64_t unit = std::lcm<std::int64_t>(s.far_node_tokens, s.page_size);
   s.token_room = static_cast<int>((max_tokens - s.near_rows() + unit - 1) / unit * unit);
+  s.multiprocessors = gpu::multiprocessors();
   gpu::check_shape(s);
   return s;
 }

@@ -13,6 +13,13 @@ cudaStream_t native(Stream stream) {
   return static_cast<cudaStream_t>(stream);
 }
 
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 }  // namespace
 
 void check(cudaError_t status, const char* call) {
@@ -22,11 +29,11 @@ void check(cudaError_t status, const char* call) {
 }
 
 bool can_chain() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  return major >= 9;
+  return attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
+int multiprocessors() {
+  return attribute(cudaDevAttrMultiProcessorCount);
 }
 
 DeviceScope::DeviceScope(int device) {

@@ -68,20 +68,18 @@ void launch_with(const StepParams& p, Stream stream) {
   const auto scans = static_cast<unsigned>(s.scan_blocks());
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
   start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>, dim3(scans, pairs), kBlock);
-  start("rank", rank_kernel, dim3(scans, pairs), kBlock);
-  start("choose", choose_kernel, dim3(scans, pairs), kBlock);
+  const auto ranks = static_cast<unsigned>(s.rank_blocks());
+  start("rank", rank_kernel, dim3(ranks, pairs), kBlock);
+  start("choose", choose_kernel, dim3(ranks, pairs), kBlock);
   start("resolve", resolve_kernel, dim3(pairs), kPickBlock);
   constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
   start("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
         kBlock);
   start("pick", pick_kernel, dim3(pairs), kPickBlock);
-  const auto blocks = static_cast<unsigned>(s.attend_blocks());
-  const unsigned tiles = static_cast<unsigned>(s.padded_group()) / kHeadTile;
-  if (tiles == 1) {
-    start("attend", attend_kernel<T, D, 1>, dim3(blocks, pairs, 1), kAttendBlock);
-  } else {
-    start("attend", attend_kernel<T, D, 2>, dim3(blocks, pairs, (tiles + 1) / 2), kAttendBlock);
-  }
+  const dim3 blocks(static_cast<unsigned>(s.attend_blocks()), pairs,
+                    static_cast<unsigned>(s.attend_groups()));
+  start("attend", s.attend_tiles() == 1 ? attend_kernel<T, D, 1> : attend_kernel<T, D, 2>, blocks,
+        kAttendBlock);
 }
 
 template <typename T>

@@ -86,5 +86,6 @@ void synchronize_device() noexcept;
 // Throws InvalidArgument for a stream of another device than `device`, naming both.
 void check_stream(Stream stream, int device);
 std::size_t free_memory();
+int multiprocessors();  // of the current device
 
 }  // namespace icecache::gpu

@@ -19,6 +19,7 @@
 // Everything is deterministic: integer atomics only, fixed orders of summation.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/device.h"
@@ -33,6 +34,8 @@ constexpr int kScanTokens = 1024;      // of one block
 constexpr int kMaxNear = 256;          // sink and window
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
+constexpr int kAttendLeast = 64;       // rows of a block of attend
+constexpr int kRankBlocks = 8;         // of rank and choose that a multiprocessor holds
 constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
 
 // Letters as in types.h, and
@@ -51,6 +54,7 @@ struct StepShape {
   int token_room = 0;   // N, a multiple of far_node_tokens and of page_size
   int cached_rows = 0;  // M
   float scale = 0.0f;
+  int multiprocessors = 1;  // of the device
 
   constexpr int pairs() const { return batch * kv_heads; }
   constexpr int padded_group() const { return (group + kHeadTile - 1) / kHeadTile * kHeadTile; }
@@ -61,13 +65,20 @@ struct StepShape {
   constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
   constexpr int scan_blocks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
   constexpr int entries() const { return near_rows() + select_tokens; }
-  // Rows of one block: few where there are few pairs to keep the device busy.
-  constexpr int attend_rows() const {
-    const std::int64_t all = std::int64_t{pairs()} * (entries() + nodes());
-    return all < 64 * 1024 ? 64 : all < 128 * 1024 ? 128 : all < 256 * 1024 ? 256 : 512;
+  // Blocks of attend, at most, for each pair: about as many as run at once, of 64 rows and more.
+  // Those of larger groups take two fours of heads each (attend_tiles), and more registers.
+  constexpr int attend_tiles() const { return padded_group() <= kHeadTile ? 1 : 2; }
+  constexpr int attend_groups() const {
+    return (padded_group() / kHeadTile + attend_tiles() - 1) / attend_tiles();
   }
   constexpr int attend_blocks() const {
-    return (entries() + nodes() + attend_rows() - 1) / attend_rows();
+    const int resident = attend_tiles() == 1 && dtype != DType::kFloat32 ? 2 : 1;
+    const int share = multiprocessors * resident / (pairs() * attend_groups());
+    return std::clamp(share, 1, (entries() + nodes() + kAttendLeast - 1) / kAttendLeast);
+  }
+  // Blocks of rank and choose for each pair.
+  constexpr int rank_blocks() const {
+    return std::clamp(multiprocessors * kRankBlocks / pairs(), 1, scan_blocks());
   }
 };
 

@@ -6,15 +6,20 @@
 namespace icecache::gpu {
 
 constexpr int kAttendBlock = 256;
-constexpr int kAttendUnroll = 4;
+constexpr int kAttendUnroll = 4;  // rows of each part of a warp that are under way, twice
+constexpr int kMaxEntries = kMaxNear + kMaxCandidates;
 
-// Tiles: fours of heads that one block takes.
+// Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows.
 template <typename T, int D, int Tiles>
 __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1)
     attend_kernel(const StepParams p) {
   using Shape = RowShape<T, D>;
   constexpr int kHeads = Tiles * kHeadTile, kWarps = kAttendBlock / kWarp;
   constexpr int kParts = kWarps * Shape::kRows;  // rows that the block reads at once
+  constexpr int kStep = kParts * kAttendUnroll;
+  // Weights of a part's rows, [kAttendUnroll, kHeads], are spread over its lanes.
+  constexpr int kWeights = (kAttendUnroll * kHeads + Shape::kLanes - 1) / Shape::kLanes;
+  __shared__ int2 entries[kMaxEntries];  // of this block: row, source
   __shared__ float sums[kWarps][kHeads];
   __shared__ float room[kWarps][kHeads * D / 2];
   __shared__ bool is_last;
@@ -33,108 +38,116 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
     }
     return;
   }
-  const int rows = p.scratch.entry_count[x], count = index_tokens(s, length);
-  const int nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
-  const int of_block = s.attend_rows(), blocks = (rows + nodes + of_block - 1) / of_block;
-  const int begin = blockIdx.x * of_block, end = min(begin + of_block, rows + nodes);
-  if (begin >= end) return;
+  const int all_rows = p.scratch.entry_count[x], count = index_tokens(s, length);
+  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
+  const int blocks = min(static_cast<int>(gridDim.x),
+                         (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast);
+  const int block = blockIdx.x;
+  if (block >= blocks) return;
+  const auto share = [&](int all, int of) {
+    return static_cast<int>(static_cast<std::int64_t>(all) * of / blocks);
+  };
+  const int first_node = share(all_nodes, block), nodes = share(all_nodes, block + 1) - first_node;
+  const int first_row = share(all_rows, block), rows = share(all_rows, block + 1) - first_row;
+  const int items = nodes + rows;
 
   T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const T* means =
-      static_cast<const T*>(p.layer.means) + static_cast<std::int64_t>(x) * s.nodes() * D;
-  const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries();
-  const std::int64_t node0 = static_cast<std::int64_t>(x) * s.nodes();
+  const T* means = static_cast<const T*>(p.layer.means) +
+                   (static_cast<std::int64_t>(x) * s.nodes() + first_node) * D;
+  const float* mass =
+      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads + first_head;
+  const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries() + first_row;
+  const float* row_weights = p.scratch.entry_weights + entry0 * heads + first_head;
+  for (int e = thread; e < rows; e += kAttendBlock) {
+    entries[e] = make_int2(p.scratch.entry_rows[entry0 + e], p.scratch.entry_sources[entry0 + e]);
+  }
   const int part = warp * Shape::kRows + lane / Shape::kLanes, within = lane % Shape::kLanes;
+  const int own_head = within % kHeads;
+  const bool is_head = first_head + own_head < heads;
+  // Masses of nodes are over exp(lse), weights of rows over the largest of it and all logits.
+  const float far_scale =
+      is_head ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + own_head]
+              : 0.0f;
+  __syncthreads();
+
+  struct Held {
+    uint4 values[kAttendUnroll][Shape::kPerLane];
+    float weights[kWeights];
+  };
   float sum[kHeads] = {};
   float acc[kHeads][Shape::kElements] = {};
-  // The values of kAttendUnroll rows and their weights; all loads are under way before one is used.
-  uint4 held[kAttendUnroll][Shape::kPerLane];
-  float weights[kAttendUnroll][kHeads];
-  const auto load = [&](int u, const T* row, const float* weight, bool counts) {
+  const auto load = [&](Held& held, int first) {
 #pragma unroll
-    for (int j = 0; j < Shape::kPerLane; ++j) {
-      const int v = Shape::vector(within, j);
-      held[u][j] =
-          vectors_of(row)[Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)];
-    }
-#pragma unroll
-    for (int t = 0; t < Tiles; ++t) {
-      const bool is_there = counts && first_head + t * kHeadTile < heads;
-      const float4 four = reinterpret_cast<const float4*>(weight)[is_there ? t : 0];
-      weights[u][t * 4] = is_there ? four.x : 0.0f;
-      weights[u][t * 4 + 1] = is_there ? four.y : 0.0f;
-      weights[u][t * 4 + 2] = is_there ? four.z : 0.0f;
-      weights[u][t * 4 + 3] = is_there ? four.w : 0.0f;
-    }
-  };
-  const auto accumulate = [&](int u) {
-#pragma unroll
-    for (int g = 0; g < kHeads; ++g) sum[g] += weights[u][g];
-#pragma unroll
-    for (int j = 0; j < Shape::kPerLane; ++j) {
-      float value[Shape::kCount];
-      Vector<T>{held[u][j]}.unpack(value);
-#pragma unroll
-      for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-        for (int i = 0; i < Shape::kCount; ++i) {
-          acc[g][j * Shape::kCount + i] += weights[u][g] * value[i];
-        }
+    for (int u = 0; u < kAttendUnroll; ++u) {
+      const int item = min(first + u * kParts + part, items - 1);
+      const T* from = means + static_cast<std::int64_t>(item) * D;
+      if (item >= nodes) {
+        const int2 entry = entries[item - nodes];
+        from = entry.y < 0 ? row_values + static_cast<std::int64_t>(entry.x) * D
+                           : host_value<T>(p, x, entry.y, D);
       }
-    }
-  };
-
-  const float* mass = p.scratch.mass + node0 * heads + first_head;
-  for (int first = max(begin, rows) + part; first < end; first += kParts * kAttendUnroll) {
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      const int e = first + u * kParts, node = min(e, end - 1) - rows;
-      load(u, means + static_cast<std::int64_t>(node) * D,
-           mass + static_cast<std::int64_t>(node) * heads, e < end);
-    }
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) accumulate(u);
-  }
-  // Masses of nodes are over exp(lse), weights of rows over the largest of it and all logits.
-#pragma unroll
-  for (int g = 0; g < kHeads; ++g) {
-    const float far_scale =
-        first_head + g < heads
-            ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + g]
-            : 0.0f;
-    sum[g] *= far_scale;
-#pragma unroll
-    for (int i = 0; i < Shape::kElements; ++i) acc[g][i] *= far_scale;
-  }
-  const int last_row = min(end, rows);
-  for (int first = begin + part; first < last_row; first += kParts * kAttendUnroll) {
-    int row[kAttendUnroll], source[kAttendUnroll];
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      const int e = min(first + u * kParts, last_row - 1);
-      row[u] = p.scratch.entry_rows[entry0 + e];
-      source[u] = p.scratch.entry_sources[entry0 + e];
-    }
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      const int e = first + u * kParts, clamped = min(e, last_row - 1);
-      const T* from = source[u] < 0 ? row_values + static_cast<std::int64_t>(row[u]) * D
-                                    : host_value<T>(p, x, source[u], D);
-      load(u, from, p.scratch.entry_weights + (entry0 + clamped) * heads + first_head,
-           e < last_row);
-      if (e >= last_row) source[u] = -1;
-    }
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      accumulate(u);
-      if (source[u] < 0 || blockIdx.z != 0) continue;
-      uint4* to = reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(row[u]) * D);
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) to[v] = held[u][j];
+        held.values[u][j] =
+            vectors_of(from)[Shape::kVectors % Shape::kLanes == 0 ? v
+                                                                  : min(v, Shape::kVectors - 1)];
       }
     }
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k) {
+      const int u = (k * Shape::kLanes + within) / kHeads, item = first + u * kParts + part;
+      const bool counts = u < kAttendUnroll && item < items && is_head;
+      const bool is_node = item < nodes;
+      const float* from = is_node ? mass + static_cast<std::int64_t>(item) * heads
+                                  : row_weights + static_cast<std::int64_t>(item - nodes) * heads;
+      held.weights[k] = counts ? from[own_head] * (is_node ? far_scale : 1.0f) : 0.0f;
+    }
+  };
+  const auto accumulate = [&](const Held& held, int first) {
+#pragma unroll
+    for (int u = 0; u < kAttendUnroll; ++u) {
+      float weight[kHeads];
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+        const int i = u * kHeads + g;
+        weight[g] = __shfl_sync(~0u, held.weights[i / Shape::kLanes],
+                                lane - within + i % Shape::kLanes);
+        sum[g] += weight[g];
+      }
+#pragma unroll
+      for (int j = 0; j < Shape::kPerLane; ++j) {
+        float value[Shape::kCount];
+        Vector<T>{held.values[u][j]}.unpack(value);
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+          for (int i = 0; i < Shape::kCount; ++i) {
+            acc[g][j * Shape::kCount + i] += weight[g] * value[i];
+          }
+        }
+      }
+      // Values that came from host memory stay.
+      const int item = first + u * kParts + part;
+      if (item < nodes || item >= items || blockIdx.z != 0) continue;
+      const int2 entry = entries[item - nodes];
+      if (entry.y < 0) continue;
+      uint4* to = reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(entry.x) * D);
+#pragma unroll
+      for (int j = 0; j < Shape::kPerLane; ++j) {
+        const int v = Shape::vector(within, j);
+        if (v < Shape::kVectors) to[v] = held.values[u][j];
+      }
+    }
+  };
+  // Two steps by turns: the loads of one are under way while the other is added up.
+  Held even, odd;
+  load(even, 0);
+  for (int first = 0; first < items; first += 2 * kStep) {
+    load(odd, first + kStep);
+    accumulate(even, first);
+    load(even, first + 2 * kStep);
+    accumulate(odd, first + kStep);
   }
 
   // Over the parts of the warp, then over the warps, in two halves to fit shared memory.
@@ -150,7 +163,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
     if (lane == 0) sums[warp][g] = sum[g];
   }
   const std::int64_t block0 =
-      (static_cast<std::int64_t>(x) * s.attend_blocks() + blockIdx.x) * heads + first_head;
+      (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;
   for (int half = 0; half < 2; ++half) {
     if (lane < Shape::kLanes) {
 #pragma unroll
@@ -194,31 +207,31 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  const std::int64_t first_block = static_cast<std::int64_t>(x) * s.attend_blocks() * heads;
+  const std::int64_t first_block = static_cast<std::int64_t>(x) * gridDim.x * heads;
   __shared__ float totals[kMaxGroup];
   __shared__ float4 parts[kAttendBlock];
   for (int g = warp; g < s.group; g += kWarps) {
     float total = 0.0f;
-    for (int block = lane; block < blocks; block += kWarp) {
+    for (int b = lane; b < blocks; b += kWarp) {
       total += __ldcg(p.scratch.partial_sum + first_block +
-                      static_cast<std::int64_t>(block) * heads + g);
+                      static_cast<std::int64_t>(b) * heads + g);
     }
     total = warp_sum(total);
     if (lane == 0) totals[g] = total;
   }
-  // Four outputs to an item, and as many threads to an item as there are to spare.
-  const int items = s.group * D / 4, at_once = min(items, kAttendBlock);
-  const int threads = kAttendBlock / at_once, share = thread / at_once;
-  for (int first = 0; first < items; first += at_once) {
-    const int item = first + thread % at_once;
-    const bool works = share < threads && item < items;
+  // Four outputs at a time, and as many threads to them as there are to spare.
+  const int fours = s.group * D / 4, at_once = min(fours, kAttendBlock);
+  const int threads = kAttendBlock / at_once, turn = thread / at_once;
+  for (int first = 0; first < fours; first += at_once) {
+    const int four = first + thread % at_once;
+    const bool works = turn < threads && four < fours;
     float4 sum4 = make_float4(0, 0, 0, 0);
     if (works) {
 #pragma unroll 4
-      for (int block = share; block < blocks; block += threads) {
+      for (int b = turn; b < blocks; b += threads) {
         const float4 part = __ldcg(reinterpret_cast<const float4*>(
-            p.scratch.partial + (first_block + static_cast<std::int64_t>(block) * heads) * D +
-            item * 4));
+            p.scratch.partial + (first_block + static_cast<std::int64_t>(b) * heads) * D +
+            four * 4));
         sum4.x += part.x;
         sum4.y += part.y;
         sum4.z += part.z;
@@ -227,7 +240,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
     }
     parts[thread] = sum4;
     __syncthreads();
-    if (works && share == 0) {
+    if (works && turn == 0) {
       for (int other = 1; other < threads; ++other) {
         const float4 part = parts[thread + other * at_once];
         sum4.x += part.x;
@@ -235,11 +248,11 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
         sum4.z += part.z;
         sum4.w += part.w;
       }
-      const float total = totals[item * 4 / D];
-      out[item * 4] = from_float<T>(sum4.x / total);
-      out[item * 4 + 1] = from_float<T>(sum4.y / total);
-      out[item * 4 + 2] = from_float<T>(sum4.z / total);
-      out[item * 4 + 3] = from_float<T>(sum4.w / total);
+      const float total = totals[four * 4 / D];
+      out[four * 4] = from_float<T>(sum4.x / total);
+      out[four * 4 + 1] = from_float<T>(sum4.y / total);
+      out[four * 4 + 2] = from_float<T>(sum4.z / total);
+      out[four * 4 + 3] = from_float<T>(sum4.w / total);
     }
     __syncthreads();
   }

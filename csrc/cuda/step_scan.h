@@ -1,4 +1,5 @@
-// scan, rank, choose: a block for kScanTokens tokens of a pair. Device code.
+// scan: a block for kScanTokens tokens of a pair. rank, choose: as many blocks as run at once, each
+// takes every so many chunks of kScanTokens. Device code.
 #pragma once
 
 #include <climits>
@@ -124,18 +125,24 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   }
 }
 
+// The tokens of a thread in a chunk, as rank and choose read them: a warp has 128 in a row, so that
+// a far-field node is one warp's.
+__device__ __forceinline__ int token_of(int begin, int k) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  return begin + (warp * kScanSteps + k) * kWarp + lane;
+}
+
 // Scores of a thread's tokens for one tile of heads: all loads are under way before one is used.
 __device__ __forceinline__ void load_scores(const StepShape& s, const short4* scores, int begin,
                                             int count, int tile, short4* four) {
   const short4* of_tile = scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room;
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    const int token = begin + k * kBlock + static_cast<int>(threadIdx.x);
-    four[k] = of_tile[min(token, count - 1)];
+    four[k] = of_tile[min(token_of(begin, k), count - 1)];
   }
 }
 
-// The ranks of a thread's tokens begin + k * kBlock + thread: how far each is below everything, in
+// The ranks of a thread's tokens: how far each is below everything, in
 // the head that sees it best, in steps of 1 / kRanksPerNat. `offset` [H]: everything's score in
 // each head, beyond reach where there is no such head. `scale`: ranks of one score. Tokens past the
 // last have any rank.
@@ -178,20 +185,20 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   if (is_idle(s, length)) return;
-  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
-  const int heads = s.padded_group(), blocks = (count + kScanTokens - 1) / kScanTokens;
-  if (begin >= count && blockIdx.x > 0) return;
+  const int count = index_tokens(s, length), heads = s.padded_group();
+  const int chunks = (count + kScanTokens - 1) / kScanTokens;
+  if (static_cast<int>(blockIdx.x) >= max(chunks, 1)) return;
   const float unit = p.scratch.unit[x];
   const std::int64_t first = static_cast<std::int64_t>(x) * s.scan_blocks() * heads;
   for (int i = thread; i < kRanks; i += kBlock) histogram[i] = 0;
   for (int g = warp; g < heads; g += kBlock / kWarp) {
     int high = INT_MIN;
-    for (int i = lane; i < blocks; i += kWarp) {
+    for (int i = lane; i < chunks; i += kWarp) {
       high = max(high, p.scratch.block_max[first + i * heads + g]);
     }
     high = warp_max(high);
     float sum = 0.0f;
-    for (int i = lane; i < blocks; i += kWarp) {
+    for (int i = lane; i < chunks; i += kWarp) {
       sum += p.scratch.block_sum[first + i * heads + g] *
              expf(unit * static_cast<float>(p.scratch.block_max[first + i * heads + g] - high));
     }
@@ -200,24 +207,27 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
       const std::int64_t head = static_cast<std::int64_t>(x) * heads + g;
       const float bias = p.scratch.bias[head];
       const float indexed =
-          blocks > 0 ? bias + unit * static_cast<float>(high) + logf(sum) : -INFINITY;
+          chunks > 0 ? bias + unit * static_cast<float>(high) + logf(sum) : -INFINITY;
       const float lse = log_add(indexed, p.scratch.near_lse[head]);
       offset[g] = g < s.group ? score_offset(lse, bias, unit) : kNoHead;
       if (blockIdx.x == 0) p.scratch.lse[head] = lse;
     }
   }
   __syncthreads();
-  if (begin >= count) return;
+  if (chunks == 0) return;
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
   const float scale = unit * kRanksPerNat;
-  int ranks[kScanSteps];
-  rank_tokens(s, scores, begin, count, scale, offset, ranks);
+  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int begin = chunk * kScanTokens;
+    int ranks[kScanSteps];
+    rank_tokens(s, scores, begin, count, scale, offset, ranks);
 #pragma unroll
-  for (int k = 0; k < kScanSteps; ++k) {
-    // The last rank holds all that is too far to matter: nobody counts it.
-    if (begin + k * kBlock + thread < count && ranks[k] < kRanks - 1) {
-      atomicAdd(histogram + ranks[k], 1u);
+    for (int k = 0; k < kScanSteps; ++k) {
+      // The last rank holds all that is too far to matter: nobody counts it.
+      if (token_of(begin, k) < count && ranks[k] < kRanks - 1) {
+        atomicAdd(histogram + ranks[k], 1u);
+      }
     }
   }
   __syncthreads();
@@ -232,7 +242,8 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   __threadfence();
   __syncthreads();
   if (thread == 0) {
-    is_last = atomicAdd(p.scratch.blocks_ranked + x, 1u) + 1 == static_cast<unsigned>(blocks);
+    is_last = atomicAdd(p.scratch.blocks_ranked + x, 1u) + 1 ==
+              min(gridDim.x, static_cast<unsigned>(chunks));
     last_rank = count <= kMaxCandidates ? kRanks - 1 : kRanks - 2;
   }
   __syncthreads();
@@ -257,69 +268,64 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (thread == 0) p.scratch.last_rank[x] = last_rank;
 }
 
-static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
-  constexpr int kSegments = kScanTokens / kWarp;
+static __global__ void __launch_bounds__(kBlock, 4) choose_kernel(const StepParams p) {
   __shared__ int offset[kMaxGroup];
   __shared__ float shift[kMaxGroup];
-  __shared__ float weights[kSegments * kMaxGroup];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   if (is_idle(s, length)) return;
-  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
-  if (begin >= count) return;
+  const int count = index_tokens(s, length);
+  if (static_cast<int>(blockIdx.x) * kScanTokens >= count) return;
   const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
   const float unit = p.scratch.unit[x], scale = unit * kRanksPerNat, in_bits = unit * kLog2E;
   if (thread < heads) {
     const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
     const float bias = p.scratch.bias[head], lse = p.scratch.lse[head];
     offset[thread] = thread < s.group ? score_offset(lse, bias, unit) : kNoHead;
-    shift[thread] = (bias - lse) * kLog2E;
+    shift[thread] = thread < s.group ? (bias - lse) * kLog2E : -INFINITY;
   }
   __syncthreads();
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
-  int ranks[kScanSteps];
-  rank_tokens(s, scores, begin, count, scale, offset, ranks);
-#pragma unroll
-  for (int k = 0; k < kScanSteps; ++k) {
-    const int token = begin + k * kBlock + thread;
-    if (token < count && ranks[k] <= last_rank) {
-      const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
-      p.scratch.tokens[x * kMaxCandidates + at] = token;
-    }
-    if (token >= count) ranks[k] = last_rank;  // weighs nothing
-  }
-  for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
-    short4 four[kScanSteps];
-    load_scores(s, scores, begin, count, tile, four);
+  const int steps_of_node = s.far_node_tokens / kWarp;
+  for (int begin = blockIdx.x * kScanTokens; begin < count; begin += gridDim.x * kScanTokens) {
+    int ranks[kScanSteps];
+    rank_tokens(s, scores, begin, count, scale, offset, ranks);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      const int of_head[kHeadTile] = {four[k].x, four[k].y, four[k].z, four[k].w};
-      float weight[kHeadTile];
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) {
-        const float w = power_of_two(in_bits * small_to_float(of_head[g]) + shift[tile + g]);
-        weight[g] = ranks[k] > last_rank ? w : 0.0f;
+      const int token = token_of(begin, k);
+      if (token < count && ranks[k] <= last_rank) {
+        const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
+        p.scratch.tokens[x * kMaxCandidates + at] = token;
       }
-      const float of_warp = warp_sum_of_four(weight);
-      if (lane % 8 == 0) {
-        weights[(k * (kBlock / kWarp) + warp) * kMaxGroup + tile + lane / 8] = of_warp;
+      if (token >= count) ranks[k] = last_rank;  // weighs nothing
+    }
+    const int of_warp = begin + warp * kScanSteps * kWarp;  // its first token
+    float* mass = p.scratch.mass +
+                  (static_cast<std::int64_t>(x) * s.nodes() + of_warp / s.far_node_tokens) * heads;
+    for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
+      short4 four[kScanSteps];
+      load_scores(s, scores, begin, count, tile, four);
+      float of_node = 0.0f;  // of head tile + lane / 8
+#pragma unroll
+      for (int k = 0; k < kScanSteps; ++k) {
+        const int of_head[kHeadTile] = {four[k].x, four[k].y, four[k].z, four[k].w};
+        float weight[kHeadTile];
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+          const float w = power_of_two(in_bits * small_to_float(of_head[g]) + shift[tile + g]);
+          weight[g] = ranks[k] > last_rank ? w : 0.0f;
+        }
+        of_node += warp_sum_of_four(weight);
+        if ((k + 1) % steps_of_node != 0) continue;
+        if (lane % 8 == 0 && of_warp + (k + 1 - steps_of_node) * kWarp < count) {
+          mass[k / steps_of_node * heads + tile + lane / 8] = of_node;
+        }
+        of_node = 0.0f;
       }
     }
-  }
-  if (!s.tail) return;
-  __syncthreads();
-  const int segments = s.far_node_tokens / kWarp, nodes = kScanTokens / s.far_node_tokens;
-  for (int i = thread; i < nodes * heads; i += kBlock) {
-    const int node = i / heads, g = i % heads;
-    if (begin + node * s.far_node_tokens >= count) continue;
-    float mass = 0.0f;
-    for (int j = 0; j < segments; ++j) mass += weights[(node * segments + j) * kMaxGroup + g];
-    p.scratch.mass[(static_cast<std::int64_t>(x) * s.nodes() + begin / s.far_node_tokens + node) *
-                       heads +
-                   g] = g < s.group ? mass : 0.0f;
   }
 }
 

@@ -40,6 +40,12 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }
+struct int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
 inline short4 make_short4(short x, short y, short z, short w) {
   return {x, y, z, w};
 }
@@ -89,6 +95,10 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::shuffle(value, lane);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -239,9 +249,9 @@ inline cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) {
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
   return cudaSuccess;
 }
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 8;
+  *value = 8;  // of either
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
