@@ -65,12 +65,15 @@ void launch_with(const StepParams& p, Stream stream) {
     launch(name, kernel, grid, threads, stream, p, chained);
   };
   const auto pairs = static_cast<unsigned>(s.pairs());
-  const auto scans = static_cast<unsigned>(s.scan_blocks());
+  const auto chunked = [&](int resident) {
+    return dim3(static_cast<unsigned>(s.blocks_of_pair(resident)), pairs);
+  };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
-  start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>, dim3(scans, pairs), kBlock);
-  const auto ranks = static_cast<unsigned>(s.rank_blocks());
-  start("rank", rank_kernel, dim3(ranks, pairs), kBlock);
-  start("choose", choose_kernel, dim3(ranks, pairs), kBlock);
+  start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>,
+        dim3(static_cast<unsigned>(s.scan_chunks()), pairs), kBlock);
+  start("rank", rank_kernel, chunked(kRankBlocks), kBlock);
+  start("choose", s.far_node_tokens == kWarp ? choose_kernel<1> : choose_kernel<2>,
+        chunked(kChooseBlocks), kBlock);
   start("resolve", resolve_kernel, dim3(pairs), kPickBlock);
   constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
   start("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
@@ -166,8 +169,8 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.near_logits, pairs * s.near_rows() * heads);
   layout.place(scratch.near_lse, pairs * heads);
   layout.place(scratch.scores, pairs * heads * s.token_room);
-  layout.place(scratch.block_max, pairs * s.scan_blocks() * heads);
-  layout.place(scratch.block_sum, pairs * s.scan_blocks() * heads);
+  layout.place(scratch.chunk_max, pairs * s.scan_chunks() * heads);
+  layout.place(scratch.chunk_sum, pairs * s.scan_chunks() * heads);
   layout.place(scratch.lse, pairs * heads);
   layout.place(scratch.histogram, pairs * kRanks);
   layout.place(scratch.blocks_ranked, pairs);

@@ -30,12 +30,12 @@ namespace icecache::gpu {
 constexpr int kMaxCandidates = 512;    // a step's candidates, at most
 constexpr int kRanks = 2048;           // bins of the histogram
 constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
-constexpr int kScanTokens = 1024;      // of one block
+constexpr int kScanTokens = 1024;      // of one chunk
 constexpr int kMaxNear = 256;          // sink and window
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
-constexpr int kRankBlocks = 8;         // of rank and choose that a multiprocessor holds
+constexpr int kAttendMost = 16;        // blocks of a pair, which one of them merges
 constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
 
 // Letters as in types.h, and
@@ -63,7 +63,7 @@ struct StepShape {
   constexpr int nodes() const { return token_room / far_node_tokens; }
   constexpr int pages() const { return token_room / page_size; }
   constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
-  constexpr int scan_blocks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
+  constexpr int scan_chunks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
   constexpr int entries() const { return near_rows() + select_tokens; }
   // Blocks of attend, at most, for each pair: about as many as run at once, of 64 rows and more.
   // Those of larger groups take two fours of heads each (attend_tiles), and more registers.
@@ -74,11 +74,12 @@ struct StepShape {
   constexpr int attend_blocks() const {
     const int resident = attend_tiles() == 1 && dtype != DType::kFloat32 ? 2 : 1;
     const int share = multiprocessors * resident / (pairs() * attend_groups());
-    return std::clamp(share, 1, (entries() + nodes() + kAttendLeast - 1) / kAttendLeast);
+    const int most = (entries() + nodes() + kAttendLeast - 1) / kAttendLeast;
+    return std::clamp(share, 1, std::min(most, kAttendMost));
   }
-  // Blocks of rank and choose for each pair.
-  constexpr int rank_blocks() const {
-    return std::clamp(multiprocessors * kRankBlocks / pairs(), 1, scan_blocks());
+  // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
+  constexpr int blocks_of_pair(int resident) const {
+    return std::clamp(multiprocessors * resident / pairs(), 1, scan_chunks());
   }
 };
 
@@ -114,8 +115,8 @@ struct StepScratch {
   float* near_logits = nullptr;        // [X, E, H]
   float* near_lse = nullptr;           // [X, H]
   std::int16_t* scores = nullptr;      // [X, H / 4, N, 4]
-  std::int32_t* block_max = nullptr;   // [X, scan blocks, H]
-  float* block_sum = nullptr;          // [X, scan blocks, H]
+  std::int32_t* chunk_max = nullptr;   // [X, scan chunks, H]
+  float* chunk_sum = nullptr;          // [X, scan chunks, H]
   float* lse = nullptr;                // [X, H] log weight of everything, as far as sketches tell
   std::uint32_t* histogram = nullptr;  // [X, kRanks]
   std::uint32_t* blocks_ranked = nullptr;  // [X]

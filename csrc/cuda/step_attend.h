@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   // Weights of a part's rows, [kAttendUnroll, kHeads], are spread over its lanes.
   constexpr int kWeights = (kAttendUnroll * kHeads + Shape::kLanes - 1) / Shape::kLanes;
   __shared__ int2 entries[kMaxEntries];  // of this block: row, source
+  __shared__ float4 weight_room[2][kWarps][kAttendUnroll * Shape::kRows][Tiles];
   __shared__ float sums[kWarps][kHeads];
   __shared__ float room[kWarps][kHeads * D / 2];
   __shared__ bool is_last;
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  const int input = input_of(p, x);
+  const int input = input_of(p, x), all_rows = p.scratch.entry_count[x];
   if (input < 0) return;
   T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input) * s.group * D;
   if (is_idle(s, length)) {
@@ -38,10 +39,10 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
     }
     return;
   }
-  const int all_rows = p.scratch.entry_count[x], count = index_tokens(s, length);
+  const int count = index_tokens(s, length);
   const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
-  const int blocks = min(static_cast<int>(gridDim.x),
-                         (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast);
+  const int blocks =
+      min(static_cast<int>(gridDim.x), (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast);
   const int block = blockIdx.x;
   if (block >= blocks) return;
   const auto share = [&](int all, int of) {
@@ -58,9 +59,6 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
       p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads + first_head;
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries() + first_row;
   const float* row_weights = p.scratch.entry_weights + entry0 * heads + first_head;
-  for (int e = thread; e < rows; e += kAttendBlock) {
-    entries[e] = make_int2(p.scratch.entry_rows[entry0 + e], p.scratch.entry_sources[entry0 + e]);
-  }
   const int part = warp * Shape::kRows + lane / Shape::kLanes, within = lane % Shape::kLanes;
   const int own_head = within % kHeads;
   const bool is_head = first_head + own_head < heads;
@@ -68,15 +66,36 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const float far_scale =
       is_head ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + own_head]
               : 0.0f;
-  __syncthreads();
 
+  // What a lane holds of a step: its parts of the values, and its weights of the part's rows.
   struct Held {
     uint4 values[kAttendUnroll][Shape::kPerLane];
     float weights[kWeights];
   };
-  float sum[kHeads] = {};
-  float acc[kHeads][Shape::kElements] = {};
-  const auto load = [&](Held& held, int first) {
+  const auto load_row = [&](uint4* held, const T* row) {
+#pragma unroll
+    for (int j = 0; j < Shape::kPerLane; ++j) {
+      const int v = Shape::vector(within, j);
+      held[j] =
+          vectors_of(row)[Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)];
+    }
+  };
+  const auto item_of_weight = [&](int first, int k) {
+    return first + (k * Shape::kLanes + within) / kHeads * kParts + part;
+  };
+  const auto load_nodes = [&](Held& held, int first) {
+#pragma unroll
+    for (int u = 0; u < kAttendUnroll; ++u) {
+      load_row(held.values[u], means + static_cast<std::int64_t>(first + u * kParts + part) * D);
+    }
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k) {
+      const bool counts = (k * Shape::kLanes + within) / kHeads < kAttendUnroll && is_head;
+      const std::int64_t node = counts ? item_of_weight(first, k) : 0;
+      held.weights[k] = counts ? mass[node * heads + own_head] * far_scale : 0.0f;
+    }
+  };
+  const auto load_any = [&](Held& held, int first) {
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
       const int item = min(first + u * kParts + part, items - 1);
@@ -86,34 +105,50 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
         from = entry.y < 0 ? row_values + static_cast<std::int64_t>(entry.x) * D
                            : host_value<T>(p, x, entry.y, D);
       }
-#pragma unroll
-      for (int j = 0; j < Shape::kPerLane; ++j) {
-        const int v = Shape::vector(within, j);
-        held.values[u][j] =
-            vectors_of(from)[Shape::kVectors % Shape::kLanes == 0 ? v
-                                                                  : min(v, Shape::kVectors - 1)];
-      }
+      load_row(held.values[u], from);
     }
 #pragma unroll
     for (int k = 0; k < kWeights; ++k) {
-      const int u = (k * Shape::kLanes + within) / kHeads, item = first + u * kParts + part;
-      const bool counts = u < kAttendUnroll && item < items && is_head;
+      const int item = item_of_weight(first, k);
+      const bool counts =
+          (k * Shape::kLanes + within) / kHeads < kAttendUnroll && item < items && is_head;
       const bool is_node = item < nodes;
       const float* from = is_node ? mass + static_cast<std::int64_t>(item) * heads
                                   : row_weights + static_cast<std::int64_t>(item - nodes) * heads;
       held.weights[k] = counts ? from[own_head] * (is_node ? far_scale : 1.0f) : 0.0f;
     }
   };
-  const auto accumulate = [&](const Held& held, int first) {
+  const auto load = [&](Held& held, int first) {
+    if (first >= items) return;
+    if (first + kStep <= nodes) {
+      load_nodes(held, first);
+    } else {
+      load_any(held, first);
+    }
+  };
+  float sum = 0.0f;  // of the own head's weights
+  float acc[kHeads][Shape::kElements] = {};
+  const auto accumulate = [&](const Held& held, int first, float4(*room_of_warp)[Tiles]) {
+    if (first >= items) return;
+    float* to_weights =
+        reinterpret_cast<float*>(room_of_warp) + lane / Shape::kLanes * kHeads + own_head;
+#pragma unroll
+    for (int k = 0; k < kWeights; ++k) {
+      const int u = (k * Shape::kLanes + within) / kHeads;
+      if (u < kAttendUnroll) to_weights[u * Shape::kRows * kHeads] = held.weights[k];
+      sum += held.weights[k];
+    }
+    __syncwarp();
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
       float weight[kHeads];
 #pragma unroll
-      for (int g = 0; g < kHeads; ++g) {
-        const int i = u * kHeads + g;
-        weight[g] = __shfl_sync(~0u, held.weights[i / Shape::kLanes],
-                                lane - within + i % Shape::kLanes);
-        sum[g] += weight[g];
+      for (int t = 0; t < Tiles; ++t) {
+        const float4 four = room_of_warp[u * Shape::kRows + lane / Shape::kLanes][t];
+        weight[t * 4] = four.x;
+        weight[t * 4 + 1] = four.y;
+        weight[t * 4 + 2] = four.z;
+        weight[t * 4 + 3] = four.w;
       }
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
@@ -127,9 +162,13 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
           }
         }
       }
+    }
+    if (first + kStep <= nodes || blockIdx.z != 0) return;
       // Values that came from host memory stay.
+#pragma unroll
+    for (int u = 0; u < kAttendUnroll; ++u) {
       const int item = first + u * kParts + part;
-      if (item < nodes || item >= items || blockIdx.z != 0) continue;
+      if (item < nodes || item >= items) continue;
       const int2 entry = entries[item - nodes];
       if (entry.y < 0) continue;
       uint4* to = reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(entry.x) * D);
@@ -140,27 +179,35 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
       }
     }
   };
-  // Two steps by turns: the loads of one are under way while the other is added up.
+
+  // Two steps by turns: the loads of one are under way while the other is added up. Those of the
+  // first are ahead of the block's barrier where they can be.
   Held even, odd;
-  load(even, 0);
+  const bool begins_with_nodes = kStep <= nodes;
+  if (begins_with_nodes) load_nodes(even, 0);
+  for (int e = thread; e < rows; e += kAttendBlock) {
+    entries[e] = make_int2(p.scratch.entry_rows[entry0 + e], p.scratch.entry_sources[entry0 + e]);
+  }
+  __syncthreads();
+  if (!begins_with_nodes) load_any(even, 0);
   for (int first = 0; first < items; first += 2 * kStep) {
     load(odd, first + kStep);
-    accumulate(even, first);
+    accumulate(even, first, weight_room[0][warp]);
     load(even, first + 2 * kStep);
-    accumulate(odd, first + kStep);
+    accumulate(odd, first + kStep, weight_room[1][warp]);
   }
 
   // Over the parts of the warp, then over the warps, in two halves to fit shared memory.
+  for (int offset = kHeads; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  if (lane < kHeads) sums[warp][lane] = sum;
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {
     for (int offset = Shape::kLanes; offset < kWarp; offset *= 2) {
-      sum[g] += __shfl_xor_sync(~0u, sum[g], offset);
 #pragma unroll
       for (int i = 0; i < Shape::kElements; ++i) {
         acc[g][i] += __shfl_xor_sync(~0u, acc[g][i], offset);
       }
     }
-    if (lane == 0) sums[warp][g] = sum[g];
   }
   const std::int64_t block0 =
       (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;
@@ -213,8 +260,8 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   for (int g = warp; g < s.group; g += kWarps) {
     float total = 0.0f;
     for (int b = lane; b < blocks; b += kWarp) {
-      total += __ldcg(p.scratch.partial_sum + first_block +
-                      static_cast<std::int64_t>(b) * heads + g);
+      total +=
+          __ldcg(p.scratch.partial_sum + first_block + static_cast<std::int64_t>(b) * heads + g);
     }
     total = warp_sum(total);
     if (lane == 0) totals[g] = total;
@@ -227,7 +274,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
     const bool works = turn < threads && four < fours;
     float4 sum4 = make_float4(0, 0, 0, 0);
     if (works) {
-#pragma unroll 4
+#pragma unroll 8
       for (int b = turn; b < blocks; b += threads) {
         const float4 part = __ldcg(reinterpret_cast<const float4*>(
             p.scratch.partial + (first_block + static_cast<std::int64_t>(b) * heads) * D +

@@ -1,5 +1,5 @@
-// scan: a block for kScanTokens tokens of a pair. rank, choose: as many blocks as run at once, each
-// takes every so many chunks of kScanTokens. Device code.
+// scan: a block for each chunk of kScanTokens tokens of a pair. rank, choose: each pair has as many
+// blocks as run at once, which take its chunks by turns. Device code.
 #pragma once
 
 #include <climits>
@@ -10,6 +10,8 @@ namespace icecache::gpu {
 
 constexpr int kScanSteps = kScanTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
+// Blocks that a multiprocessor holds at once.
+constexpr int kRankBlocks = 8, kChooseBlocks = 4;
 
 template <int Words>
 __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
@@ -117,9 +119,9 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
         high = max(high, room[w][thread]);
       }
       const std::int64_t at =
-          (static_cast<std::int64_t>(x) * s.scan_blocks() + blockIdx.x) * heads + tile + thread;
-      p.scratch.block_max[at] = high;
-      p.scratch.block_sum[at] = total;
+          (static_cast<std::int64_t>(x) * s.scan_chunks() + blockIdx.x) * heads + tile + thread;
+      p.scratch.chunk_max[at] = high;
+      p.scratch.chunk_sum[at] = total;
     }
     __syncthreads();
   }
@@ -132,48 +134,57 @@ __device__ __forceinline__ int token_of(int begin, int k) {
   return begin + (warp * kScanSteps + k) * kWarp + lane;
 }
 
+// Scores of a token in four heads, as scan wrote them.
+struct FourScores {
+  int2 raw;
+  __device__ __forceinline__ int operator[](int g) const {
+    const int pair = g < 2 ? raw.x : raw.y;
+    return g % 2 == 0 ? static_cast<short>(pair) : pair >> 16;
+  }
+};
+
 // Scores of a thread's tokens for one tile of heads: all loads are under way before one is used.
 __device__ __forceinline__ void load_scores(const StepShape& s, const short4* scores, int begin,
-                                            int count, int tile, short4* four) {
-  const short4* of_tile = scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room;
+                                            int count, int tile, FourScores* four) {
+  const int2* of_tile = reinterpret_cast<const int2*>(
+      scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room);
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    four[k] = of_tile[min(token_of(begin, k), count - 1)];
+    four[k].raw = of_tile[static_cast<unsigned>(min(token_of(begin, k), count - 1))];
   }
 }
 
-// The ranks of a thread's tokens: how far each is below everything, in
-// the head that sees it best, in steps of 1 / kRanksPerNat. `offset` [H]: everything's score in
-// each head, beyond reach where there is no such head. `scale`: ranks of one score. Tokens past the
-// last have any rank.
-__device__ __forceinline__ void rank_tokens(const StepShape& s, const short4* scores, int begin,
-                                            int count, float scale, const int* offset, int* ranks) {
-  int best[kScanSteps];
+// How far the head that sees each of a thread's tokens best is above everything: a score less that
+// of everything, `offset` [H], which is beyond reach where there is no such head. `four`: scores of
+// the last tile of heads. Tokens past the last have any score.
+__device__ __forceinline__ void best_scores(const StepShape& s, const short4* scores, int begin,
+                                            int count, const int* offset, int* best,
+                                            FourScores* four) {
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) best[k] = INT_MIN;
   for (int tile = 0; tile < s.group; tile += kHeadTile) {
-    short4 four[kScanSteps];
     load_scores(s, scores, begin, count, tile, four);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      best[k] = max(best[k], max(max(four[k].x - offset[tile], four[k].y - offset[tile + 1]),
-                                 max(four[k].z - offset[tile + 2], four[k].w - offset[tile + 3])));
+      best[k] =
+          max(best[k], max(max(four[k][0] - offset[tile], four[k][1] - offset[tile + 1]),
+                           max(four[k][2] - offset[tile + 2], four[k][3] - offset[tile + 3])));
     }
   }
-#pragma unroll
-  for (int k = 0; k < kScanSteps; ++k) {
-    const float rank = fminf(fmaxf(-scale * static_cast<float>(best[k]), 0.0f), kRanks - 1.0f);
-    ranks[k] = static_cast<int>(rank);
-  }
+}
+
+// Steps of 1 / kRanksPerNat below everything; `scale`: ranks of one score.
+__device__ __forceinline__ float ranks_below(int best, float scale) {
+  return -scale * small_to_float(best);
 }
 
 __device__ __forceinline__ int score_offset(float lse, float bias, float unit) {
-  constexpr float kReach = 1 << 28;
+  constexpr float kReach = (1 << 22) - (1 << 16);  // differences of scores are small integers
   return static_cast<int>(fminf(fmaxf(rintf((lse - bias) / unit), -kReach), kReach));
 }
-constexpr int kNoHead = 1 << 29;
+constexpr int kNoHead = 1 << 22;
 
-static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p) {
+static __global__ void __launch_bounds__(kBlock, kRankBlocks) rank_kernel(const StepParams p) {
   constexpr int kOwn = kRanks / kBlock;
   __shared__ std::uint32_t histogram[kRanks];
   __shared__ int offset[kMaxGroup];
@@ -189,18 +200,18 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   const int chunks = (count + kScanTokens - 1) / kScanTokens;
   if (static_cast<int>(blockIdx.x) >= max(chunks, 1)) return;
   const float unit = p.scratch.unit[x];
-  const std::int64_t first = static_cast<std::int64_t>(x) * s.scan_blocks() * heads;
+  const std::int64_t first = static_cast<std::int64_t>(x) * s.scan_chunks() * heads;
   for (int i = thread; i < kRanks; i += kBlock) histogram[i] = 0;
   for (int g = warp; g < heads; g += kBlock / kWarp) {
     int high = INT_MIN;
     for (int i = lane; i < chunks; i += kWarp) {
-      high = max(high, p.scratch.block_max[first + i * heads + g]);
+      high = max(high, p.scratch.chunk_max[first + i * heads + g]);
     }
     high = warp_max(high);
     float sum = 0.0f;
     for (int i = lane; i < chunks; i += kWarp) {
-      sum += p.scratch.block_sum[first + i * heads + g] *
-             expf(unit * static_cast<float>(p.scratch.block_max[first + i * heads + g] - high));
+      sum += p.scratch.chunk_sum[first + i * heads + g] *
+             expf(unit * static_cast<float>(p.scratch.chunk_max[first + i * heads + g] - high));
     }
     sum = warp_sum(sum);
     if (lane == 0) {
@@ -220,13 +231,15 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   const float scale = unit * kRanksPerNat;
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int begin = chunk * kScanTokens;
-    int ranks[kScanSteps];
-    rank_tokens(s, scores, begin, count, scale, offset, ranks);
+    int best[kScanSteps];
+    FourScores four[kScanSteps];
+    best_scores(s, scores, begin, count, offset, best, four);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       // The last rank holds all that is too far to matter: nobody counts it.
-      if (token_of(begin, k) < count && ranks[k] < kRanks - 1) {
-        atomicAdd(histogram + ranks[k], 1u);
+      const float below = ranks_below(best[k], scale);
+      if (token_of(begin, k) < count && below < kRanks - 1.0f) {
+        atomicAdd(histogram + static_cast<int>(fmaxf(below, 0.0f)), 1u);
       }
     }
   }
@@ -268,7 +281,9 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (thread == 0) p.scratch.last_rank[x] = last_rank;
 }
 
-static __global__ void __launch_bounds__(kBlock, 4) choose_kernel(const StepParams p) {
+// Steps: of 32 tokens to a far-field node.
+template <int Steps>
+__global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const StepParams p) {
   __shared__ int offset[kMaxGroup];
   __shared__ float shift[kMaxGroup];
   wait_for_earlier_kernel();
@@ -289,41 +304,44 @@ static __global__ void __launch_bounds__(kBlock, 4) choose_kernel(const StepPara
   __syncthreads();
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
-  const int steps_of_node = s.far_node_tokens / kWarp;
+  const float limit = last_rank < kRanks - 1 ? static_cast<float>(last_rank + 1) : INFINITY;
   for (int begin = blockIdx.x * kScanTokens; begin < count; begin += gridDim.x * kScanTokens) {
-    int ranks[kScanSteps];
-    rank_tokens(s, scores, begin, count, scale, offset, ranks);
+    int best[kScanSteps];
+    bool weighs[kScanSteps];  // in its node: neither a candidate nor past the last token
+    FourScores four[kScanSteps];
+    best_scores(s, scores, begin, count, offset, best, four);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       const int token = token_of(begin, k);
-      if (token < count && ranks[k] <= last_rank) {
+      const bool chosen = ranks_below(best[k], scale) < limit;
+      weighs[k] = token < count && !chosen;
+      if (token < count && chosen) {
         const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
         p.scratch.tokens[x * kMaxCandidates + at] = token;
       }
-      if (token >= count) ranks[k] = last_rank;  // weighs nothing
     }
+    if (!s.tail) continue;
     const int of_warp = begin + warp * kScanSteps * kWarp;  // its first token
     float* mass = p.scratch.mass +
-                  (static_cast<std::int64_t>(x) * s.nodes() + of_warp / s.far_node_tokens) * heads;
-    for (int tile = 0; tile < heads && s.tail; tile += kHeadTile) {
-      short4 four[kScanSteps];
-      load_scores(s, scores, begin, count, tile, four);
-      float of_node = 0.0f;  // of head tile + lane / 8
+                  (static_cast<std::int64_t>(x) * s.nodes() + of_warp / (Steps * kWarp)) * heads;
+    // From the last tile on, whose scores are at hand.
+    for (int tile = heads - kHeadTile; tile >= 0; tile -= kHeadTile) {
+      if (tile != heads - kHeadTile) load_scores(s, scores, begin, count, tile, four);
+      float weight[kHeadTile] = {};
 #pragma unroll
       for (int k = 0; k < kScanSteps; ++k) {
-        const int of_head[kHeadTile] = {four[k].x, four[k].y, four[k].z, four[k].w};
-        float weight[kHeadTile];
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
-          const float w = power_of_two(in_bits * small_to_float(of_head[g]) + shift[tile + g]);
-          weight[g] = ranks[k] > last_rank ? w : 0.0f;
+          const float w = power_of_two(in_bits * small_to_float(four[k][g]) + shift[tile + g]);
+          weight[g] += weighs[k] ? w : 0.0f;
         }
-        of_node += warp_sum_of_four(weight);
-        if ((k + 1) % steps_of_node != 0) continue;
-        if (lane % 8 == 0 && of_warp + (k + 1 - steps_of_node) * kWarp < count) {
-          mass[k / steps_of_node * heads + tile + lane / 8] = of_node;
+        if ((k + 1) % Steps != 0) continue;
+        const float of_node = warp_sum_of_four(weight);
+        if (lane % 8 == 0 && of_warp + (k + 1 - Steps) * kWarp < count) {
+          mass[k / Steps * heads + tile + lane / 8] = of_node;
         }
-        of_node = 0.0f;
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) weight[g] = 0.0f;
       }
     }
   }

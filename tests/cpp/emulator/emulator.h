@@ -87,11 +87,17 @@ inline int __syncthreads_count(bool predicate) {
   return emulator::barrier(predicate);
 }
 inline void __threadfence() {}
+inline void __syncwarp() {
+  emulator::exchange(0);
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   const std::uint64_t* flags = emulator::exchange(predicate ? 1 : 0);
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(flags[lane]) << lane;
   return result;
+}
+inline int __any_sync(unsigned, bool predicate) {
+  return __ballot_sync(~0u, predicate) != 0;
 }
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
