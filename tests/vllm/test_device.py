@@ -135,7 +135,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> SlotEngine:
     return make_engine()
 
 
-def make_engine(layers: int = 1, slots: int = 2) -> SlotEngine:
+def make_engine(layers: int = 1, slots: int = 2, host_memory: str = "1M") -> SlotEngine:
     return SlotEngine(
         num_layers=layers,
         num_q_heads=HEADS,
@@ -143,7 +143,7 @@ def make_engine(layers: int = 1, slots: int = 2) -> SlotEngine:
         head_dim=DIM,
         dtype=torch.float32,
         scale=DIM**-0.5,
-        config=Config(host_memory=f"{layers}M", token_budget=64, window_tokens=16),
+        config=Config(host_memory=host_memory, token_budget=64, window_tokens=16),
         device=torch.device("cpu"),
         slots=slots,
         max_tokens=700,

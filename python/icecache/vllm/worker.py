@@ -105,7 +105,8 @@ class Worker:
         assert self.store is not None
         self.store.release(step.gone)
         self.step = step
-        self.batch = self.store.begin(self._rows() if step.rows else [])
+        rows = self._rows() if step.rows else []
+        self.batch = self.store.begin(rows)
 
     def end(self) -> None:
         """The step is over: a dummy batch that follows is none of its rows."""
