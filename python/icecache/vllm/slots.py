@@ -79,6 +79,7 @@ class SlotEngine:
         self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._building: set[int] = set()  # slots whose prompt's index may not be done yet
         self._broken: dict[int, str] = {}  # slots whose index could not be built, and why
+        self._error = "its index could not be built"  # the last of index work
 
     @property
     def config(self) -> Config:
@@ -211,21 +212,23 @@ class SlotEngine:
         return attended[0]
 
     def _finish_building(self) -> None:
-        """Waits for the indexes of prompts, in all layers."""
-        if self._building:
-            for layer in range(self.num_layers):
-                self._wait(layer)
-            self._building.clear()
+        """Waits for the indexes of prompts. Slots that lack one are broken: an error of index work
+        names nobody, and may come up in any later call of its layer."""
+        if not self._building:
+            return
+        layers = range(self.num_layers)
+        for layer in layers:
+            self._wait(layer)
+        for seq in self._building:
+            if any(self.cache.length(layer, seq) == 0 for layer in layers):
+                self._broken[seq] = self._error
+        self._building.clear()
 
     def _wait(self, layer: int) -> None:
-        """Waits for the indexes of prompts. Slots that lack theirs are broken: an error of index
-        work names nobody."""
         try:
             self.cache.wait(layer)
         except Error as error:
-            for seq in self._building:
-                if self.cache.length(layer, seq) == 0:
-                    self._broken[seq] = str(error)
+            self._error = str(error)
 
     def stats(self, layer: int, kv_head: int) -> SlotStats:
         """Waits for the current stream."""
