@@ -86,8 +86,11 @@ class DeviceCache:
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        # Of the last step, for its other layers: who was in which row.
-        self._rows: tuple[tuple[tuple[int, int], ...], torch.Tensor] | None = None
+        # Who stands in which row, for steps of some sequences. Not of inference mode: what is made
+        # in there cannot be written outside.
+        with torch.inference_mode(False):
+            self._rows = torch.full((batch,), -1, dtype=torch.int32, device=where)
+        self._places: tuple[tuple[int, int], ...] = ()
         # Tensors that index work still reads, by layer.
         self._held: dict[int, list[torch.Tensor]] = {}
         self._number = _register(self)
@@ -135,8 +138,7 @@ class DeviceCache:
         rows.append(queries[:, -recent:].clone(memory_format=torch.contiguous_format))
         for earlier in [n for n in self._held if n != layer]:
             if self._cache.built(earlier) or len(self._held) > _WAITING:
-                self._cache.wait(earlier)
-                del self._held[earlier]
+                self.wait(earlier)
         self._held.setdefault(layer, []).extend(rows)
         key_rows, value_rows, query_rows = map(_tuple, rows)
         self._cache.prefill(layer, sequence, key_rows, value_rows, query_rows, self._stream())
@@ -178,15 +180,24 @@ class DeviceCache:
     def rows_of(self, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
         """`rows` of a step for pairs of a sequence and its row; the others sit it out.
 
-        The tensor of the last call serves again where the pairs are the same, as in the layers of
-        one step.
+        Always the same tensor, of -1 at first, written in place where the pairs are not those of
+        the last call: steps that were captured with it are replayed with the rows that it holds by
+        then. Does not wait for the device.
         """
-        if self._rows is None or self._rows[0] != places:
-            rows = torch.full((self.batch,), -1, dtype=torch.int32, device="cpu")
+        if places != self._places:
+            # Pinned memory that torch gives to nobody else before the copy is done.
+            rows = torch.full(
+                (self.batch,),
+                -1,
+                dtype=torch.int32,
+                device="cpu",
+                pin_memory=self.device.type == "cuda",
+            )
             for sequence, row in places:
                 rows[sequence] = row
-            self._rows = places, rows.to(self.device, non_blocking=True)
-        return self._rows[1]
+            self._rows.copy_(rows, non_blocking=True)
+            self._places = places
+        return self._rows
 
     def rebuild(self, layer: int, sequence: int) -> None:
         """Builds the index of one sequence anew from all its tokens and its recent queries.
@@ -213,11 +224,20 @@ class DeviceCache:
         self._cache.release(sequence, self._stream())
         self._held.clear()
 
+    def wait(self, layer: int) -> None:
+        """Waits on the host until the index work of a layer is done; rethrows its first error.
+
+        A step does so by itself; one that is replayed from a graph does not.
+        """
+        try:
+            self._cache.wait(layer)
+        finally:
+            self._held.pop(layer, None)
+
     def synchronize(self) -> None:
         """Waits on the host until all index work is done; rethrows its first error."""
         for layer in range(self.num_layers):
-            self._cache.wait(layer)
-        self._held.clear()
+            self.wait(layer)
 
     def length(self, layer: int = 0, sequence: int = 0) -> int:
         """Tokens of a sequence in one layer. Waits for the current stream."""

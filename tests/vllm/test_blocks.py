@@ -7,8 +7,9 @@ import torch
 from icecache import Phase
 from icecache.vllm.backend import IceCacheMetadataBuilder
 from icecache.vllm.host_memory import slots_needed
-from icecache.vllm.metadata import ScheduledRow
+from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
+from icecache.vllm.worker import Worker
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -73,18 +74,13 @@ def test_host_memory_is_shared_by_all_and_never_denied_to_one_alone() -> None:
     assert needed(seats, "b", 1_000_000) == 0  # alone: that one longest request fits is checked
 
 
-class SomeWorker:
-    """Records what the builder's metadata asks for."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[list[int], list[int]]] = []
-
-    def begin(self, starts: list[int], blocks: list[int]) -> str:
-        self.asked.append((starts, blocks))
-        return "batch"
+def worker() -> Worker:
+    made = Worker.__new__(Worker)
+    made.step, made.metadata = StepMetadata(), IceCacheMetadata([0], [])
+    return made
 
 
-def builder(worker: SomeWorker) -> IceCacheMetadataBuilder:
+def builder(worker: Worker) -> IceCacheMetadataBuilder:
     made = IceCacheMetadataBuilder.__new__(IceCacheMetadataBuilder)
     made.worker = worker
     return made
@@ -107,7 +103,7 @@ def batch_of_three() -> dict[str, object]:
 
 
 def test_metadata_as_the_v1_runner_builds_it() -> None:
-    worker, batch = SomeWorker(), batch_of_three()
+    made, batch = worker(), batch_of_three()
     table, starts = batch.pop("table"), batch["query_start_loc_cpu"]
     common = CommonAttentionMetadata(
         **batch,  # type: ignore[arg-type]
@@ -115,20 +111,18 @@ def test_metadata_as_the_v1_runner_builds_it() -> None:
         num_actual_tokens=7,
         block_table_tensor=table,
     )
-    metadata = builder(worker).build(0, common)
-    assert worker.asked == []  # nothing before the first layer
-    assert metadata.batch() == metadata.batch() == "batch"
-    assert worker.asked == [([0, 1, 2, 7], [5, 2, 7])]
+    metadata = builder(made).build(0, common)
+    assert made.metadata is metadata == IceCacheMetadata([0, 1, 2, 7], [5, 2, 7])
 
 
 def test_metadata_as_the_v2_runner_builds_it() -> None:
-    worker, batch = SomeWorker(), batch_of_three()
+    made, batch = worker(), batch_of_three()
     group = AttentionGroup(
         backend=object,  # type: ignore[arg-type]
         layer_names=["layer.0", "layer.1"],
         kv_cache_spec=spec(100),
         kv_cache_group_id=0,
-        metadata_builders=[builder(worker)],
+        metadata_builders=[builder(made)],
     )
 
     class Groups:
@@ -148,26 +142,25 @@ def test_metadata_as_the_v2_runner_builds_it() -> None:
         kv_cache_config=Groups,
     )
     assert metadata["layer.0"] is metadata["layer.1"]
-    assert metadata["layer.0"].batch() == "batch"
-    assert worker.asked == [([0, 1, 2, 7], [5, 2, 7])]
+    assert made.metadata is metadata["layer.0"] == IceCacheMetadata([0, 1, 2, 7], [5, 2, 7])
+
+
+class SomeStore:
+    """Has no requests."""
+
+    def release(self, requests: set[str]) -> None:
+        assert requests == {"gone"}
 
 
 def test_a_batch_that_is_not_the_schedulers_is_an_error() -> None:
-    from icecache.vllm.worker import Worker
-
-    worker = Worker.__new__(Worker)
-    worker.store = object()  # type: ignore[assignment]
+    made = worker()
+    made.store = SomeStore()  # type: ignore[assignment]
     row = ScheduledRow("a", block=3, position=0, count=4, phase=Phase.PREFILL)
-
-    def step(*rows: ScheduledRow) -> None:
-        from icecache.vllm.metadata import StepMetadata
-
-        worker.step = StepMetadata(rows=list(rows))
-
-    step(row)
+    other = ScheduledRow("b", block=4, position=9, count=1, phase=Phase.AUTO)
     for starts, blocks in (([0, 4], [2]), ([0, 5], [3])):
+        made.metadata = IceCacheMetadata(starts, blocks)
         with pytest.raises(RuntimeError, match="not what the scheduler announced"):
-            worker.begin(starts, blocks)
-    step(row, ScheduledRow("b", block=4, position=9, count=1, phase=Phase.AUTO))
+            made.begin(StepMetadata([row], {"gone"}))
+    made.metadata = IceCacheMetadata([0, 4], [3])
     with pytest.raises(RuntimeError, match=r"rows that are not in the batch.*'b'"):
-        worker.begin([0, 4], [3])
+        made.begin(StepMetadata([row, other], {"gone"}))

@@ -132,27 +132,34 @@ HEADS, KV_HEADS, DIM = 4, 2, 64
 def engine(monkeypatch: pytest.MonkeyPatch) -> SlotEngine:
     require_emulator()
     emulate_device(monkeypatch)
+    return make_engine()
+
+
+def make_engine(layers: int = 1, slots: int = 2, host_memory: str = "1M") -> SlotEngine:
     return SlotEngine(
-        num_layers=1,
+        num_layers=layers,
         num_q_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         dtype=torch.float32,
         scale=DIM**-0.5,
-        config=Config(host_memory="1M", token_budget=64, window_tokens=16),
+        config=Config(host_memory=host_memory, token_budget=64, window_tokens=16),
         device=torch.device("cpu"),
-        slots=2,
+        slots=slots,
         max_tokens=700,
     )
 
 
-def step(engine: SlotEngine, counts: dict[int, int], phase: Phase = Phase.AUTO) -> torch.Tensor:
+def step(engine: SlotEngine, counts: dict[int, int], *phases: Phase) -> torch.Tensor:
+    """Of one layer; decode steps where no phases are given."""
+    phases = phases or (Phase.AUTO,) * len(counts)
     total = sum(counts.values())
     inputs = [torch.randn(total, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     firsts = [sum(list(counts.values())[:i]) for i in range(len(counts))]
-    engine.step_packed(
-        list(counts), 0, *inputs, firsts, list(counts.values()), [phase] * len(counts)
-    )
+    for (seq, count), phase in zip(counts.items(), phases, strict=True):
+        engine.prepare(seq, count, phase)
+    engine.begin(list(counts), firsts, phases)
+    engine.step_packed(list(counts), 0, *inputs, firsts, list(counts.values()), phases)
     return inputs[3]
 
 
@@ -168,7 +175,7 @@ def test_a_prompt_that_finds_no_pages_leaves_the_others(engine: SlotEngine) -> N
     first, second = engine.new_sequence(), engine.new_sequence()
     step(engine, {first: 300}, Phase.PROMPT_END)
     with pytest.raises(Error, match="host_memory"):
-        step(engine, {first: 1, second: 500})
+        step(engine, {first: 1, second: 500}, Phase.AUTO, Phase.PROMPT_END)
     assert engine.cache.length(0, first) == 300
     assert step(engine, {first: 1}).isfinite().all()
     assert engine.cache.length(0, first) == 301

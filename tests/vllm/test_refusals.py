@@ -162,7 +162,7 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
                 "build_connector_meta",
                 "request_finished",
                 "request_finished_all_groups",
-                "handle_preemptions",
+                "bind_connector_metadata",
                 "get_block_ids_with_load_errors",
                 "clear_connector_metadata",
                 "get_kv_connector_stats",

@@ -6,16 +6,16 @@ inherits from it, and hands back the stock parts wherever IceCache was not asked
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from icecache.vllm.metadata import IceCacheMetadata
 from icecache.vllm.names import (
     AttentionBackendEnum,
+    AttentionCGSupport,
     AttentionImpl,
-    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionSpec,
     FullAttentionSpec,
@@ -23,30 +23,10 @@ from icecache.vllm.names import (
     register_backend,
     resolve_obj_by_qualname,
 )
-from icecache.vllm.settings import is_wanted
+from icecache.vllm.settings import device_of, is_wanted
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.store import Batch
 from icecache.vllm.support import check_attention
-from icecache.vllm.worker import Shape, Worker, current_worker, worker_for
-
-
-@dataclass
-class IceCacheMetadata(AttentionMetadata):  # type: ignore[misc]
-    """What the layers of one step share. The first of them finds the requests of the rows.
-
-    Not the builder: vLLM's V2 runner builds metadata before the connector has the step's.
-    """
-
-    worker: Worker
-    starts: list[int]  # [B + 1] where each row's new tokens begin
-    blocks: list[int]  # [B] each row's block of vLLM's pool
-    _batch: Batch | None = None
-
-    def batch(self) -> Batch:
-        """The requests of the rows; raises RuntimeError where they are not the scheduler's."""
-        if self._batch is None:
-            self._batch = self.worker.begin(self.starts, self.blocks)
-        return self._batch
+from icecache.vllm.worker import Shape, current_worker, worker_for
 
 
 class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
@@ -94,19 +74,22 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Query, output [N, Hq, D], key, value [N, Hkv, D]; `kv_cache` is not read.
 
-        Rows beyond those of the batch's requests come out as zeros.
+        Rows beyond those of the batch's requests come out as zeros. A batch of none is a dummy, or
+        what a full graph is captured with: what is done here is then all tensors, and a replay
+        does it for the step that began before it.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(
                 "IceCache does not quantise the output of attention: start without a compilation "
                 "pass that fuses the two"
             )
-        batch = None if attn_metadata is None else attn_metadata.batch()
-        store = self.worker.store
-        if batch is None or store is None or batch.tokens < output.shape[0]:
+        store, batch = self.worker.store, self.worker.batch
+        # So vLLM measures: without metadata, and before the layers have their numbers.
+        if attn_metadata is None or store is None or not store.layers:
+            return output.zero_()
+        if batch.tokens < output.shape[0]:
             output.zero_()
-        if batch is not None and store is not None:
-            store.attend(layer.layer_name, query, key, value, output, batch)
+        store.attend(layer.layer_name, query, key, value, output, batch)
         return output
 
     def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
@@ -115,6 +98,18 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
 
 class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # type: ignore[misc]
     """Reads the form of a batch."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Steps of one token a request, where the cache is on a CUDA device.
+
+        vLLM's V2 runner takes the last token of a prompt in chunks for such a step, too, and a
+        prompt's attention is not in the graph. In the V1 runner the connector sees to that.
+        """
+        chunks = vllm_config.scheduler_config.enable_chunked_prefill
+        if device_of(vllm_config) is None or (vllm_config.use_v2_model_runner and chunks):
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -133,7 +128,8 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
         rows = common_attn_metadata.num_reqs
         starts = common_attn_metadata.query_start_loc_cpu[: rows + 1].tolist()
         blocks = common_attn_metadata.block_table_tensor[:rows, 0].tolist()
-        return IceCacheMetadata(self.worker, starts, blocks)
+        self.worker.metadata = IceCacheMetadata(starts, blocks)
+        return self.worker.metadata
 
 
 @cache
@@ -159,6 +155,13 @@ def _in_place_of(name: str) -> type:
             if isinstance(kv_cache_spec, IceCacheSpec):
                 return IceCacheMetadataBuilder(kv_cache_spec, *args, **kwargs)
             return stock_builder(kv_cache_spec, *args, **kwargs)
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            """vLLM's V1 runner asks this class, the V2 runner the builder that it made."""
+            ours = isinstance(kv_cache_spec, IceCacheSpec)
+            builder = IceCacheMetadataBuilder if ours else stock_builder
+            return builder.get_cudagraph_support(vllm_config, kv_cache_spec)
 
     class Backend(stock):  # type: ignore[misc]
         @staticmethod

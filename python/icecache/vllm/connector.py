@@ -11,10 +11,13 @@ from icecache import InvalidArgument, Phase
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
+    CUDAGraphMode,
     KVConnectorBase_V1,
     KVConnectorRole,
     SupportsHMA,
+    get_forward_context,
     init_logger,
+    is_forward_context_available,
 )
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.support import check_config
@@ -126,11 +129,13 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # --- worker's side
 
-    def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
-        """In every step before its forward, also in one without tokens."""
-        assert self._store is not None
-        self._store.release(kv_connector_metadata.gone)
-        self._worker.step = kv_connector_metadata
+    def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
+        """The step begins: vLLM's runners have built its batch's metadata, and its forward, or a
+        replay of it, is next. Called in every step, also in one without tokens."""
+        super().bind_connector_metadata(connector_metadata)
+        self._worker.begin(connector_metadata)
+        if any(row.phase != Phase.AUTO for row in connector_metadata.rows):
+            _keep_out_of_full_graphs()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of requests that were lost: our scheduler ends those."""
@@ -140,7 +145,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def clear_connector_metadata(self) -> None:
         """The step is over: a dummy batch that follows is none of its rows."""
         super().clear_connector_metadata()
-        self._worker.step = StepMetadata()
+        if self._store is not None:
+            self._worker.end()
 
     def get_kv_connector_stats(self) -> Stats | None:
         """What happened since the last call."""
@@ -176,3 +182,20 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> PrometheusMetrics:
         """For vLLM's /metrics."""
         return PrometheusMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _keep_out_of_full_graphs() -> None:
+    """For a step with prompts, which a replay would not serve.
+
+    vLLM's V1 runner takes a step for one of decodes where every request has one token, be it a
+    prompt's. The V2 runner does not, but where prompts come in chunks: full graphs are not offered
+    to it there.
+    """
+    if not is_forward_context_available():  # as only where the V2 runner replays a full graph
+        raise RuntimeError(
+            "IceCache: vLLM took a step with prompts for one of decodes; start with "
+            '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
+        )
+    context = get_forward_context()
+    if context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE

@@ -30,7 +30,7 @@ def is_supported_version() -> bool:
 
 
 if is_supported_version():
-    from vllm.config import VllmConfig, get_current_vllm_config
+    from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -41,9 +41,11 @@ if is_supported_version():
         KVConnectorPromMetrics,
         KVConnectorStats,
     )
+    from vllm.forward_context import get_forward_context, is_forward_context_available
     from vllm.logger import init_logger
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.attention.backend import (
+        AttentionCGSupport,
         AttentionImpl,
         AttentionMetadata,
         AttentionMetadataBuilder,
@@ -60,10 +62,12 @@ if is_supported_version():
 __all__ = [
     "AsyncScheduler",
     "AttentionBackendEnum",
+    "AttentionCGSupport",
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "AttentionSpec",
+    "CUDAGraphMode",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "FullAttentionSpec",
@@ -79,8 +83,10 @@ __all__ = [
     "SupportsHMA",
     "VllmConfig",
     "get_current_vllm_config",
+    "get_forward_context",
     "init_logger",
     "installed_version",
+    "is_forward_context_available",
     "is_supported_version",
     "register_backend",
     "resolve_obj_by_qualname",

@@ -72,11 +72,14 @@ class SlotEngine:
         self.head_dim, self.dtype = head_dim, dtype
         self._scale = scale
         self._free = list(range(slots))[::-1]
-        self._lengths = [[0] * slots for _ in range(num_layers)]
-        self._built = [[0] * slots for _ in range(num_layers)]
+        # Tokens of each slot: with those of the step under way, and those that its index was built
+        # from, 0 before its prompt is complete.
+        self._lengths, self._built = [0] * slots, [0] * slots
         # Prompts so far, by layer and slot: keys and values [Hkv, T, D].
         self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._building: set[int] = set()  # slots whose prompt's index may not be done yet
         self._broken: dict[int, str] = {}  # slots whose index could not be built, and why
+        self._error = "its index could not be built"  # the last of index work
 
     @property
     def config(self) -> Config:
@@ -94,18 +97,49 @@ class SlotEngine:
     def release(self, seq: int) -> None:
         """Empties a slot. Waits for the current stream."""
         self.cache.release(seq)
-        for layer, lengths in enumerate(self._lengths):
-            lengths[seq] = 0
+        self._lengths[seq] = self._built[seq] = 0
+        for layer in range(self.num_layers):
             self._chunks.pop((layer, seq), None)
+        self._building.discard(seq)
         self._broken.pop(seq, None)
         self._free.append(seq)
 
     def truncate(self, seq: int, length: int) -> None:
         """Takes tokens back that the scheduler did not keep. Waits for the current stream."""
         self.cache.truncate(seq, length)
-        for layer in range(self.num_layers):
-            for counts in (self._lengths[layer], self._built[layer]):
-                counts[seq] = min(counts[seq], length)
+        for counts in (self._lengths, self._built):
+            counts[seq] = min(counts[seq], length)
+
+    def prepare(self, seq: int, count: int, phase: Phase) -> None:
+        """What a slot that takes `count` tokens in the next step needs of the host before it.
+
+        Its index is there, built anew where that is due. Raises Error where the slot cannot take
+        part: then it must be released.
+        """
+        length, built = self._lengths[seq], self._built[seq]
+        if (built > 0) != (phase == Phase.AUTO) or (built > 0 and count != 1):
+            raise InvalidArgument(
+                f"on a CUDA device a prompt is followed by one token a step, got {count} tokens "
+                f"behind {length}"
+            )
+        if phase == Phase.AUTO:
+            self._finish_building()
+            if seq in self._broken:
+                raise Error(self._broken[seq])
+            if rebuild_is_due(length, built):
+                for layer in range(self.num_layers):
+                    self.cache.rebuild(layer, seq)
+                self._built[seq] = length
+        self._lengths[seq] = length + count
+        if phase == Phase.PROMPT_END:
+            self._built[seq] = length + count
+
+    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
+        """Before a step of slots that are prepared: who decodes in which row.
+
+        With that a step without prompts is on the device: its layers may be replayed from a graph.
+        """
+        self.cache.rows_of(_decoding(seqs, firsts, phases))
 
     def step_packed(
         self,
@@ -121,23 +155,14 @@ class SlotEngine:
     ) -> None:
         """As Engine.step_packed(): prompts, or chunks of them, and sequences with one more token.
 
-        Raises before any decodes where one cannot, and where host memory ends: what prompts of the
-        same call left is replaced when they come again.
+        Those were prepared. Raises before any decodes where host memory ends: what prompts of the
+        same call left is replaced when they come again. A step without prompts is nothing but
+        work for the device, also one of no sequences: a graph is captured with it, and replayed
+        with those that begin() has placed by then.
         """
-        lengths = self._lengths[layer]
-        given = list(zip(seqs, firsts, counts, phases, strict=True))
-        later = tuple((seq, first) for seq, first, _, _ in given if lengths[seq] > 0)
-        for seq, _, count, _ in given:
-            if seq in self._broken:
-                raise Error(self._broken[seq])
-            if lengths[seq] > 0 and count != 1:
-                raise InvalidArgument(
-                    "on a CUDA device a prompt is followed by one token a step, got "
-                    f"{count} tokens behind {lengths[seq]}"
-                )
         prompts: dict[int, tuple[torch.Tensor, torch.Tensor, Phase]] = {}
-        for seq, first, count, phase in given:
-            if lengths[seq] > 0:
+        for seq, first, count, phase in zip(seqs, firsts, counts, phases, strict=True):
+            if phase == Phase.AUTO:
                 continue
             rows = slice(first, first + count)
             # Copies: index work reads them when the model is at later layers.
@@ -151,16 +176,25 @@ class SlotEngine:
                 )
             outputs[rows] = self._attend(query, key, value).transpose(0, 1)
             if phase != Phase.PREFILL:
+                self._building.add(seq)
                 self.cache.prefill(layer, query, key, value, sequence=seq)
             prompts[seq] = key, value, phase
-        if later:
-            self._decode(layer, queries, keys, values, outputs, later)
+        later = _decoding(seqs, firsts, phases)
+        if later or not prompts:
+            self._wait(layer)
+            self.cache.step(
+                layer,
+                queries.unsqueeze(2),
+                keys.unsqueeze(2),
+                values.unsqueeze(2),
+                self.cache.rows_of(later),
+                outputs.unsqueeze(2),
+            )
         for seq, (key, value, phase) in prompts.items():
             if phase == Phase.PREFILL:
                 self._chunks[layer, seq] = key, value
             else:
                 self._chunks.pop((layer, seq), None)
-                lengths[seq] = self._built[layer][seq] = key.shape[1]
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Full attention of the last tokens [Hq, T', D] of a prompt over it [Hkv, T, D]."""
@@ -177,36 +211,24 @@ class SlotEngine:
         )
         return attended[0]
 
-    def _decode(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        outputs: torch.Tensor,
-        later: tuple[tuple[int, int], ...],
-    ) -> None:
-        lengths, built = self._lengths[layer], self._built[layer]
-        for seq, _ in later:
-            if rebuild_is_due(lengths[seq], built[seq]):
-                self.cache.rebuild(layer, seq)
-                built[seq] = lengths[seq]
+    def _finish_building(self) -> None:
+        """Waits for the indexes of prompts. Slots that lack one are broken: an error of index work
+        names nobody, and may come up in any later call of its layer."""
+        if not self._building:
+            return
+        layers = range(self.num_layers)
+        for layer in layers:
+            self._wait(layer)
+        for seq in self._building:
+            if any(self.cache.length(layer, seq) == 0 for layer in layers):
+                self._broken[seq] = self._error
+        self._building.clear()
+
+    def _wait(self, layer: int) -> None:
         try:
-            self.cache.step(
-                layer,
-                queries.unsqueeze(2),
-                keys.unsqueeze(2),
-                values.unsqueeze(2),
-                self.cache.rows_of(later),
-                outputs.unsqueeze(2),
-            )
-        except Error as error:  # of index work, before the step: of whose?
-            for seq, _ in later:
-                if self.cache.length(layer, seq) != lengths[seq]:
-                    self._broken[seq] = str(error)
-            raise
-        for seq, _ in later:
-            lengths[seq] += 1
+            self.cache.wait(layer)
+        except Error as error:
+            self._error = str(error)
 
     def stats(self, layer: int, kv_head: int) -> SlotStats:
         """Waits for the current stream."""
@@ -216,3 +238,11 @@ class SlotEngine:
     def pool_bytes(self) -> int:
         """Of pages in use, in host memory."""
         return int(self.cache.memory().host_bytes)
+
+
+def _decoding(
+    seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]
+) -> tuple[tuple[int, int], ...]:
+    """Those that take a token behind their prompt, each with its row."""
+    given = zip(seqs, firsts, phases, strict=True)
+    return tuple((seq, first) for seq, first, phase in given if phase == Phase.AUTO)

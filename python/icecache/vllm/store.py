@@ -46,10 +46,20 @@ class Batch:
         self.tokens = sum(self.counts)
 
 
+class HostEngine(Engine):
+    """The engine on the CPU, whose steps need nothing beforehand."""
+
+    def prepare(self, seq: int, count: int, phase: Phase) -> None:
+        """Nothing."""
+
+    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
+        """Nothing."""
+
+
 class Store:
     """Requests' sequences in one engine. Not thread-safe: a worker steps on one thread."""
 
-    def __init__(self, engine: Engine | SlotEngine) -> None:
+    def __init__(self, engine: HostEngine | SlotEngine) -> None:
         self.engine = engine
         self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
         self._sequence: dict[str, int] = {}
@@ -92,9 +102,10 @@ class Store:
                 self.engine.release(sequence)
 
     def begin(self, scheduled: Iterable[tuple[int, ScheduledRow]]) -> Batch:
-        """Before the first layer of a step: every row's sequence at its position.
+        """Before the forward of a step: every row's sequence at its position, and prepared.
 
-        With each row comes that of its first new token in the batch.
+        With each row comes that of its first new token in the batch. A request that cannot go on
+        fails alone.
         """
         rows = []
         for first, row in scheduled:
@@ -105,18 +116,22 @@ class Store:
             if row.request in self.failed:
                 continue
             length = self._length.get(row.request, 0)
-            if row.position < length:  # tokens that the scheduler took back
-                try:
-                    self.engine.truncate(self._sequence[row.request], row.position)
-                except Error as error:
-                    self._fail(row.request, str(error))
-                    continue
-            elif row.position > length:
+            if row.position > length:
                 self._fail(row.request, f"holds {length} tokens, {row.position} were expected")
                 continue
+            sequence = self._sequence[row.request]
+            try:
+                if row.position < length:  # tokens that the scheduler took back
+                    self.engine.truncate(sequence, row.position)
+                self.engine.prepare(sequence, row.count, row.phase)
+            except Error as error:
+                self._fail(row.request, str(error))
+                continue
             self._length[row.request] = row.position + row.count
-            rows.append(Row(row.request, self._sequence[row.request], first, row.count, row.phase))
-        return Batch(rows)
+            rows.append(Row(row.request, sequence, first, row.count, row.phase))
+        batch = Batch(rows)
+        self.engine.begin(batch.sequences, batch.firsts, batch.phases)
+        return batch
 
     def attend(
         self,
@@ -137,7 +152,8 @@ class Store:
             self._step(number, queries, keys, values, outputs, batch)
             return
         except Error:
-            pass
+            if not batch.rows:
+                raise
         # All rows or none: find those that cannot.
         kept = []
         for row in batch.rows:
@@ -158,18 +174,17 @@ class Store:
         outputs: torch.Tensor,
         batch: Batch,
     ) -> None:
-        if batch.rows:
-            self.engine.step_packed(
-                batch.sequences,
-                layer,
-                queries,
-                keys,
-                values,
-                outputs,
-                batch.firsts,
-                batch.counts,
-                batch.phases,
-            )
+        self.engine.step_packed(
+            batch.sequences,
+            layer,
+            queries,
+            keys,
+            values,
+            outputs,
+            batch.firsts,
+            batch.counts,
+            batch.phases,
+        )
 
     def _fail(self, request: str, reason: str) -> None:
         """Frees its pages at once: others may be waiting for them."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from icecache import Engine, InvalidArgument, OutOfPages
+from icecache import InvalidArgument, OutOfPages
 from icecache.vllm.host_memory import slots_needed
-from icecache.vllm.metadata import StepMetadata
+from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.settings import device_of, engine_config
 from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.store import Batch, Store
+from icecache.vllm.store import Batch, HostEngine, Store
 from icecache.vllm.support import check_config, check_memory
 
 
@@ -41,7 +41,9 @@ class Worker:
         self.config = engine_config(vllm_config)
         self.shapes: list[Shape] = []  # one per layer that the engine serves
         self.store: Store | None = None
+        self.metadata = IceCacheMetadata([0], [])  # that the builder made last
         self.step = StepMetadata()
+        self.batch = Batch()  # its requests
 
     def add_layer(self, shape: Shape) -> None:
         """A layer whose attention the engine computes. All must be alike."""
@@ -69,7 +71,7 @@ class Worker:
                 "config": self.config,
             }
             device = device_of(self.vllm_config)
-            engine = Engine(**settings) if device is None else self._on_device(device, settings)
+            engine = HostEngine(**settings) if device is None else self._on_device(device, settings)
             store = Store(engine)
             longest = self.vllm_config.model_config.max_model_len
             check_memory(store.host_memory, store.slot_bytes, longest)
@@ -95,14 +97,24 @@ class Worker:
             of_request = slots_needed(self.vllm_config.model_config.max_model_len)
         return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes, of_request)
 
-    def begin(self, starts: list[int], blocks: list[int]) -> Batch:
-        """The batch of the step under way.
+    def begin(self, step: StepMetadata) -> None:
+        """Before the forward of a step, or the replay of a graph of it.
 
-        `starts` [B + 1]: where each row's new tokens begin among all; `blocks` [B]: the row's block
-        of vLLM's pool. Rows without tokens are padding. A dummy batch, which has no step, is empty.
+        Raises RuntimeError where the batch is not what the scheduler announced.
         """
-        if self.store is None or not self.step.rows:
-            return Batch()
+        assert self.store is not None
+        self.store.release(step.gone)
+        self.step = step
+        rows = self._rows() if step.rows else []
+        self.batch = self.store.begin(rows)
+
+    def end(self) -> None:
+        """The step is over: a dummy batch that follows is none of its rows."""
+        self.begin(StepMetadata())
+
+    def _rows(self) -> list[tuple[int, ScheduledRow]]:
+        """The step's rows, each with that of its first token in the batch. Others are padding."""
+        starts, blocks = self.metadata.starts, self.metadata.blocks
         by_block = {row.block: row for row in self.step.rows}
         rows = []
         for index, block in enumerate(blocks):
@@ -118,7 +130,7 @@ class Worker:
             rows.append((starts[index], row))
         if by_block:
             raise RuntimeError(f"IceCache: rows that are not in the batch: {[*by_block.values()]}")
-        return self.store.begin(rows)
+        return rows
 
 
 _current: Worker | None = None
