@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
 
   // Two steps by turns: the loads of one are under way while the other is added up. Those of the
   // first are ahead of the block's barrier where they can be.
-  Held even, odd;
+  Held even = {}, odd = {};
   const bool begins_with_nodes = kStep <= nodes;
   if (begins_with_nodes) load_nodes(even, 0);
   for (int e = thread; e < rows; e += kAttendBlock) {
