@@ -192,6 +192,7 @@ class IceCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens of every row (as in stock, below 1)."""
+        tokens_to_remove = int(tokens_to_remove)  # a tensor from generate() before 5.24
         if tokens_to_remove > 0:
             raise InvalidArgument(
                 f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
