@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "device_talk.h"
@@ -175,6 +176,32 @@ TEST_F(DeviceCacheTest, EvictionChangesNoResult) {
   EXPECT_EQ(few.steps, 30 * 2);
   small.expect_complete(0);
 }
+
+#ifdef ICECACHE_EMULATE_CUDA
+// One block for each pair, which takes all its chunks, or one for every chunk and share: the same
+// tokens, and sums that differ by rounding.
+TEST_F(DeviceCacheTest, HowManyBlocksThereAreChangesNoChoice) {
+  Case setup;
+  setup.dtype = DType::kFloat32;
+  setup.budget = 64;  // little room: another choice would show
+  std::vector<std::unique_ptr<Talk>> talks;
+  for (const int count : {1, 64}) {
+    emulator::multiprocessors = count;
+    talks.push_back(std::make_unique<Talk>(setup, 3100));
+    talks.back()->prefill(0, 3000);
+    talks.back()->prefill(1, 100);
+  }
+  emulator::multiprocessors = 8;
+  for (int t = 0; t < 3; ++t) {
+    const Rows few = talks[0]->step(), many = talks[1]->step();
+    for (std::size_t i = 0; i < few.size(); ++i) {
+      ASSERT_NEAR(few.get(i), many.get(i), 1e-5) << "step " << t << ", number " << i;
+    }
+  }
+  EXPECT_EQ(talks[0]->cache->stats(0, -1, nullptr).misses,
+            talks[1]->cache->stats(0, -1, nullptr).misses);
+}
+#endif
 
 TEST_F(DeviceCacheTest, GeneratedTokensJoinTheIndex) {
   Case setup;

@@ -48,6 +48,7 @@ namespace emulator {
 
 thread_local dim3 thread_index, block_index, block_size, grid_size;
 std::size_t device_room = std::size_t{1} << 40;
+int multiprocessors = 8;
 
 namespace {
 

@@ -191,6 +191,8 @@ constexpr unsigned cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHo
 namespace emulator {
 // Bytes that may still be allocated on the device; lowered by tests.
 extern std::size_t device_room;
+// Of the device: how many blocks a kernel is launched with follows from it; set by tests.
+extern int multiprocessors;
 cudaError_t allocate(void** memory, std::size_t bytes);
 void release(void* memory);
 }  // namespace emulator
@@ -256,8 +258,8 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
   return cudaSuccess;
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 8;  // of either
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : 8;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
