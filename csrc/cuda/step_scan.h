@@ -10,7 +10,7 @@ namespace icecache::gpu {
 
 constexpr int kScanSteps = kScanTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
-// Blocks that a multiprocessor holds at once.
+// Blocks that a multiprocessor of most devices holds at once.
 constexpr int kRankBlocks = 8, kChooseBlocks = 4;
 
 template <int Words>
@@ -184,7 +184,7 @@ __device__ __forceinline__ int score_offset(float lse, float bias, float unit) {
 }
 constexpr int kNoHead = 1 << 22;
 
-static __global__ void __launch_bounds__(kBlock, kRankBlocks) rank_kernel(const StepParams p) {
+static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p) {
   constexpr int kOwn = kRanks / kBlock;
   __shared__ std::uint32_t histogram[kRanks];
   __shared__ int offset[kMaxGroup];
