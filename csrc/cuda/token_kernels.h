@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
 
 // A block for each head.
 template <typename T>
-__global__ void __launch_bounds__(kTokenBlock) truncate_kernel(const TruncateParams p) {
+__global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const TruncateParams p) {
   const StepShape& s = p.shape;
   const int x = p.first_pair + static_cast<int>(blockIdx.x), thread = threadIdx.x;
   const int d = s.head_dim, vectors = d / Vector<T>::kCount;
