@@ -96,9 +96,6 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(flags[lane]) << lane;
   return result;
 }
-inline int __any_sync(unsigned, bool predicate) {
-  return __ballot_sync(~0u, predicate) != 0;
-}
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
 }
