@@ -14,7 +14,6 @@
 #include "emulator.h"
 #endif
 #include "icecache/engine.h"
-#include "icecache/error.h"
 
 namespace icecache {
 namespace {
