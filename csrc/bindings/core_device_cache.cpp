@@ -34,9 +34,11 @@ void bind_device_cache(py::module_& module) {
       .def_readonly("index_bytes", &DeviceCacheMemory::index_bytes)
       .def_readonly("scratch_bytes", &DeviceCacheMemory::scratch_bytes)
       .def_readonly("host_bytes", &DeviceCacheMemory::host_bytes)
+      .def_readonly("token_bytes", &DeviceCacheMemory::token_bytes)
+      .def_readonly("free_bytes", &DeviceCacheMemory::free_bytes)
       .def("__repr__", [](const py::object& self) {
         return describe(self, "device_bytes", "rows_bytes", "index_bytes", "scratch_bytes",
-                        "host_bytes");
+                        "host_bytes", "token_bytes", "free_bytes");
       });
   py::class_<DeviceCache>(module, "DeviceCache", py::module_local(), "See icecache.DeviceCache.")
       .def(py::init([](int num_layers, int num_q_heads, int num_kv_heads, int head_dim, DType dtype,
@@ -51,6 +53,13 @@ void bind_device_cache(py::module_& module) {
           [](DeviceCache& self, int layer, int sequence, const TensorTuple& keys,
              const TensorTuple& values, const TensorTuple& queries, Address stream) {
             self.prefill(layer, sequence, view(keys), view(values), view(queries), pointer(stream));
+          },
+          Release())
+      .def("limit_tokens", &DeviceCache::limit_tokens, Release())
+      .def(
+          "reserve",
+          [](DeviceCache& self, int sequence, std::int64_t tokens, Address stream) {
+            self.reserve(sequence, tokens, pointer(stream));
           },
           Release())
       .def("built", &DeviceCache::built, Release())

@@ -48,8 +48,6 @@ std::vector<std::int32_t> DeviceBuild::run(std::span<std::byte* const> pages) {
   const auto heads = static_cast<std::size_t>(s.kv_heads);
   const std::size_t cached = heads * s.cached_rows;
   gpu::copy_to_device(p_.layer.pages + pair * s.pages(), pages.data(), pages.size_bytes(), stream_);
-  gpu::fill(p_.layer.row_of + pair * s.token_room, 0xff,
-            heads * s.token_room * sizeof(std::int16_t), stream_);
   gpu::fill(p_.layer.owner + pair * s.cached_rows, 0xff, cached * sizeof(std::int32_t), stream_);
   gpu::fill(p_.layer.stamp + pair * s.cached_rows, 0, cached * sizeof(std::int32_t), stream_);
   gpu::fill(p_.layer.has_value + pair * s.cached_rows, 0, cached, stream_);

@@ -36,16 +36,25 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
       max_tokens(most),
       step(step_shape(shape, config, given, batch, most)),
       pool(pool_options(shape, config)),
+      chunk_pool(static_cast<std::size_t>(step.part_bytes() * step.kv_heads * shape.num_layers),
+                 start.get()),
+      chunks(static_cast<std::size_t>(batch)),
       layers(static_cast<std::size_t>(shape.num_layers)),
       jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
   const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
   const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
+  const std::size_t shared_bytes = gpu::place_shared(step, nullptr, shared);
+  shared_memory = gpu::Buffer(shared_bytes, start.get());
+  gpu::place_shared(step, shared_memory.data(), shared);
+  gpu::fill(shared_memory.data(), 0, shared_bytes, start.get());
   scratch_memory = gpu::Buffer(scratch_bytes, start.get());
   gpu::place(step, scratch_memory.data(), scratch);
   // Kernels ask for some of it before they know whether they need it.
   gpu::fill(scratch_memory.data(), 0, scratch_bytes, start.get());
   for (Layer& layer : layers) {
     layer.memory = gpu::Buffer(layer_bytes, start.get());
+    layer.state = shared;
+    layer.state.in_chunk = (&layer - layers.data()) * step.part_bytes();
     gpu::place(step, layer.memory.data(), layer.state);
     // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
     gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
@@ -85,10 +94,11 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   const gpu::DeviceScope here(self.device);
   gpu::check_stream(stream, self.device);
   if (layer.building[sequence] != 0) wait(layer_number);  // one build of a sequence at a time
+  reserve(sequence, self.chunks[sequence].empty() ? self.max_tokens : keys.tokens, stream);
   // Pages that a fork shares are not written.
   if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
-    layer.pages[sequence] = PageSet(self.pool, static_cast<std::size_t>(s.kv_heads) * s.pages(),
-                                    {sequence, layer_number, -1});
+    const std::int64_t room = self.room_of(self.chunks[sequence].size());
+    layer.pages[sequence] = PageSet(self.pool, self.full_pages(room), {sequence, layer_number, -1});
   }
 
   gpu::BuildParams p;
@@ -116,12 +126,14 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   ready->record(stream);
   layer.pending = true;
   layer.building[sequence] = 1;
-  self.jobs.submit(layer.job, [&self, &layer, p, ready, sequence] {
-    const gpu::DeviceScope on(self.device);
-    const gpu::OwnStream build;
-    ready->wait_on(build.get());
-    layer.order[sequence] = DeviceBuild(p, build.get()).run(layer.pages[sequence].table());
-  });
+  // By value: pages may be added meanwhile.
+  self.jobs.submit(layer.job,
+                   [&self, &layer, p, ready, sequence, table = layer.pages[sequence].table()] {
+                     const gpu::DeviceScope on(self.device);
+                     const gpu::OwnStream build;
+                     ready->wait_on(build.get());
+                     layer.order[sequence] = DeviceBuild(p, build.get()).run(table);
+                   });
 }
 
 bool DeviceCache::built(int layer) {
@@ -193,14 +205,19 @@ DeviceCacheStats DeviceCache::stats(int layer_number, int kv_head, Stream stream
 DeviceCacheMemory DeviceCache::memory() const {
   const Impl& self = *impl_;
   const gpu::StepShape& s = self.step;
+  const gpu::DeviceScope here(self.device);
   DeviceCacheMemory memory;
   const auto layers = static_cast<std::int64_t>(self.layers.size());
   memory.scratch_bytes = static_cast<std::int64_t>(self.scratch_memory.bytes());
   memory.rows_bytes =
       layers * s.pairs() * s.rows() * s.head_dim * 2 * static_cast<std::int64_t>(size_of(s.dtype));
-  const std::int64_t all = layers * static_cast<std::int64_t>(self.layers.front().memory.bytes());
+  const auto all =
+      static_cast<std::int64_t>(self.layers.size() * self.layers.front().memory.bytes() +
+                                self.shared_memory.bytes() + self.chunk_pool.bytes());
   memory.index_bytes = all - memory.rows_bytes;
   memory.device_bytes = all + memory.scratch_bytes;
+  memory.token_bytes = static_cast<std::int64_t>(self.chunk_pool.chunk_bytes()) / gpu::kChunkTokens;
+  memory.free_bytes = static_cast<std::int64_t>(gpu::free_memory());
   memory.host_bytes = static_cast<std::int64_t>(self.pool.used_pages() * self.pool.page_bytes());
   return memory;
 }

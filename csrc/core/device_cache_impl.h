@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/chunk_pool.h"
 #include "core/device_shape.h"
 #include "core/page_set.h"
 #include "core/thread_pool.h"
@@ -25,7 +26,7 @@ struct DeviceCache::Impl {
   struct Layer {
     gpu::Buffer memory;
     gpu::LayerState state;
-    std::vector<PageSet> pages;  // [B] of all heads, [Hkv, N / S]
+    std::vector<PageSet> pages;  // [B] of all heads, [room / S, Hkv]
     // [B][Hkv, tokens of the last build]: gpu::Arrangement.
     std::vector<std::vector<std::int32_t>> order;
     JobGroup job;                // builds that were not waited for
@@ -66,23 +67,58 @@ struct DeviceCache::Impl {
   std::int64_t indexed(std::int64_t length) const {
     return std::max<std::int64_t>(0, length - step.near_rows());
   }
+  // Pages that so many index tokens fill, of all heads.
+  std::size_t full_pages(std::int64_t tokens) const {
+    return static_cast<std::size_t>(tokens / step.page_size * step.kv_heads);
+  }
+  // Index tokens for which a sequence with so many chunks has room.
+  std::int64_t room_of(std::size_t count) const {
+    return std::min<std::int64_t>(static_cast<std::int64_t>(count) * gpu::kChunkTokens,
+                                  step.token_room);
+  }
+  // Tells the device what chunks a sequence has, and its room.
+  void give_chunks(int sequence, gpu::Stream stream) const {
+    const std::vector<std::byte*>& own = chunks[sequence];
+    const std::int64_t part = step.part_bytes() * shape.num_layers;
+    const std::int64_t first = std::int64_t{sequence} * step.kv_heads;
+    std::vector<std::byte*> table(static_cast<std::size_t>(step.kv_heads) * step.chunks());
+    for (int h = 0; h < step.kv_heads; ++h) {
+      for (std::size_t c = 0; c < own.size(); ++c) {
+        table[static_cast<std::size_t>(h) * step.chunks() + c] = own[c] + h * part;
+      }
+    }
+    const std::vector<std::int32_t> room(static_cast<std::size_t>(step.kv_heads),
+                                         static_cast<std::int32_t>(room_of(own.size())));
+    gpu::copy_to_device(shared.chunks + first * step.chunks(), table.data(),
+                        table.size() * sizeof(std::byte*), stream);
+    gpu::copy_to_device(shared.room + first, room.data(), room.size() * sizeof(std::int32_t),
+                        stream);
+    gpu::synchronize(stream);  // the table goes
+  }
   // Pages of a sequence that goes on from the first `tokens` index tokens of another (or itself):
   // full ones are shared, the rest is copied. What is under way must not write them.
   PageSet pages_from(const PageSet& source, std::int64_t tokens, const PageOwner& owner) const {
-    const auto full = static_cast<std::size_t>(tokens / step.page_size);
-    const auto stride = static_cast<std::size_t>(step.pages());
-    PageSet own(source, full, stride, owner);
-    for (std::size_t i = full; i < own.size() && tokens % step.page_size != 0; i += stride) {
+    const auto heads = static_cast<std::size_t>(step.kv_heads);
+    const std::size_t full = full_pages(tokens);
+    PageSet own(source, full, owner);
+    for (std::size_t i = full; i < full + heads && tokens % step.page_size != 0; ++i) {
       std::memcpy(own.data(i), source.data(i), pool.page_bytes());
     }
     return own;
   }
   void give_pages(Layer& layer, int sequence, PageSet pages, gpu::Stream stream) const {
-    const std::vector<std::byte*> table = pages.table();
-    gpu::copy_to_device(layer.state.pages + std::int64_t{sequence} * step.kv_heads * step.pages(),
-                        table.data(), table.size() * sizeof(std::byte*), stream);
-    gpu::synchronize(stream);  // the table goes, and so may pages of before
+    write_table(layer, sequence, pages, 0, stream);
+    gpu::synchronize(stream);  // pages of before may go
     layer.pages[sequence] = std::move(pages);
+  }
+  // Tells the device the addresses of a sequence's pages from `first` on.
+  void write_table(const Layer& layer, int sequence, const PageSet& pages, std::size_t first,
+                   gpu::Stream stream) const {
+    const std::vector<std::byte*> table = pages.table(first);
+    const std::int64_t at = std::int64_t{sequence} * step.kv_heads * step.pages();
+    gpu::copy_to_device(layer.state.pages + at + first, table.data(),
+                        table.size() * sizeof(std::byte*), stream);
+    gpu::synchronize(stream);  // the table goes
   }
   // Copies the `length` tokens of a sequence [Hkv, length, D] in order of position.
   void fetch(const Layer& layer, int sequence, std::int64_t length, void* keys, void* values,
@@ -111,6 +147,10 @@ struct DeviceCache::Impl {
   const gpu::StepShape step;
   PagePool pool;
   gpu::OwnStream start;  // of the memory below
+  ChunkPool chunk_pool;
+  std::vector<std::vector<std::byte*>> chunks;  // [B] of all layers
+  gpu::Buffer shared_memory;
+  gpu::LayerState shared;  // what layers share of theirs
   gpu::Buffer scratch_memory;
   gpu::StepScratch scratch;
   std::vector<Layer> layers;

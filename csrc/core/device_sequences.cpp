@@ -37,6 +37,44 @@ void DeviceCache::build_anew(int layer_number, int sequence, std::int64_t tokens
   wait(layer_number);
 }
 
+void DeviceCache::limit_tokens(std::int64_t tokens) {
+  Impl& self = *impl_;
+  if (tokens < 1) throw InvalidArgument(message("tokens must be positive, got ", tokens));
+  const gpu::DeviceScope here(self.device);
+  self.chunk_pool.limit(static_cast<std::size_t>((tokens - 1) / gpu::kChunkTokens + 1));
+}
+
+void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
+  Impl& self = *impl_;
+  self.check_sequence("sequence", sequence);
+  if (tokens > self.step.near_rows() + self.step.token_room) {
+    throw InvalidArgument(
+        message("a sequence has at most max_tokens = ", self.max_tokens, " tokens, got ", tokens));
+  }
+  const auto wanted = static_cast<std::size_t>(
+      std::max<std::int64_t>(0, self.indexed(tokens) - 1) / gpu::kChunkTokens + 1);
+  std::vector<std::byte*>& chunks = self.chunks[sequence];
+  const std::size_t held = chunks.size();
+  if (wanted <= held) return;
+  const gpu::DeviceScope here(self.device);
+  const std::size_t pages = self.full_pages(self.room_of(wanted));
+  std::vector<PageSet> more(self.layers.size());
+  for (std::size_t i = 0; i < more.size(); ++i) {
+    const std::size_t before = self.layers[i].pages[sequence].size();
+    if (before == 0) continue;  // they come with the layer's prompt
+    more[i] = PageSet(self.pool, pages - before, {sequence, static_cast<std::int32_t>(i), -1});
+  }
+  self.chunk_pool.take(wanted - held, chunks);
+  for (std::size_t i = 0; i < more.size(); ++i) {
+    PageSet& own = self.layers[i].pages[sequence];
+    const std::size_t before = own.size();
+    if (before == 0) continue;
+    own.append(std::move(more[i]));
+    self.write_table(self.layers[i], sequence, own, before, stream);
+  }
+  self.give_chunks(sequence, stream);
+}
+
 void DeviceCache::fork(int sequence, int from, Stream stream) {
   Impl& self = *impl_;
   const gpu::StepShape& s = self.step;
@@ -44,16 +82,28 @@ void DeviceCache::fork(int sequence, int from, Stream stream) {
   self.check_sequence("from", from);
   if (sequence == from) return;
   const gpu::DeviceScope here(self.device);
+  std::vector<PageSet> pages;
   for (int number = 0; number < self.shape.num_layers; ++number) {
-    Impl::Layer& layer = self.layers[number];
+    const Impl::Layer& layer = self.layers[number];
     if (layer.pages[from].size() == 0) {
       throw InvalidArgument(message("from must be a sequence that holds tokens, got ", from));
     }
     const std::int64_t tokens = self.indexed(length(number, from, stream));
-    PageSet pages = self.pages_from(layer.pages[from], tokens, {sequence, number, -1});
+    pages.push_back(self.pages_from(layer.pages[from], tokens, {sequence, number, -1}));
+  }
+  const std::vector<std::byte*>& source = self.chunks[from];
+  std::vector<std::byte*>& own = self.chunks[sequence];
+  if (own.size() < source.size()) self.chunk_pool.take(source.size() - own.size(), own);
+  self.chunk_pool.give_back(own, source.size());
+  self.give_chunks(sequence, stream);
+  for (std::size_t c = 0; c < own.size(); ++c) {
+    gpu::copy_on_device(own[c], source[c], self.chunk_pool.chunk_bytes(), stream);
+  }
+  for (int number = 0; number < self.shape.num_layers; ++number) {
+    Impl::Layer& layer = self.layers[number];
     gpu::copy_pairs(s, layer.state, static_cast<std::int64_t>(from) * s.kv_heads,
                     static_cast<std::int64_t>(sequence) * s.kv_heads, stream);
-    self.give_pages(layer, sequence, std::move(pages), stream);
+    self.give_pages(layer, sequence, std::move(pages[number]), stream);
     layer.order[sequence] = layer.order[from];
   }
 }
@@ -83,8 +133,7 @@ void DeviceCache::truncate(int sequence, std::int64_t kept, Stream stream) {
     // Pages that will be written again must be the sequence's own.
     const PageSet& pages = layer.pages[sequence];
     const std::int64_t indexed = self.indexed(kept);
-    const bool is_shared = pages.is_shared(static_cast<std::size_t>(indexed / s.page_size),
-                                           static_cast<std::size_t>(s.pages()));
+    const bool is_shared = pages.is_shared(self.full_pages(indexed));
     PageSet own;
     if (is_shared) own = self.pages_from(pages, indexed, {sequence, number, -1});
     gpu::TruncateParams p;
@@ -113,6 +162,7 @@ void DeviceCache::release(int sequence, Stream stream) {
     layer.pages[sequence] = PageSet();
     layer.order[sequence].clear();
   }
+  self.chunk_pool.give_back(self.chunks[sequence]);
 }
 
 void DeviceCache::gather(int layer_number, int sequence, void* keys, void* values, Stream stream) {

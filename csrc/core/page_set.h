@@ -17,17 +17,13 @@ class PageSet {
   PageSet(PagePool& pool, std::size_t count, const PageOwner& owner) : pool_(&pool) {
     pool.allocate(count, owner, ids_);
   }
-  // The first `shared` pages of each `stride` of another set, and new ones behind them.
-  PageSet(const PageSet& other, std::size_t shared, std::size_t stride, const PageOwner& owner)
-      : pool_(other.pool_), ids_(other.ids_) {
+  // The first `shared` pages of another set, and new ones in place of those behind them.
+  PageSet(const PageSet& other, std::size_t shared, const PageOwner& owner) : pool_(other.pool_) {
     std::vector<PageId> fresh;
-    const std::size_t runs = ids_.size() / stride;
-    ids_.clear();
-    pool_->allocate(runs * (stride - shared), owner, fresh);
-    for (std::size_t i = 0, next = 0; i < runs * stride; ++i) {
-      ids_.push_back(i % stride < shared ? other.ids_[i] : fresh[next++]);
-      if (i % stride < shared) pool_->retain(other.ids_[i]);
-    }
+    pool_->allocate(other.size() - shared, owner, fresh);
+    for (std::size_t i = 0; i < shared; ++i) pool_->retain(other.ids_[i]);
+    ids_.assign(other.ids_.begin(), other.ids_.begin() + static_cast<std::ptrdiff_t>(shared));
+    ids_.insert(ids_.end(), fresh.begin(), fresh.end());
   }
   PageSet(PageSet&& other) noexcept { swap(other); }
   PageSet& operator=(PageSet&& other) noexcept {
@@ -37,18 +33,23 @@ class PageSet {
   ~PageSet() {
     for (const PageId id : ids_) pool_->release(id);
   }
+  // Takes over the pages of another set, behind its own.
+  void append(PageSet&& other) {
+    ids_.insert(ids_.end(), other.ids_.begin(), other.ids_.end());
+    other.ids_.clear();
+  }
   std::byte* data(std::size_t i) const { return pool_->data(ids_[i]); }
-  std::vector<std::byte*> table() const {
+  // Addresses of the pages from `first` on.
+  std::vector<std::byte*> table(std::size_t first = 0) const {
     std::vector<std::byte*> addresses;
-    for (const PageId id : ids_) addresses.push_back(pool_->data(id));
+    for (std::size_t i = first; i < ids_.size(); ++i) addresses.push_back(pool_->data(ids_[i]));
     return addresses;
   }
   std::size_t size() const { return ids_.size(); }
-  // Whether a fork has pages of this set, or it has pages of another, leaving out the first `kept`
-  // of each `stride`.
-  bool is_shared(std::size_t kept = 0, std::size_t stride = 1) const {
-    for (std::size_t i = 0; i < ids_.size(); ++i) {
-      if (i % stride >= kept && !pool_->unique(ids_[i])) return true;
+  // Whether a fork has pages of this set from `first` on, or it has pages of another.
+  bool is_shared(std::size_t first = 0) const {
+    for (std::size_t i = first; i < ids_.size(); ++i) {
+      if (!pool_->unique(ids_[i])) return true;
     }
     return false;
   }

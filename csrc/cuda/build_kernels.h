@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/build.h"
+#include "cuda/chunk.h"
 #include "cuda/gpu.h"
 
 namespace icecache::gpu {
@@ -299,22 +300,20 @@ __global__ void __launch_bounds__(kBuildBlock) lay_out_kernel(const BuildParams 
   __syncthreads();
   const float* low = p.layer.low + static_cast<std::int64_t>(x) * s.rank;
   const float* step = p.layer.step + static_cast<std::int64_t>(x) * s.rank;
-  std::uint32_t* codes =
-      p.layer.codes + (static_cast<std::int64_t>(x) * s.token_room + begin) * s.words();
+  std::uint32_t* codes = codes_of(s, p.layer, x, begin);  // a node is in one chunk
   for (int i = thread; i < count * s.words(); i += kBuildBlock) {
     const int w = i % s.words() * kCodesPerWord;
     const float* y = coordinates_of(p, h, tokens[i / s.words()]) + w;
     codes[i] = pack_codes(y, low + w, step + w);
   }
+  for (int i = thread; i < count; i += kBuildBlock) row_of(s, p.layer, x, begin + i) = -1;
   const T* keys = static_cast<const T*>(p.keys) + h * p.key_head + s.sink_tokens * p.key_token;
   const T* values =
       static_cast<const T*>(p.values) + h * p.value_head + s.sink_tokens * p.value_token;
-  std::byte* const* pages =
-      p.layer.pages + static_cast<std::int64_t>(x) * s.pages() + begin / s.page_size;
   const int vectors = d / Vector<T>::kCount;
   for (int i = thread; i < count * vectors; i += kBuildBlock) {
     const int slot = i / vectors, v = i % vectors;
-    uint4* page = reinterpret_cast<uint4*>(pages[slot / s.page_size]);
+    uint4* page = reinterpret_cast<uint4*>(page_of(s, p.layer, x, begin + slot));
     const int at = slot % s.page_size * vectors + v;
     page[at] = vectors_of(keys + tokens[slot] * p.key_token)[v];
     page[s.page_size * vectors + at] = vectors_of(values + tokens[slot] * p.value_token)[v];
@@ -323,8 +322,7 @@ __global__ void __launch_bounds__(kBuildBlock) lay_out_kernel(const BuildParams 
     float sum = 0.0f;
     for (int slot = 0; slot < count; ++slot)
       sum += to_float(values[tokens[slot] * p.value_token + i]);
-    const std::int64_t at = static_cast<std::int64_t>(x) * s.nodes() + node;
-    static_cast<T*>(p.layer.means)[at * d + i] = from_float<T>(sum / static_cast<float>(count));
+    mean_of<T>(s, p.layer, x, node, d)[i] = from_float<T>(sum / static_cast<float>(count));
     if (begin + count == p.indexed) p.layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
   }
 }

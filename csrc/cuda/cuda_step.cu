@@ -41,8 +41,6 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
   visit(layer.row_keys, s.rows(), row);
   visit(layer.row_values, s.rows(), row);
   typed(layer.pages, s.pages());
-  typed(layer.codes, std::int64_t{s.token_room} * s.words());
-  visit(layer.means, s.nodes(), row);
   typed(layer.open_sum, d);
   visit(layer.recent_queries, std::int64_t{s.group} * kRecentQueries, row);
   typed(layer.mean_key, d);
@@ -50,7 +48,6 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
   typed(layer.from_query, d * rank);
   typed(layer.low, rank);
   typed(layer.step, rank);
-  typed(layer.row_of, s.token_room);
   typed(layer.owner, s.cached_rows);
   typed(layer.stamp, s.cached_rows);
   typed(layer.has_value, s.cached_rows);
@@ -70,7 +67,7 @@ void launch_with(const StepParams& p, Stream stream) {
   };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
   start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>,
-        dim3(static_cast<unsigned>(s.scan_chunks()), pairs), kBlock);
+        dim3(static_cast<unsigned>(s.chunks()), pairs), kBlock);
   start("rank", rank_kernel, chunked(kRankBlocks), kBlock);
   start("choose", s.far_node_tokens == kWarp ? choose_kernel<1> : choose_kernel<2>,
         chunked(kChooseBlocks), kBlock);
@@ -147,6 +144,13 @@ std::size_t place(const StepShape& s, std::byte* memory, LayerState& layer) {
   return layout.bytes();
 }
 
+std::size_t place_shared(const StepShape& s, std::byte* memory, LayerState& layer) {
+  Layout layout(memory);
+  layout.place(layer.chunks, std::int64_t{s.pairs()} * s.chunks());
+  layout.place(layer.room, s.pairs());
+  return layout.bytes();
+}
+
 void copy_pairs(const StepShape& s, const LayerState& layer, std::int64_t from, std::int64_t to,
                 Stream stream) {
   LayerState arrays = layer;
@@ -169,8 +173,8 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.near_logits, pairs * s.near_rows() * heads);
   layout.place(scratch.near_lse, pairs * heads);
   layout.place(scratch.scores, pairs * heads * s.token_room);
-  layout.place(scratch.chunk_max, pairs * s.scan_chunks() * heads);
-  layout.place(scratch.chunk_sum, pairs * s.scan_chunks() * heads);
+  layout.place(scratch.chunk_max, pairs * s.chunks() * heads);
+  layout.place(scratch.chunk_sum, pairs * s.chunks() * heads);
   layout.place(scratch.lse, pairs * heads);
   layout.place(scratch.histogram, pairs * kRanks);
   layout.place(scratch.blocks_ranked, pairs);

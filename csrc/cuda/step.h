@@ -30,7 +30,7 @@ namespace icecache::gpu {
 constexpr int kMaxCandidates = 512;    // a step's candidates, at most
 constexpr int kRanks = 2048;           // bins of the histogram
 constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
-constexpr int kScanTokens = 1024;      // of one chunk
+constexpr int kChunkTokens = 1024;     // index tokens of a chunk: what a sequence grows by
 constexpr int kMaxNear = 256;          // sink and window
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
@@ -40,8 +40,14 @@ constexpr int kHeadTile = 4;           // scores and coefficients are stored in 
 
 // Letters as in types.h, and
 //   X = B * Hkv (sequence, KV head) pairs, x = b * Hkv + h;  H = G rounded up to kHeadTile;
-//   E = near rows = sink_tokens + window_tokens;  M cached rows;  N room for index tokens;
+//   E = near rows = sink_tokens + window_tokens;  M cached rows;  N index tokens, at most;
 //   C = N / far_node_tokens.
+//
+// What a step reads of every index token stands in chunks of device memory, which a sequence takes
+// as it grows. A chunk belongs to one sequence and has a part for each of its heads and layers:
+//   codes [kChunkTokens, R / 8] uint32   sketches
+//   row_of [kChunkTokens] int16          cached row of a token; -1: none
+//   means [kChunkTokens / F, D]          mean values of far-field nodes, F = far_node_tokens
 struct StepShape {
   int batch = 0, kv_heads = 0, group = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
@@ -63,7 +69,15 @@ struct StepShape {
   constexpr int nodes() const { return token_room / far_node_tokens; }
   constexpr int pages() const { return token_room / page_size; }
   constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
-  constexpr int scan_chunks() const { return (token_room + kScanTokens - 1) / kScanTokens; }
+  constexpr int chunks() const { return (token_room + kChunkTokens - 1) / kChunkTokens; }
+  // Of a part of a chunk: where row_of and means begin, and bytes in all; multiples of 256.
+  constexpr int node_shift() const { return far_node_tokens == 64 ? 4 : 5; }  // nodes, as a power
+  constexpr int row_of_at() const { return kChunkTokens * words() * 4; }
+  constexpr int means_at() const { return row_of_at() + kChunkTokens * 2; }
+  constexpr std::int64_t part_bytes() const {
+    return means_at() + static_cast<std::int64_t>(head_dim << node_shift()) *
+                            static_cast<std::int64_t>(size_of(dtype));
+  }
   constexpr int entries() const { return near_rows() + select_tokens; }
   // Blocks of attend, at most, for each pair: about as many as run at once, of 64 rows and more.
   // Those of larger groups take two fours of heads each (attend_tiles), and more registers.
@@ -79,7 +93,7 @@ struct StepShape {
   }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
   constexpr int blocks_of_pair(int resident) const {
-    return std::clamp(multiprocessors * resident / pairs(), 1, scan_chunks());
+    return std::clamp(multiprocessors * resident / pairs(), 1, chunks());
   }
 };
 
@@ -88,9 +102,7 @@ struct LayerState {
   std::int32_t* lengths = nullptr;  // [X] tokens; -1: no sequence there
   void* row_keys = nullptr;         // [X, E + M, D]: sink, window (a ring), cached rows
   void* row_values = nullptr;
-  std::byte** pages = nullptr;             // [X, N / S] host pages [2][S][D]
-  std::uint32_t* codes = nullptr;          // [X, N, R / 8]
-  void* means = nullptr;                   // [X, C, D] mean values of the nodes
+  std::byte** pages = nullptr;             // [B, N / S, Hkv] host pages [2][S][D]
   float* open_sum = nullptr;               // [X, D] values of the node that is being filled
   void* recent_queries = nullptr;          // [X, G, kRecentQueries, D], a ring by position
   float* mean_key = nullptr;               // [X, D]
@@ -98,11 +110,15 @@ struct LayerState {
   float* from_query = nullptr;             // [X, D, R]
   float* low = nullptr;                    // [X, R] of the coordinates
   float* step = nullptr;                   // [X, R] of one code
-  std::int16_t* row_of = nullptr;          // [X, N] cached row of an index token; -1: none
   std::int32_t* owner = nullptr;           // [X, M] index token of a cached row; -1: none
   std::int32_t* stamp = nullptr;           // [X, M] length at which the row was last used
   std::uint8_t* has_value = nullptr;       // [X, M] the row's value came, too
   unsigned long long* counters = nullptr;  // [X, 4] hits, misses, bytes moved, steps
+  // Of all layers: each pair's part of its sequence's chunks, of which this layer's own begins at
+  // `in_chunk`; and the index tokens for which it has chunks and pages.
+  std::byte** chunks = nullptr;  // [X, chunks]
+  std::int64_t in_chunk = 0;
+  std::int32_t* room = nullptr;  // [X]
 };
 
 // What the kernels of a step hand to each other; used again by every layer.
@@ -154,10 +170,13 @@ struct StepParams {
 void check_shape(const StepShape& shape);
 void launch_step(const StepParams& params, Stream stream);
 
-// Bytes of the arrays above, each aligned to 256 bytes, and their places in one allocation.
+// Bytes of the arrays above, each aligned to 256 bytes, and their places in one allocation. Those
+// that layers share are placed by themselves.
 std::size_t place(const StepShape& shape, std::byte* memory, LayerState& layer);
 std::size_t place(const StepShape& shape, std::byte* memory, StepScratch& scratch);
-// Copies all that a layer keeps for the Hkv pairs from `from` on to those from `to` on.
+std::size_t place_shared(const StepShape& shape, std::byte* memory, LayerState& layer);
+// Copies all that a layer keeps for the Hkv pairs from `from` on to those from `to` on, but for
+// what is in chunks.
 void copy_pairs(const StepShape& shape, const LayerState& layer, std::int64_t from, std::int64_t to,
                 Stream stream);
 

@@ -20,6 +20,7 @@ __device__ void store_token(const StepParams& p, int x, int input, int length) {
   T* row_value = static_cast<T*>(p.layer.row_values) + at;
   const int displaced = length - s.near_rows();
   if (displaced >= 0) {
+    if (thread == 0) row_of(s, p.layer, x, displaced) = -1;
     const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
     if (thread < Shape::kVectors) {
       reinterpret_cast<uint4*>(host_key<T>(p, x, displaced, D))[thread] =
@@ -34,9 +35,7 @@ __device__ void store_token(const StepParams& p, int x, int input, int length) {
       float* open = p.layer.open_sum + static_cast<std::int64_t>(x) * D + d;
       const float sum = (in_node == 0 ? 0.0f : *open) + to_float(row_value[d]);
       *open = sum;
-      const std::int64_t node =
-          static_cast<std::int64_t>(x) * s.nodes() + displaced / s.far_node_tokens;
-      static_cast<T*>(p.layer.means)[node * D + d] =
+      mean_of<T>(s, p.layer, x, displaced / s.far_node_tokens, D)[d] =
           from_float<T>(divide(sum, static_cast<float>(in_node + 1)));
     }
     __syncthreads();
@@ -56,8 +55,7 @@ __device__ void store_token(const StepParams& p, int x, int input, int length) {
     __syncthreads();
     if (thread < s.words()) {
       const std::int64_t first = static_cast<std::int64_t>(x) * rank + thread * kCodesPerWord;
-      p.layer
-          .codes[(static_cast<std::int64_t>(x) * s.token_room + displaced) * s.words() + thread] =
+      codes_of(s, p.layer, x, displaced)[thread] =
           pack_codes(projected + thread * kCodesPerWord, p.layer.low + first, p.layer.step + first);
     }
   }
@@ -199,7 +197,8 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   const int x = blockIdx.x, heads = p.shape.kv_heads;
   const int row = p.rows == nullptr ? x / heads : p.rows[x / heads];
   const int input = row < 0 ? -1 : row * heads + x % heads;
-  const int length = row < 0 ? -1 : p.layer.lengths[x];
+  int length = row < 0 ? -1 : p.layer.lengths[x];
+  if (length >= p.shape.near_rows() + p.layer.room[x]) length = kFull;
   if (blockIdx.y == 0) {
     for (int i = threadIdx.x; i < kRanks; i += kBlock) {
       p.scratch.histogram[static_cast<std::int64_t>(x) * kRanks + i] = 0;
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
       p.scratch.blocks_done[x] = 0;
     }
   }
-  if (is_idle(p.shape, length)) return;
+  if (is_idle(length)) return;
   switch (blockIdx.y) {
     case 0:
       return store_token<T, D>(p, x, input, length);

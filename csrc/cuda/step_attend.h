@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const int input = input_of(p, x), all_rows = p.scratch.entry_count[x];
   if (input < 0) return;
   T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input) * s.group * D;
-  if (is_idle(s, length)) {
+  if (is_idle(length)) {
     const T value = from_float<T>(length < 0 ? 0.0f : NAN);
     if (blockIdx.x == 0 && blockIdx.z == 0) {
       for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
@@ -53,8 +53,6 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const int items = nodes + rows;
 
   T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const T* means = static_cast<const T*>(p.layer.means) +
-                   (static_cast<std::int64_t>(x) * s.nodes() + first_node) * D;
   const float* mass =
       p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads + first_head;
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries() + first_row;
@@ -86,7 +84,8 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
   const auto load_nodes = [&](Held& held, int first) {
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
-      load_row(held.values[u], means + static_cast<std::int64_t>(first + u * kParts + part) * D);
+      load_row(held.values[u],
+               mean_of<T>(s, p.layer, x, first_node + first + u * kParts + part, D));
     }
 #pragma unroll
     for (int k = 0; k < kWeights; ++k) {
@@ -99,8 +98,10 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
 #pragma unroll
     for (int u = 0; u < kAttendUnroll; ++u) {
       const int item = min(first + u * kParts + part, items - 1);
-      const T* from = means + static_cast<std::int64_t>(item) * D;
-      if (item >= nodes) {
+      const T* from;
+      if (item < nodes) {
+        from = mean_of<T>(s, p.layer, x, first_node + item, D);
+      } else {
         const int2 entry = entries[item - nodes];
         from = entry.y < 0 ? row_values + static_cast<std::int64_t>(entry.x) * D
                            : host_value<T>(p, x, entry.y, D);

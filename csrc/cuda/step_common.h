@@ -1,6 +1,9 @@
 // What the kernels of a step share. Device code.
 #pragma once
 
+#include <climits>
+
+#include "cuda/chunk.h"
 #include "cuda/gpu.h"
 #include "cuda/step.h"
 
@@ -15,15 +18,13 @@ constexpr int kLeastBlocks = sizeof(T) == 4 ? 1 : 2;
 __device__ __forceinline__ int input_of(const StepParams& p, int x) {
   return p.scratch.inputs[x];
 }
-// Tokens of pair x before this step; < 0: no sequence there, or it takes no part.
+// Tokens of pair x before this step; < 0: no sequence there, or it takes no part; or kFull.
 __device__ __forceinline__ int length_of(const StepParams& p, int x) {
   return p.scratch.lengths[x];
 }
-__device__ __forceinline__ bool is_full(const StepShape& s, int length) {
-  return length >= s.near_rows() + s.token_room;
-}
-__device__ __forceinline__ bool is_idle(const StepShape& s, int length) {
-  return length < 0 || is_full(s, length);
+constexpr int kFull = INT_MAX;  // in place of the length of a sequence without room
+__device__ __forceinline__ bool is_idle(int length) {
+  return length < 0 || length == kFull;
 }
 // Index tokens and near rows once the token at position `length` is in the window.
 __device__ __forceinline__ int index_tokens(const StepShape& s, int length) {
@@ -41,8 +42,7 @@ __device__ __forceinline__ int near_row(const StepShape& s, int position) {
 template <typename T>
 __device__ __forceinline__ T* host_key(const StepParams& p, int x, int token, int d) {
   const int s = p.shape.page_size;
-  std::byte* page = p.layer.pages[static_cast<std::int64_t>(x) * p.shape.pages() + token / s];
-  return reinterpret_cast<T*>(page) + (token % s) * d;
+  return reinterpret_cast<T*>(page_of(p.shape, p.layer, x, token)) + (token % s) * d;
 }
 template <typename T>
 __device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, int d) {

@@ -39,7 +39,7 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   const StepShape& s = p.shape;
   const int x = blockIdx.x, thread = threadIdx.x;
   const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
+  if (is_idle(length)) return;
   const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   const int now = length + 1;                              // stamps of this step; 0: never used
   tokens[thread] = thread < found ? p.scratch.tokens[x * kMaxCandidates + thread] : INT_MAX;
@@ -47,12 +47,11 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   __syncthreads();
   sort_tokens(tokens);
 
-  std::int16_t* row_of = p.layer.row_of + static_cast<std::int64_t>(x) * s.token_room;
   std::int32_t* owner = p.layer.owner + static_cast<std::int64_t>(x) * s.cached_rows;
   std::int32_t* stamp = p.layer.stamp + static_cast<std::int64_t>(x) * s.cached_rows;
   const bool asked = thread < found;
   const int token = tokens[thread];
-  int row = asked ? row_of[token] : -1;
+  int row = asked ? row_of(s, p.layer, x, token) : -1;
   const bool missing = asked && row < 0;
   if (asked && !missing) stamp[row] = now;
   int misses = 0;
@@ -92,11 +91,11 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
     __syncthreads();
     if (missing) {
       row = victims[mine];
-      if (owner[row] >= 0) row_of[owner[row]] = -1;
+      if (owner[row] >= 0) row_of(s, p.layer, x, owner[row]) = -1;
       owner[row] = token;
       stamp[row] = now;
       p.layer.has_value[static_cast<std::int64_t>(x) * s.cached_rows + row] = 0;
-      row_of[token] = static_cast<std::int16_t>(row);
+      row_of(s, p.layer, x, token) = static_cast<std::int16_t>(row);
     }
   }
   if (asked) {
@@ -128,7 +127,7 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
   const StepShape& s = p.shape;
   const int x = blockIdx.x, i = threadIdx.x, lane = i % kWarp, warp = i / kWarp;
   const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
+  if (is_idle(length)) return;
   const int heads = s.padded_group(), near = near_count(s, length);
   const int count = index_tokens(s, length);
   const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates

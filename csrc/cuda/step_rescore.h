@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  if (is_idle(s, length_of(p, x))) return;
+  if (is_idle(length_of(p, x))) return;
   const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   constexpr int kOfBlock = kBlock / kWarp * Shape::kRows * kRescoreUnroll;
   const int begin = blockIdx.x * kOfBlock;

@@ -1,5 +1,5 @@
-// scan: a block for each chunk of kScanTokens tokens of a pair. rank, choose: each pair has as many
-// blocks as run at once, which take its chunks by turns. Device code.
+// scan: a block for each chunk of kChunkTokens tokens of a pair. rank, choose: each pair has as
+// many blocks as run at once, which take its chunks by turns. Device code.
 #pragma once
 
 #include <climits>
@@ -8,7 +8,7 @@
 
 namespace icecache::gpu {
 
-constexpr int kScanSteps = kScanTokens / kBlock;
+constexpr int kScanSteps = kChunkTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
 // Blocks that a multiprocessor of most devices holds at once.
 constexpr int kRankBlocks = 8, kChooseBlocks = 4;
@@ -23,20 +23,21 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
-  const int count = index_tokens(s, length), begin = blockIdx.x * kScanTokens;
+  // Asked for before it is known whether it is there: one wait less.
+  const uint4* codes =
+      reinterpret_cast<const uint4*>(chunk_part(s, p.layer, x, static_cast<int>(blockIdx.x)));
+  if (is_idle(length)) return;
+  const int count = index_tokens(s, length), begin = blockIdx.x * kChunkTokens;
   if (begin >= count) return;
   const int heads = s.padded_group();
-  const uint4* codes = reinterpret_cast<const uint4*>(p.layer.codes) +
-                       static_cast<std::int64_t>(x) * s.token_room * (Words / 4);
   uint4 cells[kScanSteps][Words / 4];
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    const int token = begin + k * kBlock + thread;
+    const int in_chunk = k * kBlock + thread;
 #pragma unroll
     for (int w = 0; w < Words / 4; ++w) {
-      cells[k][w] = token < count ? codes[static_cast<std::int64_t>(token) * (Words / 4) + w]
-                                  : make_uint4(0, 0, 0, 0);
+      cells[k][w] =
+          begin + in_chunk < count ? codes[in_chunk * (Words / 4) + w] : make_uint4(0, 0, 0, 0);
     }
   }
   const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
         high = max(high, room[w][thread]);
       }
       const std::int64_t at =
-          (static_cast<std::int64_t>(x) * s.scan_chunks() + blockIdx.x) * heads + tile + thread;
+          (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + tile + thread;
       p.scratch.chunk_max[at] = high;
       p.scratch.chunk_sum[at] = total;
     }
@@ -195,12 +196,12 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
+  if (is_idle(length)) return;
   const int count = index_tokens(s, length), heads = s.padded_group();
-  const int chunks = (count + kScanTokens - 1) / kScanTokens;
+  const int chunks = (count + kChunkTokens - 1) / kChunkTokens;
   if (static_cast<int>(blockIdx.x) >= max(chunks, 1)) return;
   const float unit = p.scratch.unit[x];
-  const std::int64_t first = static_cast<std::int64_t>(x) * s.scan_chunks() * heads;
+  const std::int64_t first = static_cast<std::int64_t>(x) * s.chunks() * heads;
   for (int i = thread; i < kRanks; i += kBlock) histogram[i] = 0;
   for (int g = warp; g < heads; g += kBlock / kWarp) {
     int high = INT_MIN;
@@ -230,7 +231,7 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
   const float scale = unit * kRanksPerNat;
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int begin = chunk * kScanTokens;
+    const int begin = chunk * kChunkTokens;
     int best[kScanSteps];
     FourScores four[kScanSteps];
     best_scores(s, scores, begin, count, offset, best, four);
@@ -290,9 +291,9 @@ __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const Ste
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int length = length_of(p, x);
-  if (is_idle(s, length)) return;
+  if (is_idle(length)) return;
   const int count = index_tokens(s, length);
-  if (static_cast<int>(blockIdx.x) * kScanTokens >= count) return;
+  if (static_cast<int>(blockIdx.x) * kChunkTokens >= count) return;
   const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
   const float unit = p.scratch.unit[x], scale = unit * kRanksPerNat, in_bits = unit * kLog2E;
   if (thread < heads) {
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const Ste
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
   const float limit = last_rank < kRanks - 1 ? static_cast<float>(last_rank + 1) : INFINITY;
-  for (int begin = blockIdx.x * kScanTokens; begin < count; begin += gridDim.x * kScanTokens) {
+  for (int begin = blockIdx.x * kChunkTokens; begin < count; begin += gridDim.x * kChunkTokens) {
     int best[kScanSteps];
     bool weighs[kScanSteps];  // in its node: neither a candidate nor past the last token
     FourScores four[kScanSteps];

@@ -13,9 +13,7 @@ constexpr int kTokenBlock = 256;
 template <typename T>
 __device__ __forceinline__ const uint4* page_row(const StepShape& s, const LayerState& layer, int x,
                                                  int token) {
-  const std::byte* page =
-      layer.pages[static_cast<std::int64_t>(x) * s.pages() + token / s.page_size];
-  return reinterpret_cast<const uint4*>(page) +
+  return reinterpret_cast<const uint4*>(page_of(s, layer, x, token)) +
          token % s.page_size * (s.head_dim / Vector<T>::kCount);
 }
 
@@ -80,19 +78,16 @@ __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const Truncate
       sum += to_float(value[i]);
     }
     p.layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
-    static_cast<T*>(p.layer.means)[(static_cast<std::int64_t>(x) * s.nodes() + node) * d + i] =
-        from_float<T>(divide(sum, static_cast<float>(in_node)));
+    mean_of<T>(s, p.layer, x, node, d)[i] = from_float<T>(divide(sum, static_cast<float>(in_node)));
   }
 
   // Cached rows of tokens that are gone. Stamps are lengths: none may lie ahead.
-  std::int16_t* row_of = p.layer.row_of + static_cast<std::int64_t>(x) * s.token_room;
   const std::int64_t cached = static_cast<std::int64_t>(x) * s.cached_rows;
   for (int r = thread; r < s.cached_rows; r += kTokenBlock) {
     std::int32_t& owner = p.layer.owner[cached + r];
     std::int32_t& stamp = p.layer.stamp[cached + r];
     if (owner >= indexed) {
-      row_of[owner] = -1;
-      owner = -1;
+      owner = -1;  // append forgets the token's row when it comes again
       stamp = 0;
       p.layer.has_value[cached + r] = 0;
     } else {

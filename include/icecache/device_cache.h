@@ -6,9 +6,9 @@
 // caller's stream: it takes no decision on the host, allocates nothing and may be captured into a
 // CUDA graph (csrc/cuda/step.h).
 //
-// Sequences stand in a batch of fixed size, each with room for max_tokens. A prompt enters whole
-// and once, also while others decode; after that a step adds one token to every sequence of the
-// batch, or to those that it names.
+// Sequences stand in a batch of fixed size, each with room for what reserve() named, or for
+// max_tokens. A prompt enters whole and once, also while others decode; after that a step adds one
+// token to every sequence of the batch, or to those that it names.
 //
 // Streams: what a call launches is ordered on the stream it is given, but for the work that
 // prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the
@@ -37,6 +37,8 @@ struct DeviceCacheMemory {
   std::int64_t index_bytes = 0;    // sketches, means, metrics, tables
   std::int64_t scratch_bytes = 0;  // shared by all layers
   std::int64_t host_bytes = 0;     // pages in use
+  std::int64_t token_bytes = 0;    // of device memory that a token takes where a sequence grows
+  std::int64_t free_bytes = 0;     // of the device, that nobody has
 };
 
 class DeviceCache {
@@ -50,6 +52,15 @@ class DeviceCache {
   ~DeviceCache();
   DeviceCache(const DeviceCache&) = delete;
   DeviceCache& operator=(const DeviceCache&) = delete;
+
+  // Takes device memory for the indexes of so many tokens, of all sequences together, at once; from
+  // then on there is no more. Without it memory comes as sequences grow. Throws OutOfPages.
+  void limit_tokens(std::int64_t tokens);
+  // Gives a sequence room for at least `tokens`, on the device and in host memory, in steps of
+  // 1,024 tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
+  // prompt without it has room for max_tokens. Throws InvalidArgument beyond max_tokens,
+  // OutOfPages.
+  void reserve(int sequence, std::int64_t tokens, Stream stream);
 
   // The prompt of one sequence: keys and values [Hkv, T, D], queries [Hq, T', D] of its last tokens
   // (the last 512 / G shape the metric), all on the device, with unit stride in D and other strides
