@@ -36,11 +36,14 @@ void bind_device_cache(py::module_& module) {
       .def_readonly("host_bytes", &DeviceCacheMemory::host_bytes)
       .def_readonly("token_bytes", &DeviceCacheMemory::token_bytes)
       .def_readonly("free_bytes", &DeviceCacheMemory::free_bytes)
+      .def_readonly("total_bytes", &DeviceCacheMemory::total_bytes)
       .def("__repr__", [](const py::object& self) {
         return describe(self, "device_bytes", "rows_bytes", "index_bytes", "scratch_bytes",
-                        "host_bytes", "token_bytes", "free_bytes");
+                        "host_bytes", "token_bytes", "free_bytes", "total_bytes");
       });
   py::class_<DeviceCache>(module, "DeviceCache", py::module_local(), "See icecache.DeviceCache.")
+      .def_property_readonly_static("room_step",
+                                    [](const py::object&) { return DeviceCache::kRoomStep; })
       .def(py::init([](int num_layers, int num_q_heads, int num_kv_heads, int head_dim, DType dtype,
                        float scale, const Config& config, int batch, std::int64_t max_tokens,
                        int device) {

@@ -217,7 +217,9 @@ DeviceCacheMemory DeviceCache::memory() const {
   memory.index_bytes = all - memory.rows_bytes;
   memory.device_bytes = all + memory.scratch_bytes;
   memory.token_bytes = static_cast<std::int64_t>(self.chunk_pool.chunk_bytes()) / gpu::kChunkTokens;
-  memory.free_bytes = static_cast<std::int64_t>(gpu::free_memory());
+  const gpu::MemoryInfo on_device = gpu::memory_info();
+  memory.free_bytes = static_cast<std::int64_t>(on_device.free);
+  memory.total_bytes = static_cast<std::int64_t>(on_device.total);
   memory.host_bytes = static_cast<std::int64_t>(self.pool.used_pages() * self.pool.page_bytes());
   return memory;
 }

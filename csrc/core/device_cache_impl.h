@@ -19,6 +19,7 @@
 namespace icecache {
 
 struct DeviceCache::Impl {
+  static_assert(kRoomStep == gpu::kChunkTokens);
   Impl(const CacheShape& cache_shape, const Config& given, int batch, std::int64_t most, int on);
   // Steps that are under way read the pages.
   ~Impl() { gpu::synchronize_device(); }

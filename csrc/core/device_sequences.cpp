@@ -62,7 +62,7 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
   for (std::size_t i = 0; i < more.size(); ++i) {
     const std::size_t before = self.layers[i].pages[sequence].size();
     if (before == 0) continue;  // they come with the layer's prompt
-    more[i] = PageSet(self.pool, pages - before, {sequence, static_cast<std::int32_t>(i), -1});
+    more[i] = PageSet(self.pool, pages - before, {sequence, static_cast<int>(i), -1});
   }
   self.chunk_pool.take(wanted - held, chunks);
   for (std::size_t i = 0; i < more.size(); ++i) {

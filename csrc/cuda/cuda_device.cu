@@ -55,7 +55,8 @@ Buffer::Buffer(std::size_t bytes, Stream stream) : bytes_(bytes), stream_(stream
   const cudaError_t status = cudaMallocAsync(&memory, bytes, native(stream));
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // not sticky: the device goes on
-    throw OutOfPages(message("the device has no ", bytes, " bytes of memory left (", free_memory(),
+    throw OutOfPages(message("the device has no ", bytes, " bytes of memory left (",
+                             memory_info().free,
                              " are free); lower max_tokens, the batch or device_pages"));
   }
   check(status, "cudaMallocAsync");
@@ -149,9 +150,9 @@ void check_stream(Stream stream, int device) {
   }
 }
 
-std::size_t free_memory() {
-  std::size_t free = 0, total = 0;
-  return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+MemoryInfo memory_info() {
+  MemoryInfo info;
+  return cudaMemGetInfo(&info.free, &info.total) == cudaSuccess ? info : MemoryInfo();
 }
 
 }  // namespace icecache::gpu

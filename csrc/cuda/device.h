@@ -85,7 +85,10 @@ void synchronize(Stream stream);
 void synchronize_device() noexcept;
 // Throws InvalidArgument for a stream of another device than `device`, naming both.
 void check_stream(Stream stream, int device);
-std::size_t free_memory();
-int multiprocessors();  // of the current device
+struct MemoryInfo {
+  std::size_t free = 0, total = 0;
+};
+MemoryInfo memory_info();  // of the current device; 0 where CUDA does not say
+int multiprocessors();     // of the current device
 
 }  // namespace icecache::gpu

@@ -39,11 +39,13 @@ struct DeviceCacheMemory {
   std::int64_t host_bytes = 0;     // pages in use
   std::int64_t token_bytes = 0;    // of device memory that a token takes where a sequence grows
   std::int64_t free_bytes = 0;     // of the device, that nobody has
+  std::int64_t total_bytes = 0;    // of the device
 };
 
 class DeviceCache {
  public:
-  using Stream = void*;  // a cudaStream_t
+  using Stream = void*;                   // a cudaStream_t
+  static constexpr int kRoomStep = 1024;  // tokens by which a sequence grows
 
   // Throws InvalidArgument for what the kernels do not cover (with what they do), Unavailable
   // without CUDA in the build or a device in the machine, OutOfPages where memory does not suffice.
@@ -57,7 +59,7 @@ class DeviceCache {
   // then on there is no more. Without it memory comes as sequences grow. Throws OutOfPages.
   void limit_tokens(std::int64_t tokens);
   // Gives a sequence room for at least `tokens`, on the device and in host memory, in steps of
-  // 1,024 tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
+  // kRoomStep tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
   // prompt without it has room for max_tokens. Throws InvalidArgument beyond max_tokens,
   // OutOfPages.
   void reserve(int sequence, std::int64_t tokens, Stream stream);

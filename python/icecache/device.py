@@ -19,6 +19,7 @@ from icecache.errors import InvalidArgument
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
+ROOM_STEP = _core.DeviceCache.room_step  # tokens by which a sequence's room grows
 KIND = "cuda"  # of torch.device; tests put an emulator on the CPU in its place
 
 
@@ -31,8 +32,9 @@ class DeviceCache:
     kernels on torch's current stream: no host decision, no allocation but its output, and it may be
     captured into a CUDA graph. Not thread-safe.
 
-    Device memory is taken at once: see memory(). Host memory (pinned) is taken for `max_tokens`
-    when a sequence gets its prompt, within `host_memory`.
+    A sequence that gets its prompt takes memory for the tokens that reserve() named, or for
+    `max_tokens`: of the device, where limit_tokens() can set a bound, and of the host (pinned),
+    within `host_memory`. What all sequences need whatever their length is taken at once.
 
     Errors: InvalidArgument for shapes, dtypes and settings that the kernels do not cover (with what
     they do); Unavailable without CUDA in the build or a device; OutOfPages where host or device
@@ -91,6 +93,7 @@ class DeviceCache:
         with torch.inference_mode(False):
             self._rows = torch.full((batch,), -1, dtype=torch.int32, device=where)
         self._places: tuple[tuple[int, int], ...] = ()
+        self._room = [0] * batch  # tokens that reserve() has named
         # Tensors that index work still reads, by layer.
         self._held: dict[int, list[torch.Tensor]] = {}
         self._number = _register(self)
@@ -99,6 +102,25 @@ class DeviceCache:
     def config(self) -> Config:
         """The parameters in use: a copy, with every derived value filled in."""
         return wrap(self._cache.config())
+
+    def limit_tokens(self, tokens: int) -> None:
+        """Takes device memory for the indexes of `tokens`, of all sequences together, at once.
+
+        From then on there is no more: reserve() and prefill() raise OutOfPages. Without it memory
+        comes as sequences grow. A sequence takes it by steps of `ROOM_STEP` tokens.
+        """
+        self._cache.limit_tokens(tokens)
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Gives a sequence room for `tokens` at least, by steps of `ROOM_STEP`; all or nothing.
+
+        Before its prompt, and before the step that would be one too many: a sequence without room
+        answers with NaN. Where it grows the current stream is waited for. Graphs that were captured
+        before see the room. Raises InvalidArgument beyond max_tokens, OutOfPages.
+        """
+        if tokens > self._room[sequence]:
+            self._cache.reserve(sequence, tokens, self._stream())
+            self._room[sequence] = tokens
 
     def prefill(
         self,
@@ -210,6 +232,7 @@ class DeviceCache:
     def fork(self, sequence: int, source: int) -> None:
         """Makes `sequence` a copy of `source`; whole pages of host memory are shared."""
         self._cache.fork(sequence, source, self._stream())
+        self._room[sequence] = self._room[source]
 
     def truncate(self, sequence: int, length: int) -> None:
         """Takes tokens back, so that the sequence holds the first `length` in every layer.
@@ -222,6 +245,7 @@ class DeviceCache:
     def release(self, sequence: int) -> None:
         """Empties a sequence and gives its pages back. Waits for the current stream."""
         self._cache.release(sequence, self._stream())
+        self._room[sequence] = 0
         self._held.clear()
 
     def wait(self, layer: int) -> None:

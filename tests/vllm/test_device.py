@@ -98,16 +98,16 @@ def test_a_device_without_room_says_what_to_lower(
     made.add_layer(worker.Shape(4, 2, 64, 0.125))
     with pytest.raises(
         InvalidArgument,
-        match=r"9 requests of 1,024 tokens \(the device has no 7 .*lower --max-num-seqs or",
+        match=r"9 requests of which one has 1,024 tokens \(the device has no 7 .*lower --max-num-seqs",
     ):
         made.open_store(torch.float32)
 
 
-def test_every_request_takes_room_for_the_longest() -> None:
+def test_requests_take_room_by_steps() -> None:
     spec = IceCacheSpec(
-        block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, request_slots=1000
+        block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, room_step=1024
     )
-    assert spec.slots_of(1) == spec.slots_of(700) == 1000
+    assert [spec.slots_of(tokens) for tokens in (1, 1024, 1025)] == [1024, 1024, 2048]
 
 
 def test_the_backends_of_a_cuda_platform_are_ours() -> None:
@@ -147,6 +147,7 @@ def make_engine(layers: int = 1, slots: int = 2, host_memory: str = "1M") -> Slo
         device=torch.device("cpu"),
         slots=slots,
         max_tokens=700,
+        device_share=0.9,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from icecache import InvalidArgument
 from icecache.device import DeviceCache, rebuild_is_due
 
-_NEW_TOKENS = 4096  # room behind a prompt where max_tokens is not given
+_NEW_TOKENS = 32768  # room behind a prompt where max_tokens is not given
 # In place of sequences: a slot has none; what a fork copies is no longer what it was.
 _FREE, _LOST = -1, -2
 _ELSE = "or run the model on the CPU, or without icecache.enable"
@@ -190,6 +190,7 @@ class DeviceEngine:
         for seq, query in zip(seqs, queries, strict=True):
             batch, slot = self._place(seq)
             key, value = batch.prompts.pop((layer, seq))
+            batch.cache.reserve(slot, key.shape[1] + 1)
             batch.cache.prefill(layer, query, key, value, sequence=slot)
             batch.lengths[layer][slot] = batch.built[layer][slot] = key.shape[1]
 
@@ -251,6 +252,7 @@ class DeviceEngine:
             if rebuild_is_due(lengths[slot], built[slot]):
                 batch.cache.rebuild(layer, slot)
                 built[slot] = lengths[slot]
+            batch.cache.reserve(slot, lengths[slot] + 1)
         out = batch.cache.step(layer, query, key, value, rows)
         for slot in slots:
             lengths[slot] += 1

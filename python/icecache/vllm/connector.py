@@ -61,7 +61,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         else:
             longest = vllm_config.model_config.max_model_len
             logger.info(
-                "IceCache: host memory holds %s tokens, %.1f requests of %s tokens at once",
+                "IceCache: %s memory holds %s tokens, %.1f requests of %s tokens at once",
+                "host and device" if spec.room_step else "host",
                 f"{spec.host_slots:,}",
                 spec.host_slots / spec.slots_of(longest),
                 f"{longest:,}",

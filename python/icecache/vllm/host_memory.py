@@ -1,4 +1,4 @@
-"""How much host memory a request takes."""
+"""How much memory a request takes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from __future__ import annotations
 _SLACK, _ENDS = 1.25, 64
 
 
-def slots_needed(tokens: int) -> int:
-    """Token slots of host memory, of every layer and KV head, that a request of `tokens` takes."""
-    return int(tokens * _SLACK) + _ENDS
+def slots_needed(tokens: int, step: int = 0) -> int:
+    """Token slots, of every layer and KV head, that a request of `tokens` takes.
+
+    With `step` on a CUDA device, where room grows by steps of so many tokens; else on the CPU.
+    """
+    return -(-tokens // step) * step if step else int(tokens * _SLACK) + _ENDS

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from icecache import Config, Error, InvalidArgument, Phase
-from icecache.device import DeviceCache, rebuild_is_due
+from icecache import Config, Error, InvalidArgument, OutOfPages, Phase
+from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
+from icecache.vllm.host_memory import slots_needed
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class SlotStats:
 class SlotEngine:
     """The calls of icecache.Engine that a store makes. Not thread-safe.
 
-    Device memory is taken at once, for `slots` requests of `max_tokens`.
+    Device memory is taken at once: what each of `slots` requests needs whatever its length, and
+    the indexes of `tokens` of them together, which is as many as host memory holds, `slots` times
+    `max_tokens`, or half of what `device_share` of the device has left, whichever is least. The
+    other half is for activations, and for prompts while they are read.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class SlotEngine:
         device: torch.device,
         slots: int,
         max_tokens: int,
+        device_share: float,
     ) -> None:
         self.cache = DeviceCache(
             num_layers=num_layers,
@@ -68,6 +73,18 @@ class SlotEngine:
             max_tokens=max_tokens,
             device=device,
         )
+        memory = self.cache.memory()
+        row_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        on_host = int(self.cache.config.host_memory) // row_bytes
+        # Of the share, what others have by now does not count.
+        left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
+        longest = slots_needed(max_tokens, ROOM_STEP)
+        self.tokens = min(on_host, slots * longest, left // 2 // memory.token_bytes)
+        if self.tokens < min(on_host, longest):
+            raise OutOfPages(
+                f"half of the {left:,} bytes left to it holds the indexes of {self.tokens:,} tokens"
+            )
+        self.cache.limit_tokens(self.tokens)
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.dtype = head_dim, dtype
         self._scale = scale
@@ -113,7 +130,7 @@ class SlotEngine:
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """What a slot that takes `count` tokens in the next step needs of the host before it.
 
-        Its index is there, built anew where that is due. Raises Error where the slot cannot take
+        It has room for them, and its index is there, built anew where that is due. Raises Error where the slot cannot take
         part: then it must be released.
         """
         length, built = self._lengths[seq], self._built[seq]
@@ -130,6 +147,7 @@ class SlotEngine:
                 for layer in range(self.num_layers):
                     self.cache.rebuild(layer, seq)
                 self._built[seq] = length
+        self.cache.reserve(seq, length + count)
         self._lengths[seq] = length + count
         if phase == Phase.PROMPT_END:
             self._built[seq] = length + count

@@ -19,18 +19,18 @@ from icecache.vllm.names import AttentionSpec, KVCacheSpecRegistry, SingleTypeKV
 class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
     """KV-cache spec of a full-attention layer that the engine serves."""
 
-    host_slots: int = 0  # tokens that the pages in host memory hold, of every layer and KV head
-    request_slots: int = 0  # of them, those that every request takes; 0: by its tokens
+    host_slots: int = 0  # tokens that there is memory for, of every layer and KV head
+    room_step: int = 0  # by which requests grow on a CUDA device; 0: on the CPU
 
     @classmethod
-    def of(cls, spec: AttentionSpec, host_slots: int, request_slots: int = 0) -> IceCacheSpec:
+    def of(cls, spec: AttentionSpec, host_slots: int, room_step: int = 0) -> IceCacheSpec:
         """In place of a stock spec."""
         shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**shared, host_slots=host_slots, request_slots=request_slots)
+        return cls(**shared, host_slots=host_slots, room_step=room_step)
 
     def slots_of(self, tokens: int) -> int:
-        """Slots of host memory that a request of `tokens` takes."""
-        return self.request_slots or slots_needed(tokens)
+        """Slots that a request of `tokens` takes."""
+        return slots_needed(tokens, self.room_step)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of vLLM's pool that one request takes at most."""

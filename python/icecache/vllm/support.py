@@ -86,12 +86,12 @@ def check_attention(
         _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
 
 
-def check_memory(host_memory: int, slot_bytes: int, max_model_len: int) -> None:
+def check_memory(host_memory: int, slot_bytes: int, max_model_len: int, step: int = 0) -> None:
     """Raises InvalidArgument where `host_memory` (bytes) does not hold one longest request.
 
-    `slot_bytes`: of one token in all layers and KV heads of this worker.
+    `slot_bytes`: of one token in all layers and KV heads of this worker. `step`: as slots_needed().
     """
-    needed = slots_needed(max_model_len) * slot_bytes
+    needed = slots_needed(max_model_len, step) * slot_bytes
     if host_memory < needed:
         raise InvalidArgument(
             f"host_memory: expected at least {needed / 2**30:.3f} GiB, room for one request of "

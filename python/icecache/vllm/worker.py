@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument, OutOfPages
-from icecache.vllm.host_memory import slots_needed
+from icecache.device import ROOM_STEP
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.settings import device_of, engine_config
@@ -74,28 +74,33 @@ class Worker:
             engine = HostEngine(**settings) if device is None else self._on_device(device, settings)
             store = Store(engine)
             longest = self.vllm_config.model_config.max_model_len
-            check_memory(store.host_memory, store.slot_bytes, longest)
+            step = 0 if device is None else ROOM_STEP
+            check_memory(store.host_memory, store.slot_bytes, longest, step)
             self.store = store
         return self.store
 
     def _on_device(self, device: torch.device, settings: dict[str, Any]) -> SlotEngine:
         slots = self.vllm_config.scheduler_config.max_num_seqs
         longest = self.vllm_config.model_config.max_model_len
+        share = self.vllm_config.cache_config.gpu_memory_utilization
         try:
-            return SlotEngine(**settings, device=device, slots=slots, max_tokens=longest)
+            return SlotEngine(
+                **settings, device=device, slots=slots, max_tokens=longest, device_share=share
+            )
         except OutOfPages as error:
             raise InvalidArgument(
-                f"max_num_seqs: {device} has no memory for {slots} requests of {longest:,} tokens "
-                f"({error}); lower --max-num-seqs or --max-model-len"
+                f"max_num_seqs: {device} has no memory for {slots} requests of which one has "
+                f"{longest:,} tokens ({error}); lower --max-num-seqs or --max-model-len, or raise "
+                "--gpu-memory-utilization"
             ) from error
 
     def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
         """In place of a stock spec. Opens the store."""
         store = self.open_store(spec.dtype)
-        of_request = 0  # by its tokens
-        if device_of(self.vllm_config) is not None:
-            of_request = slots_needed(self.vllm_config.model_config.max_model_len)
-        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes, of_request)
+        on_host = store.host_memory // store.slot_bytes
+        if isinstance(store.engine, SlotEngine):
+            return IceCacheSpec.of(spec, min(on_host, store.engine.tokens), ROOM_STEP)
+        return IceCacheSpec.of(spec, on_host)
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.
