@@ -154,7 +154,9 @@ def largest_batch(tokens: int) -> dict[str, Any]:
     tried = 1
     while fails - fits > max(1, fits // 32):
         try:
-            device_bytes = make_cache(tried, tokens, LAYERS).memory().device_bytes
+            cache = make_cache(tried, tokens, LAYERS)
+            cache.limit_tokens(tried * (tokens + ROOM))
+            device_bytes = cache.memory().device_bytes
         except icecache.OutOfPages:
             fails = tried
         else:

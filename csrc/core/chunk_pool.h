@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/step.h"
 #include "icecache/error.h"
 
 namespace icecache {
@@ -22,9 +23,9 @@ class ChunkPool {
   // where the device has less, InvalidArgument where more are there already.
   void limit(std::size_t chunks) {
     if (chunks < chunks_) {
-      throw InvalidArgument(message("device_tokens: ", chunks_,
-                                    " chunks of device memory are taken ", "already, got ",
-                                    chunks));
+      throw InvalidArgument(message("tokens must be at least ", chunks_ * gpu::kChunkTokens,
+                                    ", for which there is memory by now, got ",
+                                    chunks * gpu::kChunkTokens));
     }
     if (chunks > chunks_) add(chunks - chunks_);
     limited_ = true;
@@ -33,8 +34,9 @@ class ChunkPool {
   void take(std::size_t count, std::vector<std::byte*>& to) {
     if (free_.size() < count) {
       if (limited_) {
-        throw OutOfPages(message("device_tokens: ", count, " chunks of device memory are wanted, ",
-                                 free_.size(), " of ", chunks_, " are free"));
+        throw OutOfPages(message("device memory: room for ", count * gpu::kChunkTokens,
+                                 " more tokens is wanted, ", free_.size() * gpu::kChunkTokens,
+                                 " of ", chunks_ * gpu::kChunkTokens, " are free (limit_tokens)"));
       }
       add(count - free_.size());
     }

@@ -138,6 +138,27 @@ def test_index_work_keeps_few_layers_waiting() -> None:
 
 
 @pytest.mark.usefixtures("any_device")
+def test_room_grows_by_steps() -> None:
+    cache = make(batch=1)
+    cache.limit_tokens(2 * icecache.device.ROOM_STEP)
+    cache.reserve(0, 300)
+    fill(cache, 300)
+    small = cache.memory()
+    cache.reserve(0, 1000)  # in the room that there is
+    assert cache.memory().host_bytes == small.host_bytes
+    cache.reserve(0, 2000)
+    grown = cache.memory()
+    assert grown.host_bytes == 2 * small.host_bytes
+    assert grown.device_bytes == small.device_bytes
+    with pytest.raises(icecache.OutOfPages, match="1024 more tokens is wanted, 0 of 2048 are"):
+        cache.reserve(0, 3000)
+    with pytest.raises(icecache.InvalidArgument, match="max_tokens = 4096 tokens, got 9000"):
+        cache.reserve(0, 9000)
+    inputs = [tokens(1, heads, 1)[:1] for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    assert cache.step(0, *inputs).isfinite().all()
+
+
+@pytest.mark.usefixtures("any_device")
 def test_full_sequences_answer_nan_and_stay() -> None:
     cache = make(max_tokens=100)
     fill(cache, 90)

@@ -68,8 +68,8 @@ def enable(
     afresh with the new settings. Raises InvalidArgument for models and settings that are not
     supported; the model is then as it was.
 
-    On a CUDA device the cache of a batch is sized when its prompt comes: for `max_tokens`, prompt
-    included, or 4,096 tokens behind the prompt.
+    On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
+    `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
     check_model(model)
     on_device = model.device.type == device.KIND

@@ -61,8 +61,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         else:
             longest = vllm_config.model_config.max_model_len
             logger.info(
-                "IceCache: %s memory holds %s tokens, %.1f requests of %s tokens at once",
-                "host and device" if spec.room_step else "host",
+                "IceCache: %s %s tokens, %.1f requests of %s tokens at once",
+                "host and device memory hold" if spec.room_step else "host memory holds",
                 f"{spec.host_slots:,}",
                 spec.host_slots / spec.slots_of(longest),
                 f"{longest:,}",

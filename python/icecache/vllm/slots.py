@@ -130,8 +130,8 @@ class SlotEngine:
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """What a slot that takes `count` tokens in the next step needs of the host before it.
 
-        It has room for them, and its index is there, built anew where that is due. Raises Error where the slot cannot take
-        part: then it must be released.
+        It has room for them, and its index is there, built anew where that is due. Raises Error
+        where the slot cannot take part: then it must be released.
         """
         length, built = self._lengths[seq], self._built[seq]
         if (built > 0) != (phase == Phase.AUTO) or (built > 0 and count != 1):
