@@ -118,7 +118,8 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
     prompts, lengths = {}, {}
     for number in range(spec["count"]):
         name = f"r{number}"
-        size = generator.choice([1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)])
+        some = spec.get("sizes") or [1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)]
+        size = generator.choice(some)
         prompts[name] = [generator.randrange(8, VOCABULARY) for _ in range(size)]
         lengths[name] = generator.randint(1, 24)
     waiting, running, made = list(prompts), set(), {}

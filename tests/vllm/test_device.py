@@ -81,6 +81,25 @@ def test_requests_come_and_go(run: Run, model: Path) -> None:
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 
 
+def test_requests_grow_and_wait_for_room(run: Run, model: Path) -> None:
+    result = run(
+        "storm",
+        model=model,
+        count=12,
+        abort_share=0,
+        sizes=[20, 300, 1020, 1040],
+        emulated=True,
+        # Four steps of room; a request of the longest takes two of them.
+        icecache={"host_memory": "8M", "token_budget": 64},
+        llm={**SMALL, "max_model_len": 2048, "max_num_batched_tokens": 4096},
+    )
+    assert result["most_requests"] >= 3  # two, if each took room for the longest
+    assert result["answered"] == 12
+    assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
+    # A request that was preempted gets an index of all its tokens when it comes again.
+    assert len(result["differing"]) <= result["preemptions"]
+
+
 def test_a_small_pool_is_refused(run: Run, model: Path) -> None:
     with pytest.raises(EngineFailed, match="host_memory: expected at least"):
         serve(run, model, {"host_memory": "1M"})
@@ -129,9 +148,13 @@ HEADS, KV_HEADS, DIM = 4, 2, 64
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> SlotEngine:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     require_emulator()
     emulate_device(monkeypatch)
+
+
+@pytest.fixture
+def engine(emulated: None) -> SlotEngine:
     return make_engine()
 
 
@@ -172,10 +195,16 @@ def test_slots_run_out_and_come_back(engine: SlotEngine) -> None:
     assert engine.new_sequence() == first != second
 
 
-def test_a_prompt_that_finds_no_pages_leaves_the_others(engine: SlotEngine) -> None:
+@pytest.mark.parametrize(
+    ("host_memory", "missing"),
+    [("1200K", "host_memory"), ("1M", "device memory: room for 1024 more tokens is wanted")],
+)
+@pytest.mark.usefixtures("emulated")
+def test_a_prompt_that_finds_no_room_leaves_the_others(host_memory: str, missing: str) -> None:
+    engine = make_engine(host_memory=host_memory)
     first, second = engine.new_sequence(), engine.new_sequence()
     step(engine, {first: 300}, Phase.PROMPT_END)
-    with pytest.raises(Error, match="host_memory"):
+    with pytest.raises(Error, match=missing):
         step(engine, {first: 1, second: 500}, Phase.AUTO, Phase.PROMPT_END)
     assert engine.cache.length(0, first) == 300
     assert step(engine, {first: 1}).isfinite().all()
