@@ -85,16 +85,16 @@ def test_requests_grow_and_wait_for_room(run: Run, model: Path) -> None:
     result = run(
         "storm",
         model=model,
-        count=12,
+        count=8,
         abort_share=0,
-        sizes=[20, 300, 1020, 1040],
+        sizes=[20, 1020, 1040],
         emulated=True,
         # Four steps of room; a request of the longest takes two of them.
         icecache={"host_memory": "8M", "token_budget": 64},
         llm={**SMALL, "max_model_len": 2048, "max_num_batched_tokens": 4096},
     )
     assert result["most_requests"] >= 3  # two, if each took room for the longest
-    assert result["answered"] == 12
+    assert result["answered"] == 8
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
     # A request that was preempted gets an index of all its tokens when it comes again.
     assert len(result["differing"]) <= result["preemptions"]
