@@ -1,12 +1,13 @@
-"""Scenarios on a real engine, each in a process of its own."""
+"""Scenarios on a real engine, each in a process of its own (drive.py)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,53 @@ class EngineFailed(AssertionError):
     """A scenario that did not come to its end; the text is what it said."""
 
 
+class Driver:
+    """A process that runs scenarios, with the environment that it began with."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(DRIVE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, **environment},
+        )
+
+    def run(self, scenario: str, spec: dict[str, Any], output: Path) -> str:
+        """What the scenario said."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(
+            json.dumps([scenario, spec, output], default=str), file=self.process.stdin, flush=True
+        )
+        for line in self.process.stdout:
+            if line == "over\n":
+                return output.read_text()
+        raise EngineFailed(f"the process that runs scenarios ended: {self.process.wait()}")
+
+
 @pytest.fixture(scope="session")
-def run() -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """run(scenario, environment={...}, model=..., icecache={...} or None, llm={...}, ...)."""
+    drivers: dict[str, Driver] = {}
+    folder = tmp_path_factory.mktemp("scenarios")
 
     def run(
         scenario: str, environment: dict[str, str] | None = None, **spec: Any
     ) -> dict[str, Any]:
         spec.setdefault("icecache", None)
-        done = subprocess.run(
-            [sys.executable, str(DRIVE), scenario, json.dumps(spec, default=str)],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
-        )
-        for line in done.stdout.splitlines():
+        key = json.dumps(environment)
+        if key not in drivers:
+            drivers[key] = Driver(environment or {})
+        said = drivers[key].run(scenario, spec, folder / f"{next(numbers)}.txt")
+        for line in said.splitlines():
             if line.startswith("RESULT "):
                 return dict(json.loads(line.removeprefix("RESULT ")))
-        raise EngineFailed(done.stdout[-2000:] + done.stderr[-6000:])
+        raise EngineFailed(said[-8000:])
 
-    return run
+    numbers = itertools.count()
+    yield run
+    for driver in drivers.values():
+        driver.process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""Runs one scenario on a real vLLM engine in this process, and prints its result as JSON.
+"""Runs scenarios on a real vLLM engine, each in its own process, as lines of its input name them.
 
-    python drive.py SCENARIO '{"model": FOLDER, "icecache": {...} | null, "llm": {...}, ...}'
+    ["SCENARIO", {"model": FOLDER, "icecache": {...} | null, "llm": {...}, ...}, OUTPUT]
 
-"emulated": true puts the cache on the emulator of a CUDA device.
+What a scenario says goes to the file OUTPUT, last its result as JSON; then a line tells that it is
+over. "emulated": true puts the cache on the emulator of a CUDA device.
 
-A process of its own for each: vLLM keeps a process's first connector for ever.
+vLLM keeps a process's first connector for ever, and takes many seconds to import: hence a fork of
+this process for each.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from models import NAN_TOKEN, VOCABULARY
+
+LONGEST = 600  # seconds that a scenario may take
 
 
 def make(spec: dict[str, Any]) -> Any:
@@ -211,11 +217,35 @@ def emulate() -> None:
     emulate_device(pytest.MonkeyPatch())
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
+def run(scenario: str, given: dict[str, Any]) -> None:
+    """Prints the result."""
     if given.get("emulated"):
         emulate()
-    result = SCENARIOS[sys.argv[1]](given)
+    result = SCENARIOS[scenario](given)
     sys.stdout.flush()
     print("RESULT " + json.dumps(result), flush=True)
-    os._exit(0)  # vLLM's threads would keep the process for seconds
+
+
+def main() -> None:
+    import vllm.entrypoints.llm  # noqa: F401
+
+    for line in sys.stdin:
+        scenario, given, output = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LONGEST)
+            with open(os.devnull, "rb") as nothing, open(output, "wb") as file:
+                for number, of in enumerate((nothing, file, file)):
+                    os.dup2(of.fileno(), number)
+            try:
+                run(scenario, given)
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(0)  # vLLM's threads would keep the process for seconds
+        os.waitpid(child, 0)
+        print("over", flush=True)
+
+
+if __name__ == "__main__":
+    main()
