@@ -130,14 +130,9 @@ class Meter:
 
 def sums(store: Store) -> dict[str, float]:
     """Every counter since the start."""
-    engine = store.engine
-    heads = [
-        engine.stats(layer, head)
-        for layer in range(engine.num_layers)
-        for head in range(engine.num_kv_heads)
-    ]
+    parts = store.engine.all_stats()
     total: dict[str, float] = {
-        metric.name: sum(getattr(one, metric.of_heads) for one in heads)
+        metric.name: sum(getattr(part, metric.of_heads) for part in parts)
         for metric in METRICS
         if metric.of_heads
     }

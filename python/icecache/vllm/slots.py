@@ -21,7 +21,7 @@ from icecache.vllm.host_memory import slots_needed
 
 @dataclass(frozen=True)
 class SlotStats:
-    """Sums over requests of one layer and KV head; what a device does not measure stays 0."""
+    """Sums over requests and KV heads of one layer; what a device does not measure stays 0."""
 
     steps: int
     hits: int
@@ -79,10 +79,11 @@ class SlotEngine:
         # Of the share, what others have by now does not count.
         left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
         longest = slots_needed(max_tokens, ROOM_STEP)
-        self.tokens = min(on_host, slots * longest, left // 2 // memory.token_bytes)
-        if self.tokens < min(on_host, longest):
+        on_device = left // 2 // memory.token_bytes
+        self.tokens = max(1, min(on_host, slots * longest, on_device))
+        if on_device < min(on_host, longest):
             raise OutOfPages(
-                f"half of the {left:,} bytes left to it holds the indexes of {self.tokens:,} tokens"
+                f"half of the {left:,} bytes left to it holds the indexes of {on_device:,} tokens"
             )
         self.cache.limit_tokens(self.tokens)
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
@@ -248,10 +249,10 @@ class SlotEngine:
         except Error as error:
             self._error = str(error)
 
-    def stats(self, layer: int, kv_head: int) -> SlotStats:
-        """Waits for the current stream."""
-        of_head = self.cache.stats(layer, kv_head)
-        return SlotStats(of_head.steps, of_head.hits, of_head.misses, of_head.bytes_moved)
+    def all_stats(self) -> list[SlotStats]:
+        """Of each layer. Waits for the current stream."""
+        layers = map(self.cache.stats, range(self.num_layers))
+        return [SlotStats(of.steps, of.hits, of.misses, of.bytes_moved) for of in layers]
 
     def pool_bytes(self) -> int:
         """Of pages in use, in host memory."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from icecache import Engine, Error, InvalidArgument, Phase
+from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 from icecache.vllm.slots import SlotEngine
@@ -48,6 +48,11 @@ class Batch:
 
 class HostEngine(Engine):
     """The engine on the CPU, whose steps need nothing beforehand."""
+
+    def all_stats(self) -> list[HeadStats]:
+        """Of each layer and KV head."""
+        heads = range(self.num_kv_heads)
+        return [self.stats(layer, head) for layer in range(self.num_layers) for head in heads]
 
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """Nothing."""
