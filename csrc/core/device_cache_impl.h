@@ -108,8 +108,7 @@ struct DeviceCache::Impl {
     return own;
   }
   void give_pages(Layer& layer, int sequence, PageSet pages, gpu::Stream stream) const {
-    write_table(layer, sequence, pages, 0, stream);
-    gpu::synchronize(stream);  // pages of before may go
+    write_table(layer, sequence, pages, 0, stream);  // waits: pages of before may go
     layer.pages[sequence] = std::move(pages);
   }
   // Tells the device the addresses of a sequence's pages from `first` on.

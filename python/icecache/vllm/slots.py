@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from icecache import Config, Error, InvalidArgument, OutOfPages, Phase
 from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
-from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.host_memory import slot_bytes, slots_needed
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class SlotEngine:
             device=device,
         )
         memory = self.cache.memory()
-        row_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
-        on_host = int(self.cache.config.host_memory) // row_bytes
+        of_slot = slot_bytes(num_layers, num_kv_heads, head_dim, dtype)
+        on_host = int(self.cache.config.host_memory) // of_slot
         # Of the share, what others have by now does not count.
         left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
         longest = slots_needed(max_tokens, ROOM_STEP)

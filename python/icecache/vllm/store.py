@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
+from icecache.vllm.host_memory import slot_bytes
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 from icecache.vllm.slots import SlotEngine
@@ -81,8 +82,7 @@ class Store:
     def slot_bytes(self) -> int:
         """Bytes of one token in all layers and KV heads of this worker."""
         engine = self.engine
-        row = engine.head_dim * engine.dtype.itemsize
-        return 2 * engine.num_layers * engine.num_kv_heads * row
+        return slot_bytes(engine.num_layers, engine.num_kv_heads, engine.head_dim, engine.dtype)
 
     def name_layers(self, names: Sequence[str]) -> None:
         """The layers that will attend, in the model's order."""

@@ -97,10 +97,9 @@ class Worker:
     def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
         """In place of a stock spec. Opens the store."""
         store = self.open_store(spec.dtype)
-        on_host = store.host_memory // store.slot_bytes
         if isinstance(store.engine, SlotEngine):
-            return IceCacheSpec.of(spec, min(on_host, store.engine.tokens), ROOM_STEP)
-        return IceCacheSpec.of(spec, on_host)
+            return IceCacheSpec.of(spec, store.engine.tokens, ROOM_STEP)
+        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes)
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.
