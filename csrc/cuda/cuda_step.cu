@@ -69,8 +69,7 @@ void launch_with(const StepParams& p, Stream stream) {
   start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>,
         dim3(static_cast<unsigned>(s.chunks()), pairs), kBlock);
   start("rank", rank_kernel, chunked(kRankBlocks), kBlock);
-  start("choose", s.far_node_tokens == kWarp ? choose_kernel<1> : choose_kernel<2>,
-        chunked(kChooseBlocks), kBlock);
+  start("choose", choose_kernel, chunked(kChooseBlocks), kBlock);
   start("resolve", resolve_kernel, dim3(pairs), kPickBlock);
   constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
   start("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
@@ -173,6 +172,7 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.near_logits, pairs * s.near_rows() * heads);
   layout.place(scratch.near_lse, pairs * heads);
   layout.place(scratch.scores, pairs * heads * s.token_room);
+  layout.place(scratch.ranks, pairs * s.token_room);
   layout.place(scratch.chunk_max, pairs * s.chunks() * heads);
   layout.place(scratch.chunk_sum, pairs * s.chunks() * heads);
   layout.place(scratch.lse, pairs * heads);
@@ -187,7 +187,6 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.entry_rows, pairs * s.entries());
   layout.place(scratch.entry_sources, pairs * s.entries());
   layout.place(scratch.entry_weights, pairs * s.entries() * heads);
-  layout.place(scratch.entry_count, pairs);
   layout.place(scratch.far_scale, pairs * heads);
   layout.place(scratch.partial, pairs * s.attend_blocks() * heads * s.head_dim);
   layout.place(scratch.partial_sum, pairs * s.attend_blocks() * heads);

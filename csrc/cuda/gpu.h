@@ -91,6 +91,45 @@ __device__ __forceinline__ const uint4* vectors_of(const T* row) {
   return reinterpret_cast<const uint4*>(row);
 }
 
+// Copies 16 bytes from global or mapped host memory to shared memory, where they arrive later, or
+// writes zeros and reads nothing where they are not `there`. Copies are waited for in groups, each
+// ended by end_copies(): all but a thread's last `Left` groups have arrived behind the wait, for
+// that thread. Compute capability 7.5 copies at once.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int Left>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+#endif
+}
+
+// Has a warp's `count` elements in a row brought from memory into the second-level cache, later.
+template <typename T>
+__device__ __forceinline__ void fetch_into_l2(const T* from, int count) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 128 / sizeof(T);
+  for (int i = threadIdx.x % kWarp * kLine; i < count; i += kWarp * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+  }
+#else
+  (void)from, (void)count;
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float x, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
@@ -202,11 +241,20 @@ __device__ __forceinline__ std::uint32_t pack_codes(const float* y, const float*
   return word;
 }
 
-// Kernels of a step are launched before the one ahead of them has ended, and wait here until it
-// has.
+// Acquires and releases on the whole device: __threadfence() without a total order of all fences.
+__device__ __forceinline__ void device_fence() {
+#ifdef __CUDA_ARCH__
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel ahead on the stream has ended, where this one was launched before that,
+// and lets the one behind it be launched. Every block of every kernel of a step calls it: then all
+// that kernels before the one ahead wrote is there at a block's first line, before it waits.
 __device__ __forceinline__ void wait_for_earlier_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -33,9 +33,10 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
-// kernel(params). A chained kernel may start before the one ahead of it on the stream has ended,
-// and must begin with wait_for_earlier_kernel(); only devices of compute capability 9 and newer do
-// that.
+// kernel(params). A chained kernel may be launched before the one ahead of it on the stream has
+// ended, and calls wait_for_earlier_kernel(); only devices of compute capability 9 and newer do
+// that. All of them split shared memory from the first-level cache in one way: blocks of the one
+// and the other can stand on a multiprocessor together.
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, Stream stream,
             const Params& params, bool chained = false) {
@@ -43,15 +44,17 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, St
   (void)name, (void)stream, (void)chained;
   emulator::run(grid, threads, [&] { kernel(params); });
 #else
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = chained ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = chained ? 2 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
 #endif

@@ -36,7 +36,11 @@ constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
 constexpr int kAttendMost = 16;        // blocks of a pair, which one of them merges
-constexpr int kHeadTile = 4;           // scores and coefficients are stored in fours of heads
+// Blocks of attend that a multiprocessor holds at once, by the fours of heads that each takes.
+constexpr int attend_resident(int tiles) {
+  return tiles == 1 ? 4 : 3;
+}
+constexpr int kHeadTile = 4;  // scores and coefficients are stored in fours of heads
 
 // Letters as in types.h, and
 //   X = B * Hkv (sequence, KV head) pairs, x = b * Hkv + h;  H = G rounded up to kHeadTile;
@@ -86,8 +90,8 @@ struct StepShape {
     return (padded_group() / kHeadTile + attend_tiles() - 1) / attend_tiles();
   }
   constexpr int attend_blocks() const {
-    const int resident = attend_tiles() == 1 && dtype != DType::kFloat32 ? 2 : 1;
-    const int share = multiprocessors * resident / (pairs() * attend_groups());
+    const int share =
+        multiprocessors * attend_resident(attend_tiles()) / (pairs() * attend_groups());
     const int most = (entries() + nodes() + kAttendLeast - 1) / kAttendLeast;
     return std::clamp(share, 1, std::min(most, kAttendMost));
   }
@@ -131,6 +135,7 @@ struct StepScratch {
   float* near_logits = nullptr;        // [X, E, H]
   float* near_lse = nullptr;           // [X, H]
   std::int16_t* scores = nullptr;      // [X, H / 4, N, 4]
+  std::uint16_t* ranks = nullptr;      // [X, N]
   std::int32_t* chunk_max = nullptr;   // [X, scan chunks, H]
   float* chunk_sum = nullptr;          // [X, scan chunks, H]
   float* lse = nullptr;                // [X, H] log weight of everything, as far as sketches tell
@@ -141,15 +146,17 @@ struct StepScratch {
   std::int32_t* tokens = nullptr;          // [X, kMaxCandidates] index tokens of the candidates
   std::int32_t* token_rows = nullptr;  // [X, kMaxCandidates] rows; ~row where the key is missing
   float* logits = nullptr;             // [X, kMaxCandidates, H]
-  float* mass = nullptr;               // [X, C, H] over exp(lse)
+  // [X, C, H] weights of nodes: of all tokens, over those of the best score of their chunk, from
+  // scan on; of those that are no candidates, over exp(lse), from choose on; and of those that are
+  // not picked, for the mean of all, from pick on.
+  float* mass = nullptr;
   std::int32_t* entry_rows = nullptr;  // [X, entries]
   std::int32_t* entry_sources =
-      nullptr;                          // [X, entries] index token whose value is missing; -1: none
-  float* entry_weights = nullptr;       // [X, entries, H]
-  std::int32_t* entry_count = nullptr;  // [X]
-  float* far_scale = nullptr;           // [X, H]
-  float* partial = nullptr;             // [X, attend blocks, H, D]
-  float* partial_sum = nullptr;         // [X, attend blocks, H]
+      nullptr;                     // [X, entries] index token whose value is missing; -1: none
+  float* entry_weights = nullptr;  // [X, entries, H]
+  float* far_scale = nullptr;      // [X, H]
+  float* partial = nullptr;        // [X, attend blocks, H, D]
+  float* partial_sum = nullptr;    // [X, attend blocks, H]
   std::uint32_t* blocks_done = nullptr;  // [X]
 };
 

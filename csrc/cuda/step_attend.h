@@ -5,147 +5,144 @@
 
 namespace icecache::gpu {
 
-constexpr int kAttendBlock = 256;
-constexpr int kAttendUnroll = 4;  // rows of each part of a warp that are under way, twice
+constexpr int kAttendBlock = 128;
+constexpr int kAttendStages = 4;   // of a warp: all but one are under way while that is added up
+constexpr int kAttendVectors = 4;  // 16-byte parts of values of a lane in a stage
+constexpr int kAttendAhead = 8;    // stages of a warp that are fetched into L2 while pick runs
 constexpr int kMaxEntries = kMaxNear + kMaxCandidates;
 
-// Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows.
+// What a warp adds up at once: values of some rows and their weights.
 template <typename T, int D, int Tiles>
-__global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1)
+struct AttendStage {
+  using Shape = RowShape<T, D>;
+  static constexpr int kUnroll = kAttendVectors / Shape::kPerLane;
+  static constexpr int kRows = kUnroll * Shape::kRows;  // divides the nodes of a chunk
+  static_assert(kRows * Tiles <= kWarp, "a lane copies one weight at most");
+  uint4 values[kUnroll][Shape::kPerLane][kWarp];
+  float4 weights[kRows * Tiles];
+};
+
+// Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows,
+// each of its warps every kWarps-th stage of them. Values go from memory to shared memory without
+// registers between (docs/cuda.md), and each lane reads what it asked for itself.
+template <typename T, int D, int Tiles>
+__global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     attend_kernel(const StepParams p) {
   using Shape = RowShape<T, D>;
+  using Stage = AttendStage<T, D, Tiles>;
   constexpr int kHeads = Tiles * kHeadTile, kWarps = kAttendBlock / kWarp;
-  constexpr int kParts = kWarps * Shape::kRows;  // rows that the block reads at once
-  constexpr int kStep = kParts * kAttendUnroll;
-  // Weights of a part's rows, [kAttendUnroll, kHeads], are spread over its lanes.
-  constexpr int kWeights = (kAttendUnroll * kHeads + Shape::kLanes - 1) / Shape::kLanes;
-  __shared__ int2 entries[kMaxEntries];  // of this block: row, source
-  __shared__ float4 weight_room[2][kWarps][kAttendUnroll * Shape::kRows][Tiles];
+  constexpr int kRows = Stage::kRows, kStages = kAttendStages;
+  static_assert(kHeads * D * sizeof(float) <= sizeof(Stage) * kStages);
+  __shared__ Stage stages_of_warps[kWarps][kStages];
+  __shared__ int entries[kMaxEntries];  // rows of this block; ~row where the value is missing
   __shared__ float sums[kWarps][kHeads];
-  __shared__ float room[kWarps][kHeads * D / 2];
-  __shared__ bool is_last;
-  wait_for_earlier_kernel();
+  // Before pick has ended: which values of nodes are whose block's follows from what append wrote.
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int length = length_of(p, x);
+  const int input = input_of(p, x), length = length_of(p, x);
+  const int tokens = is_idle(length) ? -1 : length, count = index_tokens(s, tokens);
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  const int input = input_of(p, x), all_rows = p.scratch.entry_count[x];
-  if (input < 0) return;
+  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
+  const int found = count > 0 ? static_cast<int>(p.scratch.found[x]) : 0;
+  const int all_rows = near_count(s, tokens) + min(s.select_tokens, found);
+  const int blocks = max(1, min(static_cast<int>(gridDim.x),
+                                (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast));
+  const int block = blockIdx.x;
+  const auto share = [&](int all, int of) {
+    return static_cast<int>(static_cast<std::int64_t>(all) * of / blocks);
+  };
+  // Nodes are shared by stages, so that those of a stage stand in one chunk.
+  const int all_stages = (all_nodes + kRows - 1) / kRows;
+  const int first_node = share(all_stages, block) * kRows;
+  const int nodes = min(share(all_stages, block + 1) * kRows, all_nodes) - first_node;
+  const int node_stages = (nodes + kRows - 1) / kRows;
+  const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
+  Stage* ring = stages_of_warps[warp];
+
+  const auto copy_row = [&](Stage& stage, int u, const T* from, bool there) {
+#pragma unroll
+    for (int j = 0; j < Shape::kPerLane; ++j) {
+      const int v = Shape::vector(within, j);
+      copy_async(&stage.values[u][j][lane],
+                 vectors_of(from) +
+                     (Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)),
+                 there);
+    }
+  };
+  // What is past the last is zeros.
+  const auto ask_means = [&](Stage& stage, int t) {
+    const T* means = mean_of<T>(s, p.layer, x, first_node + t * kRows, D);
+#pragma unroll
+    for (int u = 0; u < Stage::kUnroll; ++u) {
+      const int row = u * Shape::kRows + own;
+      copy_row(stage, u, means + row * D, t * kRows + row < nodes);
+    }
+  };
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) {
+    const int t = warp + slot * kWarps;
+    if (t < node_stages) ask_means(ring[slot], t);
+  }
+  for (int k = 0; k < kAttendAhead; ++k) {
+    const int node = (warp + (kStages - 1 + k) * kWarps) * kRows;
+    if (node >= nodes) break;
+    fetch_into_l2(mean_of<T>(s, p.layer, x, first_node + node, D), min(kRows, nodes - node) * D);
+  }
+  wait_for_earlier_kernel();
+  if (input < 0 || block >= blocks) return;
   T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input) * s.group * D;
   if (is_idle(length)) {
     const T value = from_float<T>(length < 0 ? 0.0f : NAN);
-    if (blockIdx.x == 0 && blockIdx.z == 0) {
+    if (blockIdx.z == 0) {
       for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
     }
     return;
   }
-  const int count = index_tokens(s, length);
-  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
-  const int blocks =
-      min(static_cast<int>(gridDim.x), (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast);
-  const int block = blockIdx.x;
-  if (block >= blocks) return;
-  const auto share = [&](int all, int of) {
-    return static_cast<int>(static_cast<std::int64_t>(all) * of / blocks);
-  };
-  const int first_node = share(all_nodes, block), nodes = share(all_nodes, block + 1) - first_node;
   const int first_row = share(all_rows, block), rows = share(all_rows, block + 1) - first_row;
-  const int items = nodes + rows;
-
+  const int stages = node_stages + (rows + kRows - 1) / kRows;
   T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const float* mass =
-      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads + first_head;
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries() + first_row;
-  const float* row_weights = p.scratch.entry_weights + entry0 * heads + first_head;
-  const int part = warp * Shape::kRows + lane / Shape::kLanes, within = lane % Shape::kLanes;
-  const int own_head = within % kHeads;
-  const bool is_head = first_head + own_head < heads;
   // Masses of nodes are over exp(lse), weights of rows over the largest of it and all logits.
-  const float far_scale =
-      is_head ? p.scratch.far_scale[static_cast<std::int64_t>(x) * heads + first_head + own_head]
-              : 0.0f;
-
-  // What a lane holds of a step: its parts of the values, and its weights of the part's rows.
-  struct Held {
-    uint4 values[kAttendUnroll][Shape::kPerLane];
-    float weights[kWeights];
+  const float* mass =
+      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads;
+  const float* row_weights = p.scratch.entry_weights + entry0 * heads;
+  const std::int32_t* sources = p.scratch.entry_sources + entry0;
+  const auto copy_weights = [&](Stage& stage, const float* from, int first, int items) {
+    if (lane >= kRows * Tiles) return;
+    const int item = first + lane / Tiles, head = first_head + lane % Tiles * kHeadTile;
+    const bool there = item < items && head < heads;
+    copy_async(stage.weights + lane, from + (there ? item * heads + head : 0), there);
   };
-  const auto load_row = [&](uint4* held, const T* row) {
-#pragma unroll
-    for (int j = 0; j < Shape::kPerLane; ++j) {
-      const int v = Shape::vector(within, j);
-      held[j] =
-          vectors_of(row)[Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)];
-    }
+  // Masses of nodes, the last of a stage of nodes; a stage of rows.
+  const auto ask_masses = [&](Stage& stage, int t) {
+    copy_weights(stage, mass, t * kRows, nodes);
+    end_copies();
   };
-  const auto item_of_weight = [&](int first, int k) {
-    return first + (k * Shape::kLanes + within) / kHeads * kParts + part;
-  };
-  const auto load_nodes = [&](Held& held, int first) {
+  const auto ask_rows = [&](Stage& stage, int t) {
+    const int first = (t - node_stages) * kRows;
+    if (t < stages) {
 #pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      load_row(held.values[u],
-               mean_of<T>(s, p.layer, x, first_node + first + u * kParts + part, D));
-    }
-#pragma unroll
-    for (int k = 0; k < kWeights; ++k) {
-      const bool counts = (k * Shape::kLanes + within) / kHeads < kAttendUnroll && is_head;
-      const std::int64_t node = counts ? item_of_weight(first, k) : 0;
-      held.weights[k] = counts ? mass[node * heads + own_head] * far_scale : 0.0f;
-    }
-  };
-  const auto load_any = [&](Held& held, int first) {
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      const int item = min(first + u * kParts + part, items - 1);
-      const T* from;
-      if (item < nodes) {
-        from = mean_of<T>(s, p.layer, x, first_node + item, D);
-      } else {
-        const int2 entry = entries[item - nodes];
-        from = entry.y < 0 ? row_values + static_cast<std::int64_t>(entry.x) * D
-                           : host_value<T>(p, x, entry.y, D);
+      for (int u = 0; u < Stage::kUnroll; ++u) {
+        const int row = first + u * Shape::kRows + own;
+        const int item = min(row, rows - 1), entry = entries[item];
+        copy_row(stage, u,
+                 entry >= 0 ? row_values + static_cast<std::int64_t>(entry) * D
+                            : host_value<T>(p, x, sources[item], D),
+                 row < rows);
       }
-      load_row(held.values[u], from);
+      copy_weights(stage, row_weights, first, rows);
     }
-#pragma unroll
-    for (int k = 0; k < kWeights; ++k) {
-      const int item = item_of_weight(first, k);
-      const bool counts =
-          (k * Shape::kLanes + within) / kHeads < kAttendUnroll && item < items && is_head;
-      const bool is_node = item < nodes;
-      const float* from = is_node ? mass + static_cast<std::int64_t>(item) * heads
-                                  : row_weights + static_cast<std::int64_t>(item - nodes) * heads;
-      held.weights[k] = counts ? from[own_head] * (is_node ? far_scale : 1.0f) : 0.0f;
-    }
+    end_copies();
   };
-  const auto load = [&](Held& held, int first) {
-    if (first >= items) return;
-    if (first + kStep <= nodes) {
-      load_nodes(held, first);
-    } else {
-      load_any(held, first);
-    }
-  };
-  float sum = 0.0f;  // of the own head's weights
+  float4 sum = make_float4(0, 0, 0, 0);  // of the weights that the lane copied
   float acc[kHeads][Shape::kElements] = {};
-  const auto accumulate = [&](const Held& held, int first, float4(*room_of_warp)[Tiles]) {
-    if (first >= items) return;
-    float* to_weights =
-        reinterpret_cast<float*>(room_of_warp) + lane / Shape::kLanes * kHeads + own_head;
+  const auto add = [&](const Stage& stage) {
 #pragma unroll
-    for (int k = 0; k < kWeights; ++k) {
-      const int u = (k * Shape::kLanes + within) / kHeads;
-      if (u < kAttendUnroll) to_weights[u * Shape::kRows * kHeads] = held.weights[k];
-      sum += held.weights[k];
-    }
-    __syncwarp();
-#pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
+    for (int u = 0; u < Stage::kUnroll; ++u) {
       float weight[kHeads];
 #pragma unroll
       for (int t = 0; t < Tiles; ++t) {
-        const float4 four = room_of_warp[u * Shape::kRows + lane / Shape::kLanes][t];
+        const float4 four = stage.weights[(u * Shape::kRows + own) * Tiles + t];
         weight[t * 4] = four.x;
         weight[t * 4 + 1] = four.y;
         weight[t * 4 + 2] = four.z;
@@ -154,7 +151,7 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         float value[Shape::kCount];
-        Vector<T>{held.values[u][j]}.unpack(value);
+        Vector<T>{stage.values[u][j][lane]}.unpack(value);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
@@ -164,43 +161,98 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
         }
       }
     }
-    if (first + kStep <= nodes || blockIdx.z != 0) return;
-      // Values that came from host memory stay.
+    if (lane < kRows * Tiles) {
+      const float4 four = stage.weights[lane];
+      sum.x += four.x;
+      sum.y += four.y;
+      sum.z += four.z;
+      sum.w += four.w;
+    }
+  };
+  const auto scale = [&] {
+    const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
+    float by[kHeads];
 #pragma unroll
-    for (int u = 0; u < kAttendUnroll; ++u) {
-      const int item = first + u * kParts + part;
-      if (item < nodes || item >= items) continue;
-      const int2 entry = entries[item - nodes];
-      if (entry.y < 0) continue;
-      uint4* to = reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(entry.x) * D);
+    for (int g = 0; g < kHeads; ++g) {
+      by[g] = first_head + g < heads ? far_scale[first_head + g] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < Shape::kElements; ++i) acc[g][i] *= by[g];
+    }
+    const int tile = lane % Tiles * kHeadTile;
+#pragma unroll
+    for (int t = 0; t < kHeads; t += kHeadTile) {
+      if (t != tile) continue;
+      sum.x *= by[t];
+      sum.y *= by[t + 1];
+      sum.z *= by[t + 2];
+      sum.w *= by[t + 3];
+    }
+  };
+  // Values that came from host memory stay.
+  const auto keep = [&](const Stage& stage, int first) {
+    if (blockIdx.z != 0) return;
+#pragma unroll
+    for (int u = 0; u < Stage::kUnroll; ++u) {
+      const int row = first + u * Shape::kRows + own;
+      if (row >= rows || entries[row] >= 0) continue;
+      uint4* to =
+          reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(~entries[row]) * D);
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) to[v] = held.values[u][j];
+        if (v < Shape::kVectors) to[v] = stage.values[u][j][lane];
       }
     }
   };
 
-  // Two steps by turns: the loads of one are under way while the other is added up. Those of the
-  // first are ahead of the block's barrier where they can be.
-  Held even = {}, odd = {};
-  const bool begins_with_nodes = kStep <= nodes;
-  if (begins_with_nodes) load_nodes(even, 0);
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) {
+    const int t = warp + slot * kWarps;
+    if (t < node_stages) ask_masses(ring[slot], t);
+  }
   for (int e = thread; e < rows; e += kAttendBlock) {
-    entries[e] = make_int2(p.scratch.entry_rows[entry0 + e], p.scratch.entry_sources[entry0 + e]);
+    const int row = p.scratch.entry_rows[entry0 + e];
+    entries[e] = sources[e] < 0 ? row : ~row;
   }
   __syncthreads();
-  if (!begins_with_nodes) load_any(even, 0);
-  for (int first = 0; first < items; first += 2 * kStep) {
-    load(odd, first + kStep);
-    accumulate(even, first, weight_room[0][warp]);
-    load(even, first + 2 * kStep);
-    accumulate(odd, first + kStep, weight_room[1][warp]);
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) {
+    const int t = warp + slot * kWarps;
+    if (t >= node_stages) ask_rows(ring[slot], t);
   }
+  int t = warp, slot = 0;
+  const auto next = [&]() -> const Stage& {
+    wait_for_copies<kStages - 2>();
+    __syncwarp();  // weights that other lanes copied are there; none reads those of the last stage
+    const int ahead = t + (kStages - 1) * kWarps;
+    Stage& free = ring[(slot + kStages - 1) % kStages];
+    if (ahead < node_stages) {
+      ask_means(free, ahead);
+      ask_masses(free, ahead);
+    } else {
+      ask_rows(free, ahead);
+    }
+    return ring[slot % kStages];
+  };
+  for (; t < node_stages; t += kWarps, ++slot) add(next());
+  scale();
+  for (; t < stages; t += kWarps, ++slot) {
+    const Stage& stage = next();
+    add(stage);
+    keep(stage, (t - node_stages) * kRows);
+  }
+  wait_for_copies<0>();
+  __syncwarp();
 
-  // Over the parts of the warp, then over the warps, in two halves to fit shared memory.
-  for (int offset = kHeads; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  if (lane < kHeads) sums[warp][lane] = sum;
+  // Over the parts of the warp, then over the warps, whose sums [kHeads, D] take the stages' place.
+  for (int offset = Tiles; offset < kWarp; offset *= 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, offset);
+    sum.y += __shfl_xor_sync(~0u, sum.y, offset);
+    sum.z += __shfl_xor_sync(~0u, sum.z, offset);
+    sum.w += __shfl_xor_sync(~0u, sum.w, offset);
+  }
+  if (lane < Tiles) *reinterpret_cast<float4*>(sums[warp] + lane * kHeadTile) = sum;
+  float* of_warp = reinterpret_cast<float*>(ring);
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {
     for (int offset = Shape::kLanes; offset < kWarp; offset *= 2) {
@@ -209,98 +261,89 @@ __global__ void __launch_bounds__(kAttendBlock, Tiles == 1 ? kLeastBlocks<T> : 1
         acc[g][i] += __shfl_xor_sync(~0u, acc[g][i], offset);
       }
     }
-  }
-  const std::int64_t block0 =
-      (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;
-  for (int half = 0; half < 2; ++half) {
-    if (lane < Shape::kLanes) {
+    if (lane >= Shape::kLanes) continue;
 #pragma unroll
-      for (int g = 0; g < kHeads; ++g) {
-        if (g / (kHeads / 2) != half) continue;
+    for (int j = 0; j < Shape::kPerLane; ++j) {
+      const int v = Shape::vector(within, j);
+      if (v >= Shape::kVectors) continue;
 #pragma unroll
-        for (int j = 0; j < Shape::kPerLane; ++j) {
-          const int v = Shape::vector(within, j);
-          if (v < Shape::kVectors) {
-#pragma unroll
-            for (int i = 0; i < Shape::kCount; ++i) {
-              room[warp][(g % (kHeads / 2)) * D + v * Shape::kCount + i] =
-                  acc[g][j * Shape::kCount + i];
-            }
-          }
-        }
+      for (int i = 0; i < Shape::kCount; ++i) {
+        of_warp[g * D + v * Shape::kCount + i] = acc[g][j * Shape::kCount + i];
       }
     }
-    __syncthreads();
-    for (int i = thread; i < kHeads / 2 * D; i += kAttendBlock) {
-      const int g = half * (kHeads / 2) + i / D;
-      if (first_head + g >= heads) continue;
-      float total = 0.0f;
-      for (int w = 0; w < kWarps; ++w) total += room[w][i];
-      p.scratch.partial[(block0 + g) * D + i % D] = total;
-    }
-    __syncthreads();
   }
-  if (thread < kHeads && first_head + thread < heads) {
+  __syncthreads();
+  const std::int64_t block0 =
+      (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;
+  const int own_heads = min(kHeads, heads - first_head);
+  for (int i = thread; i < own_heads * D / 4; i += kAttendBlock) {
+    float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 part = reinterpret_cast<const float4*>(stages_of_warps[w])[i];
+      total.x += part.x;
+      total.y += part.y;
+      total.z += part.z;
+      total.w += part.w;
+    }
+    reinterpret_cast<float4*>(p.scratch.partial + block0 * D)[i] = total;
+  }
+  if (thread < own_heads) {
     float total = 0.0f;
     for (int w = 0; w < kWarps; ++w) total += sums[w][thread];
     p.scratch.partial_sum[block0 + thread] = total;
   }
 
   // The last block merges, in the order of the blocks, and the pair has one more token.
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) {
-    is_last = atomicAdd(p.scratch.blocks_done + x, 1u) + 1 == blocks * gridDim.z;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
+  if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
   const std::int64_t first_block = static_cast<std::int64_t>(x) * gridDim.x * heads;
-  __shared__ float totals[kMaxGroup];
-  __shared__ float4 parts[kAttendBlock];
-  for (int g = warp; g < s.group; g += kWarps) {
-    float total = 0.0f;
-    for (int b = lane; b < blocks; b += kWarp) {
-      total +=
-          __ldcg(p.scratch.partial_sum + first_block + static_cast<std::int64_t>(b) * heads + g);
-    }
-    total = warp_sum(total);
-    if (lane == 0) totals[g] = total;
-  }
   // Four outputs at a time, and as many threads to them as there are to spare.
+  struct Part {
+    float4 values;
+    float weight;
+  };
+  Part* parts = reinterpret_cast<Part*>(stages_of_warps);  // [kAttendBlock]
+  const auto add_part = [](Part& part, float4 values, float weight) {
+    part.values.x += values.x;
+    part.values.y += values.y;
+    part.values.z += values.z;
+    part.values.w += values.w;
+    part.weight += weight;
+  };
+  constexpr int kMerged = 8;  // parts whose loads are under way at once
   const int fours = s.group * D / 4, at_once = min(fours, kAttendBlock);
   const int threads = kAttendBlock / at_once, turn = thread / at_once;
   for (int first = 0; first < fours; first += at_once) {
-    const int four = first + thread % at_once;
+    const int four = first + thread % at_once, head = four * 4 / D;
     const bool works = turn < threads && four < fours;
-    float4 sum4 = make_float4(0, 0, 0, 0);
-    if (works) {
-#pragma unroll 8
-      for (int b = turn; b < blocks; b += threads) {
-        const float4 part = __ldcg(reinterpret_cast<const float4*>(
-            p.scratch.partial + (first_block + static_cast<std::int64_t>(b) * heads) * D +
-            four * 4));
-        sum4.x += part.x;
-        sum4.y += part.y;
-        sum4.z += part.z;
-        sum4.w += part.w;
+    Part part = {make_float4(0, 0, 0, 0), 0.0f};
+    for (int first_part = turn; first_part < blocks; first_part += kMerged * threads) {
+      float4 values[kMerged];
+      float weights[kMerged];
+#pragma unroll
+      for (int k = 0; k < kMerged; ++k) {
+        const int b = first_part + k * threads;
+        const bool there = works && b < blocks;
+        const std::int64_t at = first_block + static_cast<std::int64_t>(b) * heads;
+        values[k] = there
+                        ? __ldcg(reinterpret_cast<const float4*>(p.scratch.partial + at * D) + four)
+                        : make_float4(0, 0, 0, 0);
+        weights[k] = there ? __ldcg(p.scratch.partial_sum + at + head) : 0.0f;
       }
+#pragma unroll
+      for (int k = 0; k < kMerged; ++k) add_part(part, values[k], weights[k]);
     }
-    parts[thread] = sum4;
+    parts[thread] = part;
     __syncthreads();
     if (works && turn == 0) {
       for (int other = 1; other < threads; ++other) {
-        const float4 part = parts[thread + other * at_once];
-        sum4.x += part.x;
-        sum4.y += part.y;
-        sum4.z += part.z;
-        sum4.w += part.w;
+        const Part& more = parts[thread + other * at_once];
+        add_part(part, more.values, more.weight);
       }
-      const float total = totals[four * 4 / D];
-      out[four * 4] = from_float<T>(sum4.x / total);
-      out[four * 4 + 1] = from_float<T>(sum4.y / total);
-      out[four * 4 + 2] = from_float<T>(sum4.z / total);
-      out[four * 4 + 3] = from_float<T>(sum4.w / total);
+      out[four * 4] = from_float<T>(part.values.x / part.weight);
+      out[four * 4 + 1] = from_float<T>(part.values.y / part.weight);
+      out[four * 4 + 2] = from_float<T>(part.values.z / part.weight);
+      out[four * 4 + 3] = from_float<T>(part.values.w / part.weight);
     }
     __syncthreads();
   }

@@ -49,6 +49,20 @@ __device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, 
   return host_key<T>(p, x, token, d) + p.shape.page_size * d;
 }
 
+// Whether this block is the last of `blocks` that arrive: then it sees all that the others wrote.
+// All threads of the block call it.
+__device__ __forceinline__ bool is_last_block(std::uint32_t* arrived, unsigned blocks) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    device_fence();  // of the whole block's writes, which the barrier puts ahead of it
+    is_last = atomicAdd(arrived, 1u) + 1 == blocks;
+    device_fence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
 // Queries of a pair's group [H, D], scaled; heads beyond the group are 0.
 template <typename T, int D, int Threads>
 __device__ __forceinline__ void load_queries(const StepParams& p, int input, float* queries) {

@@ -113,16 +113,24 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   }
 }
 
-static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParams p) {
+// A multiprocessor has registers for three blocks: the one of pick leaves room for attend's, which
+// begin before it ends.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kPickResident = 2;  // as many threads as there may be
+#else
+constexpr int kPickResident = 3;
+#endif
+static __global__ void __launch_bounds__(kPickBlock, kPickResident)
+    pick_kernel(const StepParams p) {
   constexpr int kWarps = kPickBlock / kWarp;
-  __shared__ int tokens[kMaxCandidates];
-  __shared__ int leader[kMaxCandidates];
+  __shared__ int nodes[kMaxCandidates];
+  __shared__ short leader[kMaxCandidates];  // the first candidate of a candidate's node
   __shared__ std::uint8_t picked[kMaxCandidates];
-  __shared__ float4 logits[kMaxCandidates];
+  __shared__ float4 left_weights[kMaxCandidates];  // of candidates that are not picked
   __shared__ float4 shares[kMaxCandidates];
   __shared__ float room[kWarps][kHeadTile];
   __shared__ int scan_room[kWarps + 1];
-  __shared__ float references[kMaxGroup];
+  __shared__ float references[kMaxGroup], far_scales[kMaxGroup];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.x, i = threadIdx.x, lane = i % kWarp, warp = i / kWarp;
@@ -141,7 +149,8 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
   // Asked for before it is known whether they are there: one wait less.
   const int own_token = p.scratch.tokens[x * kMaxCandidates + i];
   const int own_row = p.scratch.token_rows[x * kMaxCandidates + i];
-  tokens[i] = is_candidate ? own_token : INT_MAX;
+  const int node = is_candidate ? own_token / s.far_node_tokens : INT_MAX;
+  nodes[i] = node;
   const int in_rows = own_row < 0 ? ~own_row : own_row;
   std::uint8_t* has_value = p.layer.has_value + static_cast<std::int64_t>(x) * s.cached_rows +
                             (is_candidate ? in_rows - s.near_rows() : 0);
@@ -165,6 +174,7 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
       high[g] = near_lse[tile + g];
+#pragma unroll 4
       for (int w = 0; w < kWarps; ++w) high[g] = fmaxf(high[g], room[w][g]);
     }
     __syncthreads();
@@ -177,6 +187,7 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
       float total = expf(near_lse[tile + g] - high[g]);
+#pragma unroll 4
       for (int w = 0; w < kWarps; ++w) total += room[w][g];
       if (tile + g < s.group) mass += expf(own[g] - high[g]) / total;
       if (i == 0) references[tile + g] = fmaxf(high[g], all_lse[tile + g]);
@@ -199,11 +210,10 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
       is_candidate && (bits > threshold || (bits == threshold && order < budget - better));
   const int at = near + block_rank(takes, scan_room, taken);
   picked[i] = takes ? 1 : 0;
-  const int node = is_candidate ? tokens[i] / s.far_node_tokens : -1;
   const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries();
   if (takes) {
     p.scratch.entry_rows[entry0 + at] = in_rows;
-    p.scratch.entry_sources[entry0 + at] = has_own_value ? -1 : tokens[i];
+    p.scratch.entry_sources[entry0 + at] = has_own_value ? -1 : own_token;
     if (!has_own_value) {
       atomicAdd(p.layer.counters + static_cast<std::int64_t>(x) * 4 + 2,
                 static_cast<unsigned long long>(s.head_dim * (s.dtype == DType::kFloat32 ? 4 : 2)));
@@ -214,60 +224,54 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
     p.scratch.entry_rows[entry0 + e] = e;
     p.scratch.entry_sources[entry0 + e] = -1;
   }
-  if (i == 0) p.scratch.entry_count[x] = near + taken;
-  __syncthreads();
+  if (i < heads) {
+    far_scales[i] = i < s.group ? expf(all_lse[i] - references[i]) : 0.0f;
+    p.scratch.far_scale[head0 + i] = far_scales[i];
+  }
 
   // Coefficients. A node stands for its tokens that were not picked, with the mean of their values:
   // that is (tokens x mean - sum of the picked values) / left.
-  const bool leads = is_candidate && (i == 0 || tokens[i - 1] / s.far_node_tokens != node);
+  const bool leads = is_candidate && s.tail && (i == 0 || nodes[i - 1] != node);
   for (int tile = 0; tile < heads; tile += kHeadTile) {
-    const float4 four = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
-    logits[i] = four;
+    const float4 own = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
     const float* lse = all_lse + tile;
-    float far_scale[kHeadTile], reference[kHeadTile];
-#pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      const bool real = tile + g < s.group;
-      reference[g] = real ? references[tile + g] : 0.0f;
-      far_scale[g] = real ? expf(lse[g] - reference[g]) : 0.0f;
-      if (i == 0) p.scratch.far_scale[head0 + tile + g] = far_scale[g];
-    }
+    left_weights[i] = is_candidate && !takes
+                          ? make_float4(expf(fminf(own.x - lse[0], kLargestExponent)),
+                                        expf(fminf(own.y - lse[1], kLargestExponent)),
+                                        expf(fminf(own.z - lse[2], kLargestExponent)),
+                                        expf(fminf(own.w - lse[3], kLargestExponent)))
+                          : make_float4(0, 0, 0, 0);
     __syncthreads();
-    if (leads && s.tail) {
+    if (leads) {
       float4* far = reinterpret_cast<float4*>(
           p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + node) * heads + tile);
       float4 sum = *far;
-      int left = min(s.far_node_tokens, count - node * s.far_node_tokens);
-      const float held = static_cast<float>(left);
-      for (int j = i; j < found && tokens[j] / s.far_node_tokens == node; ++j) {
-        leader[j] = i;
-        if (picked[j] != 0) {
-          --left;
-        } else {
-          sum.x += expf(fminf(logits[j].x - lse[0], kLargestExponent));
-          sum.y += expf(fminf(logits[j].y - lse[1], kLargestExponent));
-          sum.z += expf(fminf(logits[j].z - lse[2], kLargestExponent));
-          sum.w += expf(fminf(logits[j].w - lse[3], kLargestExponent));
-        }
+      const int held = min(s.far_node_tokens, count - node * s.far_node_tokens);
+      int left = held;
+      for (int j = i; j < found && nodes[j] == node; ++j) {
+        leader[j] = static_cast<short>(i);
+        left -= picked[j];
+        sum.x += left_weights[j].x;
+        sum.y += left_weights[j].y;
+        sum.z += left_weights[j].z;
+        sum.w += left_weights[j].w;
       }
       const float each = left > 0 ? 1.0f / static_cast<float>(left) : 0.0f;
       shares[i] = make_float4(sum.x * each, sum.y * each, sum.z * each, sum.w * each);
-      *far = make_float4(sum.x * each * held, sum.y * each * held, sum.z * each * held,
-                         sum.w * each * held);
+      const float all = each * static_cast<float>(held);
+      *far = make_float4(sum.x * all, sum.y * all, sum.z * all, sum.w * all);
     }
     __syncthreads();
+    const float* reference = references + tile;
     if (takes) {
-      const float own[kHeadTile] = {four.x, four.y, four.z, four.w};
-      const float4 of_node = s.tail ? shares[leader[i]] : make_float4(0, 0, 0, 0);
-      const float share[kHeadTile] = {of_node.x, of_node.y, of_node.z, of_node.w};
-      float weight[kHeadTile];
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) {
-        weight[g] =
-            tile + g < s.group ? expf(own[g] - reference[g]) - share[g] * far_scale[g] : 0.0f;
-      }
+      const float4 share = s.tail ? shares[leader[i]] : make_float4(0, 0, 0, 0);
+      const float* scale = far_scales + tile;
+      const auto weight = [&](int g, float logit, float of_node) {
+        return tile + g < s.group ? expf(logit - reference[g]) - of_node * scale[g] : 0.0f;
+      };
       *reinterpret_cast<float4*>(p.scratch.entry_weights + (entry0 + at) * heads + tile) =
-          make_float4(weight[0], weight[1], weight[2], weight[3]);
+          make_float4(weight(0, own.x, share.x), weight(1, own.y, share.y),
+                      weight(2, own.z, share.z), weight(3, own.w, share.w));
     }
     for (int e = i; e < near; e += kPickBlock) {
       const float4 logit = *reinterpret_cast<const float4*>(
@@ -277,7 +281,6 @@ static __global__ void __launch_bounds__(kPickBlock) pick_kernel(const StepParam
           make_float4(expf(logit.x - reference[0]), expf(logit.y - reference[1]),
                       expf(logit.z - reference[2]), expf(logit.w - reference[3]));
     }
-    __syncthreads();
   }
 }
 

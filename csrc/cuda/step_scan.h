@@ -1,5 +1,7 @@
 // scan: a block for each chunk of kChunkTokens tokens of a pair. rank, choose: each pair has as
-// many blocks as run at once, which take its chunks by turns. Device code.
+// many blocks as run at once, which take its chunks by turns. What a token weighs is summed up
+// once, by scan, in parts of its chunk's best score; choose takes the candidates out again. Device
+// code.
 #pragma once
 
 #include <climits>
@@ -11,14 +13,24 @@ namespace icecache::gpu {
 constexpr int kScanSteps = kChunkTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
 // Blocks that a multiprocessor of most devices holds at once.
-constexpr int kRankBlocks = 8, kChooseBlocks = 4;
+constexpr int kRankBlocks = 8, kChooseBlocks = 8;
+
+// The tokens of a thread in a chunk, as scan and rank take them: a warp has 128 in a row, so that a
+// far-field node is one warp's.
+constexpr int kWarpTokens = kScanSteps * kWarp;
+__device__ __forceinline__ int token_of(int begin, int k) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  return begin + warp * kWarpTokens + k * kWarp + lane;
+}
 
 template <int Words>
 __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
+  constexpr int kParts = kChunkTokens / kWarp;
   __shared__ int queries[kMaxGroup * Words * 2];
-  __shared__ int room[kWarps][kHeadTile];
-  __shared__ float sums[kWarps][kHeadTile];
+  __shared__ int rooms[2][kWarps][kHeadTile];
+  __shared__ int highest[kMaxGroup];
+  __shared__ float sums[kParts][kMaxGroup];  // of nodes, at their last parts
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
@@ -30,10 +42,11 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   const int count = index_tokens(s, length), begin = blockIdx.x * kChunkTokens;
   if (begin >= count) return;
   const int heads = s.padded_group();
+  const bool wide = s.far_node_tokens != kWarp;
   uint4 cells[kScanSteps][Words / 4];
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    const int in_chunk = k * kBlock + thread;
+    const int in_chunk = token_of(0, k);
 #pragma unroll
     for (int w = 0; w < Words / 4; ++w) {
       cells[k][w] =
@@ -76,7 +89,7 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
         (static_cast<std::int64_t>(x) * (heads / kHeadTile) + tile / kHeadTile) * s.token_room;
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      const int token = begin + k * kBlock + thread;
+      const int token = token_of(begin, k);
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
         scores[k][g] >>= kShift;
@@ -88,6 +101,7 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
                         static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
       }
     }
+    int(*room)[kHeadTile] = rooms[tile / kHeadTile % 2];  // two: one barrier for each tile
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
       largest[g] = warp_max(largest[g]);
@@ -98,41 +112,42 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
     for (int g = 0; g < kHeadTile; ++g) {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) largest[g] = max(largest[g], room[w][g]);
+      if (thread == 0) highest[tile + g] = largest[g];
     }
-    float sum[kHeadTile] = {};
+    // By nodes, of which each is one warp's; lane l sums up head l / 8 of the tile.
+    float weight[kHeadTile] = {};
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      const bool counts = begin + k * kBlock + thread < count;
+      const bool counts = token_of(begin, k) < count;
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
-        sum[g] += counts ? weight : 0.0f;
+        const float own = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+        weight[g] += counts ? own : 0.0f;
       }
+      if (k % 2 == 0 && wide) continue;
+      const float of_node = warp_sum_of_four(weight);
+      if (lane % 8 == 0) sums[warp * kScanSteps + k][tile + lane / 8] = of_node;
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) weight[g] = 0.0f;
     }
-    const float of_warp = warp_sum_of_four(sum);
-    if (lane % 8 == 0) sums[warp][lane / 8] = of_warp;
-    __syncthreads();
-    if (thread < kHeadTile) {
-      float total = 0.0f;
-      int high = INT_MIN;
-      for (int w = 0; w < kWarps; ++w) {
-        total += sums[w][thread];
-        high = max(high, room[w][thread]);
-      }
-      const std::int64_t at =
-          (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + tile + thread;
-      p.scratch.chunk_max[at] = high;
-      p.scratch.chunk_sum[at] = total;
-    }
-    __syncthreads();
   }
-}
-
-// The tokens of a thread in a chunk, as rank and choose read them: a warp has 128 in a row, so that
-// a far-field node is one warp's.
-__device__ __forceinline__ int token_of(int begin, int k) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  return begin + (warp * kScanSteps + k) * kWarp + lane;
+  __syncthreads();
+  const int steps = wide ? 2 : 1, last = steps - 1;  // of a node's parts, which has its sum
+  if (thread < heads) {
+    float total = 0.0f;
+    for (int i = last; i < kParts; i += steps) total += sums[i][thread];
+    const std::int64_t at =
+        (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + thread;
+    p.scratch.chunk_max[at] = highest[thread];
+    p.scratch.chunk_sum[at] = total;
+  }
+  if (!s.tail) return;
+  const int node_tokens = s.far_node_tokens, first = begin / node_tokens;
+  const int nodes = min((count + node_tokens - 1) / node_tokens - first, kParts / steps);
+  float* mass = p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first) * heads;
+  for (int i = thread; i < nodes * heads; i += kBlock) {
+    mass[i] = sums[i / heads * steps + last][i % heads];
+  }
 }
 
 // Scores of a token in four heads, as scan wrote them.
@@ -191,7 +206,6 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   __shared__ int offset[kMaxGroup];
   __shared__ int room[kBlock / kWarp + 1];
   __shared__ int last_rank;
-  __shared__ bool is_last;
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
@@ -229,6 +243,7 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (chunks == 0) return;
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  std::uint16_t* ranks = p.scratch.ranks + static_cast<std::int64_t>(x) * s.token_room;
   const float scale = unit * kRanksPerNat;
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int begin = chunk * kChunkTokens;
@@ -237,10 +252,14 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
     best_scores(s, scores, begin, count, offset, best, four);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
-      // The last rank holds all that is too far to matter: nobody counts it.
+      // The last rank holds all that is too far to matter, and NaN: nobody counts it.
       const float below = ranks_below(best[k], scale);
-      if (token_of(begin, k) < count && below < kRanks - 1.0f) {
-        atomicAdd(histogram + static_cast<int>(fmaxf(below, 0.0f)), 1u);
+      const int token = token_of(begin, k);
+      const bool near = below < kRanks - 1.0f;
+      const int rank = near ? static_cast<int>(fmaxf(below, 0.0f)) : kRanks - 1;
+      if (token < count) {
+        ranks[token] = static_cast<std::uint16_t>(rank);
+        if (near) atomicAdd(histogram + rank, 1u);
       }
     }
   }
@@ -253,16 +272,10 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   // The last block decides. Candidates stand at ranks up to last_rank: the first rank by which
   // there are enough, or the one before it where that would be too many (ties, which nothing tells
   // apart).
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) {
-    is_last = atomicAdd(p.scratch.blocks_ranked + x, 1u) + 1 ==
-              min(gridDim.x, static_cast<unsigned>(chunks));
-    last_rank = count <= kMaxCandidates ? kRanks - 1 : kRanks - 2;
+  if (thread == 0) last_rank = count <= kMaxCandidates ? kRanks - 1 : kRanks - 2;
+  if (!is_last_block(p.scratch.blocks_ranked + x, min(gridDim.x, static_cast<unsigned>(chunks)))) {
+    return;
   }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
   int own[kOwn], sum = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -282,11 +295,11 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (thread == 0) p.scratch.last_rank[x] = last_rank;
 }
 
-// Steps: of 32 tokens to a far-field node.
-template <int Steps>
-__global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const StepParams p) {
-  __shared__ int offset[kMaxGroup];
+static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
+  constexpr int kWarps = kBlock / kWarp, kOwn = kWarpTokens / kWarp;
+  constexpr int kMostNodes = kWarpTokens / 32;  // of a warp
   __shared__ float shift[kMaxGroup];
+  __shared__ float chosen_weights[kWarps][kMostNodes * kMaxGroup];  // [node, head]
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
@@ -295,56 +308,69 @@ __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const Ste
   const int count = index_tokens(s, length);
   if (static_cast<int>(blockIdx.x) * kChunkTokens >= count) return;
   const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
-  const float unit = p.scratch.unit[x], scale = unit * kRanksPerNat, in_bits = unit * kLog2E;
+  const float in_bits = p.scratch.unit[x] * kLog2E;
   if (thread < heads) {
     const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
-    const float bias = p.scratch.bias[head], lse = p.scratch.lse[head];
-    offset[thread] = thread < s.group ? score_offset(lse, bias, unit) : kNoHead;
-    shift[thread] = thread < s.group ? (bias - lse) * kLog2E : -INFINITY;
+    shift[thread] =
+        thread < s.group ? (p.scratch.bias[head] - p.scratch.lse[head]) * kLog2E : -INFINITY;
   }
   __syncthreads();
+  const auto* ranks = reinterpret_cast<const uint2*>(
+      p.scratch.ranks + static_cast<std::int64_t>(x) * s.token_room);  // of four tokens
   const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
                          static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
-  const float limit = last_rank < kRanks - 1 ? static_cast<float>(last_rank + 1) : INFINITY;
+  const int node_tokens = s.far_node_tokens, lanes = node_tokens / kOwn;  // lanes of a node
+  float* own_weights = chosen_weights[warp];
   for (int begin = blockIdx.x * kChunkTokens; begin < count; begin += gridDim.x * kChunkTokens) {
-    int best[kScanSteps];
-    bool weighs[kScanSteps];  // in its node: neither a candidate nor past the last token
-    FourScores four[kScanSteps];
-    best_scores(s, scores, begin, count, offset, best, four);
+    const int first = begin + warp * kWarpTokens;
+    if (first >= count) break;
+    const int token = first + lane * kOwn;
+    const uint2 four = token < count ? ranks[token / kOwn] : make_uint2(~0u, ~0u);
+    const int nodes = (min(count - first, kWarpTokens) + node_tokens - 1) / node_tokens;
+    const int* highest = p.scratch.chunk_max +
+                         (static_cast<std::int64_t>(x) * s.chunks() + begin / kChunkTokens) * heads;
+    bool chosen[kOwn], any = false;
 #pragma unroll
-    for (int k = 0; k < kScanSteps; ++k) {
-      const int token = token_of(begin, k);
-      const bool chosen = ranks_below(best[k], scale) < limit;
-      weighs[k] = token < count && !chosen;
-      if (token < count && chosen) {
-        const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
-        p.scratch.tokens[x * kMaxCandidates + at] = token;
-      }
+    for (int k = 0; k < kOwn; ++k) {
+      const unsigned two = k < 2 ? four.x : four.y;
+      const int rank = static_cast<int>(k % 2 == 0 ? two & 0xffffu : two >> 16);
+      chosen[k] = token + k < count && rank <= last_rank;
+      any |= chosen[k];
+      if (!chosen[k]) continue;
+      const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
+      p.scratch.tokens[x * kMaxCandidates + at] = token + k;
     }
     if (!s.tail) continue;
-    const int of_warp = begin + warp * kScanSteps * kWarp;  // its first token
-    float* mass = p.scratch.mass +
-                  (static_cast<std::int64_t>(x) * s.nodes() + of_warp / (Steps * kWarp)) * heads;
-    // From the last tile on, whose scores are at hand.
-    for (int tile = heads - kHeadTile; tile >= 0; tile -= kHeadTile) {
-      if (tile != heads - kHeadTile) load_scores(s, scores, begin, count, tile, four);
+    const bool of_any = __ballot_sync(~0u, any) != 0;
+    for (int tile = 0; of_any && tile < heads; tile += kHeadTile) {
+      const int2* of_tile = reinterpret_cast<const int2*>(
+          scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room);
       float weight[kHeadTile] = {};
 #pragma unroll
-      for (int k = 0; k < kScanSteps; ++k) {
+      for (int k = 0; k < kOwn; ++k) {
+        if (!chosen[k]) continue;
+        const FourScores score = {of_tile[token + k]};
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
-          const float w = power_of_two(in_bits * small_to_float(four[k][g]) + shift[tile + g]);
-          weight[g] += weighs[k] ? w : 0.0f;
+          // As scan has it, to the bit.
+          weight[g] += power_of_two(in_bits * small_to_float(score[g] - highest[tile + g]));
         }
-        if ((k + 1) % Steps != 0) continue;
-        const float of_node = warp_sum_of_four(weight);
-        if (lane % 8 == 0 && of_warp + (k + 1 - Steps) * kWarp < count) {
-          mass[k / Steps * heads + tile + lane / 8] = of_node;
-        }
+      }
 #pragma unroll
-        for (int g = 0; g < kHeadTile; ++g) weight[g] = 0.0f;
+      for (int g = 0; g < kHeadTile; ++g) {
+        const float of_node = warp_sum(weight[g], lanes);
+        if (lane % lanes == 0) own_weights[lane / lanes * heads + tile + g] = of_node;
       }
     }
+    __syncwarp();
+    float* mass =
+        p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first / node_tokens) * heads;
+    for (int i = lane; i < nodes * heads; i += kWarp) {
+      const int g = i % heads;
+      const float left = of_any ? fmaxf(mass[i] - own_weights[i], 0.0f) : mass[i];
+      mass[i] = left * power_of_two(in_bits * small_to_float(highest[g]) + shift[g]);
+    }
+    __syncwarp();
   }
 }
 

@@ -43,6 +43,12 @@ inline float4 make_float4(float x, float y, float z, float w) {
 struct int2 {
   int x, y;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
 inline int2 make_int2(int x, int y) {
   return {x, y};
 }
@@ -86,7 +92,6 @@ inline void __syncthreads() {
 inline int __syncthreads_count(bool predicate) {
   return emulator::barrier(predicate);
 }
-inline void __threadfence() {}
 inline void __syncwarp() {
   emulator::exchange(0);
 }
