@@ -98,7 +98,9 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   // Pages that a fork shares are not written.
   if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
     const std::int64_t room = self.room_of(self.chunks[sequence].size());
-    layer.pages[sequence] = PageSet(self.pool, self.full_pages(room), {sequence, layer_number, -1});
+    layer.pages[sequence] =
+        PageSet(self.pool, self.full_pages(room), static_cast<std::size_t>(s.kv_heads),
+                {sequence, layer_number, -1});
   }
 
   gpu::BuildParams p;

@@ -58,11 +58,12 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
   if (wanted <= held) return;
   const gpu::DeviceScope here(self.device);
   const std::size_t pages = self.full_pages(self.room_of(wanted));
+  const auto heads = static_cast<std::size_t>(self.step.kv_heads);
   std::vector<PageSet> more(self.layers.size());
   for (std::size_t i = 0; i < more.size(); ++i) {
     const std::size_t before = self.layers[i].pages[sequence].size();
     if (before == 0) continue;  // they come with the layer's prompt
-    more[i] = PageSet(self.pool, pages - before, {sequence, static_cast<int>(i), -1});
+    more[i] = PageSet(self.pool, pages - before, heads, {sequence, static_cast<int>(i), -1});
   }
   self.chunk_pool.take(wanted - held, chunks);
   for (std::size_t i = 0; i < more.size(); ++i) {

@@ -14,8 +14,16 @@ namespace icecache {
 class PageSet {
  public:
   PageSet() = default;
-  PageSet(PagePool& pool, std::size_t count, const PageOwner& owner) : pool_(&pool) {
-    pool.allocate(count, owner, ids_);
+  // `count` pages of `heads`, by turns. In memory those of a head stand in a row: what a device
+  // reads of one at a time is then near, and its TLB has it.
+  PageSet(PagePool& pool, std::size_t count, std::size_t heads, const PageOwner& owner)
+      : pool_(&pool) {
+    std::vector<PageId> fresh;
+    ids_.reserve(count);
+    pool.allocate(count, owner, fresh);
+    for (std::size_t i = 0; i < count; ++i) {
+      ids_.push_back(fresh[i % heads * (count / heads) + i / heads]);
+    }
   }
   // The first `shared` pages of another set, and new ones in place of those behind them.
   PageSet(const PageSet& other, std::size_t shared, const PageOwner& owner) : pool_(other.pool_) {

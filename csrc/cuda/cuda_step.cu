@@ -58,8 +58,9 @@ template <typename T, int D>
 void launch_with(const StepParams& p, Stream stream) {
   const StepShape& s = p.shape;
   const bool chained = can_chain();
-  const auto start = [&](const char* name, void (*kernel)(StepParams), dim3 grid, int threads) {
-    launch(name, kernel, grid, threads, stream, p, chained);
+  const auto start = [&](const char* name, void (*kernel)(StepParams), dim3 grid, int threads,
+                         Chain chain = Chain::kBehind) {
+    launch(name, kernel, grid, threads, stream, p, chained ? chain : Chain::kNone);
   };
   const auto pairs = static_cast<unsigned>(s.pairs());
   const auto chunked = [&](int resident) {
@@ -74,11 +75,11 @@ void launch_with(const StepParams& p, Stream stream) {
   constexpr int kRescored = kBlock / kWarp * RowShape<T, D>::kRows * kRescoreUnroll;
   start("rescore", rescore_kernel<T, D>, dim3((kMaxCandidates + kRescored - 1) / kRescored, pairs),
         kBlock);
-  start("pick", pick_kernel, dim3(pairs), kPickBlock);
+  start("pick", pick_kernel, dim3(pairs), kPickBlock, Chain::kBeside);
   const dim3 blocks(static_cast<unsigned>(s.attend_blocks()), pairs,
                     static_cast<unsigned>(s.attend_groups()));
   start("attend", s.attend_tiles() == 1 ? attend_kernel<T, D, 1> : attend_kernel<T, D, 2>, blocks,
-        kAttendBlock);
+        kAttendBlock, Chain::kBeside);
 }
 
 template <typename T>

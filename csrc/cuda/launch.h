@@ -33,15 +33,18 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
-// kernel(params). A chained kernel may be launched before the one ahead of it on the stream has
-// ended, and calls wait_for_earlier_kernel(); only devices of compute capability 9 and newer do
-// that. All of them split shared memory from the first-level cache in one way: blocks of the one
-// and the other can stand on a multiprocessor together.
+// Whether a kernel may be launched before the one ahead of it on the stream has ended; it calls
+// wait_for_earlier_kernel(). Only devices of compute capability 9 and newer do that. Beside: its
+// blocks stand on a multiprocessor together with the other's; for that both leave the first-level
+// cache as little as they can, so it is for kernels that have few loads under way there.
+enum class Chain { kNone, kBehind, kBeside };
+
+// kernel(params).
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, Stream stream,
-            const Params& params, bool chained = false) {
+            const Params& params, Chain chain = Chain::kNone) {
 #ifdef ICECACHE_EMULATE_CUDA
-  (void)name, (void)stream, (void)chained;
+  (void)name, (void)stream, (void)chain;
   emulator::run(grid, threads, [&] { kernel(params); });
 #else
   cudaLaunchAttribute attributes[2] = {};
@@ -54,7 +57,7 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, St
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  config.numAttrs = chained ? 2 : 0;
+  config.numAttrs = chain == Chain::kNone ? 0 : chain == Chain::kBehind ? 1 : 2;
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
 #endif

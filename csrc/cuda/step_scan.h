@@ -13,7 +13,7 @@ namespace icecache::gpu {
 constexpr int kScanSteps = kChunkTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
 // Blocks that a multiprocessor of most devices holds at once.
-constexpr int kRankBlocks = 8, kChooseBlocks = 8;
+constexpr int kRankBlocks = 8, kChooseBlocks = 4;
 
 // The tokens of a thread in a chunk, as scan and rank take them: a warp has 128 in a row, so that a
 // far-field node is one warp's.
@@ -257,9 +257,9 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
       const int token = token_of(begin, k);
       const bool near = below < kRanks - 1.0f;
       const int rank = near ? static_cast<int>(fmaxf(below, 0.0f)) : kRanks - 1;
-      if (token < count) {
-        ranks[token] = static_cast<std::uint16_t>(rank);
-        if (near) atomicAdd(histogram + rank, 1u);
+      if (token < count && near) atomicAdd(histogram + rank, 1u);
+      if (token < (count + 7) / 8 * 8) {  // choose reads eight at a time
+        ranks[token] = static_cast<std::uint16_t>(token < count ? rank : 0xffff);
       }
     }
   }
@@ -295,82 +295,96 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   if (thread == 0) p.scratch.last_rank[x] = last_rank;
 }
 
-static __global__ void __launch_bounds__(kBlock) choose_kernel(const StepParams p) {
-  constexpr int kWarps = kBlock / kWarp, kOwn = kWarpTokens / kWarp;
-  constexpr int kMostNodes = kWarpTokens / 32;  // of a warp
-  __shared__ float shift[kMaxGroup];
-  __shared__ float chosen_weights[kWarps][kMostNodes * kMaxGroup];  // [node, head]
+// A warp takes 256 tokens at a time, a lane eight of them; nearly all warps find no candidate.
+static __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(const StepParams p) {
+  constexpr int kWarps = kBlock / kWarp, kOwn = 8, kTokens = kOwn * kWarp;
+  constexpr unsigned kTop = 0x80008000u;  // of the two ranks of a word
+  __shared__ float4 chosen_weights[kWarps][kWarp];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
-  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int x = blockIdx.y, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int length = length_of(p, x);
   if (is_idle(length)) return;
-  const int count = index_tokens(s, length);
-  if (static_cast<int>(blockIdx.x) * kChunkTokens >= count) return;
-  const int heads = s.padded_group(), last_rank = p.scratch.last_rank[x];
+  const int count = index_tokens(s, length), heads = s.padded_group();
+  const unsigned beyond = static_cast<unsigned>(p.scratch.last_rank[x] + 1) * 0x00010001u;
   const float in_bits = p.scratch.unit[x] * kLog2E;
-  if (thread < heads) {
-    const std::int64_t head = static_cast<std::int64_t>(x) * heads + thread;
-    shift[thread] =
-        thread < s.group ? (p.scratch.bias[head] - p.scratch.lse[head]) * kLog2E : -INFINITY;
-  }
-  __syncthreads();
-  const auto* ranks = reinterpret_cast<const uint2*>(
-      p.scratch.ranks + static_cast<std::int64_t>(x) * s.token_room);  // of four tokens
-  const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
-                         static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
-  const int node_tokens = s.far_node_tokens, lanes = node_tokens / kOwn;  // lanes of a node
-  float* own_weights = chosen_weights[warp];
-  for (int begin = blockIdx.x * kChunkTokens; begin < count; begin += gridDim.x * kChunkTokens) {
-    const int first = begin + warp * kWarpTokens;
-    if (first >= count) break;
-    const int token = first + lane * kOwn;
-    const uint2 four = token < count ? ranks[token / kOwn] : make_uint2(~0u, ~0u);
-    const int nodes = (min(count - first, kWarpTokens) + node_tokens - 1) / node_tokens;
-    const int* highest = p.scratch.chunk_max +
-                         (static_cast<std::int64_t>(x) * s.chunks() + begin / kChunkTokens) * heads;
-    bool chosen[kOwn], any = false;
+  const auto* ranks =
+      reinterpret_cast<const uint4*>(p.scratch.ranks + static_cast<std::int64_t>(x) * s.token_room);
+  const int2* scores = reinterpret_cast<const int2*>(p.scratch.scores) +
+                       static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  const std::int32_t* chunk_max =
+      p.scratch.chunk_max + static_cast<std::int64_t>(x) * s.chunks() * heads;
+  // A lane has the masses of one node and four heads.
+  const int node_bits = s.far_node_tokens == kWarp ? 5 : 6, node_tokens = 1 << node_bits;
+  const int lanes = node_tokens / kOwn;  // of a node
+  const int tiles = heads / kHeadTile, tile = lane % tiles, node = lane / tiles;
+  float4* mass =
+      reinterpret_cast<float4*>(p.scratch.mass) + static_cast<std::int64_t>(x) * s.nodes() * tiles;
+  float shift[kHeadTile];
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      const unsigned two = k < 2 ? four.x : four.y;
-      const int rank = static_cast<int>(k % 2 == 0 ? two & 0xffffu : two >> 16);
-      chosen[k] = token + k < count && rank <= last_rank;
-      any |= chosen[k];
-      if (!chosen[k]) continue;
-      const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
-      p.scratch.tokens[x * kMaxCandidates + at] = token + k;
-    }
-    if (!s.tail) continue;
-    const bool of_any = __ballot_sync(~0u, any) != 0;
-    for (int tile = 0; of_any && tile < heads; tile += kHeadTile) {
-      const int2* of_tile = reinterpret_cast<const int2*>(
-          scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room);
-      float weight[kHeadTile] = {};
+  for (int g = 0; g < kHeadTile; ++g) {
+    const std::int64_t head = static_cast<std::int64_t>(x) * heads + tile * kHeadTile + g;
+    shift[g] = tile * kHeadTile + g < s.group
+                   ? (p.scratch.bias[head] - p.scratch.lse[head]) * kLog2E
+                   : -INFINITY;
+  }
+  for (int first = (blockIdx.x * kWarps + warp) * kTokens; first < count;
+       first += gridDim.x * kWarps * kTokens) {
+    const int token = first + lane * kOwn;
+    const uint4 eight = token < count ? ranks[token / kOwn] : make_uint4(~0u, ~0u, ~0u, ~0u);
+    const std::int32_t* highest = chunk_max + first / kChunkTokens * heads;
+    const bool has_node =
+        s.tail && node < kTokens / node_tokens && first + node * node_tokens < count;
+    float4* own_mass = mass + (first >> node_bits) * tiles + lane;
+    float4 left = has_node ? *own_mass : make_float4(0, 0, 0, 0);
+    const int4 high = *reinterpret_cast<const int4*>(highest + tile * kHeadTile);
+    // Bits that are set: ranks past the last.
+    const unsigned past[kOwn / 2] = {
+        ((eight.x | kTop) - beyond) & kTop, ((eight.y | kTop) - beyond) & kTop,
+        ((eight.z | kTop) - beyond) & kTop, ((eight.w | kTop) - beyond) & kTop};
+    const bool any = (past[0] & past[1] & past[2] & past[3]) != kTop;
+    if (__ballot_sync(~0u, any) != 0) {
+      unsigned chosen_bits = 0;
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) {
-        if (!chosen[k]) continue;
-        const FourScores score = {of_tile[token + k]};
+        chosen_bits |= (~past[k / 2] >> (k % 2 * 16 + 15) & 1u) << k;
+      }
+      for (unsigned bits = chosen_bits; bits != 0; bits &= bits - 1) {
+        const std::uint32_t at = atomicAdd(p.scratch.found + x, 1u);
+        p.scratch.tokens[x * kMaxCandidates + at] = token + __ffs(static_cast<int>(bits)) - 1;
+      }
+      for (int t = 0; t < tiles; ++t) {
+        const int* best = highest + t * kHeadTile;
+        float weight[kHeadTile] = {};
+        for (unsigned bits = chosen_bits; bits != 0; bits &= bits - 1) {
+          const int of_token = token + __ffs(static_cast<int>(bits)) - 1;
+          const FourScores score = {scores[static_cast<std::int64_t>(t) * s.token_room + of_token]};
 #pragma unroll
-        for (int g = 0; g < kHeadTile; ++g) {
-          // As scan has it, to the bit.
-          weight[g] += power_of_two(in_bits * small_to_float(score[g] - highest[tile + g]));
+          for (int g = 0; g < kHeadTile; ++g) {
+            weight[g] += power_of_two(in_bits * small_to_float(score[g] - best[g]));  // as in scan
+          }
+        }
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) weight[g] = warp_sum(weight[g], lanes);
+        if (lane % lanes == 0) {
+          chosen_weights[warp][lane / lanes * tiles + t] =
+              make_float4(weight[0], weight[1], weight[2], weight[3]);
         }
       }
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) {
-        const float of_node = warp_sum(weight[g], lanes);
-        if (lane % lanes == 0) own_weights[lane / lanes * heads + tile + g] = of_node;
-      }
+      __syncwarp();
+      const float4 chosen = chosen_weights[warp][lane];
+      left.x = fmaxf(left.x - chosen.x, 0.0f);
+      left.y = fmaxf(left.y - chosen.y, 0.0f);
+      left.z = fmaxf(left.z - chosen.z, 0.0f);
+      left.w = fmaxf(left.w - chosen.w, 0.0f);
+      __syncwarp();
     }
-    __syncwarp();
-    float* mass =
-        p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first / node_tokens) * heads;
-    for (int i = lane; i < nodes * heads; i += kWarp) {
-      const int g = i % heads;
-      const float left = of_any ? fmaxf(mass[i] - own_weights[i], 0.0f) : mass[i];
-      mass[i] = left * power_of_two(in_bits * small_to_float(highest[g]) + shift[g]);
+    if (has_node) {
+      *own_mass = make_float4(left.x * power_of_two(in_bits * small_to_float(high.x) + shift[0]),
+                              left.y * power_of_two(in_bits * small_to_float(high.y) + shift[1]),
+                              left.z * power_of_two(in_bits * small_to_float(high.z) + shift[2]),
+                              left.w * power_of_two(in_bits * small_to_float(high.w) + shift[3]));
     }
-    __syncwarp();
   }
 }
 

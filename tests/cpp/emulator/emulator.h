@@ -43,12 +43,9 @@ inline float4 make_float4(float x, float y, float z, float w) {
 struct int2 {
   int x, y;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) {
-  return {x, y};
-}
 inline int2 make_int2(int x, int y) {
   return {x, y};
 }
@@ -100,6 +97,9 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(flags[lane]) << lane;
   return result;
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
 }
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
