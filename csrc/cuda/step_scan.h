@@ -159,27 +159,19 @@ struct FourScores {
   }
 };
 
-// Scores of a thread's tokens for one tile of heads: all loads are under way before one is used.
-__device__ __forceinline__ void load_scores(const StepShape& s, const short4* scores, int begin,
-                                            int count, int tile, FourScores* four) {
-  const int2* of_tile = reinterpret_cast<const int2*>(
-      scores + static_cast<std::int64_t>(tile / kHeadTile) * s.token_room);
-#pragma unroll
-  for (int k = 0; k < kScanSteps; ++k) {
-    four[k].raw = of_tile[static_cast<unsigned>(min(token_of(begin, k), count - 1))];
-  }
-}
-
 // How far the head that sees each of a thread's tokens best is above everything: a score less that
-// of everything, `offset` [H], which is beyond reach where there is no such head. `four`: scores of
-// the last tile of heads. Tokens past the last have any score.
-__device__ __forceinline__ void best_scores(const StepShape& s, const short4* scores, int begin,
-                                            int count, const int* offset, int* best,
-                                            FourScores* four) {
+// of everything, `offset` [H], which is beyond reach where there is no such head. Tokens past the
+// last have any score. All loads of a tile are under way before one is used.
+__device__ __forceinline__ void best_scores(const StepShape& s, const int2* scores, int begin,
+                                            int count, const int* offset, int* best) {
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) best[k] = INT_MIN;
-  for (int tile = 0; tile < s.group; tile += kHeadTile) {
-    load_scores(s, scores, begin, count, tile, four);
+  for (int tile = 0; tile < s.group; tile += kHeadTile, scores += s.token_room) {
+    FourScores four[kScanSteps];
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      four[k].raw = scores[static_cast<unsigned>(min(token_of(begin, k), count - 1))];
+    }
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       best[k] =
@@ -241,15 +233,14 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   }
   __syncthreads();
   if (chunks == 0) return;
-  const short4* scores = reinterpret_cast<const short4*>(p.scratch.scores) +
-                         static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
+  const int2* scores = reinterpret_cast<const int2*>(p.scratch.scores) +
+                       static_cast<std::int64_t>(x) * (heads / kHeadTile) * s.token_room;
   std::uint16_t* ranks = p.scratch.ranks + static_cast<std::int64_t>(x) * s.token_room;
   const float scale = unit * kRanksPerNat;
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int begin = chunk * kChunkTokens;
     int best[kScanSteps];
-    FourScores four[kScanSteps];
-    best_scores(s, scores, begin, count, offset, best, four);
+    best_scores(s, scores, begin, count, offset, best);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       // The last rank holds all that is too far to matter, and NaN: nobody counts it.
