@@ -1,9 +1,10 @@
 # make demo | test: the two commands. Everything they need is made on the way (scripts/setup.sh).
-# Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_PYTHON,
-# ICECACHE_VLLM, ICECACHE_WHEEL (scripts/setup_vllm.sh).
+# Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_WERROR,
+# ICECACHE_PYTHON, ICECACHE_VLLM, ICECACHE_WHEEL (scripts/setup_vllm.sh).
 JOBS ?= $(shell nproc)
 ICECACHE_CUDA ?= AUTO
 ICECACHE_FAISS ?= AUTO
+ICECACHE_WERROR ?= OFF
 ARGS ?=
 , := ,
 
@@ -19,11 +20,11 @@ define cmake_build
 	@$(TOOLS) cmake --build $(1) -j $(JOBS)
 endef
 RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS) \
-  -DPython_EXECUTABLE=$(PYTHON)
+  -DICECACHE_WERROR=$(ICECACHE_WERROR) -DPython_EXECUTABLE=$(PYTHON)
 # Warnings of the optimiser are not reliable in instrumented code. OpenMP, which FAISS brings, is not
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_BINDINGS=OFF \
-  -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF -DICECACHE_WERROR=OFF
+  -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
 # The randomised trace is shortened where every step takes many times as long.
 SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
 # Tests of kernels, which know no threads.
