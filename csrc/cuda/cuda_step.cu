@@ -67,7 +67,10 @@ void launch_with(const StepParams& p, Stream stream) {
     return dim3(static_cast<unsigned>(s.blocks_of_pair(resident)), pairs);
   };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
-  start("scan", s.words() == 4 ? scan_kernel<4> : scan_kernel<8>,
+  const bool wide = s.far_node_tokens == 2 * kWarp;
+  start("scan",
+        s.words() == 4 ? (wide ? scan_kernel<4, true> : scan_kernel<4, false>)
+                       : (wide ? scan_kernel<8, true> : scan_kernel<8, false>),
         dim3(static_cast<unsigned>(s.chunks()), pairs), kBlock);
   start("rank", rank_kernel, chunked(kRankBlocks), kBlock);
   start("choose", choose_kernel, chunked(kChooseBlocks), kBlock);

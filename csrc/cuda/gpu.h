@@ -91,6 +91,18 @@ __device__ __forceinline__ const uint4* vectors_of(const T* row) {
   return reinterpret_cast<const uint4*>(row);
 }
 
+// *from, asked for here: other loads the compiler moves behind a test that does not need them.
+template <typename T>
+__device__ __forceinline__ T* load_now(T* const* from) {
+#ifdef __CUDA_ARCH__
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from));
+  return reinterpret_cast<T*>(value);
+#else
+  return *from;
+#endif
+}
+
 // Copies 16 bytes from global or mapped host memory to shared memory, where they arrive later, or
 // writes zeros and reads nothing where they are not `there`. Copies are waited for in groups, each
 // ended by end_copies(): all but a thread's last `Left` groups have arrived behind the wait, for
@@ -141,10 +153,14 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 __device__ __forceinline__ int warp_max(int x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(~0u, x);
+#else
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     x = max(x, __shfl_xor_sync(~0u, x, offset));
   }
   return x;
+#endif
 }
 
 // Sum over the block's threads before this one; `total` becomes the sum over all. `room`: shared,
@@ -191,17 +207,21 @@ __device__ __forceinline__ int block_rank(bool flag, int* room, int& total) {
   return before + __popc(flags & ((1u << lane) - 1));
 }
 
-// Sums of four values over the warp: lane l gets that of values[l / 8].
-__device__ __forceinline__ float warp_sum_of_four(const float* values) {
-  const int lane = threadIdx.x % kWarp;
-  const bool upper = lane & 16, odd = lane & 8;
-  float a = upper ? values[2] : values[0], b = upper ? values[3] : values[1];
-  a += __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
-  b += __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
-  float sum = odd ? b : a;
-  sum += __shfl_xor_sync(~0u, odd ? a : b, 8);
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
+// Sums of N values over the warp, N a power of two: lane l gets that of values[l / (32 / N)], whose
+// place the values give up.
+template <int N, int Offset = kWarp / 2>
+__device__ __forceinline__ float warp_sums(float* values) {
+  if constexpr (N == 1) {
+    return warp_sum(values[0], 2 * Offset);
+  } else {
+    const bool upper = (threadIdx.x & Offset) != 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const float sent = upper ? values[i] : values[i + N / 2];
+      values[i] = (upper ? values[i + N / 2] : values[i]) + __shfl_xor_sync(~0u, sent, Offset);
+    }
+    return warp_sums<N / 2, Offset / 2>(values);
+  }
 }
 
 // Of an integer within +-2^22: an addition, where a conversion takes four times as long.

@@ -34,9 +34,9 @@ void with_type(DType dtype, const Body& body) {
 }
 
 // Whether a kernel may be launched before the one ahead of it on the stream has ended; it calls
-// wait_for_earlier_kernel(). Only devices of compute capability 9 and newer do that. Beside: its
-// blocks stand on a multiprocessor together with the other's; for that both leave the first-level
-// cache as little as they can, so it is for kernels that have few loads under way there.
+// wait_for_earlier_kernel(). Only devices of compute capability 9 and newer do that. Beside: blocks
+// of two such kernels stand on a multiprocessor together; for that both ask for the largest shared
+// memory, as its size changes only where no block stands.
 enum class Chain { kNone, kBehind, kBeside };
 
 // kernel(params).

@@ -23,51 +23,54 @@ __device__ __forceinline__ int token_of(int begin, int k) {
   return begin + warp * kWarpTokens + k * kWarp + lane;
 }
 
-template <int Words>
+// Warps have nothing to do with each other until all of a chunk is added up. Wide: a far-field node
+// has 64 tokens, else 32.
+template <int Words, bool Wide>
 __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
-  constexpr int kParts = kChunkTokens / kWarp;
-  __shared__ int queries[kMaxGroup * Words * 2];
-  __shared__ int rooms[2][kWarps][kHeadTile];
-  __shared__ int highest[kMaxGroup];
-  __shared__ float sums[kParts][kMaxGroup];  // of nodes, at their last parts
+  constexpr int kSteps = Wide ? 2 : 1, kNodes = kScanSteps / kSteps;  // of a node; of a warp
+  constexpr int kMaxTiles = kMaxGroup / kHeadTile;
+  __shared__ int queries[kMaxTiles][Words][2][kHeadTile];  // even dimensions of a word, then odd
+  __shared__ int4 highest[kMaxTiles][kWarps];
+  __shared__ float sums[kMaxTiles][kWarps * kNodes][kHeadTile];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  // Asked for before it is known whether there is one, beside the length: one wait less.
+  const std::byte* chunk =
+      load_now(p.layer.chunks + static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x);
   const int length = length_of(p, x);
-  // Asked for before it is known whether it is there: one wait less.
-  const uint4* codes =
-      reinterpret_cast<const uint4*>(chunk_part(s, p.layer, x, static_cast<int>(blockIdx.x)));
   if (is_idle(length)) return;
   const int count = index_tokens(s, length), begin = blockIdx.x * kChunkTokens;
   if (begin >= count) return;
-  const int heads = s.padded_group();
-  const bool wide = s.far_node_tokens != kWarp;
+  const int heads = s.padded_group(), tiles = heads / kHeadTile;
+  const uint4* codes = reinterpret_cast<const uint4*>(chunk + p.layer.in_chunk);
   uint4 cells[kScanSteps][Words / 4];
 #pragma unroll
   for (int k = 0; k < kScanSteps; ++k) {
-    const int in_chunk = token_of(0, k);
 #pragma unroll
     for (int w = 0; w < Words / 4; ++w) {
-      cells[k][w] =
-          begin + in_chunk < count ? codes[in_chunk * (Words / 4) + w] : make_uint4(0, 0, 0, 0);
+      cells[k][w] = token_of(begin, k) < count ? codes[token_of(0, k) * (Words / 4) + w]
+                                               : make_uint4(0, 0, 0, 0);
     }
   }
   const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
                     static_cast<std::int64_t>(x) * heads * Words * 2;
-  for (int i = thread; i < heads * Words * 2; i += kBlock) queries[i] = from[i];
+#pragma unroll 1
+  for (int i = thread; i < heads * Words * 2; i += kBlock) {
+    const int head = i / (Words * 2);
+    queries[head / kHeadTile][i / 2 % Words][i % 2][head % kHeadTile] = from[i];
+  }
   const float unit = p.scratch.unit[x] * kLog2E;
   __syncthreads();
-  for (int tile = 0; tile < heads; tile += kHeadTile) {
+  for (int tile = 0; tile < tiles; ++tile) {
     int scores[kScanSteps][kHeadTile] = {};
 #pragma unroll
     for (int w = 0; w < Words; ++w) {
-      int even_query[kHeadTile], odd_query[kHeadTile];
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) {
-        even_query[g] = queries[((tile + g) * Words + w) * 2];
-        odd_query[g] = queries[((tile + g) * Words + w) * 2 + 1];
-      }
+      const int4 even4 = *reinterpret_cast<const int4*>(queries[tile][w][0]);
+      const int4 odd4 = *reinterpret_cast<const int4*>(queries[tile][w][1]);
+      const int even_query[kHeadTile] = {even4.x, even4.y, even4.z, even4.w};
+      const int odd_query[kHeadTile] = {odd4.x, odd4.y, odd4.z, odd4.w};
 #pragma unroll
       for (int k = 0; k < kScanSteps; ++k) {
         const uint4 cell = cells[k][w / 4];
@@ -84,9 +87,8 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
       }
     }
     int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
-    short4* out =
-        reinterpret_cast<short4*>(p.scratch.scores) +
-        (static_cast<std::int64_t>(x) * (heads / kHeadTile) + tile / kHeadTile) * s.token_room;
+    short4* out = reinterpret_cast<short4*>(p.scratch.scores) +
+                  (static_cast<std::int64_t>(x) * tiles + tile) * s.token_room;
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       const int token = token_of(begin, k);
@@ -101,53 +103,55 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
                         static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
       }
     }
-    int(*room)[kHeadTile] = rooms[tile / kHeadTile % 2];  // two: one barrier for each tile
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
-      largest[g] = warp_max(largest[g]);
-      if (lane == 0) room[warp][g] = largest[g];
+      largest[g] = max(warp_max(largest[g]), SHRT_MIN);  // where the warp has no token, too
     }
-    __syncthreads();
-#pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) largest[g] = max(largest[g], room[w][g]);
-      if (thread == 0) highest[tile + g] = largest[g];
-    }
-    // By nodes, of which each is one warp's; lane l sums up head l / 8 of the tile.
-    float weight[kHeadTile] = {};
+    if (lane == 0) highest[tile][warp] = {largest[0], largest[1], largest[2], largest[3]};
+    // A node is one warp's.
+    float weights[kNodes * kHeadTile] = {};
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
       const bool counts = token_of(begin, k) < count;
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        const float own = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
-        weight[g] += counts ? own : 0.0f;
+        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+        weights[k / kSteps * kHeadTile + g] += counts ? weight : 0.0f;
       }
-      if (k % 2 == 0 && wide) continue;
-      const float of_node = warp_sum_of_four(weight);
-      if (lane % 8 == 0) sums[warp * kScanSteps + k][tile + lane / 8] = of_node;
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) weight[g] = 0.0f;
     }
+    constexpr int kLanes = kWarp / (kNodes * kHeadTile);  // that get the same sum
+    const float sum = warp_sums<kNodes * kHeadTile>(weights);
+    const int at = lane / kLanes;
+    if (lane % kLanes == 0) sums[tile][warp * kNodes + at / kHeadTile][at % kHeadTile] = sum;
   }
   __syncthreads();
-  const int steps = wide ? 2 : 1, last = steps - 1;  // of a node's parts, which has its sum
-  if (thread < heads) {
-    float total = 0.0f;
-    for (int i = last; i < kParts; i += steps) total += sums[i][thread];
-    const std::int64_t at =
-        (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + thread;
-    p.scratch.chunk_max[at] = highest[thread];
-    p.scratch.chunk_sum[at] = total;
+  // All of the chunk, over its best score: a warp for each four heads, a lane for each node.
+  if (warp >= tiles) return;
+  const int node_begin = begin + lane * kSteps * kWarp;
+  const bool has_node = lane < kWarps * kNodes && node_begin < count;
+  const int4 of_warp =
+      has_node ? highest[warp][lane / kNodes] : int4{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+  const int4 high = {warp_max(of_warp.x), warp_max(of_warp.y), warp_max(of_warp.z),
+                     warp_max(of_warp.w)};
+  float node[kHeadTile] = {};
+  if (has_node) {
+    const float* sum = sums[warp][lane];
+    node[0] = sum[0] * power_of_two(unit * small_to_float(of_warp.x - high.x));
+    node[1] = sum[1] * power_of_two(unit * small_to_float(of_warp.y - high.y));
+    node[2] = sum[2] * power_of_two(unit * small_to_float(of_warp.z - high.z));
+    node[3] = sum[3] * power_of_two(unit * small_to_float(of_warp.w - high.w));
+    if (s.tail) {
+      const std::int64_t at =
+          static_cast<std::int64_t>(x) * s.nodes() + node_begin / (kSteps * kWarp);
+      reinterpret_cast<float4*>(p.scratch.mass)[at * tiles + warp] =
+          make_float4(node[0], node[1], node[2], node[3]);
+    }
   }
-  if (!s.tail) return;
-  const int node_tokens = s.far_node_tokens, first = begin / node_tokens;
-  const int nodes = min((count + node_tokens - 1) / node_tokens - first, kParts / steps);
-  float* mass = p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first) * heads;
-  for (int i = thread; i < nodes * heads; i += kBlock) {
-    mass[i] = sums[i / heads * steps + last][i % heads];
-  }
+  const std::int64_t at =
+      (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + warp * kHeadTile;
+  const float sum = warp_sums<kHeadTile>(node);
+  if (lane % 8 == 0) p.scratch.chunk_sum[at + lane / 8] = sum;
+  if (lane == 0) *reinterpret_cast<int4*>(p.scratch.chunk_max + at) = high;
 }
 
 // Scores of a token in four heads, as scan wrote them.
@@ -352,7 +356,7 @@ static __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(co
           const FourScores score = {scores[static_cast<std::int64_t>(t) * s.token_room + of_token]};
 #pragma unroll
           for (int g = 0; g < kHeadTile; ++g) {
-            weight[g] += power_of_two(in_bits * small_to_float(score[g] - best[g]));  // as in scan
+            weight[g] += power_of_two(in_bits * small_to_float(score[g] - best[g]));
           }
         }
 #pragma unroll
