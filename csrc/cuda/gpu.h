@@ -142,6 +142,46 @@ __device__ __forceinline__ void fetch_into_l2(const T* from, int count) {
 #endif
 }
 
+// Of bfloat16, with sums in fp32.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasTensorCores = false;
+#else
+constexpr bool kHasTensorCores = true;
+#endif
+
+// Four matrices [8, 8] of 2-byte elements from shared memory, transposed. Lane l says where row
+// l % 8 of matrix l / 8 stands, and gets of each matrix rows 2 (l % 4) and the next, column l / 4.
+__device__ __forceinline__ uint4 load_transposed(const uint4* row) {
+#ifdef ICECACHE_EMULATE_CUDA
+  return emulator::load_transposed(row);
+#else
+  uint4 result = make_uint4(0, 0, 0, 0);
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#endif
+  return result;
+#endif
+}
+
+// sums += a b, of matrices a [16, 8], b [8, 8] of bfloat16. Lane l has a[l / 4, k..] in a0,
+// a[l / 4 + 8, k..] in a1, b[k.., l / 4] in b, with k = 2 (l % 4) and the next, and of the sums
+// [16, 8] rows l / 4 and l / 4 + 8 of columns k.. (PTX, mma.m16n8k8).
+__device__ __forceinline__ void multiply_add(float (&sums)[4], std::uint32_t a0, std::uint32_t a1,
+                                             std::uint32_t b) {
+#ifdef ICECACHE_EMULATE_CUDA
+  emulator::multiply_add(sums, a0, a1, b);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float x, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;

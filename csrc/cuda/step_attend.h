@@ -1,30 +1,19 @@
 // attend: rows and nodes, split over blocks. Device code.
 #pragma once
 
+#include "cuda/attend_sums.h"
 #include "cuda/step_common.h"
 
 namespace icecache::gpu {
 
 constexpr int kAttendBlock = 128;
-constexpr int kAttendStages = 4;   // of a warp: all but one are under way while that is added up
-constexpr int kAttendVectors = 4;  // 16-byte parts of values of a lane in a stage
-constexpr int kAttendAhead = 8;    // stages of a warp that are fetched into L2 while pick runs
+constexpr int kAttendStages = 4;  // of a warp: all but one are under way while that is added up
+constexpr int kAttendAhead = 8;   // stages of a warp that are fetched into L2 while pick runs
 constexpr int kMaxEntries = kMaxNear + kMaxCandidates;
-
-// What a warp adds up at once: values of some rows and their weights.
-template <typename T, int D, int Tiles>
-struct AttendStage {
-  using Shape = RowShape<T, D>;
-  static constexpr int kUnroll = kAttendVectors / Shape::kPerLane;
-  static constexpr int kRows = kUnroll * Shape::kRows;  // divides the nodes of a chunk
-  static_assert(kRows * Tiles <= kWarp, "a lane copies one weight at most");
-  uint4 values[kUnroll][Shape::kPerLane][kWarp];
-  float4 weights[kRows * Tiles];
-};
 
 // Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows,
 // each of its warps every kWarps-th stage of them. Values go from memory to shared memory without
-// registers between (docs/cuda.md), and each lane reads what it asked for itself.
+// registers between (docs/cuda.md).
 template <typename T, int D, int Tiles>
 __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     attend_kernel(const StepParams p) {
@@ -63,7 +52,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 #pragma unroll
     for (int j = 0; j < Shape::kPerLane; ++j) {
       const int v = Shape::vector(within, j);
-      copy_async(&stage.values[u][j][lane],
+      copy_async(stage.vector(u * Shape::kRows + own, v),
                  vectors_of(from) +
                      (Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)),
                  there);
@@ -135,32 +124,9 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     end_copies();
   };
   float4 sum = make_float4(0, 0, 0, 0);  // of the weights that the lane copied
-  float acc[kHeads][Shape::kElements] = {};
+  AttendSums<T, D, Tiles> values_of_heads;
   const auto add = [&](const Stage& stage) {
-#pragma unroll
-    for (int u = 0; u < Stage::kUnroll; ++u) {
-      float weight[kHeads];
-#pragma unroll
-      for (int t = 0; t < Tiles; ++t) {
-        const float4 four = stage.weights[(u * Shape::kRows + own) * Tiles + t];
-        weight[t * 4] = four.x;
-        weight[t * 4 + 1] = four.y;
-        weight[t * 4 + 2] = four.z;
-        weight[t * 4 + 3] = four.w;
-      }
-#pragma unroll
-      for (int j = 0; j < Shape::kPerLane; ++j) {
-        float value[Shape::kCount];
-        Vector<T>{stage.values[u][j][lane]}.unpack(value);
-#pragma unroll
-        for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-          for (int i = 0; i < Shape::kCount; ++i) {
-            acc[g][j * Shape::kCount + i] += weight[g] * value[i];
-          }
-        }
-      }
-    }
+    values_of_heads.add(stage);
     if (lane < kRows * Tiles) {
       const float4 four = stage.weights[lane];
       sum.x += four.x;
@@ -171,22 +137,15 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   };
   const auto scale = [&] {
     const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
-    float by[kHeads];
-#pragma unroll
-    for (int g = 0; g < kHeads; ++g) {
-      by[g] = first_head + g < heads ? far_scale[first_head + g] : 0.0f;
-#pragma unroll
-      for (int i = 0; i < Shape::kElements; ++i) acc[g][i] *= by[g];
-    }
+    const auto by = [&](int g) {
+      return first_head + g < heads ? far_scale[first_head + g] : 0.0f;
+    };
+    values_of_heads.scale(by);
     const int tile = lane % Tiles * kHeadTile;
-#pragma unroll
-    for (int t = 0; t < kHeads; t += kHeadTile) {
-      if (t != tile) continue;
-      sum.x *= by[t];
-      sum.y *= by[t + 1];
-      sum.z *= by[t + 2];
-      sum.w *= by[t + 3];
-    }
+    sum.x *= by(tile);
+    sum.y *= by(tile + 1);
+    sum.z *= by(tile + 2);
+    sum.w *= by(tile + 3);
   };
   // Values that came from host memory stay.
   const auto keep = [&](const Stage& stage, int first) {
@@ -200,7 +159,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) to[v] = stage.values[u][j][lane];
+        if (v < Shape::kVectors) to[v] = *stage.vector(u * Shape::kRows + own, v);
       }
     }
   };
@@ -223,7 +182,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   int t = warp, slot = 0;
   const auto next = [&]() -> const Stage& {
     wait_for_copies<kStages - 2>();
-    __syncwarp();  // weights that other lanes copied are there; none reads those of the last stage
+    __syncwarp();  // what other lanes copied is there; none reads the last stage
     const int ahead = t + (kStages - 1) * kWarps;
     Stage& free = ring[(slot + kStages - 1) % kStages];
     if (ahead < node_stages) {
@@ -252,26 +211,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     sum.w += __shfl_xor_sync(~0u, sum.w, offset);
   }
   if (lane < Tiles) *reinterpret_cast<float4*>(sums[warp] + lane * kHeadTile) = sum;
-  float* of_warp = reinterpret_cast<float*>(ring);
-#pragma unroll
-  for (int g = 0; g < kHeads; ++g) {
-    for (int offset = Shape::kLanes; offset < kWarp; offset *= 2) {
-#pragma unroll
-      for (int i = 0; i < Shape::kElements; ++i) {
-        acc[g][i] += __shfl_xor_sync(~0u, acc[g][i], offset);
-      }
-    }
-    if (lane >= Shape::kLanes) continue;
-#pragma unroll
-    for (int j = 0; j < Shape::kPerLane; ++j) {
-      const int v = Shape::vector(within, j);
-      if (v >= Shape::kVectors) continue;
-#pragma unroll
-      for (int i = 0; i < Shape::kCount; ++i) {
-        of_warp[g * D + v * Shape::kCount + i] = acc[g][j * Shape::kCount + i];
-      }
-    }
-  }
+  values_of_heads.store(reinterpret_cast<float*>(ring));
   __syncthreads();
   const std::int64_t block0 =
       (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;

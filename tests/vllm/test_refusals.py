@@ -90,6 +90,7 @@ def test_another_connector(llama: Path) -> None:
         ({"kv_sharing_target_layer_name": "layer.0"}, "share the KV cache of layer.0"),
         ({"sinks": object()}, "learned attention sinks"),
         ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8"),
+        ({"others": {"chunk_lookback": 0}}, "chunk_lookback=0"),
     ],
 )
 def test_attention_that_the_engine_does_not_compute(change: dict[str, Any], message: str) -> None:
@@ -100,6 +101,8 @@ def test_attention_that_the_engine_does_not_compute(change: dict[str, Any], mess
         "kv_sharing_target_layer_name": None,
         "sinks": None,
         "kv_cache_dtype": "auto",
+        # What vLLM hands to some backends of CUDA platforms.
+        "others": {"use_alibi_sqrt": False, "chunk_lookback": -1, "block_m": None},
     }
     support.check_attention(**usual)
     with pytest.raises(InvalidArgument, match=message):

@@ -45,6 +45,7 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        **others: Any,  # which only some backends know: use_alibi_sqrt, chunk_lookback, ...
     ) -> None:
         self.worker = worker_for(get_current_vllm_config())
         check_attention(
@@ -54,6 +55,7 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             sinks=sinks,
             kv_cache_dtype=kv_cache_dtype,
+            others=others,
         )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from icecache import InvalidArgument
@@ -69,8 +70,12 @@ def check_attention(
     kv_sharing_target_layer_name: str | None,
     sinks: Any,
     kv_cache_dtype: str,
+    others: Mapping[str, Any],
 ) -> None:
-    """Raises InvalidArgument for full attention of a kind that the engine does not compute."""
+    """Raises InvalidArgument for full attention of a kind that the engine does not compute.
+
+    `others`: what a backend besides takes, by name; refused unless it is off.
+    """
     model = "serve this model with stock vLLM"
     if alibi_slopes is not None:
         _refuse("ALiBi", model)
@@ -84,6 +89,9 @@ def check_attention(
         _refuse("learned attention sinks", model)
     if kv_cache_dtype not in _CACHE_DTYPES:
         _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
+    for name, value in others.items():
+        if not (value is None or value is False or value == -1):
+            _refuse(f"{name}={value}", model)
 
 
 def check_memory(host_memory: int, slot_bytes: int, max_model_len: int, step: int = 0) -> None:

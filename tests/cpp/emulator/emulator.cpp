@@ -218,6 +218,37 @@ const std::uint64_t* exchange(std::uint64_t value) {
   return warp.values[number % 2];
 }
 
+uint4 load_transposed(const uint4* row) {
+  const std::uint64_t* rows = exchange(reinterpret_cast<std::uint64_t>(row));
+  const int lane = block.running % kWarp, first = lane % 4 * 2, column = lane / 4;
+  unsigned result[4];
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto element = [&](int at) -> unsigned {
+      return reinterpret_cast<const std::uint16_t*>(rows[matrix * 8 + at])[column];
+    };
+    result[matrix] = element(first) | element(first + 1) << 16;
+  }
+  __syncwarp();  // no lane writes what another has yet to read
+  return make_uint4(result[0], result[1], result[2], result[3]);
+}
+
+void multiply_add(float (&sums)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b) {
+  const int lane = block.running % kWarp, row = lane / 4, first = lane % 4 * 2;
+  std::uint64_t left[4];
+  std::copy_n(exchange(std::uint64_t{a1} << 32 | a0) + row * 4, 4, left);
+  const std::uint64_t* right = exchange(b);
+  // Of the lane that has k, and k + 1 above it.
+  const auto value = [](std::uint64_t bits, int k) {
+    return __uint_as_float(static_cast<unsigned>(bits >> (k % 2 * 16) & 0xffffu) << 16);
+  };
+  for (int k = 0; k < 8; ++k) {
+    for (int i = 0; i < 4; ++i) {
+      const std::uint64_t a = left[k / 2] >> (i / 2 * 32);
+      sums[i] += value(a, k) * value(right[(first + i % 2) * 4 + k / 2], k);
+    }
+  }
+}
+
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {
   grid_size = grid;
   block_size = dim3(static_cast<unsigned>(threads));

@@ -76,6 +76,10 @@ T shuffle(T value, int lane) {
   return value;
 }
 
+// As the functions of these names in cuda/gpu.h say, for the running lane.
+uint4 load_transposed(const uint4* row);
+void multiply_add(float (&sums)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b);
+
 }  // namespace emulator
 
 #define threadIdx ::emulator::thread_index
