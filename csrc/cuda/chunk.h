@@ -39,7 +39,8 @@ __device__ __forceinline__ std::byte* page_of(const StepShape& s, const LayerSta
                                               int token) {
   const int b = x / s.kv_heads, h = x % s.kv_heads;
   return layer
-      .pages[(static_cast<std::int64_t>(b) * s.pages() + token / s.page_size) * s.kv_heads + h];
+      .pages[(static_cast<std::int64_t>(b) * s.pages() + (token >> s.page_shift())) * s.kv_heads +
+             h];
 }
 
 }  // namespace icecache::gpu

@@ -129,6 +129,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+__device__ __forceinline__ float4& operator+=(float4& a, float4 b) {
+  a.x += b.x;
+  a.y += b.y;
+  a.z += b.z;
+  a.w += b.w;
+  return a;
+}
+
 // Has a warp's `count` elements in a row brought from memory into the second-level cache, later.
 template <typename T>
 __device__ __forceinline__ void fetch_into_l2(const T* from, int count) {
@@ -203,48 +211,46 @@ __device__ __forceinline__ int warp_max(int x) {
 #endif
 }
 
-// Sum over the block's threads before this one; `total` becomes the sum over all. `room`: shared,
-// one int for each warp and one more. All threads of the block call it.
-__device__ __forceinline__ int block_scan(int x, int* room, int& total) {
+__device__ __forceinline__ int warp_sum(int x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(~0u, x);
+#else
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+#endif
+}
+
+// What the block's warps put into `room` [warps]: the sum over the warps before this one; `total`
+// becomes the sum over all. All threads of the block call it, which have at most 32 warps.
+__device__ __forceinline__ int warps_scan(const int* room, int& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  __syncthreads();
+  const int of_warp = lane < warps ? room[lane] : 0;
+  __syncthreads();
+  total = warp_sum(of_warp);
+  return warp_sum(lane < warp ? of_warp : 0);
+}
+
+// Sum over the block's threads before this one; `total` becomes the sum over all. `room`: shared,
+// one int for each warp. All threads of the block call it.
+__device__ __forceinline__ int block_scan(int x, int* room, int& total) {
+  const int lane = threadIdx.x % kWarp;
   int sum = x;
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const int below = __shfl_up_sync(~0u, sum, offset);
     if (lane >= offset) sum += below;
   }
-  if (lane == kWarp - 1) room[warp] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int before = 0;
-    for (int w = 0; w < warps; ++w) {
-      const int own = room[w];
-      room[w] = before;
-      before += own;
-    }
-    room[warps] = before;
-  }
-  __syncthreads();
-  const int result = room[warp] + sum - x;
-  total = room[warps];
-  __syncthreads();
-  return result;
+  if (lane == kWarp - 1) room[threadIdx.x / kWarp] = sum;
+  return warps_scan(room, total) + sum - x;
 }
 
 // How many of the block's threads before this one have their flag set; `total`: how many have.
 // `room` as for block_scan.
 __device__ __forceinline__ int block_rank(bool flag, int* room, int& total) {
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
   const unsigned flags = __ballot_sync(~0u, flag);
-  if (lane == 0) room[warp] = __popc(flags);
-  __syncthreads();
-  int before = 0;
-  total = 0;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-    before += w < warp ? room[w] : 0;
-    total += room[w];
-  }
-  __syncthreads();
-  return before + __popc(flags & ((1u << lane) - 1));
+  if (lane == 0) room[threadIdx.x / kWarp] = __popc(flags);
+  return warps_scan(room, total) + __popc(flags & ((1u << lane) - 1));
 }
 
 // Sums of N values over the warp, N a power of two: lane l gets that of values[l / (32 / N)], whose

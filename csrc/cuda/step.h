@@ -72,6 +72,9 @@ struct StepShape {
   constexpr int rows() const { return near_rows() + cached_rows; }
   constexpr int nodes() const { return token_room / far_node_tokens; }
   constexpr int pages() const { return token_room / page_size; }
+  // Tokens of a page, and of a far-field node, as powers.
+  constexpr int page_shift() const { return page_size == 8 ? 3 : page_size == 16 ? 4 : 5; }
+  constexpr int far_shift() const { return far_node_tokens == 64 ? 6 : 5; }
   constexpr int words() const { return rank / kCodesPerWord; }  // of a sketch
   constexpr int chunks() const { return (token_room + kChunkTokens - 1) / kChunkTokens; }
   // Of a part of a chunk: where row_of and means begin, and bytes in all; multiples of 256.

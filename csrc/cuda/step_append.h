@@ -31,11 +31,11 @@ __device__ void store_token(const StepParams& p, int x, int input, int length) {
     }
     for (int d = thread; d < D; d += kBlock) {
       key[d] = to_float(row_key[d]) - mean_key[d];
-      const int in_node = displaced % s.far_node_tokens;
+      const int in_node = displaced & (s.far_node_tokens - 1);
       float* open = p.layer.open_sum + static_cast<std::int64_t>(x) * D + d;
       const float sum = (in_node == 0 ? 0.0f : *open) + to_float(row_value[d]);
       *open = sum;
-      mean_of<T>(s, p.layer, x, displaced / s.far_node_tokens, D)[d] =
+      mean_of<T>(s, p.layer, x, displaced >> s.far_shift(), D)[d] =
           from_float<T>(divide(sum, static_cast<float>(in_node + 1)));
     }
     __syncthreads();
@@ -85,6 +85,7 @@ __device__ void score_near(const StepParams& p, int x, int input, int length) {
   __syncthreads();
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
+#pragma unroll 2
     for (int first = warp * Shape::kRows; first < near; first += kWarps * Shape::kRows) {
       const int e = first + own;
       uint4 held[Shape::kPerLane] = {};
@@ -106,8 +107,10 @@ __device__ void score_near(const StepParams& p, int x, int input, int length) {
     if (warp < kHeadTile) {
       const float* of_head = reinterpret_cast<const float*>(logits) + warp;
       float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 2
       for (int e = lane; e < near; e += kWarp) largest = fmaxf(largest, of_head[e * kHeadTile]);
       largest = warp_max(largest);
+#pragma unroll 2
       for (int e = lane; e < near; e += kWarp) sum += expf(of_head[e * kHeadTile] - largest);
       sum = warp_sum(sum);
       if (lane == 0) {
@@ -150,8 +153,10 @@ __device__ void project_queries(const StepParams& p, int x, int input, int lengt
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) slices[g * kBlock + thread] = sums[g];
     __syncthreads();
+#pragma unroll 1
     for (int i = thread; i < kHeadTile * rank; i += kBlock) {
       float sum = 0.0f;
+#pragma unroll 4
       for (int other = 0; other < slice_count; ++other) {
         sum += slices[i / rank * kBlock + other * rank + i % rank];
       }
@@ -173,12 +178,17 @@ __device__ void project_queries(const StepParams& p, int x, int input, int lengt
               static_cast<std::int64_t>(x) * s.group * kRecentQueries * D +
               length % kRecentQueries * D;
   const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
-  for (int i = thread; i < s.group * D; i += kBlock) {
-    recent[i / D * kRecentQueries * D + i % D] = from[i];
+  constexpr int kVectors = RowShape<T, D>::kVectors;
+#pragma unroll 1
+  for (int i = thread; i < s.group * kVectors; i += kBlock) {
+    reinterpret_cast<uint4*>(recent + i / kVectors * kRecentQueries * D)[i % kVectors] =
+        vectors_of(from)[i];
   }
+#pragma unroll 1
   for (int g = warp; g < heads; g += kWarps) {
     float bias = 0.0f;
     for (int d = lane; d < D; d += kWarp) bias += query[g * D + d] * mean_key[d];
+#pragma unroll 1
     for (int i = lane; i < rank; i += kWarp) {
       const float code = rintf(divide(projected[g * rank + i], scale));
       p.scratch.query_codes[(static_cast<std::int64_t>(x) * heads + g) * rank + i] =
@@ -200,6 +210,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   int length = row < 0 ? -1 : p.layer.lengths[x];
   if (length >= p.shape.near_rows() + p.layer.room[x]) length = kFull;
   if (blockIdx.y == 0) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRanks; i += kBlock) {
       p.scratch.histogram[static_cast<std::int64_t>(x) * kRanks + i] = 0;
     }

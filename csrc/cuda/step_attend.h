@@ -31,14 +31,15 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   const int input = input_of(p, x), length = length_of(p, x);
   const int tokens = is_idle(length) ? -1 : length, count = index_tokens(s, tokens);
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) / s.far_node_tokens : 0;
+  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) >> s.far_shift() : 0;
   const int found = count > 0 ? static_cast<int>(p.scratch.found[x]) : 0;
   const int all_rows = near_count(s, tokens) + min(s.select_tokens, found);
   const int blocks = max(1, min(static_cast<int>(gridDim.x),
                                 (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast));
   const int block = blockIdx.x;
+  // Of some nodes or rows, those ahead of the next block: below 2^31 / 32 of them, 16 blocks.
   const auto share = [&](int all, int of) {
-    return static_cast<int>(static_cast<std::int64_t>(all) * of / blocks);
+    return static_cast<int>(static_cast<unsigned>(all * of) / static_cast<unsigned>(blocks));
   };
   // Nodes are shared by stages, so that those of a stage stand in one chunk.
   const int all_stages = (all_nodes + kRows - 1) / kRows;
@@ -67,11 +68,13 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
       copy_row(stage, u, means + row * D, t * kRows + row < nodes);
     }
   };
-#pragma unroll
+  // Loops over stages are not unrolled: code that is run once is slow to come.
+#pragma unroll 1
   for (int slot = 0; slot < kStages - 1; ++slot) {
     const int t = warp + slot * kWarps;
     if (t < node_stages) ask_means(ring[slot], t);
   }
+#pragma unroll 1
   for (int k = 0; k < kAttendAhead; ++k) {
     const int node = (warp + (kStages - 1 + k) * kWarps) * kRows;
     if (node >= nodes) break;
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   const auto ask_rows = [&](Stage& stage, int t) {
     const int first = (t - node_stages) * kRows;
     if (t < stages) {
-#pragma unroll
+#pragma unroll 1
       for (int u = 0; u < Stage::kUnroll; ++u) {
         const int row = first + u * Shape::kRows + own;
         const int item = min(row, rows - 1), entry = entries[item];
@@ -127,13 +130,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   AttendSums<T, D, Tiles> values_of_heads;
   const auto add = [&](const Stage& stage) {
     values_of_heads.add(stage);
-    if (lane < kRows * Tiles) {
-      const float4 four = stage.weights[lane];
-      sum.x += four.x;
-      sum.y += four.y;
-      sum.z += four.z;
-      sum.w += four.w;
-    }
+    if (lane < kRows * Tiles) sum += stage.weights[lane];
   };
   const auto scale = [&] {
     const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
@@ -150,7 +147,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   // Values that came from host memory stay.
   const auto keep = [&](const Stage& stage, int first) {
     if (blockIdx.z != 0) return;
-#pragma unroll
+#pragma unroll 1
     for (int u = 0; u < Stage::kUnroll; ++u) {
       const int row = first + u * Shape::kRows + own;
       if (row >= rows || entries[row] >= 0) continue;
@@ -164,23 +161,30 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     }
   };
 
-#pragma unroll
+#pragma unroll 1
   for (int slot = 0; slot < kStages - 1; ++slot) {
     const int t = warp + slot * kWarps;
     if (t < node_stages) ask_masses(ring[slot], t);
   }
+#pragma unroll 1
   for (int e = thread; e < rows; e += kAttendBlock) {
     const int row = p.scratch.entry_rows[entry0 + e];
     entries[e] = sources[e] < 0 ? row : ~row;
   }
   __syncthreads();
-#pragma unroll
+#pragma unroll 1
   for (int slot = 0; slot < kStages - 1; ++slot) {
     const int t = warp + slot * kWarps;
     if (t >= node_stages) ask_rows(ring[slot], t);
   }
-  int t = warp, slot = 0;
-  const auto next = [&]() -> const Stage& {
+  bool scaled = false;
+#pragma unroll 1
+  for (int t = warp, slot = 0;; t += kWarps, ++slot) {
+    if (t >= node_stages && !scaled) {
+      scale();
+      scaled = true;
+    }
+    if (t >= stages) break;
     wait_for_copies<kStages - 2>();
     __syncwarp();  // what other lanes copied is there; none reads the last stage
     const int ahead = t + (kStages - 1) * kWarps;
@@ -191,14 +195,9 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     } else {
       ask_rows(free, ahead);
     }
-    return ring[slot % kStages];
-  };
-  for (; t < node_stages; t += kWarps, ++slot) add(next());
-  scale();
-  for (; t < stages; t += kWarps, ++slot) {
-    const Stage& stage = next();
+    const Stage& stage = ring[slot % kStages];
     add(stage);
-    keep(stage, (t - node_stages) * kRows);
+    if (t >= node_stages) keep(stage, (t - node_stages) * kRows);
   }
   wait_for_copies<0>();
   __syncwarp();
@@ -220,11 +219,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float4 part = reinterpret_cast<const float4*>(stages_of_warps[w])[i];
-      total.x += part.x;
-      total.y += part.y;
-      total.z += part.z;
-      total.w += part.w;
+      total += reinterpret_cast<const float4*>(stages_of_warps[w])[i];
     }
     reinterpret_cast<float4*>(p.scratch.partial + block0 * D)[i] = total;
   }
@@ -244,10 +239,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   };
   Part* parts = reinterpret_cast<Part*>(stages_of_warps);  // [kAttendBlock]
   const auto add_part = [](Part& part, float4 values, float weight) {
-    part.values.x += values.x;
-    part.values.y += values.y;
-    part.values.z += values.z;
-    part.values.w += values.w;
+    part.values += values;
     part.weight += weight;
   };
   constexpr int kMerged = 8;  // parts whose loads are under way at once

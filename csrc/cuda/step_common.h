@@ -41,8 +41,8 @@ __device__ __forceinline__ int near_row(const StepShape& s, int position) {
 
 template <typename T>
 __device__ __forceinline__ T* host_key(const StepParams& p, int x, int token, int d) {
-  const int s = p.shape.page_size;
-  return reinterpret_cast<T*>(page_of(p.shape, p.layer, x, token)) + (token % s) * d;
+  return reinterpret_cast<T*>(page_of(p.shape, p.layer, x, token)) +
+         (token & (p.shape.page_size - 1)) * d;
 }
 template <typename T>
 __device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, int d) {
@@ -67,9 +67,15 @@ __device__ __forceinline__ bool is_last_block(std::uint32_t* arrived, unsigned b
 template <typename T, int D, int Threads>
 __device__ __forceinline__ void load_queries(const StepParams& p, int input, float* queries) {
   const StepShape& s = p.shape;
-  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
-  for (int i = threadIdx.x; i < s.padded_group() * D; i += Threads) {
-    queries[i] = i < s.group * D ? to_float(from[i]) * s.scale : 0.0f;
+  constexpr int kCount = Vector<T>::kCount, kVectors = D / kCount;
+  const uint4* from =
+      vectors_of(static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.padded_group() * kVectors; i += Threads) {
+    float query[kCount] = {};
+    if (i < s.group * kVectors) Vector<T>{from[i]}.unpack(query);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) queries[i * kCount + j] = query[j] * s.scale;
   }
 }
 

@@ -10,30 +10,35 @@ namespace icecache::gpu {
 constexpr int kPickBlock = kMaxCandidates;
 constexpr float kLargestExponent = 80.0f;
 
-// Sorts kMaxCandidates shared integers, ascending.
-__device__ __forceinline__ void sort_tokens(int* tokens) {
+// Sorts the integers of a block of kMaxCandidates threads, ascending (bitonic): thread i gets the
+// i-th. `room`: shared, an integer of each; only warps that exchange meet a barrier.
+__device__ __forceinline__ int sort_tokens(int token, int* room) {
   const int i = threadIdx.x;
+#pragma unroll 1
   for (int size = 2; size <= kMaxCandidates; size *= 2) {
+#pragma unroll 1
     for (int stride = size / 2; stride > 0; stride /= 2) {
-      const int other = i ^ stride;
-      if (other > i) {
-        const int a = tokens[i], b = tokens[other];
-        if ((a > b) == ((i & size) == 0)) {
-          tokens[i] = b;
-          tokens[other] = a;
-        }
+      int other;
+      if (stride >= kWarp) {
+        room[i] = token;
+        __syncthreads();
+        other = room[i ^ stride];
+        __syncthreads();
+      } else {
+        other = __shfl_xor_sync(~0u, token, stride);
       }
-      __syncthreads();
+      const bool takes_low = ((i & size) == 0) == ((i & stride) == 0);
+      token = takes_low ? min(token, other) : max(token, other);
     }
   }
+  return token;
 }
 
 static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepParams p) {
   constexpr int kAges = 1024;
-  __shared__ int tokens[kMaxCandidates];
-  __shared__ int victims[kMaxCandidates];
+  __shared__ int victims[kMaxCandidates];  // first the tokens, while they are sorted
   __shared__ int ages[kAges];
-  __shared__ int room[kPickBlock / kWarp + 1];
+  __shared__ int room[kPickBlock / kWarp];
   __shared__ int oldest, wanted_of_oldest;
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
@@ -42,15 +47,13 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
   if (is_idle(length)) return;
   const int found = static_cast<int>(p.scratch.found[x]);  // <= kMaxCandidates
   const int now = length + 1;                              // stamps of this step; 0: never used
-  tokens[thread] = thread < found ? p.scratch.tokens[x * kMaxCandidates + thread] : INT_MAX;
   for (int i = thread; i < kAges; i += kPickBlock) ages[i] = 0;
-  __syncthreads();
-  sort_tokens(tokens);
+  const int token = sort_tokens(
+      thread < found ? p.scratch.tokens[x * kMaxCandidates + thread] : INT_MAX, victims);
 
   std::int32_t* owner = p.layer.owner + static_cast<std::int64_t>(x) * s.cached_rows;
   std::int32_t* stamp = p.layer.stamp + static_cast<std::int64_t>(x) * s.cached_rows;
   const bool asked = thread < found;
-  const int token = tokens[thread];
   int row = asked ? row_of(s, p.layer, x, token) : -1;
   const bool missing = asked && row < 0;
   if (asked && !missing) stamp[row] = now;
@@ -62,6 +65,7 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
     const auto age_of = [&](int r) {
       return stamp[r] == 0 ? kAges - 1 : min(now - stamp[r], kAges - 2);
     };
+#pragma unroll 2
     for (int r = thread; r < s.cached_rows; r += kPickBlock) atomicAdd(ages + age_of(r), 1);
     __syncthreads();
     constexpr int kOwn = kAges / kPickBlock;
@@ -77,6 +81,7 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
     }
     __syncthreads();
     int taken = 0, alike = 0;
+#pragma unroll 1
     for (int first = 0; first < s.cached_rows; first += kPickBlock) {
       const int r = first + thread;
       const int age = r < s.cached_rows ? age_of(r) : -1;
@@ -128,8 +133,8 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
   __shared__ std::uint8_t picked[kMaxCandidates];
   __shared__ float4 left_weights[kMaxCandidates];  // of candidates that are not picked
   __shared__ float4 shares[kMaxCandidates];
-  __shared__ float room[kWarps][kHeadTile];
-  __shared__ int scan_room[kWarps + 1];
+  __shared__ float4 room[kWarps];
+  __shared__ int scan_room[kWarps];
   __shared__ float references[kMaxGroup], far_scales[kMaxGroup];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
@@ -149,7 +154,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
   // Asked for before it is known whether they are there: one wait less.
   const int own_token = p.scratch.tokens[x * kMaxCandidates + i];
   const int own_row = p.scratch.token_rows[x * kMaxCandidates + i];
-  const int node = is_candidate ? own_token / s.far_node_tokens : INT_MAX;
+  const int node = is_candidate ? own_token >> s.far_shift() : INT_MAX;
   nodes[i] = node;
   const int in_rows = own_row < 0 ? ~own_row : own_row;
   std::uint8_t* has_value = p.layer.has_value + static_cast<std::int64_t>(x) * s.cached_rows +
@@ -166,30 +171,35 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
     const float own[kHeadTile] = {four.x, four.y, four.z, four.w};
     float high[kHeadTile], sum[kHeadTile];
 #pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      high[g] = warp_max(own[g]);
-      if (lane == 0) room[warp][g] = high[g];
-    }
+    for (int g = 0; g < kHeadTile; ++g) high[g] = warp_max(own[g]);
+    if (lane == 0) room[warp] = make_float4(high[0], high[1], high[2], high[3]);
     __syncthreads();
 #pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      high[g] = near_lse[tile + g];
-#pragma unroll 4
-      for (int w = 0; w < kWarps; ++w) high[g] = fmaxf(high[g], room[w][g]);
+    for (int g = 0; g < kHeadTile; ++g) high[g] = near_lse[tile + g];
+#pragma unroll 2
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 of_warp = room[w];
+      high[0] = fmaxf(high[0], of_warp.x);
+      high[1] = fmaxf(high[1], of_warp.y);
+      high[2] = fmaxf(high[2], of_warp.z);
+      high[3] = fmaxf(high[3], of_warp.w);
     }
     __syncthreads();
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
       sum[g] = warp_sum(expf(own[g] - high[g]));
-      if (lane == 0) room[warp][g] = sum[g];
     }
+    if (lane == 0) room[warp] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     __syncthreads();
+    float4 total =
+        make_float4(expf(near_lse[tile] - high[0]), expf(near_lse[tile + 1] - high[1]),
+                    expf(near_lse[tile + 2] - high[2]), expf(near_lse[tile + 3] - high[3]));
+#pragma unroll 2
+    for (int w = 0; w < kWarps; ++w) total += room[w];
+    const float totals[kHeadTile] = {total.x, total.y, total.z, total.w};
 #pragma unroll
     for (int g = 0; g < kHeadTile; ++g) {
-      float total = expf(near_lse[tile + g] - high[g]);
-#pragma unroll 4
-      for (int w = 0; w < kWarps; ++w) total += room[w][g];
-      if (tile + g < s.group) mass += expf(own[g] - high[g]) / total;
+      if (tile + g < s.group) mass += expf(own[g] - high[g]) / totals[g];
       if (i == 0) references[tile + g] = fmaxf(high[g], all_lse[tile + g]);
     }
     __syncthreads();
@@ -199,6 +209,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
   const unsigned bits = is_candidate ? __float_as_uint(mass) + 1 : 0;
   const int budget = min(s.select_tokens, found);
   unsigned threshold = 0;
+#pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {
     const unsigned tried = threshold | 1u << bit;
     if (__syncthreads_count(bits >= tried) >= budget) threshold = tried;
@@ -220,6 +231,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
     }
     *has_value = 1;
   }
+#pragma unroll 1
   for (int e = i; e < near; e += kPickBlock) {
     p.scratch.entry_rows[entry0 + e] = e;
     p.scratch.entry_sources[entry0 + e] = -1;
@@ -251,10 +263,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
       for (int j = i; j < found && nodes[j] == node; ++j) {
         leader[j] = static_cast<short>(i);
         left -= picked[j];
-        sum.x += left_weights[j].x;
-        sum.y += left_weights[j].y;
-        sum.z += left_weights[j].z;
-        sum.w += left_weights[j].w;
+        sum += left_weights[j];
       }
       const float each = left > 0 ? 1.0f / static_cast<float>(left) : 0.0f;
       shares[i] = make_float4(sum.x * each, sum.y * each, sum.z * each, sum.w * each);
@@ -273,6 +282,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
           make_float4(weight(0, own.x, share.x), weight(1, own.y, share.y),
                       weight(2, own.z, share.z), weight(3, own.w, share.w));
     }
+#pragma unroll 1
     for (int e = i; e < near; e += kPickBlock) {
       const float4 logit = *reinterpret_cast<const float4*>(
           p.scratch.near_logits + (static_cast<std::int64_t>(x) * s.near_rows() + e) * heads +

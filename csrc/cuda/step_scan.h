@@ -200,7 +200,7 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   constexpr int kOwn = kRanks / kBlock;
   __shared__ std::uint32_t histogram[kRanks];
   __shared__ int offset[kMaxGroup];
-  __shared__ int room[kBlock / kWarp + 1];
+  __shared__ int room[kBlock / kWarp];
   __shared__ int last_rank;
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
@@ -215,11 +215,13 @@ static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p)
   for (int i = thread; i < kRanks; i += kBlock) histogram[i] = 0;
   for (int g = warp; g < heads; g += kBlock / kWarp) {
     int high = INT_MIN;
+#pragma unroll 2
     for (int i = lane; i < chunks; i += kWarp) {
       high = max(high, p.scratch.chunk_max[first + i * heads + g]);
     }
     high = warp_max(high);
     float sum = 0.0f;
+#pragma unroll 2
     for (int i = lane; i < chunks; i += kWarp) {
       sum += p.scratch.chunk_sum[first + i * heads + g] *
              expf(unit * static_cast<float>(p.scratch.chunk_max[first + i * heads + g] - high));
