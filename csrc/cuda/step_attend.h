@@ -11,6 +11,62 @@ constexpr int kAttendStages = 4;  // of a warp: all but one are under way while 
 constexpr int kAttendAhead = 8;   // stages of a warp that are fetched into L2 while pick runs
 constexpr int kMaxEntries = kMaxNear + kMaxCandidates;
 
+// Four outputs of some blocks, and the weights in them.
+struct AttendPart {
+  float4 values;
+  float weight;
+  __device__ __forceinline__ void add(float4 more_values, float more_weight) {
+    values += more_values;
+    weight += more_weight;
+  }
+};
+
+// The outputs of a pair [G, D] from the sums of its `blocks` blocks, in a fixed order. `room`:
+// shared, [kAttendBlock]. Four outputs at a time, and as many threads to them as there are to
+// spare.
+template <typename T, int D>
+__device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blocks, T* out,
+                                             AttendPart* room) {
+  constexpr int kAtOnce = 8;  // parts whose loads are under way at once
+  const int thread = threadIdx.x, group = p.shape.group, heads = p.shape.padded_group();
+  const int fours = group * D / 4, at_once = min(fours, kAttendBlock);
+  const int threads = kAttendBlock / at_once, turn = thread / at_once;
+  const std::int64_t first_block = static_cast<std::int64_t>(x) * gridDim.x * heads;
+  for (int first = 0; first < fours; first += at_once) {
+    const int four = first + thread % at_once, head = four * 4 / D;
+    const bool works = turn < threads && four < fours;
+    AttendPart part = {make_float4(0, 0, 0, 0), 0.0f};
+    for (int first_part = turn; first_part < blocks; first_part += kAtOnce * threads) {
+      float4 values[kAtOnce];
+      float weights[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int block = first_part + k * threads;
+        const bool there = works && block < blocks;
+        const std::int64_t at = first_block + static_cast<std::int64_t>(block) * heads;
+        const auto* sums = reinterpret_cast<const float4*>(p.scratch.partial + at * D) + four;
+        values[k] = there ? __ldcg(sums) : make_float4(0, 0, 0, 0);
+        weights[k] = there ? __ldcg(p.scratch.partial_sum + at + head) : 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) part.add(values[k], weights[k]);
+    }
+    room[thread] = part;
+    __syncthreads();
+    if (works && turn == 0) {
+      for (int other = 1; other < threads; ++other) {
+        const AttendPart& more = room[thread + other * at_once];
+        part.add(more.values, more.weight);
+      }
+      out[four * 4] = from_float<T>(part.values.x / part.weight);
+      out[four * 4 + 1] = from_float<T>(part.values.y / part.weight);
+      out[four * 4 + 2] = from_float<T>(part.values.z / part.weight);
+      out[four * 4 + 3] = from_float<T>(part.values.w / part.weight);
+    }
+    __syncthreads();
+  }
+}
+
 // Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows,
 // each of its warps every kWarps-th stage of them. Values go from memory to shared memory without
 // registers between (docs/cuda.md).
@@ -231,54 +287,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 
   // The last block merges, in the order of the blocks, and the pair has one more token.
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
-  const std::int64_t first_block = static_cast<std::int64_t>(x) * gridDim.x * heads;
-  // Four outputs at a time, and as many threads to them as there are to spare.
-  struct Part {
-    float4 values;
-    float weight;
-  };
-  Part* parts = reinterpret_cast<Part*>(stages_of_warps);  // [kAttendBlock]
-  const auto add_part = [](Part& part, float4 values, float weight) {
-    part.values += values;
-    part.weight += weight;
-  };
-  constexpr int kMerged = 8;  // parts whose loads are under way at once
-  const int fours = s.group * D / 4, at_once = min(fours, kAttendBlock);
-  const int threads = kAttendBlock / at_once, turn = thread / at_once;
-  for (int first = 0; first < fours; first += at_once) {
-    const int four = first + thread % at_once, head = four * 4 / D;
-    const bool works = turn < threads && four < fours;
-    Part part = {make_float4(0, 0, 0, 0), 0.0f};
-    for (int first_part = turn; first_part < blocks; first_part += kMerged * threads) {
-      float4 values[kMerged];
-      float weights[kMerged];
-#pragma unroll
-      for (int k = 0; k < kMerged; ++k) {
-        const int b = first_part + k * threads;
-        const bool there = works && b < blocks;
-        const std::int64_t at = first_block + static_cast<std::int64_t>(b) * heads;
-        values[k] = there
-                        ? __ldcg(reinterpret_cast<const float4*>(p.scratch.partial + at * D) + four)
-                        : make_float4(0, 0, 0, 0);
-        weights[k] = there ? __ldcg(p.scratch.partial_sum + at + head) : 0.0f;
-      }
-#pragma unroll
-      for (int k = 0; k < kMerged; ++k) add_part(part, values[k], weights[k]);
-    }
-    parts[thread] = part;
-    __syncthreads();
-    if (works && turn == 0) {
-      for (int other = 1; other < threads; ++other) {
-        const Part& more = parts[thread + other * at_once];
-        add_part(part, more.values, more.weight);
-      }
-      out[four * 4] = from_float<T>(part.values.x / part.weight);
-      out[four * 4 + 1] = from_float<T>(part.values.y / part.weight);
-      out[four * 4 + 2] = from_float<T>(part.values.z / part.weight);
-      out[four * 4 + 3] = from_float<T>(part.values.w / part.weight);
-    }
-    __syncthreads();
-  }
+  merge_blocks<T, D>(p, x, blocks, out, reinterpret_cast<AttendPart*>(stages_of_warps));
   if (thread == 0) p.layer.lengths[x] = length + 1;
 }
 
