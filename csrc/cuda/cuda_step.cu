@@ -71,7 +71,7 @@ void launch_with(const StepParams& p, Stream stream) {
   start("scan",
         s.words() == 4 ? (wide ? scan_kernel<4, true> : scan_kernel<4, false>)
                        : (wide ? scan_kernel<8, true> : scan_kernel<8, false>),
-        dim3(static_cast<unsigned>(s.chunks()), pairs), kBlock);
+        chunked(kScanBlocks), kBlock);
   start("rank", rank_kernel, chunked(kRankBlocks), kBlock);
   start("choose", choose_kernel, chunked(kChooseBlocks), kBlock);
   start("resolve", resolve_kernel, dim3(pairs), kPickBlock);

@@ -1,5 +1,5 @@
-// scan: a block for each chunk of kChunkTokens tokens of a pair. rank, choose: each pair has as
-// many blocks as run at once, which take its chunks by turns. What a token weighs is summed up
+// scan, rank, choose: each pair has as many blocks as run at once, which take its chunks of
+// kChunkTokens tokens by turns. What a token weighs is summed up
 // once, by scan, in parts of its chunk's best score; choose takes the candidates out again. Device
 // code.
 #pragma once
@@ -13,7 +13,7 @@ namespace icecache::gpu {
 constexpr int kScanSteps = kChunkTokens / kBlock;
 constexpr float kLog2E = 1.44269504f;
 // Blocks that a multiprocessor of most devices holds at once.
-constexpr int kRankBlocks = 8, kChooseBlocks = 4;
+constexpr int kScanBlocks = 4, kRankBlocks = 8, kChooseBlocks = 4;
 
 // The tokens of a thread in a chunk, as scan and rank take them: a warp has 128 in a row, so that a
 // far-field node is one warp's.
@@ -23,37 +23,45 @@ __device__ __forceinline__ int token_of(int begin, int k) {
   return begin + warp * kWarpTokens + k * kWarp + lane;
 }
 
-// Warps have nothing to do with each other until all of a chunk is added up. Wide: a far-field node
-// has 64 tokens, else 32.
+// Warps have nothing to do with each other until all of a chunk is added up. Codes come to shared
+// memory while what is made of those before them is computed; a thread reads what it asked for
+// itself. Wide: a far-field node has 64 tokens, else 32.
 template <int Words, bool Wide>
-__global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
+__global__ void __launch_bounds__(kBlock, kScanBlocks) scan_kernel(const StepParams p) {
   constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
   constexpr int kSteps = Wide ? 2 : 1, kNodes = kScanSteps / kSteps;  // of a node; of a warp
   constexpr int kMaxTiles = kMaxGroup / kHeadTile;
+  __shared__ uint4 cells[kScanSteps][Words / 4][kBlock];
   __shared__ int queries[kMaxTiles][Words][2][kHeadTile];  // even dimensions of a word, then odd
-  __shared__ int4 highest[kMaxTiles][kWarps];
-  __shared__ float sums[kMaxTiles][kWarps * kNodes][kHeadTile];
+  // Of a chunk; the next one's are others, while some warps still read these.
+  __shared__ int4 highest_of_turns[2][kMaxTiles][kWarps];
+  __shared__ float sums_of_turns[2][kMaxTiles][kWarps * kNodes][kHeadTile];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const std::byte* const* parts = p.layer.chunks + static_cast<std::int64_t>(x) * s.chunks();
   // Asked for before it is known whether there is one, beside the length: one wait less.
-  const std::byte* chunk =
-      load_now(p.layer.chunks + static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x);
+  const std::byte* part = load_now(parts + blockIdx.x);
   const int length = length_of(p, x);
   if (is_idle(length)) return;
-  const int count = index_tokens(s, length), begin = blockIdx.x * kChunkTokens;
-  if (begin >= count) return;
+  const int count = index_tokens(s, length), blocks = gridDim.x;
+  const int chunks = (count + kChunkTokens - 1) / kChunkTokens;
+  int chunk = blockIdx.x;
+  if (chunk >= chunks) return;
   const int heads = s.padded_group(), tiles = heads / kHeadTile;
-  const uint4* codes = reinterpret_cast<const uint4*>(chunk + p.layer.in_chunk);
-  uint4 cells[kScanSteps][Words / 4];
+  const auto ask = [&](const std::byte* of_part, int of_chunk) {
+    const uint4* codes = reinterpret_cast<const uint4*>(of_part + p.layer.in_chunk);
 #pragma unroll
-  for (int k = 0; k < kScanSteps; ++k) {
+    for (int k = 0; k < kScanSteps; ++k) {
 #pragma unroll
-    for (int w = 0; w < Words / 4; ++w) {
-      cells[k][w] = token_of(begin, k) < count ? codes[token_of(0, k) * (Words / 4) + w]
-                                               : make_uint4(0, 0, 0, 0);
+      for (int w = 0; w < Words / 4; ++w) {
+        copy_async(&cells[k][w][thread], codes + token_of(0, k) * (Words / 4) + w,
+                   token_of(of_chunk * kChunkTokens, k) < count);
+      }
     }
-  }
+    end_copies();
+  };
+  ask(part, chunk);
   const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
                     static_cast<std::int64_t>(x) * heads * Words * 2;
 #pragma unroll 1
@@ -63,95 +71,104 @@ __global__ void __launch_bounds__(kBlock) scan_kernel(const StepParams p) {
   }
   const float unit = p.scratch.unit[x] * kLog2E;
   __syncthreads();
-  for (int tile = 0; tile < tiles; ++tile) {
-    int scores[kScanSteps][kHeadTile] = {};
+#pragma unroll 1
+  for (int turn = 0; chunk < chunks; chunk += blocks, turn ^= 1) {
+    const int begin = chunk * kChunkTokens, next = chunk + blocks;
+    auto& highest = highest_of_turns[turn];
+    auto& sums = sums_of_turns[turn];
+    if (next < chunks) part = load_now(parts + next);
+    wait_for_copies<0>();
+    for (int tile = 0; tile < tiles; ++tile) {
+      int scores[kScanSteps][kHeadTile] = {};
 #pragma unroll
-    for (int w = 0; w < Words; ++w) {
-      const int4 even4 = *reinterpret_cast<const int4*>(queries[tile][w][0]);
-      const int4 odd4 = *reinterpret_cast<const int4*>(queries[tile][w][1]);
-      const int even_query[kHeadTile] = {even4.x, even4.y, even4.z, even4.w};
-      const int odd_query[kHeadTile] = {odd4.x, odd4.y, odd4.z, odd4.w};
+      for (int w = 0; w < Words; ++w) {
+        const int4 even4 = *reinterpret_cast<const int4*>(queries[tile][w][0]);
+        const int4 odd4 = *reinterpret_cast<const int4*>(queries[tile][w][1]);
+        const int even_query[kHeadTile] = {even4.x, even4.y, even4.z, even4.w};
+        const int odd_query[kHeadTile] = {odd4.x, odd4.y, odd4.z, odd4.w};
 #pragma unroll
-      for (int k = 0; k < kScanSteps; ++k) {
-        const uint4 cell = cells[k][w / 4];
-        const unsigned word = w % 4 == 0   ? cell.x
-                              : w % 4 == 1 ? cell.y
-                              : w % 4 == 2 ? cell.z
-                                           : cell.w;
-        const int even = static_cast<int>(word & 0x0f0f0f0fu);
-        const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
+        for (int k = 0; k < kScanSteps; ++k) {
+          const uint4 cell = cells[k][w / 4][thread];
+          const unsigned word = w % 4 == 0   ? cell.x
+                                : w % 4 == 1 ? cell.y
+                                : w % 4 == 2 ? cell.z
+                                             : cell.w;
+          const int even = static_cast<int>(word & 0x0f0f0f0fu);
+          const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
 #pragma unroll
-        for (int g = 0; g < kHeadTile; ++g) {
-          scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
+          for (int g = 0; g < kHeadTile; ++g) {
+            scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
+          }
         }
       }
-    }
-    int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
-    short4* out = reinterpret_cast<short4*>(p.scratch.scores) +
-                  (static_cast<std::int64_t>(x) * tiles + tile) * s.token_room;
+      if (tile == tiles - 1 && next < chunks) ask(part, next);
+      int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+      short4* out = reinterpret_cast<short4*>(p.scratch.scores) +
+                    (static_cast<std::int64_t>(x) * tiles + tile) * s.token_room;
 #pragma unroll
-    for (int k = 0; k < kScanSteps; ++k) {
-      const int token = token_of(begin, k);
+      for (int k = 0; k < kScanSteps; ++k) {
+        const int token = token_of(begin, k);
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+          scores[k][g] >>= kShift;
+          if (token < count) largest[g] = max(largest[g], scores[k][g]);
+        }
+        if (token < count) {
+          out[token] =
+              make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
+                          static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
+        }
+      }
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        scores[k][g] >>= kShift;
-        if (token < count) largest[g] = max(largest[g], scores[k][g]);
+        largest[g] = max(warp_max(largest[g]), SHRT_MIN);  // where the warp has no token, too
       }
-      if (token < count) {
-        out[token] =
-            make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
-                        static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
+      if (lane == 0) highest[tile][warp] = {largest[0], largest[1], largest[2], largest[3]};
+      // A node is one warp's.
+      float weights[kNodes * kHeadTile] = {};
+#pragma unroll
+      for (int k = 0; k < kScanSteps; ++k) {
+        const bool counts = token_of(begin, k) < count;
+#pragma unroll
+        for (int g = 0; g < kHeadTile; ++g) {
+          const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+          weights[k / kSteps * kHeadTile + g] += counts ? weight : 0.0f;
+        }
+      }
+      constexpr int kLanes = kWarp / (kNodes * kHeadTile);  // that get the same sum
+      const float sum = warp_sums<kNodes * kHeadTile>(weights);
+      const int at = lane / kLanes;
+      if (lane % kLanes == 0) sums[tile][warp * kNodes + at / kHeadTile][at % kHeadTile] = sum;
+    }
+    __syncthreads();
+    // All of the chunk, over its best score: a warp for each four heads, a lane for each node.
+    if (warp >= tiles) continue;
+    const int node_begin = begin + lane * kSteps * kWarp;
+    const bool has_node = lane < kWarps * kNodes && node_begin < count;
+    const int4 of_warp =
+        has_node ? highest[warp][lane / kNodes] : int4{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+    const int4 high = {warp_max(of_warp.x), warp_max(of_warp.y), warp_max(of_warp.z),
+                       warp_max(of_warp.w)};
+    float node[kHeadTile] = {};
+    if (has_node) {
+      const float* sum = sums[warp][lane];
+      node[0] = sum[0] * power_of_two(unit * small_to_float(of_warp.x - high.x));
+      node[1] = sum[1] * power_of_two(unit * small_to_float(of_warp.y - high.y));
+      node[2] = sum[2] * power_of_two(unit * small_to_float(of_warp.z - high.z));
+      node[3] = sum[3] * power_of_two(unit * small_to_float(of_warp.w - high.w));
+      if (s.tail) {
+        const std::int64_t at =
+            static_cast<std::int64_t>(x) * s.nodes() + node_begin / (kSteps * kWarp);
+        reinterpret_cast<float4*>(p.scratch.mass)[at * tiles + warp] =
+            make_float4(node[0], node[1], node[2], node[3]);
       }
     }
-#pragma unroll
-    for (int g = 0; g < kHeadTile; ++g) {
-      largest[g] = max(warp_max(largest[g]), SHRT_MIN);  // where the warp has no token, too
-    }
-    if (lane == 0) highest[tile][warp] = {largest[0], largest[1], largest[2], largest[3]};
-    // A node is one warp's.
-    float weights[kNodes * kHeadTile] = {};
-#pragma unroll
-    for (int k = 0; k < kScanSteps; ++k) {
-      const bool counts = token_of(begin, k) < count;
-#pragma unroll
-      for (int g = 0; g < kHeadTile; ++g) {
-        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
-        weights[k / kSteps * kHeadTile + g] += counts ? weight : 0.0f;
-      }
-    }
-    constexpr int kLanes = kWarp / (kNodes * kHeadTile);  // that get the same sum
-    const float sum = warp_sums<kNodes * kHeadTile>(weights);
-    const int at = lane / kLanes;
-    if (lane % kLanes == 0) sums[tile][warp * kNodes + at / kHeadTile][at % kHeadTile] = sum;
+    const std::int64_t at =
+        (static_cast<std::int64_t>(x) * s.chunks() + chunk) * heads + warp * kHeadTile;
+    const float sum = warp_sums<kHeadTile>(node);
+    if (lane % 8 == 0) p.scratch.chunk_sum[at + lane / 8] = sum;
+    if (lane == 0) *reinterpret_cast<int4*>(p.scratch.chunk_max + at) = high;
   }
-  __syncthreads();
-  // All of the chunk, over its best score: a warp for each four heads, a lane for each node.
-  if (warp >= tiles) return;
-  const int node_begin = begin + lane * kSteps * kWarp;
-  const bool has_node = lane < kWarps * kNodes && node_begin < count;
-  const int4 of_warp =
-      has_node ? highest[warp][lane / kNodes] : int4{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
-  const int4 high = {warp_max(of_warp.x), warp_max(of_warp.y), warp_max(of_warp.z),
-                     warp_max(of_warp.w)};
-  float node[kHeadTile] = {};
-  if (has_node) {
-    const float* sum = sums[warp][lane];
-    node[0] = sum[0] * power_of_two(unit * small_to_float(of_warp.x - high.x));
-    node[1] = sum[1] * power_of_two(unit * small_to_float(of_warp.y - high.y));
-    node[2] = sum[2] * power_of_two(unit * small_to_float(of_warp.z - high.z));
-    node[3] = sum[3] * power_of_two(unit * small_to_float(of_warp.w - high.w));
-    if (s.tail) {
-      const std::int64_t at =
-          static_cast<std::int64_t>(x) * s.nodes() + node_begin / (kSteps * kWarp);
-      reinterpret_cast<float4*>(p.scratch.mass)[at * tiles + warp] =
-          make_float4(node[0], node[1], node[2], node[3]);
-    }
-  }
-  const std::int64_t at =
-      (static_cast<std::int64_t>(x) * s.chunks() + blockIdx.x) * heads + warp * kHeadTile;
-  const float sum = warp_sums<kHeadTile>(node);
-  if (lane % 8 == 0) p.scratch.chunk_sum[at + lane / 8] = sum;
-  if (lane == 0) *reinterpret_cast<int4*>(p.scratch.chunk_max + at) = high;
 }
 
 // Scores of a token in four heads, as scan wrote them.
