@@ -72,6 +72,25 @@ TEST_F(DeviceCacheTest, WithinTheBudgetIsCloseToFullAttention) {
   talk.expect_complete(0);
 }
 
+// Two tokens of nearly equal weight and opposite values: what is left is how far the weights are
+// apart, of which eight bits would not show much.
+TEST_F(DeviceCacheTest, WeightsHaveMoreBitsThanValues) {
+  Case setup;
+  setup.head_dim = 128;
+  setup.dtype = DType::kBFloat16;
+  setup.batch = 1;
+  Talk talk(setup, 400);
+  talk.prefill(0, 1);
+  Rows k(setup.dtype, static_cast<std::size_t>(setup.kv_heads) * setup.head_dim), v = k;
+  for (std::size_t i = 0; i < k.size(); ++i) {
+    k.set(i, talk.normal());
+    v.set(i, -talk.values[0][i / setup.head_dim][i % setup.head_dim]);
+  }
+  talk.queries = Rows(setup.dtype, k.size() * setup.group);
+  for (std::size_t i = 0; i < talk.queries.size(); ++i) talk.queries.set(i, 0.02f * talk.normal());
+  EXPECT_LT(talk.error(talk.step(k, v), 0), rounding(setup.dtype));
+}
+
 // The same algorithm as on the CPU: the engine there comes as close to full attention.
 TEST_F(DeviceCacheTest, IsAsCloseAsTheEngineOnTheCpu) {
   Case setup;
