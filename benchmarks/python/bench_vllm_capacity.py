@@ -32,13 +32,13 @@ from typing import Annotated, Any
 import icecache
 import typer
 from head_tokens import text_tokens
-from icecache.bench.report import Result, machine, write_json
+from icecache.bench.report import Result
 from icecache.vllm import engine_args
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import AutoTokenizer
 from vllm_process import EngineProcess
+from vllm_results import show_and_write
 
 OURS, STOCK, UNLIMITED = "icecache", "stock", "unlimited"
 BLOCK = 128  # tokens of a block of vLLM's pool
@@ -192,14 +192,7 @@ def main(
     for name, each in short_rates.items():
         given = {**short_params, **spread(each)}
         results.append(Result(f"low_load_decode_{name}", median(each), "tokens/s", given))
-    table = Table("", "", "", title="SmolLM2-135M-Instruct, float32")
-    for result in results:
-        table.add_row(result.name, f"{result.value:.4g}", result.unit)
-    console.print(table)
-    if json is not None:
-        import vllm
-
-        write_json(json, {**machine(), "vllm": vllm.__version__}, results)
+    show_and_write("SmolLM2-135M-Instruct, float32", results, json)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from icecache.bench.report import Result, machine, write_json
+from icecache.bench.report import Result
 from icecache.vllm import engine_args
-from rich.console import Console
-from rich.table import Table
+from llama_8b import DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, WORDS
 from transformers import LlamaConfig
 from vllm_process import EngineProcess
+from vllm_results import show_and_write
 
 ANSWER = 512  # tokens that the request may make, of the context
 WARM_UP = 4  # decode steps
@@ -35,13 +35,13 @@ WARM_UP = 4  # decode steps
 def shape(layers: int, context: int) -> LlamaConfig:
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
+        vocab_size=WORDS,
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
         max_position_embeddings=context,
         dtype="bfloat16",
     )
@@ -61,7 +61,7 @@ def measure(arguments: dict[str, Any], prompt: list[int], steps: int) -> dict[st
 
 def main(
     context: Annotated[int, typer.Option(min=1024, help="Tokens, prompt and answer.")] = 131072,
-    layers: Annotated[int, typer.Option(min=1)] = 32,
+    layers: Annotated[int, typer.Option(min=1)] = LAYERS,
     steps: Annotated[int, typer.Option(min=8, help="Timed decode steps.")] = 64,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens attended exactly.")] = 256,
     host_memory: Annotated[str, typer.Option(help="Of IceCache, for pages.")] = "24G",
@@ -108,14 +108,8 @@ def main(
         results.append(Result(f"prefill_{name}", each["prefill_s"], "s", params))
     ratio = medians["stock"] / medians["icecache"]
     results.append(Result("tpot_ratio", ratio, "ratio", params))
-    table = Table("", "", "", title=f"Llama-3.1-8B's shape, {layers} layers, {context:,} tokens")
-    for result in results:
-        table.add_row(result.name, f"{result.value:.4g}", result.unit)
-    Console().print(table)
-    if json is not None:
-        import vllm
-
-        write_json(json, {**machine(), "vllm": vllm.__version__}, results)
+    title = f"Llama-3.1-8B's shape, {layers} layers, {context:,} tokens"
+    show_and_write(title, results, json)
 
 
 if __name__ == "__main__":
