@@ -112,7 +112,7 @@ class LaneSums {
 template <int D, int Tiles>
 class TensorSums {
   using Stage = AttendStage<BFloat16, D, Tiles>;
-  static constexpr int kAtOnce = 8, kPieces = D / 16, kPart = 4;  // rows; of D; vectors of a load
+  static constexpr int kAtOnce = 8, kPieces = D / 16;  // rows; of D
   static constexpr int kSteps = (Stage::kRows + kAtOnce - 1) / kAtOnce;
   static constexpr bool kHalf = Stage::kRows < kAtOnce;  // then the other rows weigh nothing
   static_assert(Stage::kRows % kAtOnce == 0 || (kHalf && Stage::kRows * 2 == kAtOnce));
@@ -139,10 +139,10 @@ class TensorSums {
           weights[t] |= static_cast<std::uint32_t>(part.bits) << (16 * i);
         }
       }
-      const int row = (step * kAtOnce + lane % 8) % Stage::kRows, part = lane / 8;
+      const int row = (step * kAtOnce + lane % 8) % Stage::kRows;
 #pragma unroll
       for (int piece = 0; piece < kPieces; piece += 2) {
-        const uint4 values = load_transposed(stage.vector(row, piece / 2 * kPart + part));
+        const uint4 values = load_transposed(stage.vector(row, piece * 2 + lane / 8));
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) {
           multiply_add(sums_[t][piece], values.x, values.y, weights[t]);

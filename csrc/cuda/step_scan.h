@@ -329,7 +329,7 @@ static __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(co
   const std::int32_t* chunk_max =
       p.scratch.chunk_max + static_cast<std::int64_t>(x) * s.chunks() * heads;
   // A lane has the masses of one node and four heads.
-  const int node_bits = s.far_node_tokens == kWarp ? 5 : 6, node_tokens = 1 << node_bits;
+  const int node_tokens = s.far_node_tokens;
   const int lanes = node_tokens / kOwn;  // of a node
   const int tiles = heads / kHeadTile, tile = lane % tiles, node = lane / tiles;
   float4* mass =
@@ -348,8 +348,8 @@ static __global__ void __launch_bounds__(kBlock, kChooseBlocks) choose_kernel(co
     const uint4 eight = token < count ? ranks[token / kOwn] : make_uint4(~0u, ~0u, ~0u, ~0u);
     const std::int32_t* highest = chunk_max + first / kChunkTokens * heads;
     const bool has_node =
-        s.tail && node < kTokens / node_tokens && first + node * node_tokens < count;
-    float4* own_mass = mass + (first >> node_bits) * tiles + lane;
+        s.tail && node < kTokens >> s.far_shift() && first + node * node_tokens < count;
+    float4* own_mass = mass + (first >> s.far_shift()) * tiles + lane;
     float4 left = has_node ? *own_mass : make_float4(0, 0, 0, 0);
     const int4 high = *reinterpret_cast<const int4*>(highest + tile * kHeadTile);
     // Bits that are set: ranks past the last.
