@@ -46,13 +46,14 @@ icecache_switch_fibre:
 
 namespace emulator {
 
-thread_local dim3 thread_index, block_index, block_size, grid_size;
+constinit thread_local dim3 thread_index, block_index, block_size, grid_size;
 std::size_t device_room = std::size_t{1} << 40;
 int multiprocessors = 8;
 
 namespace {
 
 constexpr std::size_t kStack = 256 << 10;
+constexpr std::size_t kStagger = 320;
 constexpr int kWarp = 32;
 
 // Where a thread of execution stands while it does not run.
@@ -88,7 +89,6 @@ struct Context {
 
 struct Fibre {
   Context context;
-  std::unique_ptr<char[]> stack;
   bool ended = false;
   // What it waits for: the block's barrier or its warp's exchange of this number; -1: nothing.
   int waits_barrier = -1, waits_exchange = -1;
@@ -103,87 +103,113 @@ struct Warp {
 struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
+  std::unique_ptr<char[]> stacks;
   Context scheduler;
   const std::function<void()>* kernel = nullptr;
   int running = 0, live = 0;
   int arrived = 0, barrier = 0, count = 0, counts[2] = {};
 #ifdef ICECACHE_FIBRES_UNDER_ASAN
-  const void* scheduler_stack = nullptr;
+  const void* scheduler_stack = nullptr;  // null: not left yet
   std::size_t scheduler_stack_bytes = 0;
 #endif
 };
-thread_local Block block;
+constinit thread_local Block* block = nullptr;
+constexpr int kScheduler = -1;
 
-void to_scheduler(bool for_ever = false) {
+// Stacks begin at different places of a page: at the same one the parts of them that are in use
+// would share a few sets of the processor's caches, and changing fibres take most of a test's time.
+char* stack(int fibre) {
+  return block->stacks.get() + fibre * (kStack + kStagger);
+}
+
+// What a fibre, or the scheduler, does when it goes on.
+void arrive(void* fake) {
 #ifdef ICECACHE_FIBRES_UNDER_ASAN
+  const void* left = nullptr;
+  std::size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(fake, &left, &bytes);
+  if (block->scheduler_stack == nullptr) {
+    block->scheduler_stack = left;
+    block->scheduler_stack_bytes = bytes;
+  }
+#else
+  (void)fake;
+#endif
+}
+
+// Leaves `from`, and returns when it is gone on with.
+void change(Context& from, int to, bool for_ever = false) {
+  block->running = to;
+  thread_index = dim3(static_cast<unsigned>(to));
+  Context& context = to == kScheduler ? block->scheduler : block->fibres[to].context;
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fake, block.scheduler_stack,
-                                 block.scheduler_stack_bytes);
+#ifdef ICECACHE_FIBRES_UNDER_ASAN
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fake,
+                                 to == kScheduler ? block->scheduler_stack : stack(to),
+                                 to == kScheduler ? block->scheduler_stack_bytes : kStack);
 #else
   (void)for_ever;
 #endif
-  Context::change(block.fibres[block.running].context, block.scheduler);
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  __sanitizer_finish_switch_fiber(fake, &block.scheduler_stack, &block.scheduler_stack_bytes);
-#endif
+  Context::change(from, context);
+  arrive(fake);
 }
 
-void entry() {
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
-#endif
-  (*block.kernel)();
-  block.fibres[block.running].ended = true;
-  to_scheduler(true);
+bool waits(int i) {
+  const Fibre& fibre = block->fibres[i];
+  return fibre.ended || fibre.waits_barrier == block->barrier ||
+         fibre.waits_exchange == block->warps[i / kWarp].number;
 }
 
-void resume(int i) {
-  block.running = i;
-  thread_index = dim3(static_cast<unsigned>(i));
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, block.fibres[i].stack.get(), kStack);
-#endif
-  Context::change(block.scheduler, block.fibres[i].context);
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+// A fibre that can go on: of the warp that runs, so that few stacks are in use, else of the next
+// warps. The scheduler if there is none.
+int next_fibre() {
+  const int warp = block->running / kWarp * kWarp;
+  for (int i = 1; i < kWarp; ++i) {
+    const int fibre = warp + (block->running + i) % kWarp;
+    if (!waits(fibre)) return fibre;
+  }
+  const int threads = static_cast<int>(block_size.x);
+  for (int i = kWarp; i < threads; ++i) {
+    const int fibre = (warp + i) % threads;
+    if (!waits(fibre)) return fibre;
+  }
+  return kScheduler;
+}
+
+void wait() {
+  Fibre& fibre = block->fibres[block->running];
+  change(fibre.context, next_fibre());
+  fibre.waits_barrier = fibre.waits_exchange = -1;
 }
 
 void release_barrier() {
-  if (block.live == 0 || block.arrived < block.live) return;
-  block.counts[block.barrier % 2] = block.count;
-  ++block.barrier;
-  block.arrived = block.count = 0;
+  if (block->live == 0 || block->arrived < block->live) return;
+  block->counts[block->barrier % 2] = block->count;
+  ++block->barrier;
+  block->arrived = block->count = 0;
+}
+
+void entry() {
+  arrive(nullptr);
+  (*block->kernel)();
+  Fibre& fibre = block->fibres[block->running];
+  fibre.ended = true;
+  --block->live;
+  release_barrier();  // threads that have ended are not waited for
+  change(fibre.context, next_fibre(), true);
 }
 
 void run_block(int threads) {
-  block.live = threads;
-  block.arrived = block.count = 0;
-  for (Warp& warp : block.warps) warp = {};
+  block->live = threads;
+  block->arrived = block->count = 0;
+  for (Warp& warp : block->warps) warp = {};
   for (int i = 0; i < threads; ++i) {
-    Fibre& fibre = block.fibres[i];
-    fibre.ended = false;
-    fibre.waits_barrier = fibre.waits_exchange = -1;
-    fibre.context.start(fibre.stack.get(), entry);
+    block->fibres[i] = {};
+    block->fibres[i].context.start(stack(i), entry);
   }
-  while (block.live > 0) {
-    bool moved = false;
-    for (int i = 0; i < threads; ++i) {
-      Fibre& fibre = block.fibres[i];
-      if (fibre.ended || fibre.waits_barrier == block.barrier ||
-          fibre.waits_exchange == block.warps[i / kWarp].number) {
-        continue;
-      }
-      fibre.waits_barrier = fibre.waits_exchange = -1;
-      moved = true;
-      resume(i);
-      if (fibre.ended) {
-        --block.live;
-        release_barrier();  // threads that have ended are not waited for
-      }
-    }
-    if (!moved) throw std::logic_error("the threads of a block wait for each other for ever");
+  change(block->scheduler, 0);
+  if (block->live > 0) {
+    throw std::logic_error("the threads of a block wait for each other for ever");
   }
 }
 
@@ -193,34 +219,34 @@ std::unordered_map<void*, std::size_t> memory_sizes;
 }  // namespace
 
 int barrier(bool predicate) {
-  const int number = block.barrier;
-  ++block.arrived;
-  block.count += predicate ? 1 : 0;
+  const int number = block->barrier;
+  ++block->arrived;
+  block->count += predicate ? 1 : 0;
   release_barrier();
-  if (block.barrier == number) {
-    block.fibres[block.running].waits_barrier = number;
-    to_scheduler();
+  if (block->barrier == number) {
+    block->fibres[block->running].waits_barrier = number;
+    wait();
   }
-  return block.counts[number % 2];
+  return block->counts[number % 2];
 }
 
 const std::uint64_t* exchange(std::uint64_t value) {
-  Warp& warp = block.warps[block.running / kWarp];
+  Warp& warp = block->warps[block->running / kWarp];
   const int number = warp.number;
-  warp.values[number % 2][block.running % kWarp] = value;
+  warp.values[number % 2][block->running % kWarp] = value;
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.number;
   } else {
-    block.fibres[block.running].waits_exchange = number;
-    to_scheduler();
+    block->fibres[block->running].waits_exchange = number;
+    wait();
   }
   return warp.values[number % 2];
 }
 
 uint4 load_transposed(const uint4* row) {
   const std::uint64_t* rows = exchange(reinterpret_cast<std::uint64_t>(row));
-  const int lane = block.running % kWarp, first = lane % 4 * 2, column = lane / 4;
+  const int lane = block->running % kWarp, first = lane % 4 * 2, column = lane / 4;
   unsigned result[4];
   for (int matrix = 0; matrix < 4; ++matrix) {
     const auto element = [&](int at) -> unsigned {
@@ -233,7 +259,7 @@ uint4 load_transposed(const uint4* row) {
 }
 
 void multiply_add(float (&sums)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b) {
-  const int lane = block.running % kWarp, row = lane / 4, first = lane % 4 * 2;
+  const int lane = block->running % kWarp, row = lane / 4, first = lane % 4 * 2;
   std::uint64_t left[4];
   std::copy_n(exchange(std::uint64_t{a1} << 32 | a0) + row * 4, 4, left);
   const std::uint64_t* right = exchange(b);
@@ -250,15 +276,17 @@ void multiply_add(float (&sums)[4], std::uint32_t a0, std::uint32_t a1, std::uin
 }
 
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {
+  static thread_local Block own;
+  block = &own;
   grid_size = grid;
   block_size = dim3(static_cast<unsigned>(threads));
   if (threads % kWarp != 0) throw std::logic_error("blocks are whole warps");
-  while (static_cast<int>(block.fibres.size()) < threads) {
-    block.fibres.emplace_back();
-    block.fibres.back().stack = std::make_unique<char[]>(kStack);
+  if (static_cast<int>(block->fibres.size()) < threads) {
+    block->fibres.resize(static_cast<std::size_t>(threads));
+    block->stacks = std::make_unique_for_overwrite<char[]>(threads * (kStack + kStagger));
   }
-  block.warps.resize(static_cast<std::size_t>(threads) / kWarp);
-  block.kernel = &kernel;
+  block->warps.resize(static_cast<std::size_t>(threads) / kWarp);
+  block->kernel = &kernel;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {

@@ -56,7 +56,7 @@ inline short4 make_short4(short x, short y, short z, short w) {
 namespace emulator {
 
 // Of the running thread.
-extern thread_local dim3 thread_index, block_index, block_size, grid_size;
+extern constinit thread_local dim3 thread_index, block_index, block_size, grid_size;
 
 void run(dim3 grid, int threads, const std::function<void()>& kernel);
 
