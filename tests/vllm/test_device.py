@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import models
 import pytest
 import torch
 from conftest import EngineFailed, Run
 from icecache import Config, Error, InvalidArgument, OutOfPages, Phase, device
-from icecache.vllm import worker
+from icecache.reference import dense_attention
+from icecache.vllm import prompt_attention, worker
 from icecache.vllm.backend import BACKENDS
-from icecache.vllm.names import AttentionBackendEnum, resolve_obj_by_qualname
+from icecache.vllm.names import FLASH_ATTENTION, AttentionBackendEnum, resolve_obj_by_qualname
 from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
 from test_engine import prompts
@@ -228,3 +232,65 @@ def test_tokens_are_taken_back(engine: SlotEngine) -> None:
         engine.truncate(first, length)
         assert step(engine, {first: 1}).isfinite().all()
         assert engine.cache.length(0, first) == length + 1
+
+
+def vllm_flash_attention() -> Any:
+    """vLLM's function, apart from its package, which cannot be imported without CUDA."""
+    folder = importlib.util.find_spec("vllm.vllm_flash_attn", None).submodule_search_locations[0]
+    path = f"{folder}/flash_attn_interface.py"
+    spec = importlib.util.spec_from_file_location("flash_attn_interface", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.flash_attn_varlen_func
+
+
+def flash(**arguments: Any) -> None:
+    """What vLLM's FlashAttention does with these arguments, for one prompt."""
+    given = inspect.signature(vllm_flash_attention()).bind(**arguments).arguments
+    queries, keys, values = given["q"], given["k"], given["v"]
+    assert given["fa_version"] == 3 and given["causal"]
+    assert all(x.stride(-1) == 1 for x in (queries, keys, values, given["out"]))
+    for ends, longest, rows in (
+        ("cu_seqlens_q", "max_seqlen_q", queries),
+        ("cu_seqlens_k", "max_seqlen_k", keys),
+    ):
+        assert given[ends].dtype == torch.int32 and given[ends].tolist() == [0, len(rows)]
+        assert given[ends].is_contiguous() and given[longest] == len(rows)
+    mask = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (queries, keys, values)),
+        attn_mask=mask,
+        scale=given["softmax_scale"],
+        enable_gqa=True,
+    )
+    given["out"].copy_(attended[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "version", "calls"),
+    [(torch.float16, 3, 1), (torch.float16, None, 0), (torch.float32, 3, 0)],
+    ids=["flash", "no flash for the device", "no flash for the numbers"],
+)
+@pytest.mark.parametrize("count", [1, 40, 100])
+def test_attention_over_a_prompt(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, version: int | None, calls: int, count: int
+) -> None:
+    called = Mock(side_effect=flash)
+    monkeypatch.setattr(prompt_attention, "resolve_obj_by_qualname", {FLASH_ATTENTION: called}.get)
+    monkeypatch.setattr(prompt_attention, "get_flash_attn_version", lambda head_size: version)
+    attend = prompt_attention.PromptAttention(dtype, DIM, 0.2, torch.device("cuda"))
+    packed = torch.randn(100, HEADS + 2 * KV_HEADS, DIM).to(dtype)
+    queries, keys, values = packed.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    outputs = torch.zeros(102, HEADS, DIM, dtype=dtype)
+    attend(
+        queries[-count:],
+        keys.transpose(0, 1).contiguous(),
+        values.transpose(0, 1).contiguous(),
+        outputs[1 : 1 + count],
+    )
+    assert called.call_count == calls
+    expected = dense_attention(*(x.transpose(0, 1) for x in (queries, keys, values)), 0.2)
+    expected = expected.transpose(0, 1)[-count:]
+    torch.testing.assert_close(outputs[1 : 1 + count], expected, rtol=1e-2, atol=2e-3)
+    assert not outputs[0].any() and not outputs[1 + count :].any()

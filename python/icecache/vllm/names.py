@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import metadata
 
 FIRST, END = (0, 29), (0, 34)  # vllm >= 0.29, < 0.34
+# What cannot be imported but on a CUDA device.
+FLASH_ATTENTION = "vllm.vllm_flash_attn.flash_attn_varlen_func"
 
 
 def installed_version() -> str | None:
@@ -50,6 +52,7 @@ if is_supported_version():
         AttentionMetadata,
         AttentionMetadataBuilder,
     )
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -83,6 +86,7 @@ __all__ = [
     "SupportsHMA",
     "VllmConfig",
     "get_current_vllm_config",
+    "get_flash_attn_version",
     "get_forward_context",
     "init_logger",
     "installed_version",

@@ -1,8 +1,8 @@
 """The store's engine on a CUDA device: DeviceCache, with one of its sequences for each request.
 
-Attention over a prompt is torch's own. Its keys and values go to the cache when they are complete;
-those of a prompt that comes in chunks stay on the device until then. After that a request takes one
-token a step, within the budget, and all requests of a step share the kernels.
+The keys and values of a prompt go to the cache when they are complete; those of one that comes in
+chunks stay on the device until then. After that a request takes one token a step, within the
+budget, and all requests of a step share the kernels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from icecache import Config, Error, InvalidArgument, OutOfPages, Phase
 from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
 from icecache.vllm.host_memory import slot_bytes, slots_needed
+from icecache.vllm.prompt_attention import PromptAttention
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class SlotEngine:
         self.cache.limit_tokens(self.tokens)
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.dtype = head_dim, dtype
-        self._scale = scale
+        self._attend = PromptAttention(dtype, head_dim, scale, device)
         self._free = list(range(slots))[::-1]
         # Tokens of each slot: with those of the step under way, and those that its index was built
         # from, 0 before its prompt is complete.
@@ -185,18 +184,16 @@ class SlotEngine:
                 continue
             rows = slice(first, first + count)
             # Copies: index work reads them when the model is at later layers.
-            query, key, value = (
-                x[rows].transpose(0, 1).contiguous() for x in (queries, keys, values)
-            )
+            key, value = (x[rows].transpose(0, 1).contiguous() for x in (keys, values))
             if (layer, seq) in self._chunks:
                 before = self._chunks[layer, seq]
                 key, value = (
                     torch.cat(parts, dim=1) for parts in zip(before, (key, value), strict=True)
                 )
-            outputs[rows] = self._attend(query, key, value).transpose(0, 1)
+            self._attend(queries[rows], key, value, outputs[rows])
             if phase != Phase.PREFILL:
                 self._building.add(seq)
-                self.cache.prefill(layer, query, key, value, sequence=seq)
+                self.cache.prefill(layer, queries[rows].transpose(0, 1), key, value, sequence=seq)
             prompts[seq] = key, value, phase
         later = _decoding(seqs, firsts, phases)
         if later or not prompts:
@@ -214,21 +211,6 @@ class SlotEngine:
                 self._chunks[layer, seq] = key, value
             else:
                 self._chunks.pop((layer, seq), None)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Full attention of the last tokens [Hq, T', D] of a prompt over it [Hkv, T, D]."""
-        count, length = query.shape[1], key.shape[1]
-        mask = None if count == length else causal_lower_right(count, length)
-        attended: torch.Tensor = F.scaled_dot_product_attention(
-            query[None],
-            key[None],
-            value[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            enable_gqa=True,
-        )
-        return attended[0]
 
     def _finish_building(self) -> None:
         """Waits for the indexes of prompts. Slots that lack one are broken: an error of index work
