@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import icecache.models
 import models
 import pytest
 
@@ -91,3 +92,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Gemma 3."""
     return models.tiny_gemma3(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return Path(icecache.models.smollm2())

@@ -1,0 +1,77 @@
+"""`icecache serve` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+MAX_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    model: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over labels of every metric of ours."""
+        sums: dict[str, float] = {}
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
+        for name, value in re.findall(r"^(icecache:\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+
+@contextmanager
+def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [sys.executable, "-m", "icecache", "serve", str(model), *options]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", "0.3"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-6000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            pytest.fail(log.read_text()[-6000:])
+        yield Server(url, str(model), process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
