@@ -188,6 +188,7 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.token_rows, pairs * kMaxCandidates);
   layout.place(scratch.logits, pairs * kMaxCandidates * heads);
   layout.place(scratch.mass, pairs * s.nodes() * heads);
+  layout.place(scratch.entry_count, pairs);
   layout.place(scratch.entry_rows, pairs * s.entries());
   layout.place(scratch.entry_sources, pairs * s.entries());
   layout.place(scratch.entry_weights, pairs * s.entries() * heads);

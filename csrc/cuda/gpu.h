@@ -137,19 +137,6 @@ __device__ __forceinline__ float4& operator+=(float4& a, float4 b) {
   return a;
 }
 
-// Has a warp's `count` elements in a row brought from memory into the second-level cache, later.
-template <typename T>
-__device__ __forceinline__ void fetch_into_l2(const T* from, int count) {
-#ifdef __CUDA_ARCH__
-  constexpr int kLine = 128 / sizeof(T);
-  for (int i = threadIdx.x % kWarp * kLine; i < count; i += kWarp * kLine) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-  }
-#else
-  (void)from, (void)count;
-#endif
-}
-
 // Of bfloat16, with sums in fp32.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kHasTensorCores = false;

@@ -9,9 +9,11 @@
 //   resolve  which candidates have a row in the device's row cache; rows of the longest unused ones
 //            for those that have not
 //   rescore  exact logits; keys that are missing come straight from pinned host memory
-//   pick     the token budget, spent by attention mass; coefficients of all rows and nodes
-//   attend   sum of coefficient x value over sink, window, picked tokens and far-field nodes, split
-//            over blocks and merged by the last; values that are missing come from host memory
+//   pick     the token budget, spent by attention mass; the entries: sink, window, picked tokens,
+//            and by how much the nodes of candidates weigh more or less than choose said
+//   attend   sum of weight x value over far-field nodes, while pick runs, and over the entries,
+//            split over blocks and merged by the last; values that are missing come from host
+//            memory
 //
 // The unit that moves and is cached is a token's row, not its page: a step picks few tokens of each
 // page, and rows of 128 bytes and more already fill the link (docs/cuda.md).
@@ -85,7 +87,7 @@ struct StepShape {
     return means_at() + static_cast<std::int64_t>(head_dim << node_shift()) *
                             static_cast<std::int64_t>(size_of(dtype));
   }
-  constexpr int entries() const { return near_rows() + select_tokens; }
+  constexpr int entries() const { return near_rows() + select_tokens + kMaxCandidates; }
   // Blocks of attend, at most, for each pair: about as many as run at once, of 64 rows and more.
   // Those of larger groups take two fours of heads each (attend_tiles), and more registers.
   constexpr int attend_tiles() const { return padded_group() <= kHeadTile ? 1 : 2; }
@@ -95,7 +97,7 @@ struct StepShape {
   constexpr int attend_blocks() const {
     const int share =
         multiprocessors * attend_resident(attend_tiles()) / (pairs() * attend_groups());
-    const int most = (entries() + nodes() + kAttendLeast - 1) / kAttendLeast;
+    const int most = (near_rows() + select_tokens + nodes() + kAttendLeast - 1) / kAttendLeast;
     return std::clamp(share, 1, std::min(most, kAttendMost));
   }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
@@ -150,17 +152,17 @@ struct StepScratch {
   std::int32_t* token_rows = nullptr;  // [X, kMaxCandidates] rows; ~row where the key is missing
   float* logits = nullptr;             // [X, kMaxCandidates, H]
   // [X, C, H] weights of nodes: of all tokens, over those of the best score of their chunk, from
-  // scan on; of those that are no candidates, over exp(lse), from choose on; and of those that are
-  // not picked, for the mean of all, from pick on.
+  // scan on; of those that are no candidates, over exp(lse), from choose on.
   float* mass = nullptr;
-  std::int32_t* entry_rows = nullptr;  // [X, entries]
-  std::int32_t* entry_sources =
-      nullptr;                     // [X, entries] index token whose value is missing; -1: none
-  float* entry_weights = nullptr;  // [X, entries, H]
-  float* far_scale = nullptr;      // [X, H]
-  float* partial = nullptr;        // [X, attend blocks, H, D]
-  float* partial_sum = nullptr;    // [X, attend blocks, H]
-  std::uint32_t* blocks_done = nullptr;  // [X]
+  // What is added to that: rows; nodes, whose means count from rows() on.
+  std::int32_t* entry_count = nullptr;    // [X]
+  std::int32_t* entry_rows = nullptr;     // [X, entries]
+  std::int32_t* entry_sources = nullptr;  // [X, entries] index token of a missing value; -1: none
+  float* entry_weights = nullptr;         // [X, entries, H]
+  float* far_scale = nullptr;             // [X, H]
+  float* partial = nullptr;               // [X, attend blocks, H, D]
+  float* partial_sum = nullptr;           // [X, attend blocks, H]
+  std::uint32_t* blocks_done = nullptr;   // [X]
 };
 
 // A step of one layer. Rows of queries, keys, values and out are contiguous; A rows, one for each

@@ -8,8 +8,7 @@ namespace icecache::gpu {
 
 constexpr int kAttendBlock = 128;
 constexpr int kAttendStages = 4;  // of a warp: all but one are under way while that is added up
-constexpr int kAttendAhead = 8;   // stages of a warp that are fetched into L2 while pick runs
-constexpr int kMaxEntries = kMaxNear + kMaxCandidates;
+constexpr int kMaxEntries = kMaxNear + 2 * kMaxCandidates;
 
 // Four outputs of some blocks, and the weights in them.
 struct AttendPart {
@@ -67,9 +66,9 @@ __device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blo
   }
 }
 
-// Tiles: fours of heads that one block takes. A block has its share of the nodes and of the rows,
-// each of its warps every kWarps-th stage of them. Values go from memory to shared memory without
-// registers between (docs/cuda.md).
+// Tiles: fours of heads that one block takes. A block has its share of the nodes, which it adds up
+// while pick runs, and of the entries that pick writes; each of its warps takes every kWarps-th
+// stage of them. Values go from memory to shared memory without registers between (docs/cuda.md).
 template <typename T, int D, int Tiles>
 __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     attend_kernel(const StepParams p) {
@@ -79,9 +78,8 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   constexpr int kRows = Stage::kRows, kStages = kAttendStages;
   static_assert(kHeads * D * sizeof(float) <= sizeof(Stage) * kStages);
   __shared__ Stage stages_of_warps[kWarps][kStages];
-  __shared__ int entries[kMaxEntries];  // rows of this block; ~row where the value is missing
+  __shared__ int entries[kMaxEntries];  // of this block; ~row where the value is missing
   __shared__ float sums[kWarps][kHeads];
-  // Before pick has ended: which values of nodes are whose block's follows from what append wrote.
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int input = input_of(p, x), length = length_of(p, x);
@@ -89,11 +87,22 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
   const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) >> s.far_shift() : 0;
   const int found = count > 0 ? static_cast<int>(p.scratch.found[x]) : 0;
-  const int all_rows = near_count(s, tokens) + min(s.select_tokens, found);
+  const int least_entries = near_count(s, tokens) + min(s.select_tokens, found);
   const int blocks = max(1, min(static_cast<int>(gridDim.x),
-                                (all_rows + all_nodes + kAttendLeast - 1) / kAttendLeast));
+                                (least_entries + all_nodes + kAttendLeast - 1) / kAttendLeast));
   const int block = blockIdx.x;
-  // Of some nodes or rows, those ahead of the next block: below 2^31 / 32 of them, 16 blocks.
+  const auto output = [&] {
+    return static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
+  };
+  if (input < 0 || block >= blocks || is_idle(length)) {
+    wait_for_earlier_kernel();
+    if (input < 0 || block >= blocks || blockIdx.z != 0) return;
+    T* out = output();
+    const T value = from_float<T>(length < 0 ? 0.0f : NAN);
+    for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
+    return;
+  }
+  // Of some nodes or entries, those ahead of the next block: below 2^31 / 32 of them, 16 blocks.
   const auto share = [&](int all, int of) {
     return static_cast<int>(static_cast<unsigned>(all * of) / static_cast<unsigned>(blocks));
   };
@@ -101,9 +110,13 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   const int all_stages = (all_nodes + kRows - 1) / kRows;
   const int first_node = share(all_stages, block) * kRows;
   const int nodes = min(share(all_stages, block + 1) * kRows, all_nodes) - first_node;
-  const int node_stages = (nodes + kRows - 1) / kRows;
   const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
   Stage* ring = stages_of_warps[warp];
+  T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
+  const float* weights =
+      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads;
+  int items = nodes;  // nodes, and then entries
+  int entry0 = x * s.entries();
 
   const auto copy_row = [&](Stage& stage, int u, const T* from, bool there) {
 #pragma unroll
@@ -115,79 +128,53 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
                  there);
     }
   };
-  // What is past the last is zeros.
-  const auto ask_means = [&](Stage& stage, int t) {
-    const T* means = mean_of<T>(s, p.layer, x, first_node + t * kRows, D);
-#pragma unroll
-    for (int u = 0; u < Stage::kUnroll; ++u) {
-      const int row = u * Shape::kRows + own;
-      copy_row(stage, u, means + row * D, t * kRows + row < nodes);
-    }
-  };
-  // Loops over stages are not unrolled: code that is run once is slow to come.
-#pragma unroll 1
-  for (int slot = 0; slot < kStages - 1; ++slot) {
-    const int t = warp + slot * kWarps;
-    if (t < node_stages) ask_means(ring[slot], t);
-  }
-#pragma unroll 1
-  for (int k = 0; k < kAttendAhead; ++k) {
-    const int node = (warp + (kStages - 1 + k) * kWarps) * kRows;
-    if (node >= nodes) break;
-    fetch_into_l2(mean_of<T>(s, p.layer, x, first_node + node, D), min(kRows, nodes - node) * D);
-  }
-  wait_for_earlier_kernel();
-  if (input < 0 || block >= blocks) return;
-  T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input) * s.group * D;
-  if (is_idle(length)) {
-    const T value = from_float<T>(length < 0 ? 0.0f : NAN);
-    if (blockIdx.z == 0) {
-      for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
-    }
-    return;
-  }
-  const int first_row = share(all_rows, block), rows = share(all_rows, block + 1) - first_row;
-  const int stages = node_stages + (rows + kRows - 1) / kRows;
-  T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const std::int64_t entry0 = static_cast<std::int64_t>(x) * s.entries() + first_row;
-  // Masses of nodes are over exp(lse), weights of rows over the largest of it and all logits.
-  const float* mass =
-      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads;
-  const float* row_weights = p.scratch.entry_weights + entry0 * heads;
-  const std::int32_t* sources = p.scratch.entry_sources + entry0;
-  const auto copy_weights = [&](Stage& stage, const float* from, int first, int items) {
+  const auto copy_weights = [&](Stage& stage, int first) {
     if (lane >= kRows * Tiles) return;
     const int item = first + lane / Tiles, head = first_head + lane % Tiles * kHeadTile;
     const bool there = item < items && head < heads;
-    copy_async(stage.weights + lane, from + (there ? item * heads + head : 0), there);
+    copy_async(stage.weights + lane, weights + (there ? item * heads + head : 0), there);
   };
-  // Masses of nodes, the last of a stage of nodes; a stage of rows.
-  const auto ask_masses = [&](Stage& stage, int t) {
-    copy_weights(stage, mass, t * kRows, nodes);
-    end_copies();
-  };
-  const auto ask_rows = [&](Stage& stage, int t) {
-    const int first = (t - node_stages) * kRows;
-    if (t < stages) {
-#pragma unroll 1
-      for (int u = 0; u < Stage::kUnroll; ++u) {
-        const int row = first + u * Shape::kRows + own;
-        const int item = min(row, rows - 1), entry = entries[item];
-        copy_row(stage, u,
-                 entry >= 0 ? row_values + static_cast<std::int64_t>(entry) * D
-                            : host_value<T>(p, x, sources[item], D),
-                 row < rows);
-      }
-      copy_weights(stage, row_weights, first, rows);
+  // What is past the last is zeros.
+  const auto ask_means = [&](Stage& stage, int first) {
+    const T* means = mean_of<T>(s, p.layer, x, first_node + first, D);
+#pragma unroll
+    for (int u = 0; u < Stage::kUnroll; ++u) {
+      const int row = u * Shape::kRows + own;
+      copy_row(stage, u, means + row * D, first + row < items);
     }
-    end_copies();
+    copy_weights(stage, first);
+  };
+  const auto ask_entries = [&](Stage& stage, int first) {
+#pragma unroll 1
+    for (int u = 0; u < Stage::kUnroll; ++u) {
+      const int row = first + u * Shape::kRows + own;
+      const int item = min(row, items - 1), entry = entries[item];
+      const T* from = entry < 0 ? host_value<T>(p, x, p.scratch.entry_sources[entry0 + item], D)
+                      : entry < s.rows() ? row_values + static_cast<std::int64_t>(entry) * D
+                                         : mean_of<T>(s, p.layer, x, entry - s.rows(), D);
+      copy_row(stage, u, from, row < items);
+    }
+    copy_weights(stage, first);
+  };
+  // Values that came from host memory stay.
+  const auto keep = [&](const Stage& stage, int first) {
+    if (blockIdx.z != 0) return;
+#pragma unroll 1
+    for (int u = 0; u < Stage::kUnroll; ++u) {
+      const int row = first + u * Shape::kRows + own;
+      if (row >= items || entries[row] >= 0) continue;
+      uint4* to =
+          reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(~entries[row]) * D);
+#pragma unroll
+      for (int j = 0; j < Shape::kPerLane; ++j) {
+        const int v = Shape::vector(within, j);
+        if (v < Shape::kVectors) to[v] = *stage.vector(u * Shape::kRows + own, v);
+      }
+    }
   };
   float4 sum = make_float4(0, 0, 0, 0);  // of the weights that the lane copied
   AttendSums<T, D, Tiles> values_of_heads;
-  const auto add = [&](const Stage& stage) {
-    values_of_heads.add(stage);
-    if (lane < kRows * Tiles) sum += stage.weights[lane];
-  };
+  // Nodes weigh over exp(lse), entries over the largest of it and all logits.
   const auto scale = [&] {
     const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
     const auto by = [&](int g) {
@@ -200,60 +187,48 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     sum.z *= by(tile + 2);
     sum.w *= by(tile + 3);
   };
-  // Values that came from host memory stay.
-  const auto keep = [&](const Stage& stage, int first) {
-    if (blockIdx.z != 0) return;
+  const auto await_entries = [&] {
+    wait_for_earlier_kernel();
+    const int all = p.scratch.entry_count[x], first = share(all, block);
+    items = share(all, block + 1) - first;
+    entry0 += first;
+    weights = p.scratch.entry_weights + static_cast<std::int64_t>(entry0) * heads;
 #pragma unroll 1
-    for (int u = 0; u < Stage::kUnroll; ++u) {
-      const int row = first + u * Shape::kRows + own;
-      if (row >= rows || entries[row] >= 0) continue;
-      uint4* to =
-          reinterpret_cast<uint4*>(row_values + static_cast<std::int64_t>(~entries[row]) * D);
-#pragma unroll
-      for (int j = 0; j < Shape::kPerLane; ++j) {
-        const int v = Shape::vector(within, j);
-        if (v < Shape::kVectors) to[v] = *stage.vector(u * Shape::kRows + own, v);
-      }
+    for (int e = thread; e < items; e += kAttendBlock) {
+      const int row = p.scratch.entry_rows[entry0 + e];
+      entries[e] = p.scratch.entry_sources[entry0 + e] < 0 ? row : ~row;
     }
+    scale();
+    __syncthreads();
   };
 
+  // Nodes, then entries. Loops over stages are not unrolled: code that is run once is slow to come.
 #pragma unroll 1
-  for (int slot = 0; slot < kStages - 1; ++slot) {
-    const int t = warp + slot * kWarps;
-    if (t < node_stages) ask_masses(ring[slot], t);
-  }
+  for (int of_entries = 0; of_entries < 2; ++of_entries) {
+    if (of_entries) await_entries();
 #pragma unroll 1
-  for (int e = thread; e < rows; e += kAttendBlock) {
-    const int row = p.scratch.entry_rows[entry0 + e];
-    entries[e] = sources[e] < 0 ? row : ~row;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int slot = 0; slot < kStages - 1; ++slot) {
-    const int t = warp + slot * kWarps;
-    if (t >= node_stages) ask_rows(ring[slot], t);
-  }
-  bool scaled = false;
-#pragma unroll 1
-  for (int t = warp, slot = 0;; t += kWarps, ++slot) {
-    if (t >= node_stages && !scaled) {
-      scale();
-      scaled = true;
+    for (int asked = 0;; ++asked) {
+      // What is added up is kStages - 1 behind what is asked for.
+      const int first = (warp + (asked - (kStages - 1)) * kWarps) * kRows;
+      if (first >= items) break;
+      wait_for_copies<kStages - 2>();
+      __syncwarp();  // what other lanes copied is there; none reads the stage that is free
+      const int next = (warp + asked * kWarps) * kRows;
+      Stage& free = ring[asked % kStages];
+      if (next < items) {
+        if (of_entries) {
+          ask_entries(free, next);
+        } else {
+          ask_means(free, next);
+        }
+      }
+      end_copies();
+      if (first < 0) continue;
+      const Stage& stage = ring[(asked + 1) % kStages];
+      values_of_heads.add(stage);
+      if (lane < kRows * Tiles) sum += stage.weights[lane];
+      if (of_entries) keep(stage, first);
     }
-    if (t >= stages) break;
-    wait_for_copies<kStages - 2>();
-    __syncwarp();  // what other lanes copied is there; none reads the last stage
-    const int ahead = t + (kStages - 1) * kWarps;
-    Stage& free = ring[(slot + kStages - 1) % kStages];
-    if (ahead < node_stages) {
-      ask_means(free, ahead);
-      ask_masses(free, ahead);
-    } else {
-      ask_rows(free, ahead);
-    }
-    const Stage& stage = ring[slot % kStages];
-    add(stage);
-    if (t >= node_stages) keep(stage, (t - node_stages) * kRows);
   }
   wait_for_copies<0>();
   __syncwarp();
@@ -287,8 +262,8 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 
   // The last block merges, in the order of the blocks, and the pair has one more token.
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
-  merge_blocks<T, D>(p, x, blocks, out, reinterpret_cast<AttendPart*>(stages_of_warps));
-  if (thread == 0) p.layer.lengths[x] = length + 1;
+  merge_blocks<T, D>(p, x, blocks, output(), reinterpret_cast<AttendPart*>(stages_of_warps));
+  if (thread == 0) p.layer.lengths[x] = length_of(p, x) + 1;
 }
 
 }  // namespace icecache::gpu

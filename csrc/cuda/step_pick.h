@@ -241,9 +241,17 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
     p.scratch.far_scale[head0 + i] = far_scales[i];
   }
 
-  // Coefficients. A node stands for its tokens that were not picked, with the mean of their values:
-  // that is (tokens x mean - sum of the picked values) / left.
+  // Weights. A node stands for its tokens that were not picked, with the mean of their values: that
+  // is (tokens x mean - sum of the picked values) / left. The entry of a node is what that weighs
+  // more than choose said: attend has begun with the nodes.
   const bool leads = is_candidate && s.tail && (i == 0 || nodes[i - 1] != node);
+  int leaders = 0;
+  const int node_at = near + taken + block_rank(leads, scan_room, leaders);
+  if (leads) {
+    p.scratch.entry_rows[entry0 + node_at] = s.rows() + node;
+    p.scratch.entry_sources[entry0 + node_at] = -1;
+  }
+  if (i == 0) p.scratch.entry_count[x] = near + taken + leaders;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
     const float4 own = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
     const float* lse = all_lse + tile;
@@ -255,9 +263,9 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
                           : make_float4(0, 0, 0, 0);
     __syncthreads();
     if (leads) {
-      float4* far = reinterpret_cast<float4*>(
+      const float4 others = *reinterpret_cast<const float4*>(
           p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + node) * heads + tile);
-      float4 sum = *far;
+      float4 sum = others;
       const int held = min(s.far_node_tokens, count - node * s.far_node_tokens);
       int left = held;
       for (int j = i; j < found && nodes[j] == node; ++j) {
@@ -268,7 +276,10 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
       const float each = left > 0 ? 1.0f / static_cast<float>(left) : 0.0f;
       shares[i] = make_float4(sum.x * each, sum.y * each, sum.z * each, sum.w * each);
       const float all = each * static_cast<float>(held);
-      *far = make_float4(sum.x * all, sum.y * all, sum.z * all, sum.w * all);
+      const float* scale = far_scales + tile;
+      *reinterpret_cast<float4*>(p.scratch.entry_weights + (entry0 + node_at) * heads + tile) =
+          make_float4((sum.x * all - others.x) * scale[0], (sum.y * all - others.y) * scale[1],
+                      (sum.z * all - others.z) * scale[2], (sum.w * all - others.w) * scale[3]);
     }
     __syncthreads();
     const float* reference = references + tile;
