@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(cat build/python)
 PATH="$(dirname "$python"):$PATH"
+# The compiler of `make build`, where Python names the one that it was built with.
+export CC=${CC:-cc} CXX=${CXX:-c++}
 rm -rf build/wheel-check
 "$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check
 "$python" -m pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl
