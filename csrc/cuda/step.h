@@ -87,7 +87,9 @@ struct StepShape {
     return means_at() + static_cast<std::int64_t>(head_dim << node_shift()) *
                             static_cast<std::int64_t>(size_of(dtype));
   }
-  constexpr int entries() const { return near_rows() + select_tokens + kMaxCandidates; }
+  // What a step attends to exactly, at most; and what attend adds to the nodes.
+  constexpr int attended() const { return near_rows() + select_tokens; }
+  constexpr int entries() const { return attended() + kMaxCandidates; }
   // Blocks of attend, at most, for each pair: about as many as run at once, of 64 rows and more.
   // Those of larger groups take two fours of heads each (attend_tiles), and more registers.
   constexpr int attend_tiles() const { return padded_group() <= kHeadTile ? 1 : 2; }
@@ -97,7 +99,7 @@ struct StepShape {
   constexpr int attend_blocks() const {
     const int share =
         multiprocessors * attend_resident(attend_tiles()) / (pairs() * attend_groups());
-    const int most = (near_rows() + select_tokens + nodes() + kAttendLeast - 1) / kAttendLeast;
+    const int most = (attended() + nodes() + kAttendLeast - 1) / kAttendLeast;
     return std::clamp(share, 1, std::min(most, kAttendMost));
   }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.

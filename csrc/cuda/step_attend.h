@@ -91,12 +91,14 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   const int blocks = max(1, min(static_cast<int>(gridDim.x),
                                 (least_entries + all_nodes + kAttendLeast - 1) / kAttendLeast));
   const int block = blockIdx.x;
+  // The pair's input is read again where it is needed: it takes no register meanwhile.
   const auto output = [&] {
     return static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
   };
-  if (input < 0 || block >= blocks || is_idle(length)) {
+  const bool takes_part = input >= 0 && block < blocks;
+  if (!takes_part || is_idle(length)) {
     wait_for_earlier_kernel();
-    if (input < 0 || block >= blocks || blockIdx.z != 0) return;
+    if (!takes_part || blockIdx.z != 0) return;
     T* out = output();
     const T value = from_float<T>(length < 0 ? 0.0f : NAN);
     for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;

@@ -254,7 +254,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
   if (i == 0) p.scratch.entry_count[x] = near + taken + leaders;
   for (int tile = 0; tile < heads; tile += kHeadTile) {
     const float4 own = is_candidate ? own_logits[tile / kHeadTile] : make_float4(0, 0, 0, 0);
-    const float* lse = all_lse + tile;
+    const float *lse = all_lse + tile, *scale = far_scales + tile;
     left_weights[i] = is_candidate && !takes
                           ? make_float4(expf(fminf(own.x - lse[0], kLargestExponent)),
                                         expf(fminf(own.y - lse[1], kLargestExponent)),
@@ -276,7 +276,6 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
       const float each = left > 0 ? 1.0f / static_cast<float>(left) : 0.0f;
       shares[i] = make_float4(sum.x * each, sum.y * each, sum.z * each, sum.w * each);
       const float all = each * static_cast<float>(held);
-      const float* scale = far_scales + tile;
       *reinterpret_cast<float4*>(p.scratch.entry_weights + (entry0 + node_at) * heads + tile) =
           make_float4((sum.x * all - others.x) * scale[0], (sum.y * all - others.y) * scale[1],
                       (sum.z * all - others.z) * scale[2], (sum.w * all - others.w) * scale[3]);
@@ -285,7 +284,6 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
     const float* reference = references + tile;
     if (takes) {
       const float4 share = s.tail ? shares[leader[i]] : make_float4(0, 0, 0, 0);
-      const float* scale = far_scales + tile;
       const auto weight = [&](int g, float logit, float of_node) {
         return tile + g < s.group ? expf(logit - reference[g]) - of_node * scale[g] : 0.0f;
       };
