@@ -96,4 +96,5 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
+    """A small real model."""
     return Path(icecache.models.smollm2())

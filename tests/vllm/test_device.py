@@ -257,14 +257,9 @@ def flash(**arguments: Any) -> None:
     ):
         assert given[ends].dtype == torch.int32 and given[ends].tolist() == [0, len(rows)]
         assert given[ends].is_contiguous() and given[longest] == len(rows)
-    mask = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (queries, keys, values)),
-        attn_mask=mask,
-        scale=given["softmax_scale"],
-        enable_gqa=True,
-    )
-    given["out"].copy_(attended[0].transpose(0, 1))
+    heads_first = (x.transpose(0, 1) for x in (queries, keys, values))
+    attended = dense_attention(*heads_first, given["softmax_scale"])
+    given["out"].copy_(attended.transpose(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -13,7 +15,7 @@ class PromptAttention:
     """Causal attention of the last tokens of a prompt over all of it, on the current stream.
 
     On CUDA devices, in float16 and bfloat16, by the version of FlashAttention that vLLM itself
-    takes there (3 on Hopper: half again as fast as what torch has). Otherwise by torch.
+    takes there. Otherwise by torch.
     """
 
     def __init__(
@@ -22,9 +24,11 @@ class PromptAttention:
         self._scale = scale
         flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         # None where vLLM has none for the device.
-        self._version = get_flash_attn_version(head_size=head_dim) if flash else None
-        if self._version is not None:
-            self._flash = resolve_obj_by_qualname(FLASH_ATTENTION)
+        version = get_flash_attn_version(head_size=head_dim) if flash else None
+        self._flash = None
+        if version is not None:
+            function = resolve_obj_by_qualname(FLASH_ATTENTION)
+            self._flash = partial(function, softmax_scale=scale, causal=True, fa_version=version)
 
     def __call__(
         self,
@@ -38,7 +42,7 @@ class PromptAttention:
         Elements of a row lie together; other strides are free.
         """
         count, length = len(queries), keys.shape[1]
-        if self._version is not None:
+        if self._flash is not None:
             first = torch.tensor([[0, count], [0, length]], dtype=torch.int32)
             of_queries, of_keys = first.to(queries.device)
             self._flash(
@@ -50,9 +54,6 @@ class PromptAttention:
                 max_seqlen_q=count,
                 cu_seqlens_k=of_keys,
                 max_seqlen_k=length,
-                softmax_scale=self._scale,
-                causal=True,
-                fa_version=self._version,
             )
             return
         mask = None if count == length else causal_lower_right(count, length)
