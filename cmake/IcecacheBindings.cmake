@@ -10,6 +10,16 @@ print(s.submodule_search_locations[0] if s and s.submodule_search_locations else
   set(${result} "${folder}" PARENT_SCOPE)
 endfunction()
 
+# Loads an extension as soon as it is built, with every symbol bound: one that nobody defines fails the
+# build, and not the import on another machine. The linker cannot tell (-z defs), because Python's and
+# torch's own symbols are defined by the process that loads an extension.
+function(icecache_check_loads target prelude)
+  add_custom_command(
+    TARGET ${target} POST_BUILD
+    COMMAND "${Python_EXECUTABLE}" -c
+            "${prelude}import ctypes$<SEMICOLON> ctypes.CDLL('$<TARGET_FILE:${target}>')" VERBATIM)
+endfunction()
+
 # _core: stateful classes; sees no torch.
 icecache_find_package_folder(pybind11 pybind11_folder)
 if(pybind11_folder)
@@ -24,6 +34,7 @@ file(GLOB core_sources CONFIGURE_DEPENDS csrc/bindings/core_*.cpp)
 pybind11_add_module(_core MODULE NO_EXTRAS ${core_sources})
 target_link_libraries(_core PRIVATE icecache icecache_flags)
 icecache_package_library(_core)
+icecache_check_loads(_core "")
 
 # _ops: torch operators through the stable ABI, so that one binary serves torch >= 2.11. It needs no
 # Python.h; torch.ops.load_library loads it.
@@ -51,3 +62,4 @@ target_link_libraries(_ops PRIVATE icecache icecache_flags)
 target_link_options(_ops PRIVATE -Wl,--no-as-needed "${torch_folder}/lib/libtorch.so"
                     -Wl,--as-needed)
 icecache_package_library(_ops)
+icecache_check_loads(_ops "import torch$<SEMICOLON> ")

@@ -12,6 +12,9 @@ target_compile_options(icecache PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fno-semantic-
 target_link_libraries(icecache PRIVATE icecache_flags Threads::Threads)
 # Static libraries stay private: FAISS in another extension of the process must not meet ours.
 target_link_options(icecache PRIVATE -Wl,--exclude-libs,ALL)
+if(NOT ICECACHE_SANITIZE)  # the symbols of a sanitizer come from the program that loads the library
+  target_link_options(icecache PRIVATE -Wl,-z,defs)
+endif()
 icecache_package_library(icecache)
 
 # One ISA level per source file, told by its name; the choice between them is made at run time by

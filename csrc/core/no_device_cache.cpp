@@ -20,6 +20,12 @@ DeviceCache::DeviceCache(const CacheShape& shape, const Config&, int, std::int64
 }
 DeviceCache::~DeviceCache() = default;
 
+void DeviceCache::limit_tokens(std::int64_t) {
+  refuse();
+}
+void DeviceCache::reserve(int, std::int64_t, Stream) {
+  refuse();
+}
 void DeviceCache::prefill(int, int, const TensorView&, const TensorView&, const TensorView&,
                           Stream) {
   refuse();
