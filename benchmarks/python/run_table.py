@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import icecache
 import typer
-from icecache.bench.runner import Record
+from icecache.bench.runner import Record, read_records
 from icecache.bench.scores import Line, halves, label, lines
 from rich.console import Console
 from rich.table import Table
@@ -49,8 +49,7 @@ def main(
 ) -> None:
     """Write and show the table of a run, and what IceCache holds in it."""
     settings = json_module.loads((run / "run.json").read_text(encoding="utf-8"))
-    text = (run / "samples.jsonl").read_text(encoding="utf-8")
-    records: list[Record] = [json_module.loads(line) for line in text.splitlines()]
+    records = read_records(run)
     if not records:
         raise icecache.InvalidArgument(f"RUN: expected a run with samples, got {run}")
     arguments = dict(settings["arguments"])

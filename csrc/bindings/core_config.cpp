@@ -20,7 +20,16 @@ void bind_config(py::module_& module) {
           py::arg("name"), py::arg("value"))
       .def(
           "get", [](const Config& self, const std::string& name) { return self.get(name); },
-          py::arg("name"));
+          py::arg("name"))
+      .def(
+          "resolved",
+          [](const Config& self, int num_layers, int num_q_heads, int num_kv_heads, int head_dim) {
+            return self.resolved({num_layers, num_q_heads, num_kv_heads, head_dim});
+          },
+          py::arg("num_layers"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
+          py::arg("head_dim"),
+          "With every derived value, for a float32 cache of this shape; InvalidArgument where values "
+          "contradict each other or the shape.");
 
   py::class_<ConfigField>(module, "ConfigField", "One parameter: its type, default and meaning.")
       .def_property_readonly("name", [](const ConfigField& self) { return std::string(self.name); })

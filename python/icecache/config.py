@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from icecache.errors import InvalidArgument
 Value = int | float | str | bool
 
 _FIELDS = {field.name: field for field in _core.config_fields()}
+_LEAST_HEAD_DIM = 8  # of any cache
 
 
 def config_fields() -> list[_core.ConfigField]:
@@ -52,6 +54,12 @@ class Config:
     def to_dict(self) -> dict[str, Value]:
         """All values by name; `Config(**config.to_dict())` equals config."""
         return {name: getattr(self, name) for name in _FIELDS}
+
+    def check(self) -> None:
+        """Raises InvalidArgument for values that contradict each other, whatever the model is."""
+        layers = [int(word) for word in re.findall(r"[0-9]{1,4}", self.dense_layers)]
+        # The smallest cache: what it does not allow, none does.
+        self._values.resolved(max(layers, default=0) + 1, 1, 1, _LEAST_HEAD_DIM)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *_FIELDS]

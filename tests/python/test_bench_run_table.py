@@ -90,8 +90,25 @@ def test_needles_by_length(tmp_path: Path) -> None:
     ] * 3
 
 
+def test_answers_may_hold_ends_of_lines_and_the_last_line_may_be_torn(tmp_path: Path) -> None:
+    records = [record("a", "0"), record("a", "1")]
+    for one in records:
+        one["rows"][0]["text"] = "a\u2028b\u2029c\x85d"
+    table_of(tmp_path, "longbench", records)
+    samples = tmp_path / "run" / "samples.jsonl"
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in records]
+    samples.write_bytes("".join(lines).encode() + b'{"task": "a", "sa')
+    app = typer.Typer()
+    app.command()(run_table.main)
+    out = tmp_path / "again.json"
+    done = CliRunner().invoke(app, [str(tmp_path / "run"), "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["meta"]["n"] == 2
+
+
 def test_a_run_without_samples_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run", {"arguments": {"suite": "longbench"}, "machine": {}})
+    settings = {"arguments": {"suite": "longbench"}, "machine": {}}
+    RunFolder(tmp_path / "run", settings).add({})
     (tmp_path / "run" / "samples.jsonl").write_text("")
     app = typer.Typer()
     app.command()(run_table.main)

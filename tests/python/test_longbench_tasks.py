@@ -252,6 +252,9 @@ def test_predictions_survive_a_file(tmp_path: Path) -> None:
         '{"pred": "x", "answers": ["y"], "all_classes": null}\n'
     )
     assert read_predictions(path) == some
+    odd = Prediction("a\u2028b\x85\ud800<", ("y",))
+    append_prediction(path, odd)
+    assert read_predictions(path) == [*some, odd]
     path.write_text('{"pred": "x", "answers": ["y"]}\n')
     with pytest.raises(InvalidArgument, match=r"trec\.jsonl: line 1: field 'all_classes' is miss"):
         read_predictions(path)

@@ -28,6 +28,8 @@ from icecache.bench.tasks.longbench_output import Prediction
 from icecache.bench.tasks.task import Task
 from icecache.bench.workers import ask_in_worker, fitting_workers, worker_processes
 from icecache.errors import InvalidArgument
+from icecache.models.local import check_model
+from icecache.outputs import check_output_folder
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,20 @@ class Progress:
 def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Record]:
     """Runs what is not in the folder `out` yet, and writes the run's files there.
 
-    Raises InvalidArgument for unknown tasks, methods and settings, before anything runs.
+    Raises InvalidArgument for data, tasks, methods, settings and folders that will not do, before
+    anything is loaded or written.
     """
     _check(plan)
+    suite.check(plan.data)
+    if plan.endpoint is None:
+        check_model(plan.model)
+    check_output_folder("--out", out)
+    questions = [] if suite.generated else _questions(suite, plan, None)
     name = plan.model if plan.endpoint else _folder(plan.model)
     tokenizer = None if plan.endpoint and not suite.generated else _tokenizer(plan)
-    questions = list(in_turn(suite.open(plan.data, tokenizer), plan.limit))
-    if not questions:
-        raise InvalidArgument("data: expected at least one sample, got none")
+    if suite.generated:
+        _check_lengths(plan, name)
+        questions = _questions(suite, plan, tokenizer)
     settings = {
         "arguments": plan.arguments(suite),
         "tasks": _tasks(questions, tokenizer),
@@ -96,15 +104,35 @@ def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Re
     return records
 
 
+def _questions(suite: Suite, plan: Plan, tokenizer: Any) -> list[Question]:
+    questions = list(in_turn(suite.open(plan.data, tokenizer), plan.limit))
+    if not questions:
+        raise InvalidArgument("--data-dir: expected at least one sample, got none")
+    return questions
+
+
 def _check(plan: Plan) -> None:
     from icecache import Config
 
     if plan.endpoint is None:
         find_methods(plan.methods)
     for budget in plan.budgets:
-        Config(**{**plan.engine, "token_budget": budget})
+        Config(**{**plan.engine, "token_budget": budget}).check()
     if plan.workers is not None and plan.workers < 1:
         raise InvalidArgument(f"--workers: expected at least 1, got {plan.workers}")
+
+
+def _check_lengths(plan: Plan, folder: str) -> None:
+    """Refuses generated prompts that the model's context would cut in the middle."""
+    from icecache.models.local import load_config
+
+    longest = max(plan.data.lengths, default=0)
+    if plan.endpoint is None and longest:
+        context = _context(load_config(Path(folder)).get_text_config(decoder=True))
+        if longest > context:
+            raise InvalidArgument(
+                f"--lengths: expected at most {context}, the context of {plan.model}, got {longest}"
+            )
 
 
 def _folder(model: str) -> str:

@@ -2,7 +2,7 @@
 
 A folder holds a run: `run.json` says what is run, `samples.jsonl` has one record a sample, written
 as soon as it is done. A record is {"task", "sample", "answers", "classes", "length", "fields"} and
-what ask.Asker makes.
+what ask.Asker makes. Lines are ASCII: whatever a model writes, a line feed is what ends a record.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from icecache.bench.ask import Ask
+from icecache.bench.tasks.records import read_json, read_lines
+from icecache.bench.tasks.records import record as parsed
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import InvalidArgument
+from icecache.outputs import check_output_folder
+
+if TYPE_CHECKING:  # takes seconds to import
+    from icecache.bench.ask import Ask
 
 Record = dict[str, Any]
 
@@ -54,27 +59,51 @@ def in_turn(streams: Iterable[Iterator[Question]], limit: int | None) -> Iterato
     return itertools.islice(every, limit)
 
 
+RUN, SAMPLES = "run.json", "samples.jsonl"
+FILES = (RUN, SAMPLES, "results.json", "report.html")  # of a run
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of the run in `folder`.
+
+    What a killed run, or a full disk, left behind the last whole line is passed over. Raises
+    InvalidArgument naming the line that is not a record.
+    """
+    path = folder / SAMPLES
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
+    return [one.values for one in read_lines(whole.split("\n"), path)]
+
+
 class RunFolder:
     """The files of a run. One process writes."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Takes up the run in `folder`, or begins one.
+        """Takes up the run in `folder`, or will begin one with its first record.
 
         `settings`: what makes its numbers. Raises InvalidArgument where the folder holds a run with
-        others.
+        others, files of a run without its settings, or cannot be written.
         """
+        check_output_folder("--out", folder)
         self.folder = folder
-        self._settings = folder / "run.json"
-        self._samples = folder / "samples.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._settings.exists():
+        self._settings = settings
+        self._run = folder / RUN
+        self._samples = folder / SAMPLES
+        if self._run.exists():
             self._check(settings)
-        else:
-            write_atomically(self._settings, json.dumps(settings, indent=1) + "\n")
-        self._drop_half_a_line()
+            self._drop_half_a_line()
+            return
+        for name in FILES:
+            if (folder / name).exists():
+                raise InvalidArgument(
+                    f"--out: {folder} has a {name}, but no {RUN}: no run can go on there, and the "
+                    "file would be lost; name another folder"
+                )
 
     def _check(self, settings: dict[str, Any]) -> None:
-        held = json.loads(self._settings.read_text(encoding="utf-8"))
+        held = parsed(read_json(self._run), str(self._run)).values
         here = json.loads(json.dumps(settings))["arguments"]
         there = held.get("arguments", {})
         other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
@@ -99,14 +128,14 @@ class RunFolder:
 
     def records(self) -> list[Record]:
         """Of all samples that are done."""
-        if not self._samples.exists():
-            return []
-        lines = self._samples.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_records(self.folder) if self._samples.exists() else []
 
     def add(self, record: Record) -> None:
         """On disk when this returns. A line that could not be written whole is taken back."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(record) + "\n").encode("ascii")
+        if not self._run.exists():  # a run that fails before its first record leaves nothing behind
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._run, json.dumps(self._settings, indent=1) + "\n")
         with self._samples.open("ab") as file:
             start = file.tell()
             try:

@@ -42,6 +42,13 @@ class StepCase:
         """ "32k" for 32,768."""
         return f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
 
+    def bytes(self, steps: int) -> int:
+        """About what measure() holds: keys and values of the store and of both engines, and one
+        layer's keys while they are made."""
+        row = self.kv_heads * self.head_dim * (self.length + steps)
+        held = 3 * 2 * self.layers * self.batch * row * self.dtype.itemsize
+        return held + 4 * row * torch.float32.itemsize
+
 
 @dataclass(frozen=True)
 class StepTimes:

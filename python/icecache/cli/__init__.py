@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from icecache.cli.demo import demo
 from icecache.cli.doctor import doctor
 from icecache.cli.generate import generate
 from icecache.cli.serve import serve
+from icecache.cli.usage import Command, UsageError
 from icecache.errors import Error
 
 __all__ = ["app"]
@@ -25,20 +27,35 @@ class _Commands(TyperGroup):
     Exit status 2: what the user asked for cannot be done. 1: anything unforeseen. --debug raises.
     """
 
+    def make_context(self, *given: Any, **options: Any) -> Any:
+        return _told(False, super().make_context, *given, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (Error, OSError, MemoryError) as error:
-            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
-                raise
-            _say(str(error) or type(error).__name__)
-            raise typer.Exit(2) from None
-        except (RuntimeError, LookupError, TypeError, ValueError, AssertionError) as error:
-            # click's own control flow is made of RuntimeErrors.
-            if ctx.params.get("debug") or type(error).__module__.startswith(("click", "typer")):
-                raise
-            _say(f"{type(error).__name__}: {error} (icecache --debug ... shows where)")
-            raise typer.Exit(1) from None
+        return _told(bool(ctx.params.get("debug")), super().invoke, ctx)
+
+
+def _told(debug: bool, call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """What `call` returns; ends an error with a line, or raises it where `debug` asks for that."""
+    try:
+        return call(*given, **options)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        context = getattr(error, "ctx", None)
+        command = getattr(context, "command_path", "icecache")
+        _say(f"{error.format_message()} ({command} --help shows what there is)")  # type: ignore[attr-defined]
+        raise typer.Exit(2) from None
+    except (Error, OSError, MemoryError) as error:
+        if debug or isinstance(error, BrokenPipeError):
+            raise
+        _say(str(error) or type(error).__name__)
+        raise typer.Exit(2) from None
+    except (RuntimeError, LookupError, TypeError, ValueError, AssertionError) as error:
+        # click's own control flow is made of RuntimeErrors.
+        if debug or type(error).__module__.startswith(("click", "typer")):
+            raise
+        _say(f"{type(error).__name__}: {error} (icecache --debug ... shows where)")
+        raise typer.Exit(1) from None
 
 
 def _say(message: str) -> None:
@@ -84,7 +101,8 @@ def _main(
 
 
 for command in (demo, generate, doctor, config):
-    app.command()(command)
+    app.command(cls=Command)(command)
 # vLLM's flags are passed on as they are.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+_AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=Command, context_settings=_AS_THEY_ARE)(serve)
 app.add_typer(bench, name="bench")

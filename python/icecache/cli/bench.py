@@ -9,13 +9,18 @@ import typer
 
 from icecache.cli.bench_lm_eval import lm_eval
 from icecache.cli.bench_suites import add_suites
+from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat
+from icecache.cli.usage import Command, numbers
+from icecache.config import Config
 from icecache.errors import InvalidArgument
+from icecache.machine import usable_memory
+from icecache.outputs import check_output_file
 
 bench = typer.Typer(help="Measure IceCache: its speed here, its quality.", no_args_is_help=True)
 add_suites(bench)
 # lm_eval's flags are passed on as they are, --help too.
 _AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-bench.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
+bench.command("lm-eval", cls=Command, context_settings=_AS_THEY_ARE)(lm_eval)
 
 
 @bench.callback()
@@ -23,20 +28,35 @@ def _group() -> None:
     """Commands are `icecache bench NAME`."""
 
 
-@bench.command()
+@bench.command(cls=Command)
 def step(
     lengths: Annotated[
         str, typer.Option(help="Tokens of the sequence, comma-separated.")
     ] = "2048,8192,32768,131072",
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each length.")] = 30,
-    token_budget: Annotated[int, typer.Option(min=1, help="Tokens attended exactly.")] = 256,
-    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of one call.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Timed steps of each length.")
+    ] = 30,
+    token_budget: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens attended exactly.")
+    ] = 256,
+    head_dim: Annotated[int, typer.Option(min=8, max=256, help="Dimensions of a head.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Sequences of one call.")] = 1,
+    dtype: Annotated[
+        NumberFormat, typer.Option(help="Number format of queries and cache.")
+    ] = NumberFormat.bfloat16,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MOST_THREADS, help="0: as many as torch takes.")
+    ] = 0,
     json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
 ) -> None:
     """Time one decode step of one layer beside full attention; takes about a minute."""
+    wanted = numbers("--lengths", lengths, 256, MOST_TOKENS)
+    Config(token_budget=token_budget).check()
+    if head_dim % 8:
+        raise InvalidArgument(f"--head-dim must be a multiple of 8, got {head_dim}")
+    if json is not None:
+        check_output_file("--json", json)
+
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -45,15 +65,17 @@ def step(
     from icecache.bench.report import machine, write_json
     from icecache.bench.step import DENSE, OURS, SDPA, StepCase, measure
 
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    if dtype not in dtypes:
-        raise InvalidArgument(f"--dtype must be {', '.join(dtypes)}, got {dtype!r}")
-    try:
-        wanted = [int(length) for length in lengths.split(",")]
-    except ValueError:
-        raise InvalidArgument(f"--lengths must be numbers and commas, got {lengths!r}") from None
-    if min(wanted) < 256:
-        raise InvalidArgument(f"--lengths must be at least 256, got {min(wanted)}")
+    number = getattr(torch, dtype.value)
+    cases = [
+        StepCase(length, head_dim, number, batch=batch, token_budget=token_budget)
+        for length in wanted
+    ]
+    needed, held = max(case.bytes(steps) for case in cases), usable_memory()
+    if needed > held:
+        raise InvalidArgument(
+            f"--lengths must fit this machine's {held / 2**30:,.0f} GiB, got {max(wanted)}, which "
+            f"with --batch {batch} and --steps {steps} takes about {needed / 2**30:,.0f} GiB"
+        )
     if threads:
         torch.set_num_threads(threads)
     console = Console()
@@ -63,16 +85,15 @@ def step(
     results = []
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=len(wanted) * (steps + 3))
-        for length in wanted:
-            bar.update(task, description=f"{length:,} tokens")
-            case = StepCase(length, head_dim, dtypes[dtype], batch=batch, token_budget=token_budget)
+        for case in cases:
+            bar.update(task, description=f"{case.length:,} tokens")
             times = measure(case, steps, lambda: bar.advance(task))
             made = times.results()
             results += made
-            numbers = {one.name: one.value for one in made}
+            values = {one.name: one.value for one in made}
             table.add_row(
-                f"{length:,}",
-                *(f"{numbers[f'step_us_{name}_{case.size}']:,.0f}" for name in (OURS, DENSE, SDPA)),
+                f"{case.length:,}",
+                *(f"{values[f'step_us_{name}_{case.size}']:,.0f}" for name in (OURS, DENSE, SDPA)),
                 f"{times.speedup:.2f}",
                 f"{times.bytes_read / 1024:,.0f}",
             )

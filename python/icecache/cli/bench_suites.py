@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
 
 import typer
 
-from icecache.cli.options import Settings, parse_settings
+from icecache.bench.names import unknown
+from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat, Settings, parse_settings
+from icecache.cli.usage import Command, numbers, words
+from icecache.config import Config
 from icecache.errors import InvalidArgument
+from icecache.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +32,14 @@ SUITES = {
     "text": "Likelihood of what follows stretches of your own texts.",
 }
 
+# Of icecache.bench.methods, in its order.
+METHODS = (
+    *("full", "icecache", "topk", "paper", "quest", "streaming", "topk_head", "paper_reuse", "h2o"),
+    *("snapkv", "arkvale", "omnikv", "pqcache", "magicpig", "retroinfer"),
+)
+_DEFAULT = ",".join(METHODS[:6])
+_MOST_SAMPLES = 1_000_000
+
 # What fits beside each other on a terminal; the report has all.
 _SHOWN = ("method", "tokens", "score", "of full", "agreement", "KL", "gold likelihood", "mass")
 
@@ -34,7 +47,7 @@ _SHOWN = ("method", "tokens", "score", "of full", "agreement", "KL", "gold likel
 def add_suites(app: typer.Typer) -> None:
     """A command for each suite."""
     for name, text in SUITES.items():
-        app.command(name, help=text)(_command(name))
+        app.command(name, cls=Command, help=text)(_command(name))
 
 
 def _command(suite: str) -> Callable[..., None]:
@@ -42,35 +55,51 @@ def _command(suite: str) -> Callable[..., None]:
         model: Annotated[
             str, typer.Option(help='Folder with a model, or "smollm2"; of a server, its name.')
         ] = "smollm2",
-        budget: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,128,256",
+        budget: Annotated[
+            str | None,
+            typer.Option(help="Token budgets, comma-separated; else 64,128,256."),
+        ] = None,
         method: Annotated[
-            str, typer.Option(help='Methods, comma-separated; "all" for every one.')
-        ] = "full,icecache,topk,paper,quest,streaming",
-        task: Annotated[str, typer.Option(help="Tasks, comma-separated; all where empty.")] = "",
+            str | None,
+            typer.Option(help=f'Methods, comma-separated; "all" for every one; else {_DEFAULT}.'),
+        ] = None,
+        task: Annotated[
+            str | None, typer.Option(help="Tasks, comma-separated; all if not given.")
+        ] = None,
         data_dir: Annotated[
             Path | None, typer.Option(help="Local data; else from the Hugging Face hub.")
         ] = None,
         limit: Annotated[
-            int | None, typer.Option(min=1, help="Samples in all, of each task in turn.")
+            int | None,
+            typer.Option(min=1, max=_MOST_SAMPLES, help="Samples in all, of each task in turn."),
         ] = None,
         lengths: Annotated[
-            str, typer.Option(help="Tokens of generated prompts, comma-separated.")
-        ] = "",
+            str | None, typer.Option(help="Tokens of generated prompts, comma-separated.")
+        ] = None,
         samples: Annotated[
-            int, typer.Option(min=1, help="Generated samples of each task and length.")
+            int,
+            typer.Option(
+                min=1, max=_MOST_SAMPLES, help="Generated samples of each task and length."
+            ),
         ] = 5,
         seed: Annotated[int, typer.Option(help="Of generated samples.")] = 0,
         max_length: Annotated[
-            int | None, typer.Option(min=1, help="Longer prompts lose their middle.")
+            int | None,
+            typer.Option(min=2, max=MOST_TOKENS, help="Longer prompts lose their middle."),
         ] = None,
         max_new_tokens: Annotated[
-            int | None, typer.Option(min=1, help="Of an answer, where the task allows more.")
+            int | None,
+            typer.Option(min=1, max=MOST_TOKENS, help="Of an answer, where the task allows more."),
         ] = None,
-        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        dtype: Annotated[
+            NumberFormat | None, typer.Option(help="Number format; float32 if not given.")
+        ] = None,
         settings: Settings = None,
         workers: Annotated[
             int | None,
-            typer.Option(min=1, help="Processes with a model each; else as many as fit."),
+            typer.Option(
+                min=1, max=MOST_THREADS, help="Processes with a model each; else as many as fit."
+            ),
         ] = None,
         endpoint: Annotated[
             str | None, typer.Option(help="Ask this OpenAI-compatible server instead (.../v1).")
@@ -80,46 +109,86 @@ def _command(suite: str) -> Callable[..., None]:
         ] = None,
         json: Annotated[Path | None, typer.Option(help="Where the results go as well.")] = None,
     ) -> None:
-        from icecache.bench.evaluate import Plan
-        from icecache.bench.methods import METHODS
-        from icecache.bench.suites import Data
+        from icecache.bench.suites import Data, find_suite
+        from icecache.models.local import check_model
 
-        names = _words(method)
-        if names == ["all"]:
-            names = list(dict.fromkeys(one.name for one in METHODS))
+        if endpoint is not None:
+            _check_endpoint(
+                endpoint,
+                {"--method": method, "--budget": budget, "--dtype": dtype, "--set": settings},
+            )
+        budgets = numbers("--budget", budget or "64,128,256", 1, MOST_TOKENS)
+        engine = parse_settings(settings)
+        for one in budgets:
+            Config(**{**engine, "token_budget": one}).check()
+        data = Data(
+            data_dir,
+            [] if task is None else words("--task", task),
+            [] if lengths is None else numbers("--lengths", lengths, 1, MOST_TOKENS),
+            samples,
+            seed,
+        )
+        find_suite(suite).check(data)
+        if endpoint is None:
+            check_model(model)
+        folder = out or Path(f"icecache-{suite}-{Path(model).name}")
+        check_output_folder("--out", folder)
+        if json is not None:
+            check_output_file("--json", json)
+        methods = _methods(method)
+
+        from icecache.bench.evaluate import Plan
+
         plan = Plan(
             model=model,
-            methods=["served"] if endpoint else names,
-            budgets=_numbers("--budget", budget),
-            data=Data(data_dir, _words(task), _numbers("--lengths", lengths), samples, seed),
+            methods=["served"] if endpoint else methods,
+            budgets=budgets,
+            data=data,
             limit=limit,
             max_length=max_length,
             max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            engine=parse_settings(settings),
+            dtype=(dtype or NumberFormat.float32).value,
+            engine=engine,
             workers=workers,
             endpoint=endpoint,
         )
-        _run(suite, plan, out or Path(f"icecache-{suite}-{Path(model).name}"), json)
+        _run(suite, plan, folder, json)
 
     return command
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _methods(given: str | None) -> list[str]:
+    if given is None:
+        given = _DEFAULT
+    names = words("--method", given)
+    if names == ["all"]:
+        return list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    return names
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _check_endpoint(endpoint: str, others: dict[str, object]) -> None:
+    """A server attends as it does: what would choose how is refused."""
+    wanted = f"--endpoint must be a URL such as http://localhost:8000/v1, got {endpoint!r}"
     try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise InvalidArgument(f"{option}: expected numbers and commas, got {text!r}") from None
+        parts = urlsplit(endpoint)
+    except ValueError as error:
+        raise InvalidArgument(f"{wanted}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidArgument(wanted)
+    for option, value in others.items():
+        if value is not None:
+            raise InvalidArgument(
+                f"--endpoint: the server attends in its own way; expected no {option}, got "
+                f"{getattr(value, 'value', value)}"
+            )
 
 
 def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
-    import shutil
-
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from icecache.bench import evaluate as run
@@ -133,15 +202,18 @@ def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
         told = run.Progress(
             begin=lambda count: bar.update(task, total=count),
             done=lambda record: bar.update(
-                task, advance=1, last=f"{record['task']} {record['tokens']:,} tokens"
+                task, advance=1, last=escape(f"{record['task']} {record['tokens']:,} tokens")
             ),
         )
         records = run.evaluate(find_suite(name), plan, out, told)
     _show(console, records)
-    console.print(f"[dim]{out}/report.html, results.json, samples.jsonl[/]", highlight=False)
+    console.print(
+        f"[dim]{escape(str(out))}/report.html, results.json, samples.jsonl[/]", highlight=False
+    )
     if json is not None:
+        made = (out / "results.json").read_bytes()
         json.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / "results.json", json)
+        json.write_bytes(made)  # which may be the same file
 
 
 def _show(console: Console, records: list[Record]) -> None:

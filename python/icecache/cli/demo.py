@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icecache.errors import InvalidArgument
+from icecache.cli.options import MOST_TOKENS
+from icecache.outputs import check_output_file
 
 if TYPE_CHECKING:
     from icecache.demo.run import Row
@@ -23,7 +25,11 @@ def demo(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=400, help="Cut the document to this length; default 3500, or your file."),
+        typer.Option(
+            min=400,
+            max=MOST_TOKENS,
+            help="Cut the document to this length; default 3500, or your file.",
+        ),
     ] = None,
     report: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = Path(
         "icecache-report.html"
@@ -34,14 +40,21 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
 ) -> None:
     """Hide needles in a long document, ask for them, and show what attention looked at."""
+    from icecache.documents import read_document
+    from icecache.models.local import check_model
+
+    check_output_file("--report", report, make_folders=False)
+    if document is not None:
+        read_document(document)
+    check_model(model)
+
     from rich.console import Console
+    from rich.markup import escape
 
     from icecache.demo.document import make_document
     from icecache.demo.run import STEPS
     from icecache.models.local import check_context, load_model, load_tokenizer, model_folder
 
-    if not report.parent.is_dir():
-        raise InvalidArgument(f"--report must be a file in an existing folder, got {report}")
     console = Console()
     folder = model_folder(model)
     made = make_document(load_tokenizer(folder), document, tokens, seed)
@@ -50,21 +63,23 @@ def demo(
         loaded, tokenizer = load_model(folder, "float32")
     check_context(loaded.config, length + made.longest_question, STEPS)
     console.print(
-        f"[bold]{made.name}[/]: {length:,} tokens, {len(made.needles)} numbers hidden in it"
+        f"[bold]{escape(made.name)}[/]: {length:,} tokens, {len(made.needles)} numbers hidden in it"
     )
-    rows = _run(console, loaded, tokenizer, made, report, folder.name)
+    rows, write = _run(console, loaded, tokenizer, made, folder.name)
     console.print(_table(rows))
     console.print(
         "[dim]The number beside a name: tokens attended exactly per KV head and step. agree: the "
         "same most likely token as full attention; KL: divergence from it, nats; mass: share of "
         "the attention that was exact; read per step and held on the device: MiB, all heads.[/]"
     )
-    console.print(f"The report: [bold]{report.resolve()}[/] (open it in a browser)")
+    write(report)
+    console.print(f"The report: [bold]{escape(str(report.resolve()))}[/] (open it in a browser)")
 
 
 def _run(
-    console: Any, model: Any, tokenizer: Any, document: Any, path: Path, name: str
-) -> list[Row]:
+    console: Any, model: Any, tokenizer: Any, document: Any, name: str
+) -> tuple[list[Row], Callable[[Path], None]]:
+    """The rows, and what writes the report to a path."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from icecache.bench.decoder import Decoder
@@ -98,8 +113,11 @@ def _run(
         config=Config(token_budget=_OTHERS).to_dict(),
     )
     pieces = [tokenizer.decode([int(token)]) for token in document.tokens]
-    write_report(path, facts, document, pieces, rows, traces)
-    return rows
+
+    def write(path: Path) -> None:
+        write_report(path, facts, document, pieces, rows, traces)
+
+    return rows, write
 
 
 def _machine() -> str:

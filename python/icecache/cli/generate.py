@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icecache.cli.options import Settings, parse_settings
+from icecache.cli.options import MOST_TOKENS, Settings, parse_settings
 from icecache.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -37,7 +37,14 @@ def generate(
         bool, typer.Option("--chat/--plain", help="Use the model's chat template where it has one.")
     ] = True,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer at most.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            max=MOST_TOKENS,
+            help="Length of the answer at most.",
+        ),
     ] = 128,
     token_budget: Annotated[
         int | None,
@@ -61,6 +68,11 @@ def generate(
 
     if not prompt and prompt_file is None:
         raise InvalidArgument("--prompt or --prompt-file is needed, got neither")
+    if full and (token_budget is not None or settings):
+        raise InvalidArgument(
+            "--full is the model's stock attention, which has no parameters: expected it without "
+            f"--token-budget and --set, got --token-budget {token_budget}, --set {settings}"
+        )
     fields = parse_settings(settings, token_budget=token_budget)
     parts = [read_document(prompt_file)] if prompt_file else []
     text = "\n\n".join([*parts, prompt] if prompt else parts)

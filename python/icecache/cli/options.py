@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from icecache.config import Config
 from icecache.errors import InvalidArgument
+
+MOST_TOKENS = 1 << 30  # of a sequence: positions are 32-bit
+MOST_THREADS = 1024  # of the engine
 
 Settings: TypeAlias = Annotated[
     list[str] | None,
@@ -20,10 +24,19 @@ Settings: TypeAlias = Annotated[
 ]
 
 
+class NumberFormat(str, Enum):
+    """Of weights and cache."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 def parse_settings(settings: Sequence[str] | None, **fields: int | str | None) -> dict[str, Any]:
     """["name=value", ...] and those `fields` that are not None, as arguments of Config.
 
-    Raises InvalidArgument for another form, an unknown name, a bad value, and a name given twice.
+    Raises InvalidArgument for another form, an unknown name, a bad value, a name given twice, and
+    values that contradict each other.
     """
     values = {name: str(value) for name, value in fields.items() if value is not None}
     for setting in settings or ():
@@ -33,5 +46,5 @@ def parse_settings(settings: Sequence[str] | None, **fields: int | str | None) -
         if name in values:
             raise InvalidArgument(f"{name} is given twice: {values[name]} and {value}")
         values[name] = value
-    Config(**values)
+    Config(**values).check()
     return values

@@ -42,8 +42,9 @@ def write_report(
         "rows": [_finite(asdict(row)) for row in rows],
         "questions": [trace.to_dict() for trace in traces],
     }
-    # "</script>" in the document's text must not end the page's script.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    # A "<" in the document's text could end the page's script, or, by "<!--<script>", keep its end
+    # from being seen.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = resources.files("icecache.demo").joinpath("report.html").read_text(encoding="utf-8")
     try:
         path.write_text(template.replace("/*DATA*/null", text), encoding="utf-8")

@@ -17,16 +17,29 @@ T = TypeVar("T")
 
 def model_folder(name: str) -> Path:
     """A folder with a transformers model: `name` itself, or the small model "smollm2"."""
+    check_model(name)
     if name == "smollm2":
         from icecache.models import smollm2
 
         return smollm2()
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise InvalidArgument(f'model must be a local folder or "smollm2", got {name}')
-    if not (folder / "config.json").is_file():
-        raise InvalidArgument(f"model must be a folder with a config.json, got {folder}")
-    return folder
+    return Path(name).expanduser()
+
+
+def check_model(name: str) -> None:
+    """Raises InvalidArgument for what model_folder() would not take; fetches nothing."""
+    if name == "smollm2":
+        return
+    wanted = 'model must be a local folder or "smollm2", got '
+    try:
+        folder = Path(name).expanduser()
+        if not name or not folder.is_dir():
+            raise InvalidArgument(wanted + (name or "an empty name"))
+        if not (folder / "config.json").is_file():
+            raise InvalidArgument(f"model must be a folder with a config.json, got {folder}")
+    except InvalidArgument:
+        raise
+    except (OSError, RuntimeError) as error:  # too long a name, no such user's home
+        raise InvalidArgument(f"{wanted}{name}: {error}") from error
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -14,6 +14,9 @@ from icecache.bench.tasks.records import read_jsonl
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import InvalidArgument
 
+# A lone surrogate, which an answer may hold and UTF-8 does not know, becomes JSON's escape of it.
+_LINES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -60,13 +63,14 @@ def read_predictions(path: Path) -> list[Prediction]:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Replaces the file; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(one.line() for one in predictions), encoding="utf-8", newline="\n")
+    with path.open("w", **_LINES) as file:
+        file.writelines(one.line() for one in predictions)
 
 
 def append_prediction(path: Path, prediction: Prediction) -> None:
     """Adds a line to the file; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with path.open("a", **_LINES) as file:
         file.write(prediction.line())
 
 

@@ -47,7 +47,7 @@ class QaMaker:
     """
 
     def __init__(self, task: str, haystack: Haystack) -> None:
-        pool, name, read = _POOLS[task]
+        pool, (name, read) = POOLS[task], _FORMS[task]
         path: Path | None = getattr(haystack, pool)
         if path is None:
             raise InvalidArgument(
@@ -111,8 +111,9 @@ def _hotpotqa(loaded: Any) -> Iterator[Question]:
         yield Question(one["question"], (one["answer"],), tuple(dict.fromkeys(texts)))
 
 
-_POOLS: dict[str, tuple[str, str, _Reader]] = {  # field of Haystack, what it names, its reader
-    "qa_1": ("squad", "SQuAD's dev-v2.0.json", _squad),
-    "qa_2": ("hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json", _hotpotqa),
+POOLS = {"qa_1": "squad", "qa_2": "hotpotqa"}  # the field of Haystack that a task needs
+_FORMS: dict[str, tuple[str, _Reader]] = {  # what it names, its reader
+    "qa_1": ("SQuAD's dev-v2.0.json", _squad),
+    "qa_2": ("HotpotQA's hotpot_dev_distractor_v1.json", _hotpotqa),
 }
-QA = tuple(_POOLS)
+QA = tuple(POOLS)

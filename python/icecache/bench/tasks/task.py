@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 def find_tasks(names: Sequence[str], known: Sequence[Task]) -> list[Task]:
-    """The tasks of these names, in their order; all for none.
+    """The tasks of these names, each once, in their order; all for none.
 
     Raises InvalidArgument for an unknown name, with the nearest known ones.
     """
@@ -65,4 +65,4 @@ def find_tasks(names: Sequence[str], known: Sequence[Task]) -> list[Task]:
     for name in names:
         if name not in by_name:
             raise unknown("task", name, by_name)
-    return [by_name[name] for name in names] if names else list(known)
+    return [by_name[name] for name in dict.fromkeys(names)] if names else list(known)
