@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from icecache.bench.html_report import html_report
 from icecache.bench.runner import Record
+from icecache.demo.document import Document, Needle
+from icecache.demo.report import Facts, write_report
+from icecache.demo.run import Row
 from test_bench_suites import TASK, answer, question
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -60,6 +65,31 @@ def test_it_opens_without_errors(browser: str, tmp_path: Path) -> None:
     assert console == []
     assert shown.count("<svg") == text.count("<svg") > 0
     assert '<title>{"clipped":[],"wide":false,"empty":0}</title>' in shown
+
+
+ODD = "-->]]>&lt;</script><b><!--<script>"  # no end of it comes behind
+
+
+@pytest.mark.slow
+def test_any_text_leaves_the_reports_whole(browser: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = records()
+    for record in made:
+        record["task"] = f"text/{ODD}"
+    page = tmp_path / "report.html"
+    page.write_text(html_report(ODD, {"machine": ODD}, made), encoding="utf-8")
+    shown, console = opened(browser, page)
+    assert console == [] and "<b>" not in shown and shown.count("<svg") > 0
+    tokens = [ODD] * 3
+    needle = Needle("key", ODD, 0, 1, torch.tensor([0]))
+    rows = [
+        Row("full attention", None, ODD, [ODD], [True]),
+        Row("IceCache", 128, "", [ODD], [True]),
+    ]
+    facts = Facts(ODD, 1, 1, 128, ODD, {})
+    write_report(page, facts, Document(ODD, torch.tensor([0, 1, 2]), [needle]), tokens, rows, [])
+    shown, _ = opened(browser, page)
+    assert f"3 tokens of {html.escape(ODD, quote=False)}" in shown
 
 
 @pytest.mark.slow

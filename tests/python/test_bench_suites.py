@@ -20,12 +20,12 @@ from icecache.bench import workers
 from icecache.bench.ask import Endings, Limits, gold_tokens, prompt_tokens
 from icecache.bench.evaluate import Plan, _check, _worker_bytes
 from icecache.bench.html_report import html_report
+from icecache.bench.methods import METHODS
 from icecache.bench.runner import Question, RunFolder, in_turn, read_records, run, run_parallel
 from icecache.bench.scores import halves, lines, results, task_scores
 from icecache.bench.suites import SUITES, Data, find_suite
 from icecache.bench.tasks.task import Sample, Task
 from icecache.bench.workers import fitting_workers, share_of
-from icecache.bench.methods import METHODS
 from icecache.cli import app
 from icecache.cli.bench_suites import METHODS as METHOD_NAMES
 from icecache.cli.bench_suites import SUITES as NAMES

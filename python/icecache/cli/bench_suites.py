@@ -117,7 +117,7 @@ def _command(suite: str) -> Callable[..., None]:
                 endpoint,
                 {"--method": method, "--budget": budget, "--dtype": dtype, "--set": settings},
             )
-        budgets = numbers("--budget", budget or "64,128,256", 1, MOST_TOKENS)
+        budgets = numbers("--budget", "64,128,256" if budget is None else budget, 1, MOST_TOKENS)
         engine = parse_settings(settings)
         for one in budgets:
             Config(**{**engine, "token_budget": one}).check()

@@ -15,6 +15,8 @@ from icecache.errors import InvalidArgument
 # By the way of a class that every version of typer has: its others come from click, or from a copy.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_TEXT = "UTF-8 text"
+
 
 class Command(TyperCommand):
     """A command whose parse raises InvalidArgument where a value is not what its option takes."""
@@ -27,8 +29,8 @@ class Command(TyperCommand):
             raise self._refused(ctx, given, error) from error
         for param in self.params:
             for value in _texts(ctx.params.get(str(param.name))):
-                if not value.isprintable() and _is_no_text(value):
-                    raise InvalidArgument(f"{_title(param)} must be UTF-8 text, got {value!r}")
+                if _is_no_text(value):
+                    raise InvalidArgument(f"{_title(param)} must be {_TEXT}, got {value!r}")
         return rest
 
     def _refused(self, ctx: Any, given: list[str], error: Any) -> Exception:
@@ -38,7 +40,14 @@ class Command(TyperCommand):
             return InvalidArgument(error.format_message())
         values, _, _ = self.make_parser(ctx).parse_args(args=given)
         value = values.get(param.name)
+        if value is None:
+            command = ctx.command_path
+            return InvalidArgument(
+                f"{_title(param)} is missing ({command} --help shows what it is)"
+            )
         expected = _expected(self.callback, str(param.name))
+        if not expected and isinstance(value, str) and _is_no_text(value):
+            expected = _TEXT
         if not isinstance(value, str) or not expected:
             return InvalidArgument(error.format_message())
         return InvalidArgument(f"{_title(param)} must be {expected}, got {value!r}")
