@@ -51,13 +51,16 @@ Case = tuple[list[str], list[str]]  # arguments, and what the line must hold
 
 def commands() -> Iterator[tuple[list[str], Any]]:
     """Each command with arguments that it needs, and its function."""
-    for info in app.registered_commands:
-        name = info.name or info.callback.__name__
-        yield [name, *(["m"] if name in ("generate", "serve") else [])], info.callback
-    for info in bench.registered_commands:
-        name = info.name or info.callback.__name__
+    for name, function in registered(app):
+        yield [name, *(["m"] if name in ("generate", "serve") else [])], function
+    for name, function in registered(bench):
         if name != "lm-eval":  # whose arguments are lm_eval's
-            yield ["bench", name], info.callback
+            yield ["bench", name], function
+
+
+def registered(group: Any) -> Iterator[tuple[str, Any]]:
+    for info in group.registered_commands:
+        yield info.name or info.callback.__name__, info.callback
 
 
 def options(function: Any) -> Iterator[tuple[str, type, Any]]:
