@@ -28,8 +28,8 @@ void bind_config(py::module_& module) {
           },
           py::arg("num_layers"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
           py::arg("head_dim"),
-          "With every derived value, for a float32 cache of this shape; InvalidArgument where values "
-          "contradict each other or the shape.");
+          "With every derived value, for a float32 cache of this shape; InvalidArgument where "
+          "values contradict each other or the shape.");
 
   py::class_<ConfigField>(module, "ConfigField", "One parameter: its type, default and meaning.")
       .def_property_readonly("name", [](const ConfigField& self) { return std::string(self.name); })

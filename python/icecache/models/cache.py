@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
@@ -24,11 +27,43 @@ def cache_root() -> Path:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Hex digest of all that an open file holds."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def check_owner(path: Path) -> None:
+    """Raises Error where `path` was put there by somebody else.
+
+    It may belong to this user, to root, or to whom the folder belongs that it is in. In a folder
+    that everybody may write, anybody could have made it.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        owner = path.lstat().st_uid
+        if owner not in (os.geteuid(), 0, path.parent.stat().st_uid):
+            raise Error(
+                f"{path} belongs to another user ({owner}), who may not be trusted; delete it, or "
+                "let ICECACHE_CACHE name another folder"
+            )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process, and one thread, at a time. The file stays; a symbolic link is refused."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -64,7 +99,7 @@ def verify_folder(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = {str(name): dict(entry) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise Error(f"{folder / MANIFEST} cannot be read ({error}); {advice}") from error
     for name, entry in entries.items():
         path = folder / name

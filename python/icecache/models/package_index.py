@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import url2pathname
 
@@ -13,6 +14,7 @@ from icecache.errors import Error
 from icecache.models.network import NETWORK_ERRORS, Network, reason, without_credentials
 from icecache.models.pip_settings import PipSettings
 
+_MOST_BYTES = 8 << 20  # of an index of one project, or a page with links
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
 
 
@@ -65,10 +67,24 @@ def _links(network: Network, source: str) -> list[_Link]:
             return [_Link(path.resolve().as_uri(), "")] if path.is_file() else []
         return _html_links(path.read_text(encoding="utf-8"), path.resolve().as_uri())
     with network.open(source, {"Accept": _ACCEPT}) as response:
-        text = response.read().decode("utf-8")
-        json_form = "json" in response.headers.get("Content-Type", "")
+        kind = response.headers.get("Content-Type", "text/html")
+        if "json" not in kind and "html" not in kind:
+            raise ValueError(f"expected an index in HTML or JSON, got {kind}")
+        text = _page(network, response).decode("utf-8")
         base = response.url
-    return _json_links(text, base) if json_form else _html_links(text, base)
+    return _json_links(text, base) if "json" in kind else _html_links(text, base)
+
+
+def _page(network: Network, response: Any) -> bytes:
+    text = bytearray()
+    for block in network.pace().blocks(response):
+        text += block
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"expected an index of at most {_MOST_BYTES >> 20} MiB, got more")
+    length = response.headers.get("Content-Length")
+    if length is not None and len(text) < int(length):
+        raise ConnectionError(f"the connection ended at {len(text)} of {length} bytes")
+    return bytes(text)
 
 
 def _local_path(source: str) -> Path | None:
@@ -86,11 +102,16 @@ def _json_links(text: str, base: str) -> list[_Link]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a simple index: {error!r}") from error
+    except RecursionError as error:
+        raise ValueError("not a simple index: nested too deeply") from error
 
 
 def _html_links(text: str, base: str) -> list[_Link]:
     parser = _Anchors()
-    parser.feed(text)
+    try:
+        parser.feed(text)
+    except AssertionError as error:  # how it tells some broken declarations
+        raise ValueError(f"not a simple index: {str(error)[:80]}") from error
     links = []
     for href in parser.hrefs:
         url, fragment = urldefrag(urljoin(base, href))

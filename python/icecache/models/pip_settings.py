@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 _PUBLIC_INDEX = "https://pypi.org/simple"
@@ -30,7 +31,7 @@ def pip_settings() -> PipSettings:
     The variables alone where the environment has no pip.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     options = _of_listing(done.stdout) if done.returncode == 0 else {}
     options.update(_of_environment())
     return _settings(options)
@@ -39,11 +40,12 @@ def pip_settings() -> PipSettings:
 def _of_listing(listing: str) -> dict[str, str]:
     """Options of the lines "section.name='value'"; [download] goes over [install] over [global]."""
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, "download": {}}
-    for line in listing.splitlines():
+    for line in listing.split("\n"):
         key, equals, value = line.partition("=")
         section, dot, name = key.rpartition(".")
         if equals and dot and section in sections:
-            sections[section][name] = str(ast.literal_eval(value))
+            with suppress(ValueError, SyntaxError):  # a notice, of another form
+                sections[section][name] = str(ast.literal_eval(value.strip()))
     return {name: value for options in sections.values() for name, value in options.items()}
 
 

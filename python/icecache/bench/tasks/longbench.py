@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,9 @@ _NOT_IN_E = (
     "lsht",
     "passage_retrieval_zh",
 )
+_MOST_BYTES = 1 << 30  # of a member of data.zip: many times the largest
+# RuntimeError: encrypted, or packed in a way that is not known.
+_ZIP_ERRORS = (OSError, EOFError, RuntimeError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error)
 _MINI = "MiniLongBench_{}.json"
 
 
@@ -119,8 +123,15 @@ class ZipSource:
                 inside = [one for one in archive.namelist() if PurePosixPath(one).name == name]
                 if not inside:
                     raise InvalidArgument(f"{self.path}: has no {name}")
+                size = archive.getinfo(inside[0]).file_size
+                if size > _MOST_BYTES:
+                    raise InvalidArgument(
+                        f"{self.path}: {name}: expected at most {_MOST_BYTES} bytes, got {size}"
+                    )
                 text = archive.read(inside[0]).decode("utf-8")
-        except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        except InvalidArgument:
+            raise
+        except _ZIP_ERRORS as error:
             raise InvalidArgument(f"{self.path}: {name}: {error}") from error
         return _samples(task, read_lines(text.split("\n"), f"{self.path}: {inside[0]}"))
 
@@ -185,7 +196,7 @@ def _mini_sample(one: Record, number: str) -> Sample:
     if isinstance(gold, str):
         try:
             gold = ast.literal_eval(gold)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise one.error("gold", "a list or a dict", gold) from None
     values = gold if isinstance(gold, dict) else {"answers": gold}
     judged = Record(f"{one.where}: field 'gold'", {"all_classes": None, **values})
