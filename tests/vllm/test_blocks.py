@@ -18,15 +18,20 @@ from vllm.v1.worker.utils import AttentionGroup
 BLOCK = 16
 
 
-def spec(host_slots: int) -> IceCacheSpec:
+def spec(host_slots: int, room_step: int = 0) -> IceCacheSpec:
     return IceCacheSpec(
-        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, host_slots=host_slots
+        block_size=BLOCK,
+        num_kv_heads=2,
+        head_size=32,
+        dtype=torch.float32,
+        host_slots=host_slots,
+        room_step=room_step,
     )
 
 
-def manager(pool: BlockPool, host_slots: int) -> IceCacheManager:
+def manager(pool: BlockPool, host_slots: int, room_step: int = 0) -> IceCacheManager:
     return IceCacheManager(
-        kv_cache_spec=spec(host_slots),
+        kv_cache_spec=spec(host_slots, room_step),
         block_pool=pool,
         enable_caching=False,
         kv_cache_group_id=0,
@@ -72,6 +77,43 @@ def test_host_memory_is_shared_by_all_and_never_denied_to_one_alone() -> None:
     seats.free("a")
     assert needed(seats, "b", 101) == 0
     assert needed(seats, "b", 1_000_000) == 0  # alone: that one longest request fits is checked
+
+
+@pytest.mark.parametrize("room_step", [0, 64])
+def test_a_step_costs_each_request_alike_whatever_the_others(
+    monkeypatch: pytest.MonkeyPatch, room_step: int
+) -> None:
+    """By how often slots of a request are counted; the sum is that of all of them at any time."""
+    counted = 0
+    slots_of = IceCacheSpec.slots_of
+
+    def counting(self: IceCacheSpec, tokens: int) -> int:
+        nonlocal counted
+        counted += 1
+        return slots_of(self, tokens)
+
+    costs = []
+    for running in (256, 1024):
+        pool = BlockPool(num_gpu_blocks=running + 1, enable_caching=False, hash_block_size=BLOCK)
+        seats = manager(pool, 10_000_000, room_step)
+        for request in range(running):
+            seats.allocate_new_blocks(str(request), request)
+        monkeypatch.setattr(IceCacheSpec, "slots_of", counting)
+        counted = 0
+        for request in range(running):
+            assert needed(seats, str(request), request + 1) == 0
+            seats.allocate_new_blocks(str(request), request + 1)
+        costs.append(counted / running)
+        monkeypatch.setattr(IceCacheSpec, "slots_of", slots_of)
+        expected = [seats.kv_cache_spec.slots_of(tokens + 1) for tokens in range(running)]
+        assert seats.slots == sum(expected)
+        for request in range(0, running, 2):
+            seats.free(str(request))
+        assert seats.slots == sum(expected[1::2])
+        for request in range(1, running, 2):
+            seats.free(str(request))
+        assert seats.slots == 0
+    assert costs[0] == costs[1] <= 4
 
 
 def worker() -> Worker:

@@ -16,8 +16,7 @@ from conftest import EngineFailed, Run
 from icecache import Config, Error, InvalidArgument, OutOfPages, Phase, device
 from icecache.reference import dense_attention
 from icecache.vllm import prompt_attention, worker
-from icecache.vllm.backend import BACKENDS
-from icecache.vllm.names import FLASH_ATTENTION, AttentionBackendEnum, resolve_obj_by_qualname
+from icecache.vllm.names import FLASH_ATTENTION
 from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
 from test_engine import prompts
@@ -131,21 +130,6 @@ def test_requests_take_room_by_steps() -> None:
         block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, room_step=1024
     )
     assert [spec.slots_of(tokens) for tokens in (1, 1024, 1025)] == [1024, 1024, 2048]
-
-
-def test_the_backends_of_a_cuda_platform_are_ours() -> None:
-    for name in BACKENDS:
-        path = AttentionBackendEnum[name].get_path()
-        try:
-            stock = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
-        except ImportError as error:  # of packages that come with CUDA
-            with pytest.raises(ImportError, match=str(error)):
-                resolve_obj_by_qualname(path)
-            continue
-        backend = resolve_obj_by_qualname(path)
-        assert issubclass(backend, stock) and backend.get_name() == stock.get_name()
-        assert ".".join(backend.full_cls_name()) == path
-        assert issubclass(backend.get_impl_cls(), stock.get_impl_cls())
 
 
 HEADS, KV_HEADS, DIM = 4, 2, 64

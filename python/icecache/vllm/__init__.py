@@ -8,6 +8,7 @@ changes nothing until a server or an `LLM` is configured for IceCache, see `engi
     icecache serve MODEL --token-budget 256 --host-memory 8G [vLLM flags]
 
 settings     what a user sets, and the vLLM arguments that follow from it
+plugin       what vLLM loads where IceCache is installed, asked for or not
 names        every vLLM name that the plugin touches
 support      what is refused, and what to do instead
 host_memory  how much of it a request takes
@@ -24,21 +25,20 @@ metrics      statistics, for the log and for Prometheus
 
 from __future__ import annotations
 
-from icecache.vllm.settings import engine_args
+from typing import TYPE_CHECKING, Any
+
+from icecache.vllm.plugin import register
+
+if TYPE_CHECKING:
+    from icecache.vllm.settings import engine_args
 
 __all__ = ["engine_args", "register"]
 
 
-def register() -> None:
-    """Makes vLLM know IceCache's KV-cache spec and attention backend; its plugin entry point."""
-    from icecache.vllm.names import is_supported_version
+def __getattr__(name: str) -> Any:
+    # Imported when first used: vLLM imports this package wherever it is installed.
+    if name == "engine_args":
+        from icecache.vllm.settings import engine_args
 
-    # Without a word: this runs wherever both packages are installed. A server that asks for
-    # IceCache under another vLLM is refused by the connector.
-    if not is_supported_version():
-        return
-    from icecache.vllm.backend import register_backends
-    from icecache.vllm.spec import register_spec
-
-    register_spec()
-    register_backends()
+        return engine_args
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,66 +1,48 @@
 """The attention backends: full attention by the engine, all other layers as they were.
 
-vLLM's platform chooses a backend by its name. Ours takes the place of each that it may choose,
-inherits from it, and hands back the stock parts wherever IceCache was not asked for.
+vLLM makes every layer with one of its own backends: stock implementation, stock metadata builder.
+When all layers are made it asks each backend for the KV-cache spec of its layers. That is when the
+plugin takes over those that the engine serves; the others never differ from stock.
+
+1. A model that is configured for IceCache gets an `offering` backend where it would get a stock one
+   (plugin.py). It makes stock implementations, and offers those of full attention to the Worker.
+2. The first `customize_spec` calls `take_over`: a layer that was offered, and whose spec is full
+   attention's, gets IceCacheAttention and a `serving` backend. All others get the stock backend.
 """
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
 import torch
 
+from icecache import InvalidArgument
 from icecache.vllm.metadata import IceCacheMetadata
 from icecache.vllm.names import (
-    AttentionBackendEnum,
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionSpec,
     FullAttentionSpec,
     get_current_vllm_config,
-    register_backend,
-    resolve_obj_by_qualname,
 )
-from icecache.vllm.settings import device_of, is_wanted
-from icecache.vllm.spec import IceCacheSpec
+from icecache.vllm.plugin import BACKENDS, is_wanted, stock_backend
+from icecache.vllm.settings import device_of
 from icecache.vllm.support import check_attention
-from icecache.vllm.worker import Shape, current_worker, worker_for
+from icecache.vllm.worker import Shape, Worker, current_worker, worker_for
 
 
 class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
     """Full attention of one layer: every token goes to the engine, which keeps and attends them."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-        **others: Any,  # which only some backends know: use_alibi_sqrt, chunk_lookback, ...
-    ) -> None:
-        self.worker = worker_for(get_current_vllm_config())
-        check_attention(
-            alibi_slopes=alibi_slopes,
-            logits_soft_cap=logits_soft_cap,
-            attn_type=str(getattr(attn_type, "value", attn_type)),
-            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
-            kv_cache_dtype=kv_cache_dtype,
-            others=others,
-        )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_size, self.scale = head_size, float(scale)
+    def __init__(self, worker: Worker, shape: Shape, kv_cache_dtype: str) -> None:
+        self.worker = worker
+        self.num_heads, self.num_kv_heads = shape.num_q_heads, shape.num_kv_heads
+        self.head_size, self.scale = shape.head_dim, shape.scale
         self.kv_cache_dtype = kv_cache_dtype
-        self.worker.add_layer(Shape(num_heads, num_kv_heads, head_size, self.scale))
+        worker.add_layer(shape)
 
     def forward(
         self,
@@ -135,71 +117,139 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
 
 
 @cache
-def _in_place_of(name: str) -> type:
-    """The backend that takes the place of vLLM's of this name."""
-    stock: Any = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+def offering(name: str) -> Any:
+    """In place of vLLM's backend of this name, for a model that is configured for IceCache.
+
+    Its classes are subclasses of vLLM's, which vLLM may derive from (cross attention, chunked
+    attention, ...): what is derived is as if derived from vLLM's.
+    """
+    stock: Any = stock_backend(name)
     stock_impl: Any = stock.get_impl_cls()
-    stock_builder: Any = stock.get_builder_cls()
 
     class Impl(stock_impl):  # type: ignore[misc]
-        """What vLLM calls to make a layer's implementation: ours or the stock one."""
+        """What vLLM calls to make a layer's implementation: the stock one."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            window = args[5] if len(args) > 5 else kwargs.get("sliding_window")
-            if is_wanted(get_current_vllm_config()) and window is None:
-                return IceCacheAttention(*args, **kwargs)
-            return stock_impl(*args, **kwargs)
-
-    class Builder(stock_builder):  # type: ignore[misc]
-        """What vLLM calls to make a group's metadata builder: ours or the stock one."""
-
-        def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(kv_cache_spec, IceCacheSpec):
-                return IceCacheMetadataBuilder(kv_cache_spec, *args, **kwargs)
-            return stock_builder(kv_cache_spec, *args, **kwargs)
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            """vLLM's V1 runner asks this class, the V2 runner the builder that it made."""
-            ours = isinstance(kv_cache_spec, IceCacheSpec)
-            builder = IceCacheMetadataBuilder if ours else stock_builder
-            return builder.get_cudagraph_support(vllm_config, kv_cache_spec)
+            if cls is not Impl:
+                return super().__new__(cls, *args, **kwargs)
+            made = stock_impl(*args, **kwargs)
+            # vLLM remembers backends: this may be another model, with the same kind of attention.
+            if is_wanted(get_current_vllm_config()):
+                given = inspect.signature(stock_impl.__init__).bind(made, *args, **kwargs)
+                given.apply_defaults()
+                _offer(**given.arguments)
+            return made
 
     class Backend(stock):  # type: ignore[misc]
-        @staticmethod
-        def get_impl_cls() -> Any:
-            """As in vLLM's backend where IceCache was not asked for."""
-            return Impl
-
-        @staticmethod
-        def get_builder_cls() -> Any:
-            """As get_impl_cls()."""
-            return Builder
+        @classmethod
+        def get_impl_cls(cls) -> Any:
+            """vLLM's, but where it is asked for a layer of this very backend."""
+            return Impl if cls is Backend else stock_impl
 
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-            """One block a request, for the layers that the engine serves."""
+            """Asked for the first layer of this backend, it takes over all that the engine serves.
+
+            The first one is of those if its spec is full attention's.
+            """
             worker = current_worker()
-            if worker is None or not worker.shapes or type(spec) is not FullAttentionSpec:
-                return spec
-            return worker.spec_of(spec)
+            if cls is not Backend or worker is None or not worker.offers:
+                return super().customize_spec(spec)
+            take_over(worker)
+            return worker.spec_of(spec) if _is_served(spec) else super().customize_spec(spec)
 
     # vLLM hands classes on by their names.
-    Backend.__module__, Backend.__name__, Backend.__qualname__ = __name__, name, name
+    _OFFERING[_named(Backend, "icecache.vllm.plugin", name)] = name
     return Backend
 
 
-# Those that vLLM's platforms choose for full attention on a CPU and on CUDA devices.
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+_OFFERING: dict[Any, str] = {}  # backends by offering(), and the names of vLLM's
+
+
+@cache
+def _serving(name: str) -> Any:
+    """The backend of layers that the engine serves, in place of vLLM's of this name."""
+
+    class Backend(stock_backend(name)):  # type: ignore[misc]
+        @staticmethod
+        def get_impl_cls() -> Any:
+            return IceCacheAttention
+
+        @staticmethod
+        def get_builder_cls() -> Any:
+            return IceCacheMetadataBuilder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            """One block a request."""
+            worker = current_worker()
+            assert worker is not None
+            return worker.spec_of(spec)
+
+    return _named(Backend, __name__, name)
 
 
 def __getattr__(name: str) -> Any:
     if name in BACKENDS:
-        return _in_place_of(name)
+        return _serving(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def register_backends() -> None:
-    """Takes the places of vLLM's backends; each is imported when its platform chooses it."""
-    for name in BACKENDS:
-        register_backend(AttentionBackendEnum[name], f"{__name__}.{name}")
+def _named(made: type, module: str, name: str) -> type:
+    made.__module__, made.__name__, made.__qualname__ = module, name, name
+    return made
+
+
+# Arguments of vLLM's implementations that say what the engine does not compute.
+_CHECKED = (
+    "alibi_slopes",
+    "logits_soft_cap",
+    "kv_sharing_target_layer_name",
+    "sinks",
+    "kv_cache_dtype",
+)
+
+
+def _offer(self: Any, **given: Any) -> None:
+    """Notes what the engine may serve: full attention of a decoder over its own tokens.
+
+    The arguments are those of vLLM's implementation `self`. Raises InvalidArgument for full
+    attention of a kind that the engine does not compute.
+    """
+    kind = given.pop("attn_type")
+    if given.pop("sliding_window") is not None or getattr(kind, "value", kind) != "decoder":
+        return
+    heads, kv_heads = given.pop("num_heads"), given.pop("num_kv_heads")
+    shape = Shape(heads, kv_heads, given.pop("head_size"), float(given.pop("scale")))
+    others = given.pop("kwargs", {})  # where vLLM's takes more than it names
+    checked = {name: given.pop(name) for name in _CHECKED}
+    check_attention(**checked, others={**given, **others})
+    worker_for(get_current_vllm_config()).offers[self] = shape
+
+
+def _is_served(spec: Any) -> bool:
+    return type(spec) is FullAttentionSpec
+
+
+def take_over(worker: Worker) -> None:
+    """Gives each layer that was offered and has full attention's spec to the engine, and all others
+    of our backends back to vLLM's."""
+    offers, worker.offers = worker.offers, {}
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    ours = {}
+    for layer_name, layer in layers.items():
+        name = _OFFERING.get(getattr(layer, "attn_backend", None))
+        if name is not None:
+            ours[layer_name] = name
+            layer.attn_backend = stock_backend(name)
+    for layer_name, name in ours.items():
+        layer = layers[layer_name]
+        if not _is_served(layer.get_kv_cache_spec(worker.vllm_config)):
+            continue
+        if layer.impl not in offers:
+            raise InvalidArgument(
+                f"IceCache does not serve full attention of {type(layer).__name__} ({layer_name}): "
+                "serve this model with stock vLLM"
+            )
+        layer.impl = IceCacheAttention(worker, offers[layer.impl], layer.kv_cache_dtype)
+        layer.attn_backend = _serving(name)

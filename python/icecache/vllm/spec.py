@@ -44,6 +44,7 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         kwargs["max_admission_blocks_per_request"] = 1
         super().__init__(kv_cache_spec, **kwargs)
         self.tokens: dict[str, int] = {}  # of each request: those it has, or was admitted for
+        self.slots = 0  # that all of them take: asked for in every step, for each request
         self._asked: dict[str, int] = {}  # by a request that was told how many blocks it needs
 
     def get_num_blocks_to_allocate(
@@ -54,7 +55,7 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         Then the scheduler lets a new request wait, and preempts where a running one must grow.
         """
         spec = self.kv_cache_spec
-        others = sum(spec.slots_of(n) for other, n in self.tokens.items() if other != request_id)
+        others = self.slots - self._slots_of(request_id)
         if others > 0 and others + spec.slots_of(num_tokens) > spec.host_slots:
             return int(self.block_pool.get_num_free_blocks()) + 1
         self._asked[request_id] = max(num_tokens, self._asked.get(request_id, 0))
@@ -63,18 +64,25 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[Any]:
         """The request's block, if it has none yet."""
         asked = self._asked.pop(request_id, 0)
+        self.slots -= self._slots_of(request_id)
         self.tokens[request_id] = max(num_tokens, asked, self.tokens.get(request_id, 0))
+        self.slots += self._slots_of(request_id)
         blocks = self.req_to_blocks[request_id]
         if blocks:
             return []
         blocks.extend(self.block_pool.get_new_blocks(1))
         return list(blocks)
 
+    def _slots_of(self, request_id: str) -> int:
+        tokens = self.tokens.get(request_id)
+        return 0 if tokens is None else int(self.kv_cache_spec.slots_of(tokens))
+
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the connector offers no tokens from elsewhere."""
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The block of a request that ends or is preempted."""
+        self.slots -= self._slots_of(request_id)
         self.tokens.pop(request_id, None)
         self._asked.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
@@ -106,8 +114,7 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         return tuple([] for _ in kv_cache_group_ids), 0
 
 
-def register_spec() -> None:
-    """Makes vLLM's registry give IceCacheSpec its manager."""
-    # Before ours: a registry that is not empty takes itself for filled.
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(IceCacheSpec, IceCacheManager, uniform_type_base_spec=IceCacheSpec)
+# Whoever holds a spec has imported this module, and no other process needs to know of it.
+# Before ours: a registry that is not empty takes itself for filled.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(IceCacheSpec, IceCacheManager, uniform_type_base_spec=IceCacheSpec)

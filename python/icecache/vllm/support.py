@@ -9,8 +9,16 @@ from typing import Any
 from icecache import InvalidArgument
 from icecache.machine import usable_memory
 from icecache.vllm.host_memory import slots_needed
-from icecache.vllm.names import END, FIRST, installed_version, is_supported_version
-from icecache.vllm.settings import CONNECTOR, KEY, KV_TRANSFER, SCHEDULER, engine_config
+from icecache.vllm.plugin import (
+    CONNECTOR,
+    END,
+    FIRST,
+    KEY,
+    has_settings,
+    installed_version,
+    is_supported_version,
+)
+from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, engine_config
 
 NAME = "IceCache"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -43,7 +51,7 @@ def check_config(vllm_config: Any) -> None:
             f"the scheduler {vllm_config.scheduler_config.scheduler_cls or 'of vLLM alone'}",
             f"a request whose pages are lost must fail alone: add --scheduler-cls {SCHEDULER}",
         )
-    if KEY not in (vllm_config.additional_config or {}):
+    if not has_settings(vllm_config):
         _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if cache.enable_prefix_caching:
@@ -66,7 +74,6 @@ def check_attention(
     *,
     alibi_slopes: Any,
     logits_soft_cap: float | None,
-    attn_type: str,
     kv_sharing_target_layer_name: str | None,
     sinks: Any,
     kv_cache_dtype: str,
@@ -81,8 +88,6 @@ def check_attention(
         _refuse("ALiBi", model)
     if logits_soft_cap:
         _refuse(f"soft-capping of attention logits ({logits_soft_cap:g})", model)
-    if attn_type != "decoder":
-        _refuse(f"{attn_type} attention", model)
     if kv_sharing_target_layer_name is not None:
         _refuse(f"layers that share the KV cache of {kv_sharing_target_layer_name}", model)
     if sinks is not None:

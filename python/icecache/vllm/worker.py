@@ -39,6 +39,7 @@ class Worker:
         check_config(vllm_config)
         self.vllm_config = vllm_config
         self.config = engine_config(vllm_config)
+        self.offers: dict[Any, Shape] = {}  # implementations by vLLM that the engine may replace
         self.shapes: list[Shape] = []  # one per layer that the engine serves
         self.store: Store | None = None
         self.metadata = IceCacheMetadata([0], [])  # that the builder made last
