@@ -24,6 +24,7 @@ import icecache
 import typer
 from icecache.bench.runner import Record, read_records
 from icecache.bench.scores import Line, halves, label, lines
+from icecache.bench.tasks.records import read_json
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +49,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Fail where a bound is broken.")] = False,
 ) -> None:
     """Write and show the table of a run, and what IceCache holds in it."""
-    settings = json_module.loads((run / "run.json").read_text(encoding="utf-8"))
+    settings = read_json(run / "run.json")
     records = read_records(run)
     if not records:
         raise icecache.InvalidArgument(f"RUN: expected a run with samples, got {run}")

@@ -376,6 +376,16 @@ def test_damaged_models_are_refused(tiny: Path, tmp_path: Path, damaged: str, me
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_prompts_are_not_made_longer_than_the_context(tiny: Path, tmp_path: Path) -> None:
+    for suite, data in (("passkey", []), ("text", ["--data-dir", str(document(tmp_path, 2000))])):
+        out = tmp_path / "run"
+        lengths = ("--lengths", f"64,{CONTEXT + 1}", "--out", str(out))
+        result = run("bench", suite, "--model", str(tiny), *data, *lengths)
+        assert result.exit_code == 2
+        expected = f"error: --lengths: expected at most {CONTEXT}, the context of {tiny}, got 513\n"
+        assert result.stderr == expected and not out.exists()
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     result = run("generate", str(tmp_path), "-p", "x")
     assert result.exit_code == 2

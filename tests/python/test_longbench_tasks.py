@@ -260,6 +260,32 @@ def test_predictions_survive_a_file(tmp_path: Path) -> None:
         read_predictions(path)
 
 
+@pytest.mark.parametrize("trouble", ["bomb", "encrypted", "broken", "text"])
+def test_members_of_the_zip_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/trec.jsonl", b"\xff" * 5000)
+    held = bytearray(path.read_bytes())
+    if trouble == "bomb":
+        monkeypatch.setattr(longbench, "_MOST_BYTES", 4999)
+    elif trouble == "encrypted":
+        for flags in (6, held.index(b"PK\1\2") + 8):
+            held[flags] |= 1
+    elif trouble == "broken":
+        held[45] ^= 0xFF
+    path.write_bytes(held)
+    expected = {
+        "bomb": "expected at most 4999 bytes, got 5000",
+        "encrypted": "encrypted",
+        "broken": "",
+        "text": "can't decode",
+    }[trouble]
+    with pytest.raises(InvalidArgument, match=rf"data\.zip: trec\.jsonl: .*{expected}"):
+        list(open_source(path).samples(task("longbench/trec")))
+
+
 def test_results(tmp_path: Path) -> None:
     some = [Prediction("Ann", ("Ann",), length=10), Prediction("Bob", ("Ann",), length=5000)]
     assert result("hotpotqa", some) == 50.0

