@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,20 @@ def synthetic_head(length: int, queries: int, head_dim: int = 128, group: int = 
     )
 
 
+class _Reached(Exception):
+    """The layer that is asked for has been computed; those above it need not be."""
+
+
 @torch.inference_mode()
 def model_heads(
     model: Any, tokens: torch.Tensor, queries: int, layer: int, chunk: int = 1024
 ) -> Iterator[HeadTokens]:
-    """Every KV head of one layer over `tokens` [L + queries].
+    """Every KV head of one full-attention layer over `tokens` [L + queries].
 
     Positions run through all of the text, attention below `layer` stays within a chunk: a text of
     any length is read in time that grows with the length alone, and beyond the model's context.
     """
-    decoder = Decoder(_first_layers(model, layer + 1))
+    decoder = Decoder(model)
     kept_keys: list[torch.Tensor] = []
     kept_queries: list[torch.Tensor] = []
 
@@ -60,10 +64,12 @@ def model_heads(
             kept_keys.append(keys[0].to(torch.bfloat16))
             kept_queries.append(rows[0].to(torch.bfloat16))
             del kept_queries[: -1 - (RECENT + queries) // chunk - 1]
+            raise _Reached
         return F.scaled_dot_product_attention(rows, keys, values, is_causal=True, enable_gqa=True)
 
     for start in range(0, tokens.shape[0], chunk):
-        decoder.run(tokens[None, start : start + chunk], start, attend)
+        with suppress(_Reached):
+            decoder.begin(start).run(tokens[None, start : start + chunk], attend)
     keys = torch.cat(kept_keys, 1)[:, : tokens.shape[0] - queries]
     rows = torch.cat(kept_queries, 1)[:, -RECENT - queries :]
     for head, of_group in enumerate(rows.chunk(decoder.num_kv_heads)):
@@ -80,11 +86,3 @@ def text_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     tokens: torch.Tensor = ids.repeat(-(-count // ids.shape[0]))[:count]
     return tokens
-
-
-def _first_layers(model: Any, count: int) -> Any:
-    """A model of the first layers of `model`, sharing their weights."""
-    short = copy(model)
-    short._modules = {**model._modules, "model": copy(model.model)}
-    short.model._modules = {**model.model._modules, "layers": model.model.layers[:count]}
-    return short

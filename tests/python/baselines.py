@@ -11,6 +11,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.methods import find_methods
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
+from icecache.hf.engine_handle import AttentionShape
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 3, 16
 LENGTH, BUDGET, STEPS = 200, 90, 20
@@ -24,11 +25,10 @@ class Shape:
     """What an engine's session reads of a Decoder."""
 
     num_layers: int = LAYERS
-    num_q_heads: int = HEADS * GROUP
     num_kv_heads: int = HEADS
-    head_dim: int = DIM
-    dtype: torch.dtype = torch.float32
     scale: float = SCALE
+    layers: tuple[int, ...] = tuple(range(LAYERS))
+    shape: AttentionShape = AttentionShape(HEADS * GROUP, HEADS, DIM, torch.float32, SCALE)
 
 
 DECODER = cast(Decoder, Shape())

@@ -74,9 +74,9 @@ def test_a_method_that_differs_writes_its_own_answer(decoder: Decoder, made: Pre
     one = outcomes(decoder, made, [method], 24, [])["streaming"]
     session = method.open(decoder, made, 24)
     answer = made.continuation.tolist()[:1]
-    for step in range(MOST - 1):
-        tokens = torch.tensor([answer[-1:]])
-        logits = decoder.run(tokens, LENGTH + step, row_by_row([session]))
+    branch = made.branch(decoder, 1)
+    for _ in range(MOST - 1):
+        logits = branch.run(torch.tensor([answer[-1:]]), row_by_row([session]))
         answer.append(int(logits.argmax()))
     assert one.answer == answer
     assert len(one.kl) == made.steps and all(math.isfinite(kl) for kl in one.kl)

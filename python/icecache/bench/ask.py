@@ -45,9 +45,10 @@ class Asked:
 
 def prompt_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) -> Asked:
     """Truncated in the middle as LongBench does, then in the chat template, then the answer's
-    beginning. A tokenizer without a chat template gets the text alone."""
+    beginning. A tokenizer without a chat template gets the text alone, behind what the tokenizer
+    puts in front of a text (BOS); a template has that itself."""
     chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
-    frame = _ids(tokenizer, _in_template(tokenizer, "") if chat else "")
+    frame = _ids(tokenizer, _in_template(tokenizer, "")) if chat else text_start(tokenizer)
     beginning = _ids(tokenizer, sample.answer_prefix)
     room = limits.context - limits.new_tokens(task) - len(frame) - len(beginning)
     room = min(room, limits.max_length or room)
@@ -58,14 +59,24 @@ def prompt_tokens(tokenizer: Any, task: Task, sample: Sample, limits: Limits) ->
         )
     text, truncated = (task.truncate or truncate_in_the_middle)(tokenizer, sample.prompt, room)
     if chat:
-        text = _in_template(tokenizer, text)
-    return Asked(torch.tensor(_ids(tokenizer, text + sample.answer_prefix)), truncated)
+        ids = _ids(tokenizer, _in_template(tokenizer, text) + sample.answer_prefix)
+    else:
+        ids = [*frame, *_ids(tokenizer, text + sample.answer_prefix)]
+    return Asked(torch.tensor(ids), truncated)
 
 
 def _in_template(tokenizer: Any, text: str) -> str:
     messages = [{"role": "user", "content": text}]
     chat: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return chat
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text: [BOS] mostly, or none."""
+    marked: list[int] = tokenizer("x").input_ids
+    plain = _ids(tokenizer, "x")
+    starts = range(len(marked) - len(plain) + 1)
+    return next((marked[:at] for at in starts if marked[at : at + len(plain)] == plain), [])
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from icecache.bench.decoder import Decoder
+from icecache.bench.decoder import Branch, Decoder
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
@@ -97,51 +97,76 @@ def _fill_answers(
     answer = prefill.continuation.tolist()
     before = [session.bytes_read() for session in sessions]
     timer = _Timed(sessions)
-    leaving: dict[int, Session] = {}
+    left: set[int] = set()
+    groups: list[_Group] = []
+    branch = prefill.branch(decoder, len(sessions))
     for step in range(prefill.steps):
         tokens = torch.tensor(answer[step]).expand(len(sessions), 1)
-        logits = decoder.run(tokens, prefill.length + step, timer.attend)
+        logits = branch.run(tokens, timer.attend)
+        leaving: list[int] = []
         kl = kl_divergence(prefill.logits[step].expand_as(logits), logits).tolist()
         for row, (outcome, token) in enumerate(
             zip(outcomes, logits.argmax(-1).tolist(), strict=True)
         ):
             outcome.kl.append(kl[row])
             outcome.agrees.append(token == answer[step + 1])
-            if row not in leaving and token != answer[step + 1]:
-                leaving[row] = sessions[row].fork()
+            if row not in left and token != answer[step + 1]:
+                leaving.append(row)
                 outcome.answer = [*answer[: step + 1], token]
+        if leaving:
+            left.update(leaving)
+            forks = [sessions[row].fork() for row in leaving]
+            groups.append(_Group(branch.fork(leaving), [outcomes[row] for row in leaving], forks))
     for row, (outcome, session) in enumerate(zip(outcomes, sessions, strict=True)):
         outcome.mass = session.mass() if prefill.steps else 1.0
         steps = max(1, prefill.steps)
         outcome.bytes_read = (session.bytes_read() - before[row]) / steps
         outcome.step_s = timer.seconds[row] / steps
-        if row not in leaving:
+        if row not in left:
             outcome.answer = answer
-    _write_on(decoder, prefill.length, [outcomes[row] for row in leaving], leaving, most, is_end)
+    if decoder.can_join and groups:
+        groups = [_Group.joined(groups)]
+    for group in groups:
+        group.write_on(most, is_end)
 
 
-def _write_on(
-    decoder: Decoder,
-    length: int,
-    outcomes: list[Outcome],
-    leaving: dict[int, Session],
-    most: int,
-    is_end: IsEnd,
-) -> None:
-    """Greedily, each row from where it is; rows leave as they end."""
+@dataclass
+class _Group:
+    """Rows that go on together, each with a session that is a fork of its own."""
 
-    def writes(outcome: Outcome) -> bool:
-        return len(outcome.answer) < most and not is_end(outcome.answer)
+    branch: Branch
+    outcomes: list[Outcome]
+    sessions: list[Session]
 
-    rows = list(zip(outcomes, leaving.values(), strict=True))
-    while going := [(outcome, session) for outcome, session in rows if writes(outcome)]:
-        tokens = torch.tensor([outcome.answer[-1:] for outcome, _ in going])
-        starts = torch.tensor([length + len(outcome.answer) - 1 for outcome, _ in going])
-        logits = decoder.run(tokens, starts, row_by_row([session for _, session in going]))
-        for (outcome, _), token in zip(going, logits.argmax(-1).tolist(), strict=True):
-            outcome.answer.append(token)
-    for session in leaving.values():
-        session.close()
+    @classmethod
+    def joined(cls, groups: Sequence[_Group]) -> _Group:
+        first, *others = groups
+        return cls(
+            first.branch.joined(other.branch for other in others),
+            [outcome for group in groups for outcome in group.outcomes],
+            [session for group in groups for session in group.sessions],
+        )
+
+    def write_on(self, most: int, is_end: IsEnd) -> None:
+        """Greedily, each row from where it is; rows leave as they end."""
+        branch, rows = self.branch, list(zip(self.outcomes, self.sessions, strict=True))
+        while True:
+            going = [
+                at
+                for at, (outcome, _) in enumerate(rows)
+                if len(outcome.answer) < most and not is_end(outcome.answer)
+            ]
+            if len(going) < len(rows):
+                rows = [rows[at] for at in going]
+                branch = branch.fork(going) if going else branch
+            if not rows:
+                break
+            tokens = torch.tensor([outcome.answer[-1:] for outcome, _ in rows])
+            logits = branch.run(tokens, row_by_row([session for _, session in rows]))
+            for (outcome, _), token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                outcome.answer.append(token)
+        for session in self.sessions:
+            session.close()
 
 
 def _fill_gold(
@@ -156,10 +181,10 @@ def _fill_gold(
         return
     forks = [session.fork() for session in sessions]
     nll = torch.full((len(forks),), _nll(prefill.first_logits[None], gold[0])[0].item())
-    attend = row_by_row(forks)
-    for step, (token, following) in enumerate(pairwise(gold)):
+    attend, branch = row_by_row(forks), prefill.branch(decoder, len(forks))
+    for token, following in pairwise(gold):
         tokens = torch.tensor(token).expand(len(forks), 1)
-        nll += _nll(decoder.run(tokens, prefill.length + step, attend), following)
+        nll += _nll(branch.run(tokens, attend), following)
     for outcome, fork, total in zip(outcomes, forks, nll.tolist(), strict=True):
         outcome.gold_nll = total / len(gold)
         fork.close()
@@ -193,8 +218,9 @@ def _fill_errors(
             total[row, layer] += (output - outputs[0]).norm(dim=-1) / norm
         return outputs[0][None, :, None]
 
+    branch = prefill.branch(decoder, 1)
     for step in range(steps):
-        decoder.run(prefill.continuation[step].reshape(1, 1), prefill.length + step, attend)
+        branch.run(prefill.continuation[step].reshape(1, 1), attend)
     for outcome, error, fork in zip(outcomes, total / steps, forks[1:], strict=True):
         outcome.output_error = [[round(one, 5) for one in layer] for layer in error.tolist()]
         fork.close()

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-import icecache
+from icecache import Engine
 from icecache.bench.decoder import Decoder
 from icecache.bench.prefill import Prefill
+from icecache.hf.engine_handle import EngineHandle
+from icecache.hf.sinks import narrow, widen_queries, widen_tokens, with_sink_token
 
 
 class EngineSession:
-    """A Session. Forks share the engine and with it the statistics."""
+    """A Session. Forks share the engine and with it the statistics.
+
+    A learned sink of the model is a token in front of the prompt, as in icecache.hf.
+    """
 
     def __init__(
         self, decoder: Decoder, prefill: Prefill, budget: int, fields: Mapping[str, Any]
     ) -> None:
-        """`fields` are those of icecache.Config. Raises the engine's errors."""
-        self.engine = icecache.Engine(
-            num_layers=decoder.num_layers,
-            num_q_heads=decoder.num_q_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype=decoder.dtype,
-            scale=decoder.scale,
-            **{"token_budget": budget, **fields},
-        )
+        """`fields` are those of icecache.Config; `dense_layers` counts in layers of the model.
+
+        Raises the engine's errors.
+        """
+        self._sinks = prefill.sinks if prefill.sinks.numel() else None
+        self._scale = decoder.scale
+        head_dim = self._tokens(prefill.keys[0], prefill.values[0])[0].shape[-1]
+        shape = replace(decoder.shape, head_dim=head_dim)
+        handle = EngineHandle(decoder.layers, {"token_budget": budget, **fields}, None)
+        engine = handle.bind(shape)
+        assert isinstance(engine, Engine)
+        self.engine = engine
         self._heads = [
             (layer, head)
             for layer in range(decoder.num_layers)
@@ -36,17 +44,22 @@ class EngineSession:
         ]
         self.sequence = self.engine.new_sequence()
         for layer in range(decoder.num_layers):
-            keys, values = prefill.keys[layer, None], prefill.values[layer, None]
+            keys, values = self._tokens(prefill.keys[layer, None], prefill.values[layer, None])
+            if self._sinks is not None:
+                keys, values = with_sink_token(keys, values)
             self.engine.append([self.sequence], layer, keys, values)
-            self.engine.observe([self.sequence], layer, prefill.queries[layer, None])
+            queries = self._queries(layer, prefill.queries[layer, None])
+            self.engine.observe([self.sequence], layer, queries)
         self.engine.synchronize()
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        self.engine.append([self.sequence], layer, keys[None], values[None])
-        output: torch.Tensor = self.engine.attend([self.sequence], layer, queries[None])
-        return output[0]
+        self.engine.append([self.sequence], layer, *self._tokens(keys[None], values[None]))
+        output: torch.Tensor = self.engine.attend(
+            [self.sequence], layer, self._queries(layer, queries[None])
+        )
+        return output[0] if self._sinks is None else narrow(output[0])
 
     def fork(self) -> EngineSession:
         other = copy.copy(self)
@@ -67,3 +80,15 @@ class EngineSession:
 
     def close(self) -> None:
         self.engine.release(self.sequence)
+
+    def _tokens(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._sinks is None:
+            return keys, values
+        return widen_tokens(keys), widen_tokens(values)
+
+    def _queries(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        if self._sinks is None:
+            return queries
+        return widen_queries(queries, self._sinks[layer], self._scale)

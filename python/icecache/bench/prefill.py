@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from icecache.bench.decoder import Decoder
-
-QUERIES = 256
-_ROOM = 256  # tokens of an answer that a cache grows by
+from icecache import InvalidArgument
+from icecache.bench.decoder import Branch, Decoder, OwnRun
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt under full attention. L prompt tokens, T continuation tokens; keys post-RoPE."""
+    """One prompt under full attention. L prompt tokens, T continuation tokens; keys post-RoPE.
+
+    Layers are those of full attention. What the model's other layers hold after the prompt is in
+    `stock_layers`.
+    """
 
     tokens: torch.Tensor  # [L] int64
     keys: torch.Tensor  # [layers, Hkv, L, D]
@@ -28,6 +30,8 @@ class Prefill:
     first_logits: torch.Tensor  # [V]: after the prompt
     continuation: torch.Tensor  # [T + 1] int64: greedy tokens; the first follows from the prompt
     logits: torch.Tensor  # [T, V]: of the tokens after continuation[0], ..., continuation[T - 1]
+    sinks: torch.Tensor  # [layers, Hq]: a logit in every softmax that adds nothing; else [0]
+    stock_layers: Sequence[Any] = ()  # as in Decoder.stock_layers, one row each
 
     @property
     def length(self) -> int:
@@ -36,6 +40,11 @@ class Prefill:
     @property
     def steps(self) -> int:
         return self.logits.shape[0]
+
+    def branch(self, decoder: Decoder, rows: int) -> Branch:
+        """Where so many rows start to decode."""
+        start = Branch(decoder, self.stock_layers, torch.tensor([self.length]))
+        return start.fork([0] * rows)
 
 
 def prefill(decoder: Decoder, tokens: torch.Tensor, steps: int, end: int | None) -> Prefill:
@@ -61,54 +70,40 @@ def prefill_with_answer(
 def _run(
     decoder: Decoder, tokens: torch.Tensor, is_done: Callable[[list[int]], bool], never: int | None
 ) -> Prefill:
-    length = tokens.shape[0]
-    cache = _Cache(decoder, length)
-    logits = decoder.run(tokens[None], 0, cache.attend)
-    first = logits[0].clone()
+    run = OwnRun(decoder)
+    return finish(decoder, run, tokens, run.run(tokens), is_done, never)
+
+
+def finish(
+    decoder: Decoder,
+    run: OwnRun,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    is_done: Callable[[list[int]], bool],
+    never: int | None,
+) -> Prefill:
+    """The model's own greedy answer after the prompt `tokens`, which `run` holds.
+
+    `first`: the logits after the prompt. The answer ends where `is_done(answer so far)`; the token
+    `never` is not in it.
+    """
+    length, stock_layers = run.length, run.stock_layers()
     continuation = [_greedy(first, never)]
     later: list[torch.Tensor] = []
     while not is_done(continuation):
-        logits = decoder.run(torch.tensor([continuation[-1:]]), length + len(later), cache.attend)
-        later.append(logits[0].clone())
-        continuation.append(_greedy(logits[0], never))
+        later.append(run.run(torch.tensor(continuation[-1:])))
+        continuation.append(_greedy(later[-1], never))
     return Prefill(
         tokens=tokens.clone(),
-        keys=cache.keys[:, :, :length].contiguous(),
-        values=cache.values[:, :, :length].contiguous(),
-        queries=torch.stack(cache.queries),
+        keys=run.keys[:, :, :length].contiguous(),
+        values=run.values[:, :, :length].contiguous(),
+        queries=torch.stack(run.queries),
         first_logits=first,
         continuation=torch.tensor(continuation),
         logits=torch.stack(later) if later else first.new_empty(0, first.shape[0]),
+        sinks=torch.stack(decoder.sinks) if decoder.sinks else torch.empty(0),
+        stock_layers=stock_layers,
     )
-
-
-class _Cache:
-    """Full attention over what it was given so far; grows as it must."""
-
-    def __init__(self, decoder: Decoder, length: int) -> None:
-        shape = (decoder.num_layers, decoder.num_kv_heads, length + _ROOM, decoder.head_dim)
-        self.keys = torch.zeros(shape, dtype=decoder.dtype)
-        self.values = torch.zeros(shape, dtype=decoder.dtype)
-        self.queries: list[torch.Tensor] = []  # of each layer, those of the prompt's last tokens
-        self._lengths = [0] * decoder.num_layers
-
-    def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        start = self._lengths[layer]
-        end = self._lengths[layer] = start + queries.shape[2]
-        if end > self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, _ROOM)) for x in (self.keys, self.values))
-        self.keys[layer, :, start:end] = keys[0]
-        self.values[layer, :, start:end] = values[0]
-        if start == 0:
-            self.queries.append(queries[0, :, -QUERIES:].clone())
-        rows = self.keys[None, layer, :, :end], self.values[None, layer, :, :end]
-        if queries.shape[2] > 1:
-            return F.scaled_dot_product_attention(queries, *rows, is_causal=True, enable_gqa=True)
-        # The heads of a group as one head's queries: torch else copies keys and values for each.
-        grouped = queries.reshape(1, keys.shape[1], -1, queries.shape[3])
-        return F.scaled_dot_product_attention(grouped, *rows).reshape(queries.shape)
 
 
 def _greedy(logits: torch.Tensor, end: int | None) -> int:
@@ -119,15 +114,31 @@ def _greedy(logits: torch.Tensor, end: int | None) -> int:
     return int(allowed.argmax())
 
 
+_TENSORS = tuple(field.name for field in fields(Prefill) if field.name != "stock_layers")
+_LAYERS = "layers"  # in a file: how many the model has
+
+
 def save(made: Prefill, path: Path) -> None:
-    """Writes `made` as safetensors; a reader never sees a part of the file."""
+    """Writes `made` as safetensors; a reader never sees a part of the file.
+
+    Raises InvalidArgument for a model with layers that keep a cache of transformers' own.
+    """
+    if any(layer is not None for layer in made.stock_layers):
+        raise InvalidArgument(
+            "prefill: expected one of a model whose layers all attend to the whole context; those "
+            "of other models cannot be kept in files"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in vars(made).items()}, str(partial))
+    held = {name: getattr(made, name).contiguous() for name in _TENSORS}
+    save_file({**held, _LAYERS: torch.tensor(len(made.stock_layers))}, str(partial))
     partial.replace(path)
 
 
 def load(path: Path) -> Prefill | None:
     """What save() wrote; None for a file of another form."""
     tensors = load_file(str(path))
-    return Prefill(**tensors) if set(tensors) == {f.name for f in fields(Prefill)} else None
+    if set(tensors) != {*_TENSORS, _LAYERS}:
+        return None
+    layers = int(tensors.pop(_LAYERS))
+    return Prefill(**tensors, stock_layers=[None] * layers)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from icecache.bench.decoder import Attention, Decoder
+from icecache.bench.cache_layers import Attention
+from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
@@ -71,11 +72,9 @@ def decode_stats(
 
 def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
     """Logits [B, T, V] of each session fed with full attention's continuation."""
-    attend = row_by_row(sessions)
+    attend, rows = row_by_row(sessions), prefill.branch(decoder, len(sessions))
     steps = [
-        decoder.run(
-            prefill.continuation[step].expand(len(sessions), 1), prefill.length + step, attend
-        )
+        rows.run(prefill.continuation[step].expand(len(sessions), 1), attend)
         for step in range(prefill.steps)
     ]
     return torch.stack(steps, 1)
@@ -83,10 +82,10 @@ def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Sessio
 
 def decode_freely(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
     """Greedy tokens [B, T + 1] of each session fed with its own; the first is the prefill's."""
-    attend = row_by_row(sessions)
+    attend, rows = row_by_row(sessions), prefill.branch(decoder, len(sessions))
     tokens = prefill.continuation[:1].expand(len(sessions), 1)
-    for step in range(prefill.steps):
-        logits = decoder.run(tokens[:, -1:], prefill.length + step, attend)
+    for _ in range(prefill.steps):
+        logits = rows.run(tokens[:, -1:], attend)
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     return tokens
 

@@ -10,7 +10,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
-from icecache.demo.full_attention import StreamingSession
+from icecache.demo.streaming import StreamingSession
 
 _PAGES = {"select": "page", "tail": "off"}
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from icecache.bench.decoder import Decoder
+from icecache import InvalidArgument
+from icecache.bench.decoder import Decoder, OwnRun
 from icecache.bench.engine_session import EngineSession
-from icecache.bench.prefill import Prefill
+from icecache.bench.prefill import Prefill, finish
 from icecache.bench.quality import decode_freely, kl_divergence, teacher_forced
 from icecache.demo.document import Document, Needle
-from icecache.demo.full_attention import FullAttention
 from icecache.demo.methods import Method
 
 STEPS = 24  # decoded tokens per question
@@ -50,22 +50,14 @@ class Question:
 
 
 def answer_in_full(
-    decoder: Decoder, full: FullAttention, needle: Needle, shared: torch.Tensor, end: int | None
+    decoder: Decoder, document: OwnRun, needle: Needle, shared: torch.Tensor, end: int | None
 ) -> Question:
-    """Asks one question after the shared document and answers it with full attention."""
-    full.length = shared.shape[0]
-    first = logits = full.run(needle.question)
+    """Asks one question after the shared document, whose run is `document`, with full attention."""
+    run = document.fork()
+    first = run.run(needle.question)
     tokens = torch.cat([shared, needle.question])
-    continuation = [_greedy(logits, end)]
-    later: list[torch.Tensor] = []
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        logits = full.run(torch.tensor(continuation[-1:]))
-        later.append(logits)
-        continuation.append(_greedy(logits, end))
-    seconds = time.perf_counter() - start
-    prefill = full.snapshot(tokens, first, continuation, later)
-    return Question(needle, prefill, seconds)
+    prefill = finish(decoder, run, tokens, first, lambda made: len(made) > STEPS, end)
+    return Question(needle, prefill, run.step_s)
 
 
 def run_demo(
@@ -77,12 +69,15 @@ def run_demo(
     on_question: Callable[[int, Question], None] | None = None,
 ) -> list[Row]:
     """One row for full attention and one for each method. `on_question` sees each question."""
+    if decoder.sinks:
+        raise InvalidArgument(
+            "model: its attention has learned sinks, which the report of the demo does not show; "
+            "expected a model without"
+        )
     total = 1 + len(document.needles) * (1 + len(methods))
     progress("prefill with full attention", 0, total)
-    capacity = document.tokens.shape[0] + document.longest_question + STEPS
-    full = FullAttention(decoder, capacity)
+    full = OwnRun(decoder)
     full.run(document.tokens)
-    document_queries = list(full.queries)
     end = tokenizer.eos_token_id
     rows = [Row("full attention", None, "every token", mass=1.0)]
     rows += [Row(method.name, method.budget, method.note) for method in methods]
@@ -90,7 +85,6 @@ def run_demo(
     seconds = [0.0] * len(rows)
     for number, needle in enumerate(document.needles):
         progress(f"question {number + 1}: full attention", done, total)
-        full.queries = list(document_queries)
         question = answer_in_full(decoder, full, needle, document.tokens, end)
         text = tokenizer.decode(question.prefill.continuation, skip_special_tokens=True)
         _note_answer(rows[0], text, needle)
@@ -153,11 +147,3 @@ def _run_method(
 def _note_answer(row: Row, text: str, needle: Needle) -> None:
     row.answers.append(text.strip())
     row.found.append(needle.answer in text)
-
-
-def _greedy(logits: torch.Tensor, end: int | None) -> int:
-    """The most likely token that does not end the text."""
-    allowed = logits.clone()
-    if end is not None:
-        allowed[end] = -torch.inf
-    return int(allowed.argmax())

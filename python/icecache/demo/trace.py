@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from icecache.bench.decoder import Decoder
+from icecache.bench.decoder import Branch, Decoder
 from icecache.bench.engine_session import EngineSession
 from icecache.demo.run import Question
 
@@ -56,11 +56,12 @@ def trace_question(
     prefill, needle = question.prefill, question.needle
     session = EngineSession(decoder, prefill, budget, {"telemetry": "trace"})
     replay = session.fork()
+    first, again = prefill.branch(decoder, 1), prefill.branch(decoder, 1)
     steps = min(_STEPS, prefill.steps)
     heads = list(itertools.product(range(decoder.num_layers), range(decoder.num_kv_heads)))
     picks: list[list[list[int]]] = []  # [step][head] -> positions
     for step in range(steps):
-        _step(decoder, session, prefill.continuation, prefill.length, step)
+        _step(first, session, prefill.continuation[step])
         picks.append(
             [session.engine.trace(session.sequence, layer, head).selected for layer, head in heads]
         )
@@ -71,7 +72,7 @@ def trace_question(
     chosen = _choose_heads(heads, hits[focus])
     queries: dict[int, torch.Tensor] = {}
     for step in range(focus + 1):
-        _step(decoder, replay, prefill.continuation, prefill.length, step, queries)
+        _step(again, replay, prefill.continuation[step], queries)
     maps = [_map_head(decoder, replay, layer, head, queries[layer]) for layer, head in chosen]
     replay.close()
     session.close()
@@ -93,11 +94,9 @@ def trace_question(
 
 
 def _step(
-    decoder: Decoder,
+    branch: Branch,
     session: EngineSession,
-    tokens: torch.Tensor,
-    length: int,
-    step: int,
+    token: torch.Tensor,
     queries: dict[int, torch.Tensor] | None = None,
 ) -> None:
     def attend(
@@ -107,7 +106,7 @@ def _step(
             queries[layer] = query[0, :, 0]
         return session.attend(layer, query[0], key[0], value[0])[None]
 
-    decoder.run(tokens[step, None, None], length + step, attend)
+    branch.run(token.reshape(1, 1), attend)
 
 
 def _choose_heads(heads: list[tuple[int, int]], hits: torch.Tensor) -> list[tuple[int, int]]:

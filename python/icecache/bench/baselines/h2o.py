@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from icecache.bench.baselines.budget import require_budget
 from icecache.bench.baselines.observed import observed_attention
 from icecache.bench.baselines.tensor_session import Selection, Step, TensorSession
-from icecache.bench.prefill import QUERIES, Prefill
+from icecache.bench.decoder import QUERIES
+from icecache.bench.prefill import Prefill
 
 
 class H2OSession(TensorSession):
@@ -33,7 +34,7 @@ class H2OSession(TensorSession):
     def select(self, step: Step) -> Selection:
         received = self._evict(F.pad(self._received[step.layer], (0, 1)))
         kept = received.isfinite()[:, None]
-        weights = torch.softmax(step.scores.masked_fill(~kept, -torch.inf), -1)
+        weights = step.softmax(step.scores.masked_fill(~kept, -torch.inf))
         self._received[step.layer] = received + weights.sum(1)
         return Selection(kept, bytes_read=4 * int(kept.sum()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from icecache.bench.baselines.tensor_session import sinks_of, softmax
 from icecache.bench.prefill import Prefill
 
 
@@ -19,4 +20,6 @@ def observed_attention(prefill: Prefill, layer: int, count: int, scale: float) -
     grouped = scale * queries.unflatten(0, (heads, -1))
     scores = (grouped.flatten(1, 2) @ keys.mT).unflatten(1, (-1, rows))
     later = torch.ones(rows, length, dtype=torch.bool).triu(length - rows + 1)
-    return torch.softmax(scores.masked_fill(later, -torch.inf), -1)
+    scores = scores.masked_fill(later, -torch.inf)
+    sinks = sinks_of(prefill, layer)
+    return softmax(scores, None if sinks is None else sinks[..., None].expand(*scores.shape[:3], 1))

@@ -26,6 +26,7 @@ class Step:
     layer: int
     queries: torch.Tensor  # [Hkv, G, D], times the scale
     keys: tuple[torch.Tensor, torch.Tensor]  # [Hkv, L, D] in two parts: of the prompt, decoded
+    sinks: torch.Tensor | None = None  # [Hkv, G, 1]: a logit that takes part and adds nothing
 
     @property
     def heads(self) -> int:
@@ -43,7 +44,11 @@ class Step:
     @cached_property
     def weights(self) -> torch.Tensor:
         """[Hkv, G, L]: full attention's, the softmax of the scores."""
-        return torch.softmax(self.scores, -1)
+        return self.softmax(self.scores)
+
+    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """Weights of `scores` [Hkv, G, n]; with a sink their sum is below 1."""
+        return softmax(scores, self.sinks)
 
     def scores_at(self, picks: torch.Tensor) -> torch.Tensor:
         """[Hkv, G, n] of the tokens `picks` [Hkv, n]; makes the scores of no others."""
@@ -68,6 +73,20 @@ class Selection:
     log_scale: torch.Tensor | None = None  # [Hkv, G, L]: added to the scores of attended tokens
     far: FarField | None = None
     bytes_read: int = 0  # of what the method keeps beside keys and values, of all KV heads
+
+
+def sinks_of(prefill: Prefill, layer: int) -> torch.Tensor | None:
+    """Learned sinks of a layer, [Hkv, G, 1]; None where the model has none."""
+    if not prefill.sinks.numel():
+        return None
+    return prefill.sinks[layer].reshape(prefill.keys.shape[1], -1, 1)
+
+
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension of [Hkv, G, n], where `sinks` [Hkv, G, 1] take part beside them."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    return torch.softmax(torch.cat([scores, sinks.to(scores.dtype)], -1), -1)[..., :-1]
 
 
 class _Decoded:
@@ -130,7 +149,8 @@ class TensorSession(ABC):
         self._decoded[layer].append(keys, values)
         heads, _, head_dim = keys.shape
         q = self.scale * queries.reshape(heads, -1, head_dim)
-        step = Step(layer, q, (self.prefill.keys[layer], self._decoded[layer].keys))
+        sinks = sinks_of(self.prefill, layer)
+        step = Step(layer, q, (self.prefill.keys[layer], self._decoded[layer].keys), sinks)
         selection = self.select(step)
         union = selection.attended.any(1)
         picks = _picks(union)
@@ -201,7 +221,7 @@ class TensorSession(ABC):
             scores = scores + scale
         scores = scores.masked_fill(~attended, -torch.inf)
         far = selection.far
-        weights = torch.softmax(scores if far is None else torch.cat([scores, far.scores], -1), -1)
+        weights = step.softmax(scores if far is None else torch.cat([scores, far.scores], -1))
         near = scores.shape[-1]
         values = (self.prefill.values[step.layer], self._decoded[step.layer].values)
         if picks is not None:
@@ -242,7 +262,9 @@ def _at(rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
 
 
 def _attended_mass(step: Step, selection: Selection, picks: torch.Tensor | None) -> float:
+    """A learned sink, which every method gets, counts as attended."""
     weights, attended = step.weights, selection.attended
+    sink = 0.0 if step.sinks is None else float((1 - weights.sum(-1)).mean())
     if picks is not None:
         weights, attended = _at(weights, picks), _at(attended, picks)
-    return float((weights * attended).sum(-1).mean())
+    return float((weights * attended).sum(-1).mean()) + sink
