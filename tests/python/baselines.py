@@ -20,6 +20,9 @@ SCALE = DIM**-0.5
 Token = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values of one layer
 
 
+SHAPE = AttentionShape(HEADS * GROUP, HEADS, DIM, torch.float32, SCALE)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What an engine's session reads of a Decoder."""
@@ -28,7 +31,7 @@ class Shape:
     num_kv_heads: int = HEADS
     scale: float = SCALE
     layers: tuple[int, ...] = tuple(range(LAYERS))
-    shape: AttentionShape = AttentionShape(HEADS * GROUP, HEADS, DIM, torch.float32, SCALE)
+    shape: AttentionShape = SHAPE
 
 
 DECODER = cast(Decoder, Shape())

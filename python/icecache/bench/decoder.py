@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from icecache import InvalidArgument
@@ -27,7 +28,7 @@ from icecache.bench.cache_layers import (
     routed,
 )
 from icecache.hf.engine_handle import AttentionShape
-from icecache.hf.support import CACHE, check_model, full_attention_layers
+from icecache.hf.support import CACHE, check_config, check_model, full_attention_layers
 
 QUERIES = 256  # of a prompt's last tokens, which indexes learn from
 
@@ -35,6 +36,27 @@ _ROOM = 256  # tokens that the keys and values of a run grow by
 _TRIAL = 24  # tokens with which a decoder tries its model
 _TOLERANCE = 1e-2  # KL of a trial in a type of 16 bits, nats
 _EXACT_TOLERANCE = 1e-5  # in float32
+
+
+@contextmanager
+def _served() -> Iterator[None]:
+    """Says of a refusal by icecache.hf whom it concerns."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"the benchmark compares methods on models that IceCache serves: {error}"
+        ) from error
+
+
+def check_served(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers that attend to the whole context.
+
+    Raises InvalidArgument for a model that by its configuration no method can run.
+    """
+    with _served():
+        check_config(config)
+        return tuple(full_attention_layers(config.get_text_config(decoder=True)))
 
 
 class Decoder:
@@ -50,13 +72,9 @@ class Decoder:
         Tries it on a few tokens: the model with this module's caches, and with its full attention
         taken over, gives the logits that it gives by itself.
         """
-        try:
+        with _served():
             check_model(model)
-            self.layers = tuple(full_attention_layers(model.config.get_text_config(decoder=True)))
-        except InvalidArgument as error:
-            raise InvalidArgument(
-                f"the benchmark compares methods on models that IceCache serves: {error}"
-            ) from error
+        self.layers = check_served(model.config)
         self.model = model.eval()
         self.config = model.config.get_text_config(decoder=True)
         self.dtype: torch.dtype = model.dtype
@@ -172,7 +190,7 @@ class OwnRun:
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [V] after `tokens` [T], which become part of the sequence.
 
-        Queries of calls with more than one token are kept: the last 256 of them, [Hq, n, D] a layer.
+        Queries of calls with more than one token are kept: the last 256, [Hq, n, D] a layer.
         """
         decoder, start = self._decoder, time.perf_counter()
         with routed(decoder.config):

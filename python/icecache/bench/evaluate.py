@@ -79,7 +79,8 @@ def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Re
     """Runs what is not in the folder `out` yet, and writes the run's files there.
 
     Raises InvalidArgument for data, tasks, methods, settings and folders that will not do, before
-    anything is loaded or written.
+    anything is loaded or written, and for models that no method can run, before anything is
+    written.
     """
     _check(plan)
     suite.check(plan.data)
@@ -88,6 +89,8 @@ def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Re
     check_output_folder("--out", out)
     questions = [] if suite.generated else _questions(suite, plan, None)
     name = plan.model if plan.endpoint else _folder(plan.model)
+    if plan.endpoint is None:
+        _check_model(name)
     tokenizer = None if plan.endpoint and not suite.generated else _tokenizer(plan)
     if suite.generated:
         _check_lengths(plan, name)
@@ -124,15 +127,20 @@ def _check(plan: Plan) -> None:
 
 def _check_lengths(plan: Plan, folder: str) -> None:
     """Refuses generated prompts that the model's context would cut in the middle."""
-    from icecache.models.local import load_config
-
     longest = max(plan.data.lengths, default=0)
     if plan.endpoint is None and longest:
-        context = _context(load_config(Path(folder)).get_text_config(decoder=True))
+        context = _context(_config(folder).get_text_config(decoder=True))
         if longest > context:
             raise InvalidArgument(
                 f"--lengths: expected at most {context}, the context of {plan.model}, got {longest}"
             )
+
+
+def _check_model(folder: str) -> None:
+    """By the configuration; a Decoder tries the model itself."""
+    from icecache.bench.decoder import check_served
+
+    check_served(_config(folder))
 
 
 def _folder(model: str) -> str:
@@ -185,19 +193,25 @@ def _run(
 def _worker_bytes(plan: Plan, folder: str) -> int:
     """About what a worker holds at its largest prompt: the model as it loads and as it is, the
     prefill's cache twice, and one in each engine."""
-    from icecache.models.local import load_config
+    from icecache.hf.support import full_attention_layers
 
-    config = load_config(Path(folder)).get_text_config(decoder=True)
+    config = _config(folder).get_text_config(decoder=True)
     element = 4 if plan.dtype == "float32" else 2
     files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = min(_context(config), plan.max_length or 1 << 30)
-    cache = 2 * element * tokens * config.num_hidden_layers * heads * head_dim
+    cache = 2 * element * tokens * len(full_attention_layers(config)) * heads * head_dim
     engines = sum(method.session is None for method in find_methods(plan.methods))
     stored = getattr(config.dtype, "itemsize", 2)
     model = files + files * element // stored
     return (1 << 30) + model + (2 + engines * len(plan.budgets)) * int(cache)
+
+
+def _config(folder: str) -> Any:
+    from icecache.models.local import load_config
+
+    return load_config(Path(folder))
 
 
 def _context(config: Any) -> int:
