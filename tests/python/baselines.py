@@ -41,8 +41,8 @@ def prefill_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) 
     empty = torch.empty(0)
     tokens = torch.zeros(keys.shape[2], dtype=torch.int64)
     fields = {"tokens": tokens, "keys": keys, "values": values, "queries": queries}
-    names = Prefill.__dataclass_fields__
-    return Prefill(**{name: fields.get(name, empty) for name in names})
+    others = ("first_logits", "continuation", "logits", "sinks")
+    return Prefill(**fields, **dict.fromkeys(others, empty), stock_layers=())
 
 
 def random_prefill(length: int = LENGTH, seed: int = 0, layers: int = LAYERS) -> Prefill:

@@ -221,7 +221,7 @@ def test_a_task_is_asked_and_scored_as_in_our_own_benchmark(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The index learns from the queries of the prompt: from all, as in generation.
-    monkeypatch.setattr("icecache.bench.decoder.QUERIES", 8192)
+    monkeypatch.setattr("icecache.bench.runs.QUERIES", 8192)
     task = write_task(tmp_path)
     results = lm_eval.simple_evaluate(
         model="icecache",

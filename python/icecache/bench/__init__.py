@@ -3,7 +3,8 @@
 tasks        what is asked and how it is judged: LongBench, RULER, GSM8K, passkey
 suites       tasks by suite, and where their samples come from
 decoder      runs a transformers model by itself, or with its full attention taken over
-cache_layers the full-attention layers of its cache
+runs         sequences under way: the model's own, and those that methods decode
+cache_layers the full-attention layers of a model's cache
 prefill      full attention's cache, queries, answer and logits of one prompt; kept in files
 session      one sequence under one method: the interface of all methods
 methods      the methods by name: full, icecache, paper, topk, and those of `baselines`

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,9 @@ from icecache import InvalidArgument
 # among the full-attention layers, queries [B, Hq, T, D], keys and values [B, Hkv, T, D], post-RoPE)
 # -> [B, Hq, T, D].
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# transformers' form of an attention function; the result is [B, T, Hq, D] and weights or None.
+AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
 _LAYER = "icecache_bench_layer"  # attribute of the keys that a layer returns
 
@@ -51,7 +54,7 @@ class FullLayer(CacheLayerMixin):
     @abstractmethod
     def attend(
         self,
-        own: Callable[..., tuple[torch.Tensor, Any]],
+        own: AttentionFunction,
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -59,7 +62,7 @@ class FullLayer(CacheLayerMixin):
         mask: Any,
         arguments: Mapping[str, Any],
     ) -> tuple[torch.Tensor, Any]:
-        """The result of transformers' attention functions; `own` is the model's own one."""
+        """What an attention function returns; `own` is the model's own one."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -95,7 +98,7 @@ class TakenLayer(FullLayer):
 
     def attend(
         self,
-        own: Callable[..., tuple[torch.Tensor, Any]],
+        own: AttentionFunction,
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -109,7 +112,7 @@ class TakenLayer(FullLayer):
         return output.transpose(1, 2).contiguous(), None
 
 
-def check_attended(layers: list[FullLayer], model_layers: tuple[int, ...]) -> None:
+def check_attended(layers: Sequence[FullLayer], model_layers: tuple[int, ...]) -> None:
     """Raises InvalidArgument where a layer's keys did not reach its attention in a forward call."""
     for layer in layers:
         if not layer.is_attended:
@@ -145,11 +148,10 @@ def _attention(
     attention_mask: Any,
     **arguments: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """transformers' form of an attention function; the result is [B, T, Hq, D]."""
+    """The attention function of `routed`; `own` names the model's own one."""
     # Each model file has its own eager attention, under this name.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., tuple[torch.Tensor, Any]]
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: AttentionFunction | None = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     if function is None:
         raise InvalidArgument(
             f"model: {type(module).__name__} has no eager attention in its file; load the model "

@@ -16,11 +16,12 @@ from itertools import pairwise
 
 import torch
 
-from icecache.bench.decoder import Branch, Decoder
+from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.quality import kl_divergence, row_by_row
+from icecache.bench.runs import Branch
 from icecache.bench.session import Session
 
 ERROR_STEPS = 4  # decode steps in which the error of the output is measured

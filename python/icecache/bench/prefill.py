@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icecache import InvalidArgument
-from icecache.bench.decoder import Branch, Decoder, OwnRun
+from icecache.bench.decoder import Decoder
+from icecache.bench.runs import Branch, OwnRun
 
 
 @dataclass(frozen=True)

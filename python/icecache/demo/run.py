@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument
-from icecache.bench.decoder import Decoder, OwnRun
+from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
 from icecache.bench.prefill import Prefill, finish
 from icecache.bench.quality import decode_freely, kl_divergence, teacher_forced
+from icecache.bench.runs import OwnRun
 from icecache.demo.document import Document, Needle
 from icecache.demo.methods import Method
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from icecache.bench.decoder import Branch, Decoder
+from icecache.bench.decoder import Decoder
 from icecache.bench.engine_session import EngineSession
+from icecache.bench.runs import Branch
 from icecache.demo.run import Question
 
 _DARKEST = 1e-6  # share of attention below which the report draws nothing

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from icecache.bench.baselines.budget import require_budget
 from icecache.bench.baselines.observed import observed_attention
 from icecache.bench.baselines.tensor_session import Selection, Step, TensorSession
-from icecache.bench.decoder import QUERIES
 from icecache.bench.prefill import Prefill
+from icecache.bench.runs import QUERIES
 
 
 class H2OSession(TensorSession):

@@ -1,0 +1,183 @@
+"""Sequences of a model under way: decoded by the model itself, or by methods."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache
+
+from icecache.bench.cache_layers import (
+    Attention,
+    AttentionFunction,
+    FullLayer,
+    TakenLayer,
+    check_attended,
+    routed,
+)
+
+if TYPE_CHECKING:
+    from icecache.bench.decoder import Decoder
+
+QUERIES = 256  # of a prompt's last tokens, which indexes learn from
+
+_ROOM = 256  # tokens that the keys and values of a run grow by
+
+
+class OwnRun:
+    """One sequence that the model decodes by itself: its own attention in every layer.
+
+    Keys and values of the full-attention layers are contiguous; the model attends to a view.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.keys = torch.empty(0)  # [layers, Hkv, room, D]
+        self.values = torch.empty(0)
+        self.queries: list[torch.Tensor] = [torch.empty(0)] * decoder.num_layers
+        self.step_s = 0.0  # seconds of calls with one token
+        self.on_attention: Callable[..., None] | None = None  # sees every call's arguments
+        self._decoder = decoder
+        self._full = [_OwnLayer(self, index, 0) for index in range(decoder.num_layers)]
+        self._stock = decoder.stock_layers()
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self._full[0].seen
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [V] after `tokens` [T], which become part of the sequence.
+
+        Queries of calls with more than one token are kept: the last 256, [Hq, n, D] a layer.
+        """
+        decoder, start = self._decoder, time.perf_counter()
+        with routed(decoder.config):
+            logits = decoder.forward(tokens[None], _cache(decoder, self._full, self._stock))
+        check_attended(self._full, decoder.layers)
+        if tokens.shape[0] == 1:
+            self.step_s += time.perf_counter() - start
+        return logits[0].clone()  # of a model that makes logits of all tokens, one
+
+    def fork(self) -> OwnRun:
+        """A run with the same tokens."""
+        other = copy.copy(self)
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other.queries = list(self.queries)
+        other._full = [_OwnLayer(other, layer.index, layer.seen) for layer in self._full]
+        other._stock = self.stock_layers()
+        return other
+
+    def stock_layers(self) -> list[Any]:
+        """Copies of transformers' own cache of the other layers, as in Decoder.stock_layers."""
+        return _of_rows(self._stock, [0])
+
+    def append(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores [1, Hkv, T, D] in a layer; what it holds then, [1, Hkv, end, D]."""
+        start = end - keys.shape[2]
+        if not self.keys.numel():
+            shape = (len(self._full), keys.shape[1], end + _ROOM, keys.shape[3])
+            self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
+        elif end > self.keys.shape[2]:
+            more = (0, 0, 0, end - self.keys.shape[2] + _ROOM)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.keys[index, :, start:end] = keys[0]
+        self.values[index, :, start:end] = values[0]
+        return self.keys[None, index, :, :end], self.values[None, index, :, :end]
+
+
+class _OwnLayer(FullLayer):
+    """A layer of an OwnRun."""
+
+    def __init__(self, run: OwnRun, index: int, seen: int) -> None:
+        super().__init__(index, seen)
+        self._run = run
+
+    def keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._run.append(self.index, keys, values, self.seen)
+
+    def attend(
+        self,
+        own: AttentionFunction,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        arguments: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, Any]:
+        self.is_attended = True
+        run = self._run
+        if run.on_attention is not None:
+            run.on_attention(self.index, query, key, arguments)
+        if query.shape[2] > 1:
+            seen = [run.queries[self.index]] if run.queries[self.index].numel() else []
+            run.queries[self.index] = torch.cat([*seen, query[0]], 1)[:, -QUERIES:].clone()
+        return own(module, query, key, value, mask, **arguments)
+
+
+class Branch:
+    """Rows that methods decode. What the methods hold is theirs: here is where the rows stand.
+
+    `positions` [B]: of each row's next token. All are the same where `decoder.can_join` is False.
+    """
+
+    def __init__(
+        self, decoder: Decoder, stock_layers: Sequence[Any], positions: torch.Tensor
+    ) -> None:
+        """`stock_layers`: as Decoder.stock_layers, with B rows. They become this branch's own."""
+        self.positions = positions
+        self._decoder = decoder
+        self._stock = list(stock_layers)
+        start = int(positions[0])
+        self._full = [TakenLayer(index, start) for index in range(decoder.num_layers)]
+
+    def run(self, tokens: torch.Tensor, attend: Attention) -> torch.Tensor:
+        """Logits [B, V] of the last of T new tokens [B, T]; `attend` is full attention."""
+        decoder = self._decoder
+        for layer in self._full:
+            layer.attention = attend
+        new = torch.arange(tokens.shape[1])
+        together = bool((self.positions == self.positions[0]).all())
+        positions = None if together else self.positions[:, None] + new
+        with routed(decoder.config):
+            logits = decoder.forward(tokens, _cache(decoder, self._full, self._stock), positions)
+        check_attended(self._full, decoder.layers)
+        self.positions = self.positions + tokens.shape[1]
+        return logits
+
+    def fork(self, rows: Sequence[int]) -> Branch:
+        """A branch of these rows of this one."""
+        return Branch(
+            self._decoder, _of_rows(self._stock, rows), self.positions[torch.tensor(rows)]
+        )
+
+    def joined(self, others: Iterable[Branch]) -> Branch:
+        """One branch with the rows of all; only where `decoder.can_join`."""
+        assert self._decoder.can_join
+        positions = [self.positions, *(other.positions for other in others)]
+        return Branch(self._decoder, self._stock, torch.cat(positions))
+
+
+def _cache(decoder: Decoder, full: Sequence[FullLayer], stock: Sequence[Any]) -> Cache:
+    layers = list(stock)
+    for at, layer in zip(decoder.layers, full, strict=True):
+        layers[at] = layer
+    return Cache(layers=layers)
+
+
+def _of_rows(stock: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    """Copies of transformers' layers with these of their rows."""
+    index = torch.tensor(rows)
+    copies = []
+    for layer in stock:
+        other = copy.deepcopy(layer)
+        if other is not None:
+            other.reorder_cache(index)
+        copies.append(other)
+    return copies
