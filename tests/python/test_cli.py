@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -325,6 +326,18 @@ def test_bad_arguments_are_refused(tiny: Path, arguments: list[str], message: st
     assert result.stdout == ""
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_terminal_that_lacks_letters_ends_no_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        app(["generate", str(tiny), "-p", "All cats are grey", "-n", "24"], prog_name="icecache")
+    sys.stdout.flush()
+    assert ended.value.code in (0, None)
+    assert content.getvalue().isascii() and b"?" in content.getvalue()
 
 
 def test_the_whole_context_can_be_used(tiny: Path) -> None:

@@ -94,8 +94,7 @@ def wild_words() -> Iterator[Case]:
                 for value in ("nonsense", "", "FLOAT32", "float32,float16", UNDECODABLE):
                     yield [*base, f"{option}={value}"], [option, "float16", f"got {value!r}"]
             elif kind is not bool and kind is not int:
-                for value in (UNDECODABLE, "a\0b"):
-                    yield [*base, f"{option}={value}"], [option, "UTF-8", f"got {value!r}"]
+                yield [*base, f"{option}={UNDECODABLE}"], [option, "UTF-8", ascii(UNDECODABLE)]
             elif kind is bool:
                 yield [*base, f"{option.partition('/')[0]}=3"], [option.partition("/")[0]]
 

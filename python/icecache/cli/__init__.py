@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -91,6 +93,9 @@ def _main(
         ),
     ] = False,
 ) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that a terminal lacks ends no run
     if context.invoked_subcommand == "serve":
         return  # the environment is vLLM's
     # Models are local folders: transformers would else ask a server about some of their files.

@@ -62,12 +62,12 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _is_no_text(value: str) -> bool:
-    """True for bytes that no encoding of the terminal knows, and for what ends a text in C."""
+    """True where a value holds bytes that the terminal's encoding does not know."""
     try:
         value.encode()
     except UnicodeEncodeError:
         return True
-    return "\0" in value
+    return False
 
 
 def _title(param: Any) -> str:
