@@ -5,8 +5,8 @@
 #include <deque>
 #include <mutex>
 #include <new>
-#include <thread>
 
+#include "core/worker_threads.h"
 #include "icecache/error.h"
 
 namespace icecache {
@@ -14,13 +14,11 @@ namespace {
 
 class EmulatedDevice final : public DeviceMemory {
  public:
-  EmulatedDevice() : copier_([this] { run(); }) {}
+  EmulatedDevice()
+      : copier_(
+            1, [this](int) { run(); }, [this] { stop(); }) {}
   ~EmulatedDevice() override {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    changed_.notify_all();
+    stop();
     copier_.join();
   }
 
@@ -37,7 +35,8 @@ class EmulatedDevice final : public DeviceMemory {
   }
   void copy_async(std::byte* target, const std::byte* source, std::size_t bytes) override {
     const std::lock_guard lock(mutex_);
-    copies_.push_back({target, source, bytes, ++last_});
+    copies_.push_back({target, source, bytes, last_ + 1});
+    ++last_;
   }
   Event record() override {
     const std::lock_guard lock(mutex_);
@@ -66,6 +65,14 @@ class EmulatedDevice final : public DeviceMemory {
     Event number;
   };
 
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_all();
+  }
+
   // Carries out the copies up to the last one that somebody waits for, and none before.
   void run() {
     std::unique_lock lock(mutex_);
@@ -87,7 +94,7 @@ class EmulatedDevice final : public DeviceMemory {
   std::deque<Copy> copies_;
   Event last_ = 0, wanted_ = 0, done_ = 0;
   bool stopping_ = false;
-  std::thread copier_;  // last: it uses all of the above
+  WorkerThreads copier_;  // last: it uses all of the above
 };
 
 }  // namespace

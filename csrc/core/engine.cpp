@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <utility>
 
 #include "core/emulated_device.h"
 #include "core/engine_impl.h"
@@ -70,12 +71,25 @@ LayerCache& Engine::Impl::layer_of(SeqId id, int layer) {
   return cache;
 }
 
-void Engine::Impl::settle(LayerCache& layer, int number) {
-  threads.wait(layer.jobs);
+void Engine::Impl::finish(LayerCache& layer, int number) noexcept {
+  threads.finish(layer.jobs);
+  if (const auto update = std::exchange(layer.update, nullptr); update != nullptr) {
+    try {
+      update->run_failed();
+    } catch (...) {
+      layer.error = std::current_exception();
+    }
+  }
   for (std::size_t h = 0; h < layer.job_stats.size(); ++h) {
     collect(number, static_cast<int>(h), layer.job_stats[h]);
     layer.job_stats[h] = {};
   }
+}
+
+void Engine::Impl::settle(LayerCache& layer, int number) {
+  finish(layer, number);
+  if (layer.error) std::rethrow_exception(std::exchange(layer.error, nullptr));
+  threads.wait(layer.jobs);
 }
 
 void Engine::Impl::settle(SequenceCache& sequence) {
@@ -84,23 +98,52 @@ void Engine::Impl::settle(SequenceCache& sequence) {
   }
 }
 
-void Engine::Impl::rest(SequenceCache& sequence) {
-  settle(sequence);
-  for (LayerCache& layer : sequence.layers) threads.wait(layer.rebuilds);
-}
-
-void Engine::Impl::rest() {
-  for (auto& [id, sequence] : sequences) rest(sequence);
-}
-
-void Engine::Impl::drop_rebuilds(SequenceCache& sequence) {
-  rest(sequence);
-  for (LayerCache& layer : sequence.layers) {
-    for (HeadCache& head : layer.heads) head.drop_rebuild();
+void Engine::Impl::rest(SequenceCache& sequence) noexcept {
+  for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
+    finish(sequence.layers[l], static_cast<int>(l));
+    threads.finish(sequence.layers[l].rebuilds);
   }
 }
 
-void Engine::Impl::collect(int layer, int head, const HeadStats& add) {
+void Engine::Impl::rest() noexcept {
+  for (auto& [id, sequence] : sequences) rest(sequence);
+}
+
+bool Engine::Impl::drop_rebuilds_for(std::size_t pages) {
+  std::size_t room = pool.free_pages();
+  const auto for_each_head = [this](const auto& body) {
+    for (auto& [id, sequence] : sequences) {
+      for (LayerCache& layer : sequence.layers) {
+        for (HeadCache& head : layer.heads) body(head);
+      }
+    }
+  };
+  for_each_head([&](const HeadCache& head) { room += head.rebuild_pages(); });
+  if (pages > room) return false;
+  for_each_head([](HeadCache& head) { head.drop_rebuild(); });
+  return true;
+}
+
+bool Engine::Impl::has_pages(std::size_t pages) {
+  if (pages == 0 || pages + promised_pages.load() <= pool.free_pages()) return true;
+  if (promised_pages.load() == 0) return false;
+  rest();
+  return pages + promised_pages.load() <= pool.free_pages();  // of work that has not started
+}
+
+Engine::Impl::Promise Engine::Impl::promise(std::size_t pages) {
+  struct Kept {
+    Kept(std::atomic<std::size_t>& all, std::size_t pages) : total(all), count(pages) {
+      total.fetch_add(count);
+    }
+    ~Kept() { total.fetch_sub(count); }
+    std::atomic<std::size_t>& total;
+    const std::size_t count;
+  };
+  return std::make_shared<const Kept>(promised_pages, pages);
+}
+
+void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
   HeadStats& total = stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head];
   total.steps += add.steps;
   total.dense_steps += add.dense_steps;
@@ -123,7 +166,7 @@ Engine::~Engine() = default;
 
 SeqId Engine::new_sequence() {
   const std::lock_guard lock(impl_->mutex);
-  const SeqId id = impl_->next_sequence++;
+  const SeqId id = impl_->next_sequence;
   SequenceCache cache;
   for (int l = 0; l < impl_->shape.num_layers; ++l) {
     LayerCache layer;
@@ -143,6 +186,7 @@ SeqId Engine::new_sequence() {
     cache.layers.push_back(std::move(layer));
   }
   impl_->sequences.emplace(id, std::move(cache));
+  ++impl_->next_sequence;
   return id;
 }
 
@@ -150,8 +194,9 @@ SeqId Engine::fork(SeqId sequence) {
   const std::lock_guard lock(impl_->mutex);
   SequenceCache& source = impl_->sequence(sequence);
   impl_->settle(source);
-  const SeqId id = impl_->next_sequence++;
+  const SeqId id = impl_->next_sequence;
   impl_->sequences.emplace(id, source);
+  ++impl_->next_sequence;
   return id;
 }
 
@@ -174,7 +219,7 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
 
 void Engine::release(SeqId sequence) {
   const std::lock_guard lock(impl_->mutex);
-  impl_->drop_rebuilds(impl_->sequence(sequence));
+  impl_->rest(impl_->sequence(sequence));
   impl_->sequences.erase(sequence);
 }
 

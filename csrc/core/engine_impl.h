@@ -1,7 +1,9 @@
 // What Engine's translation units share; see include/icecache/engine.h for the contract.
 #pragma once
 
+#include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string_view>
@@ -31,24 +33,48 @@ struct Engine::Impl {
   void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
                     std::span<const TensorView> outputs) const;
 
-  // Waits for the background work on a layer or a sequence and takes over its statistics.
+  class AttendCall;
+
+  // Waits for the background work on a layer, does again what of it had no memory, and takes over
+  // its statistics. finish() keeps what it threw for settle(), which rethrows it once.
+  void finish(LayerCache& layer, int number) noexcept;
   void settle(LayerCache& layer, int number);
   void settle(SequenceCache& sequence);
-  void collect(int layer, int head, const HeadStats& add);
+  void collect(int layer, int head, const HeadStats& add) noexcept;
 
-  // Settles a sequence, or all, and waits for rebuilds too: no other thread writes to their pages.
-  void rest(SequenceCache& sequence);
-  void rest();
+  // finish() of all layers of a sequence, or of all; waits for rebuilds, too: no other thread takes
+  // pages or writes to them.
+  void rest(SequenceCache& sequence) noexcept;
+  void rest() noexcept;
+  // Where that makes room for so many pages: gives up all rebuilds under way, and with them their
+  // pages. Else changes nothing. REQUIRES: rest().
+  bool drop_rebuilds_for(std::size_t pages);
 
-  // Lets a sequence rest and gives up its rebuilds under way, and with them their pages.
-  void drop_rebuilds(SequenceCache& sequence);
+  // True where so many pages are left beside those that background work may yet take. What depends
+  // on the answer must not depend on timing: where it is false, that work is over.
+  bool has_pages(std::size_t pages);
+  // Keeps pages for background work until the promise is destroyed.
+  using Promise = std::shared_ptr<const void>;
+  Promise promise(std::size_t pages);
 
+  // Background work that has all it needs: start() cannot fail.
+  struct FollowUp {
+    LayerCache* layer = nullptr;
+    int number = 0;  // of the layer
+    std::shared_ptr<LayerUpdate> update;
+    std::vector<std::shared_ptr<IndexRebuild>> rebuilds;  // [Hkv] or none
+    std::int32_t postponed = 0;  // tokens until a rebuild is tried again that has no pages
+    bool alone = false;          // runs while the caller waits and nothing else does
+    PreparedJobs jobs;
+  };
   // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
   // background.
-  void schedule_update(LayerCache& layer, const TensorView& queries, Phase phase = Phase::kAuto);
+  FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
+                          Phase phase = Phase::kAuto);
   // After a decode step within the budget, whose tokens are in the index: what is to be built anew
   // goes to the background. Layers take their turns, so that few hold two indexes at a time.
-  void schedule_rebuild(LayerCache& layer, int number);
+  FollowUp prepare_rebuild(LayerCache& layer, int number);
+  void start(FollowUp work) noexcept;
 
   const CacheShape shape;
   const Config config;  // resolved
@@ -57,7 +83,8 @@ struct Engine::Impl {
   Residency residency;
   std::map<SeqId, SequenceCache> sequences;
   SeqId next_sequence = 0;
-  std::vector<HeadStats> stats;  // [num_layers, Hkv]
+  std::vector<HeadStats> stats;                // [num_layers, Hkv]
+  std::atomic<std::size_t> promised_pages{0};  // also changed by jobs that end
   ThreadPool threads;  // last, so that it is the first to go: its jobs use the members above
 };
 

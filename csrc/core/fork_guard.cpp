@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace icecache {
@@ -39,7 +40,9 @@ void in_child() {
 
 void ForkGuard::enroll() {
   static std::once_flag installed;
-  std::call_once(installed, [] { pthread_atfork(prepare, in_parent, in_child); });
+  std::call_once(installed, [] {
+    if (pthread_atfork(prepare, in_parent, in_child) != 0) throw std::bad_alloc();
+  });
   std::lock_guard lock(registry().mutex);
   registry().guards.push_back(this);
 }

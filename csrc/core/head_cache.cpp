@@ -4,6 +4,7 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
+#include <new>
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
@@ -12,10 +13,6 @@
 
 namespace icecache {
 namespace {
-
-// Tokens that a step of decoding inserts at once. What an insertion reads has left the caches since
-// the last one: four take half as long as one after the other. Until then they are window.
-constexpr std::int32_t kInsertTogether = 4;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -65,6 +62,11 @@ void HeadCache::append(const TensorView& keys, const TensorView& values, std::in
 }
 
 void HeadCache::truncate(std::int32_t length) noexcept {
+  take_back(length);
+  trace_ = {};
+}
+
+void HeadCache::take_back(std::int32_t length) noexcept {
   const std::int32_t sink_end = static_cast<std::int32_t>(context_.config->sink_tokens);
   sink_.truncate(length);
   tail_.truncate(std::max(length, sink_end));
@@ -73,11 +75,10 @@ void HeadCache::truncate(std::int32_t length) noexcept {
     if (index_->size() == 0) index_.reset();
   }
   if (rebuild_ != nullptr && !rebuild_->truncate(length)) rebuild_ = nullptr;
-  trace_ = {};
 }
 
 bool HeadCache::sparse() const {
-  return index_ != nullptr && length() > context_.config->dense_tokens;
+  return index_ != nullptr && index_->whole() && length() > context_.config->dense_tokens;
 }
 
 bool HeadCache::is_short() const {
@@ -157,7 +158,8 @@ int token_count(std::span<const PagePick> picks) {
 
 // One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
 // values are added up once, with weights that are final.
-void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats) {
+void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+                       StepTrace& trace) {
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
   use_rebuild();
@@ -169,6 +171,8 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
       insert(due);
     } catch (const OutOfPages&) {
       // They are attended from the tail until a later step finds room.
+    } catch (const std::bad_alloc&) {
+      if (is_broken()) throw;
     }
     stats.index_seconds += seconds_since(start);
   }
@@ -279,126 +283,26 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
     stats.pages_selected += static_cast<std::int64_t>(selection.picks.size());
     stats.attend_seconds += seconds_since(start);
   }
-  if (config.telemetry == "trace") record(request, selection, position, exact);
+  if (config.telemetry == "trace") trace = traced(request, selection, position, exact);
 }
 
-void HeadCache::record(const SelectRequest& request, const Selection& selection,
-                       std::int32_t position, const float* near_lse) {
-  trace_ = {};
+StepTrace HeadCache::traced(const SelectRequest& request, const Selection& selection,
+                            std::int32_t position, const float* near_lse) const {
+  StepTrace trace;
   const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
     for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
       out.push_back(p);
   };
-  add(sink_, trace_.sink);
-  add(tail_, trace_.window);
-  trace_.pages = index_->pages();
-  index_->selected_positions(selection, trace_.selected);
-  index_->far_nodes(selection, trace_.far_nodes);
+  add(sink_, trace.sink);
+  add(tail_, trace.window);
+  trace.pages = index_->pages();
+  index_->selected_positions(selection, trace.selected);
+  index_->far_nodes(selection, trace.far_nodes);
   for (int g = 0; g < request.group; ++g) {
-    trace_.near_lse.push_back(near_lse[g]);
-    trace_.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));
+    trace.near_lse.push_back(near_lse[g]);
+    trace.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));
   }
-}
-
-void HeadCache::observe(const float* queries, std::int64_t n, std::int64_t skipped) {
-  if (!dense_) moments_.observe(queries, n, context_.head_dim, skipped);
-}
-
-std::int32_t HeadCache::next_window_start() const {
-  return length() - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
-}
-
-// Built anew when most of the index is not from the last build: the basis and the tree are then
-// older than the tokens they serve. Doubling keeps the cost per token constant.
-bool HeadCache::has_doubled(std::int32_t more) const {
-  return index_ != nullptr && index_->size() + more >= 2 * built_tokens_;
-}
-
-bool HeadCache::build_is_due() const {
-  const std::int32_t due = next_window_start() - tail_.first_position();
-  if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
-  return index_ == nullptr || has_doubled(due);
-}
-
-void HeadCache::build(std::int32_t due) {
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
-  const std::int32_t old = indexed_tokens();
-  std::vector<std::byte> keys((old + due) * row), values((old + due) * row);
-  if (old > 0) index_->gather(keys.data(), values.data());
-  tail_.gather(due, keys.data() + old * row, values.data() + old * row);
-  std::unique_ptr<SemanticIndex> fresh = make_index(context_);
-  fresh->build({keys.data(), values.data(), old + due,
-                static_cast<std::int32_t>(context_.config->sink_tokens)},
-               moments_);
-  index_ = std::move(fresh);
-  built_tokens_ = old + due;
-  tail_.pop_front(due);
-}
-
-void HeadCache::insert(std::int32_t due) {
-  thread_local std::vector<std::byte> keys, values;
-  const std::size_t bytes = due * context_.head_dim * size_of(context_.dtype);
-  keys.resize(bytes);
-  values.resize(bytes);
-  tail_.gather(due, keys.data(), values.data());
-  TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
-  const std::int32_t before = index_->size();
-  const auto moved = [&] {
-    tokens.count = index_->size() - before;
-    if (rebuild_ != nullptr) rebuild_->follow(tokens);
-    tail_.pop_front(tokens.count);
-  };
-  try {
-    index_->insert(tokens);
-  } catch (const OutOfPages&) {
-    moved();
-    throw;
-  }
-  moved();
-}
-
-void HeadCache::update_index(HeadStats& stats) {
-  const std::int32_t due = std::min(next_window_start() - tail_.first_position(), tail_.count());
-  if (dense_ || due <= 0) return;
-  if (is_short()) return;
-  const auto start = std::chrono::steady_clock::now();
-  try {
-    if (index_ == nullptr || has_doubled(due)) {
-      build(due);
-    } else {
-      insert(due);
-    }
-  } catch (const OutOfPages&) {
-    // The tail still holds what the index could not take; the next step tries again.
-  }
-  stats.index_seconds += seconds_since(start);
-}
-
-std::shared_ptr<IndexRebuild> HeadCache::start_rebuild(std::int32_t delay,
-                                                       std::int32_t ready_after) {
-  if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay) ||
-      length() < next_rebuild_) {
-    return nullptr;
-  }
-  next_rebuild_ = length() + ready_after;
-  rebuild_ = std::make_shared<IndexRebuild>(context_, *index_, moments_,
-                                            static_cast<std::int32_t>(context_.config->sink_tokens),
-                                            length() + ready_after);
-  return rebuild_;
-}
-
-bool HeadCache::rebuild_is_ready() const {
-  return rebuild_ != nullptr && length() >= rebuild_->ready_at();
-}
-
-void HeadCache::use_rebuild() {
-  if (rebuild_ == nullptr || !rebuild_->catch_up(length())) return;
-  if (std::unique_ptr<SemanticIndex> fresh = rebuild_->take(); fresh != nullptr) {
-    index_ = std::move(fresh);
-  }
-  // Also where pages ran out: the next try comes when the index has doubled again.
-  built_tokens_ = rebuild_->built_tokens();
-  rebuild_ = nullptr;
+  return trace;
 }
 
 void HeadCache::gather(std::byte* keys, std::byte* values) const {

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/index_rebuild.h"
@@ -36,6 +37,8 @@ class HeadCache {
   // All rows of `head`; all or nothing.
   void append(const TensorView& keys, const TensorView& values, std::int64_t head);
   void truncate(std::int32_t length) noexcept;
+  // Undoes an append(): truncate() of what no step has seen.
+  void take_back(std::int32_t length) noexcept;
 
   // True where a query at the end is answered within the token budget.
   bool sparse() const;
@@ -47,28 +50,44 @@ class HeadCache {
   void attend_exact(const float* queries, int tokens, std::int32_t first_position,
                     const AttentionState& state, HeadStats& stats) const;
   // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
+  // With telemetry = "trace", `trace` becomes what it looked at. Where it throws, tokens may have
+  // moved from the tail into the index, which the same step would move again.
   // REQUIRES: sparse().
-  void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats);
+  void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+              StepTrace& trace);
+  // Pages that decode() of a step's last `tokens` tokens takes at most.
+  std::size_t pages_for_decode(std::int64_t tokens) const;
+  void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
 
-  // Queries [n, D], unscaled, that the metric of the next build is made from: see QueryMoments.
-  void observe(const float* queries, std::int64_t n, std::int64_t skipped = 0);
+  // The moments with queries [n, D], unscaled, that the metric of the next build is made from: see
+  // QueryMoments. set_moments() lets the head have them.
+  QueryMoments observed(const float* queries, std::int64_t n, std::int64_t skipped = 0) const;
+  void set_moments(QueryMoments moments) noexcept { moments_ = std::move(moments); }
   std::int64_t needed_queries(std::int64_t n) const { return moments_.needed(n); }
   // Moves the tokens below the window of the next step from the tail into the index, which is
   // built, extended or built anew, however long that takes. Without a change where the sequence
-  // fits the budget or pages run out.
+  // fits the budget or pages run out. Where memory runs out, it throws; no token is lost, and the
+  // next call makes up for it.
   void update_index(HeadStats& stats);
   // True where update_index() would build.
   bool build_is_due() const;
+  // Pages that update_index() takes at most.
+  std::size_t pages_for_update() const;
   bool dense() const { return dense_; }
 
   // Where the index has doubled since it was built: the work of building it anew, for a background
-  // thread; null where it is not due or under way. `ready_at` is the length at which it takes over:
-  // before the next decode() from there on the work must be done.
-  std::shared_ptr<IndexRebuild> start_rebuild(std::int32_t delay, std::int32_t ready_after);
+  // thread; null where it is not due or under way. It takes over when `ready_after` more tokens are
+  // there: before the next decode() from there on the work must be done.
+  std::shared_ptr<IndexRebuild> make_rebuild(std::int32_t delay, std::int32_t ready_after) const;
+  void start_rebuild(std::shared_ptr<IndexRebuild> rebuild) noexcept;
+  // No rebuild until `tokens` more tokens are there.
+  void postpone_rebuild(std::int32_t tokens) noexcept { next_rebuild_ = length() + tokens; }
   // True where decode() would use the result of a rebuild.
   bool rebuild_is_ready() const;
   // Gives up a rebuild, whose work must be done.
-  void drop_rebuild() { rebuild_ = nullptr; }
+  void drop_rebuild() noexcept { rebuild_ = nullptr; }
+  // Pages that drop_rebuild() gives back.
+  std::size_t rebuild_pages() const { return rebuild_ ? rebuild_->held_pages() : 0; }
 
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
@@ -79,6 +98,10 @@ class HeadCache {
   void check_integrity() const;
 
  private:
+  // Tokens that a step of decoding inserts at once. What an insertion reads has left the caches
+  // since the last one: four take half as long as one after the other. Until then they are window.
+  static constexpr std::int32_t kInsertTogether = 4;
+
   void attend_picks(std::span<const PagePick> picks, QueryBlock block, const AttentionState& state,
                     HeadStats& stats) const;
   // The first query stands at `first_position`; none sees what comes after it.
@@ -86,17 +109,21 @@ class HeadCache {
                   const AttentionState& state, HeadStats& stats) const;
   // Where the window begins for the step after the newest token.
   std::int32_t next_window_start() const;
+  // Tokens of the tail below it.
+  std::int32_t due_tokens() const;
   void build(std::int32_t due);
   // Moves tokens from the tail into the index, and those of a rebuild a step on.
   void insert(std::int32_t due);
   void use_rebuild();
   bool has_doubled(std::int32_t more) const;
+  // True where an insertion failed half-way: until the index is built anew, everything is attended.
+  bool is_broken() const { return index_ != nullptr && !index_->whole(); }
   // Calls body(lease, picks, first) for the picks in batches that the device has room for; `first`:
   // tokens before the batch.
   template <typename Body>
   void with_pages(std::span<const PagePick> picks, HeadStats& stats, const Body& body) const;
-  void record(const SelectRequest& request, const Selection& selection, std::int32_t position,
-              const float* near_lse);
+  StepTrace traced(const SelectRequest& request, const Selection& selection, std::int32_t position,
+                   const float* near_lse) const;
 
   IndexContext context_;
   Residency* residency_;

@@ -24,18 +24,27 @@ class IndexRebuild {
   IndexRebuild(const IndexContext& context, const SemanticIndex& old, const QueryMoments& queries,
                std::int32_t first_position, std::int32_t ready_at);
 
-  // Builds. Without pages there is no new index, and take() gives none.
+  // Builds. Without pages or memory there is no new index, and take() gives none.
   void run();
 
-  // Tokens that the old index took meanwhile.
-  void follow(const TokenBlock& tokens);
+  // Makes room for tokens that follow: follow() of them needs no memory.
+  void reserve(std::int32_t tokens);
+  // Tokens that the old index took meanwhile, for which there is room.
+  void follow(const TokenBlock& tokens) noexcept;
   // Takes back tokens at positions from `position` on. False where the build itself holds some.
-  bool truncate(std::int32_t position);
-  // Once the sequence has `length` tokens: inserts some of those. True when none is left.
+  bool truncate(std::int32_t position) noexcept;
+  // Tokens that catch_up() inserts: those up to a number that depends on the length, so that a step
+  // that is done again does not go further.
+  std::int32_t due(std::int32_t length) const;
+  // Once the sequence has `length` tokens: inserts the due ones. True when none is left.
   bool catch_up(std::int32_t length);
-  // The new index; null where pages ran out.
+  // Pages of the new index so far. REQUIRES: run() has ended.
+  std::size_t held_pages() const;
+  // The new index; null where pages or memory ran out.
   std::unique_ptr<SemanticIndex> take() { return std::move(fresh_); }
   std::int32_t ready_at() const { return ready_at_; }
+  // Pages that run() takes at most.
+  std::size_t most_pages() const { return most_build_pages(*context_.config, count_); }
   // Tokens of the build.
   std::int32_t built_tokens() const { return count_; }
 

@@ -16,7 +16,9 @@ constexpr int kNice = 5;
 
 }  // namespace
 
-JobQueue::JobQueue(int threads) {
+JobQueue::JobQueue(int threads)
+    : lost_in_fork_(std::make_exception_ptr(Error(
+          "a background job was running when this process was forked; its result is lost here"))) {
   workers_ = std::make_unique<WorkerThreads>(
       threads, [this](int) { worker(); }, [this] { stop(); });
 }
@@ -25,11 +27,7 @@ JobQueue::~JobQueue() {
   stop();
   workers_->join();
   std::unique_lock lock(mutex_);
-  while (!queue_.empty()) {
-    Job job = std::move(queue_.front());
-    queue_.pop_front();
-    run(lock, std::move(job));
-  }
+  while (!queue_.empty()) run(lock, queue_.begin());
 }
 
 void JobQueue::stop() {
@@ -38,12 +36,14 @@ void JobQueue::stop() {
   submitted_.notify_all();
 }
 
-void JobQueue::submit(std::shared_ptr<Group> group, std::function<void()> job) {
+void JobQueue::submit(Jobs jobs) noexcept {
   std::lock_guard lock(mutex_);
-  Group& counted = *group;
-  queue_.push_back({std::move(group), std::move(job), next_number_++});
-  counted.pending.fetch_add(1);
-  submitted_.notify_one();
+  for (Job& job : jobs) {
+    job.number = next_number_++;
+    job.group->pending.fetch_add(1);
+    submitted_.notify_one();
+  }
+  queue_.splice(queue_.end(), jobs);
 }
 
 void JobQueue::worker() {
@@ -54,30 +54,29 @@ void JobQueue::worker() {
   for (;;) {
     submitted_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
     if (queue_.empty()) return;
-    Job job = std::move(queue_.front());
-    queue_.pop_front();
-    run(lock, std::move(job));
+    run(lock, queue_.begin());
   }
 }
 
 // Called and left with the mutex locked.
-void JobQueue::run(std::unique_lock<std::mutex>& lock, Job job) {
-  running_.push_back({job.group.get(), job.number});
+void JobQueue::run(std::unique_lock<std::mutex>& lock, Jobs::iterator queued) noexcept {
+  running_.splice(running_.end(), queue_, queued);
   lock.unlock();
   std::exception_ptr error;
   try {
-    job.run();
+    queued->run();
   } catch (...) {
     error = std::current_exception();
   }
   // What the job captured is gone before anyone is told that it has ended.
-  job.run = nullptr;
+  queued->run = nullptr;
   lock.lock();
-  std::erase_if(running_, [&](const Running& entry) { return entry.number == job.number; });
-  end_locked(*job.group, job.number, error);
+  end_locked(*queued->group, queued->number, error);
+  running_.erase(queued);
 }
 
-void JobQueue::end_locked(Group& group, std::uint64_t number, const std::exception_ptr& error) {
+void JobQueue::end_locked(Group& group, std::uint64_t number,
+                          const std::exception_ptr& error) noexcept {
   if (error && number < group.error_number) {
     group.error = error;
     group.error_number = number;
@@ -85,20 +84,17 @@ void JobQueue::end_locked(Group& group, std::uint64_t number, const std::excepti
   if (group.pending.fetch_sub(1) == 1) ended_.notify_all();
 }
 
-void JobQueue::wait(const std::shared_ptr<Group>& group) {
+void JobQueue::finish(const std::shared_ptr<Group>& group) noexcept {
   std::unique_lock lock(mutex_);
   while (group->pending.load() > 0) {
     const auto own = std::find_if(queue_.begin(), queue_.end(),
                                   [&](const Job& job) { return job.group == group; });
     if (own == queue_.end()) {
       ended_.wait(lock);
-      continue;
+    } else {
+      run(lock, own);
     }
-    Job job = std::move(*own);
-    queue_.erase(own);
-    run(lock, std::move(job));
   }
-  if (group->error) std::rethrow_exception(group->error);
 }
 
 void JobQueue::before_fork() {
@@ -114,11 +110,9 @@ void JobQueue::after_fork_in_child() {
   // Threads that are gone may wait on the conditions; destroying those would wait for them.
   new (&submitted_) std::condition_variable;
   new (&ended_) std::condition_variable;
-  const auto error = std::make_exception_ptr(
-      Error("a background job was running when this process was forked; its result is lost here"));
-  for (const Running& lost : std::exchange(running_, {})) {
-    end_locked(*lost.group, lost.number, error);
-  }
+  for (const Job& lost : running_) end_locked(*lost.group, lost.number, lost_in_fork_);
+  // What the lost jobs captured belongs to threads that are gone: it is leaked.
+  new (&running_) Jobs;
   mutex_.unlock();
 }
 

@@ -7,13 +7,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <limits>
+#include <list>
 #include <memory>
 #include <mutex>
-#include <vector>
 
 #include "core/worker_threads.h"
 
@@ -27,12 +26,21 @@ class JobQueue {
     std::uint64_t error_number = std::numeric_limits<std::uint64_t>::max();
   };
 
-  explicit JobQueue(int threads);  // 0: jobs run in wait() and in the destructor
+  struct Job {
+    std::shared_ptr<Group> group;
+    std::function<void()> run;
+    std::uint64_t number = 0;
+  };
+  // Jobs move from list to list and are never copied: from its submission on, a job needs no memory
+  // but its own.
+  using Jobs = std::list<Job>;
+
+  explicit JobQueue(int threads);  // 0: jobs run in finish() and in the destructor
   ~JobQueue();                     // runs all jobs to their end
 
-  void submit(std::shared_ptr<Group> group, std::function<void()> job);
-  // See ThreadPool::wait.
-  void wait(const std::shared_ptr<Group>& group);
+  void submit(Jobs jobs) noexcept;
+  // See ThreadPool::finish.
+  void finish(const std::shared_ptr<Group>& group) noexcept;
 
   // See ForkGuard. In the child, jobs that had not started can be waited for; those that ran in the
   // parent at that moment have failed.
@@ -41,25 +49,15 @@ class JobQueue {
   void after_fork_in_child();
 
  private:
-  struct Job {
-    std::shared_ptr<Group> group;
-    std::function<void()> run;
-    std::uint64_t number = 0;
-  };
-
   void worker();
-  void run(std::unique_lock<std::mutex>& lock, Job job);
-  void end_locked(Group& group, std::uint64_t number, const std::exception_ptr& error);
+  void run(std::unique_lock<std::mutex>& lock, Jobs::iterator queued) noexcept;
+  void end_locked(Group& group, std::uint64_t number, const std::exception_ptr& error) noexcept;
   void stop();
 
+  const std::exception_ptr lost_in_fork_;
   std::mutex mutex_;
   std::condition_variable submitted_, ended_;
-  std::deque<Job> queue_;
-  struct Running {
-    Group* group;  // kept alive by the job
-    std::uint64_t number;
-  };
-  std::vector<Running> running_;
+  Jobs queue_, running_;
   std::uint64_t next_number_ = 0;
   bool stopping_ = false;
   std::unique_ptr<WorkerThreads> workers_;  // last: its threads use all of the above

@@ -5,16 +5,22 @@
 // `rebuilds` touch none of them.
 #pragma once
 
+#include <algorithm>
+#include <exception>
+#include <memory>
 #include <vector>
 
 #include "core/head_cache.h"
+#include "core/layer_update.h"
 #include "core/thread_pool.h"
 
 namespace icecache {
 
 struct LayerCache {
-  std::vector<HeadCache> heads;      // [Hkv]
-  std::vector<HeadStats> job_stats;  // [Hkv] written by jobs, collected by the engine
+  std::vector<HeadCache> heads;         // [Hkv]
+  std::vector<HeadStats> job_stats;     // [Hkv] written by jobs, collected by the engine
+  std::shared_ptr<LayerUpdate> update;  // what `jobs` run; null: nothing
+  std::exception_ptr error;             // of what was done again
   JobGroup jobs;
   JobGroup rebuilds;
 
@@ -23,6 +29,24 @@ struct LayerCache {
   LayerCache(LayerCache&&) noexcept = default;
 
   std::int32_t length() const { return heads.front().length(); }
+  // True where all heads answer within the token budget.
+  bool sparse() const {
+    return std::all_of(heads.begin(), heads.end(), [](const auto& head) { return head.sparse(); });
+  }
+  // True where no head has an index, and none is due.
+  bool is_short() const {
+    return std::all_of(heads.begin(), heads.end(),
+                       [](const auto& head) { return head.is_short(); });
+  }
+  // True where decoding would use the result of a rebuild.
+  bool rebuild_is_ready() const {
+    return std::any_of(heads.begin(), heads.end(),
+                       [](const auto& head) { return head.rebuild_is_ready(); });
+  }
+  bool build_is_due() const {
+    return std::any_of(heads.begin(), heads.end(),
+                       [](const auto& head) { return head.build_is_due(); });
+  }
 };
 
 // SequenceCache: all layers of one sequence.

@@ -11,6 +11,12 @@
 #include "icecache/error.h"
 
 namespace icecache {
+namespace {
+
+// In a lease under way: the page has no slot yet.
+constexpr std::int32_t kMissing = -1;
+
+}  // namespace
 
 struct Residency::Impl {
   struct Slot {
@@ -24,12 +30,12 @@ struct Residency::Impl {
   Impl(PagePool& page_pool, std::unique_ptr<DeviceMemory> memory, std::size_t count)
       : pool(page_pool), device(std::move(memory)) {
     if (!device) return;
-    base = device->allocate(count * pool.page_bytes());
     slots.resize(count);
     for (std::size_t s = 0; s < count; ++s) {
       slots[s].place = idle.insert(idle.end(), static_cast<std::int32_t>(s));
     }
     slot_of.reserve(count);
+    base = device->allocate(count * pool.page_bytes());  // last: the destructor alone frees it
   }
   ~Impl() {
     if (base != nullptr) device->free(base);
@@ -54,7 +60,8 @@ struct Residency::Impl {
     slot_of.erase(slots[slot].page);
     slots[slot].page = kNoPage;
   }
-  // Starts the copy of a page into the least recently used idle slot. REQUIRES: one is idle.
+  // Starts the copy of a page into the least recently used idle slot. REQUIRES: one is idle. Where
+  // it throws, the slot is free.
   std::int32_t load(const PagePick& pick) {
     // An older content of the page may still be here, even pinned.
     if (const auto old = slot_of.find(pick.page); old != slot_of.end()) {
@@ -67,10 +74,16 @@ struct Residency::Impl {
       vacate(slot);
       ++stats.evictions;
     }
-    device->copy_async(memory_of(slot), pool.data(pick.page), pool.page_bytes());
+    const auto named = slot_of.emplace(pick.page, slot).first;
+    try {
+      device->copy_async(memory_of(slot), pool.data(pick.page), pool.page_bytes());
+    } catch (...) {
+      slot_of.erase(named);
+      throw;
+    }
+    slots[slot].loaded = device->record();
     slots[slot].page = pick.page;
     slots[slot].epoch = pick.epoch;
-    slot_of[pick.page] = slot;
     ++stats.misses;
     stats.bytes_moved += static_cast<std::int64_t>(pool.page_bytes());
     return slot;
@@ -112,7 +125,9 @@ void Residency::Lease::release() noexcept {
   Impl& impl = *owner_->impl_;
   {
     const std::lock_guard lock(impl.mutex);
-    for (const std::int32_t slot : slots_) impl.unpin(slot);
+    for (const std::int32_t slot : slots_) {
+      if (slot != kMissing) impl.unpin(slot);
+    }
   }
   impl.released.notify_all();
   owner_ = nullptr;
@@ -160,7 +175,6 @@ Residency::Lease Residency::acquire(std::span<const PagePick> picks) {
   impl.released.wait(lock, fits);
 
   // Hits are pinned first: a miss must not evict them.
-  constexpr std::int32_t kMissing = -1;
   for (const PagePick& pick : picks) {
     const std::int32_t slot = impl.find(pick);
     lease.slots_.push_back(slot >= 0 ? slot : kMissing);
@@ -169,22 +183,16 @@ Residency::Lease Residency::acquire(std::span<const PagePick> picks) {
     ++lease.hits;
   }
   lease.owner_ = this;
-  std::vector<std::int32_t> loading;
   for (std::size_t i = 0; i < picks.size(); ++i) {
     if (lease.slots_[i] != kMissing) continue;
     const std::int32_t twin = impl.find(picks[i]);  // the same page twice in one call
     lease.slots_[i] = twin >= 0 ? twin : impl.load(picks[i]);
     impl.pin(lease.slots_[i]);
     if (twin >= 0) continue;
-    loading.push_back(lease.slots_[i]);
     ++lease.misses;
     lease.bytes_moved += static_cast<std::int64_t>(impl.pool.page_bytes());
   }
   impl.stats.hits += lease.hits;
-  if (!loading.empty()) {
-    const Event event = impl.device->record();
-    for (const std::int32_t slot : loading) impl.slots[slot].loaded = event;
-  }
   Event last = 0;
   for (const std::int32_t slot : lease.slots_) {
     last = std::max(last, impl.slots[slot].loaded);
@@ -204,7 +212,7 @@ void Residency::prefetch(std::span<const PagePick> picks) {
   if (in_place()) return;
   Impl& impl = *impl_;
   const std::lock_guard lock(impl.mutex);
-  std::vector<std::int32_t> loading;
+  std::size_t loading = 0;
   for (const PagePick& pick : picks) {
     const std::int32_t held = impl.find(pick);
     if (held >= 0) {
@@ -214,14 +222,11 @@ void Residency::prefetch(std::span<const PagePick> picks) {
     }
     // Not more than there are idle slots, or the first of these copies would be evicted by the
     // last.
-    if (loading.size() >= impl.idle.size()) break;
+    if (loading >= impl.idle.size()) break;
     const std::int32_t slot = impl.load(pick);
     impl.idle.splice(impl.idle.end(), impl.idle, impl.slots[slot].place);
-    loading.push_back(slot);
+    ++loading;
   }
-  if (loading.empty()) return;
-  const Event event = impl.device->record();
-  for (const std::int32_t slot : loading) impl.slots[slot].loaded = event;
 }
 
 void Residency::forget(PageId page) {

@@ -3,13 +3,10 @@
 #include <utility>
 
 #include "core/fork_guard.h"
-#include "core/job_queue.h"
 #include "core/thread_team.h"
 #include "icecache/error.h"
 
 namespace icecache {
-
-struct JobGroup::State : JobQueue::Group {};
 
 bool JobGroup::done() const {
   return state_ == nullptr || state_->pending.load() == 0;
@@ -57,15 +54,29 @@ int ThreadPool::num_threads() const {
   return impl_->team.size();
 }
 
+void PreparedJobs::add(JobGroup& group, std::function<void()> job) {
+  if (group.state_ == nullptr) group.state_ = std::make_shared<JobQueue::Group>();
+  jobs_.push_back({group.state_, std::move(job)});
+}
+
 void ThreadPool::submit(JobGroup& group, std::function<void()> job) {
-  if (group.state_ == nullptr) group.state_ = std::make_shared<JobGroup::State>();
-  impl_->jobs.submit(group.state_, std::move(job));
+  PreparedJobs prepared;
+  prepared.add(group, std::move(job));
+  submit(std::move(prepared));
+}
+
+void ThreadPool::submit(PreparedJobs jobs) noexcept {
+  impl_->jobs.submit(std::move(jobs.jobs_));
+}
+
+void ThreadPool::finish(JobGroup& group) noexcept {
+  if (group.state_ != nullptr) impl_->jobs.finish(group.state_);
 }
 
 void ThreadPool::wait(JobGroup& group) {
-  if (group.state_ == nullptr) return;
-  const std::shared_ptr<JobGroup::State> state = std::exchange(group.state_, nullptr);
-  impl_->jobs.wait(state);
+  finish(group);
+  const std::shared_ptr<JobQueue::Group> state = std::exchange(group.state_, nullptr);
+  if (state != nullptr && state->error) std::rethrow_exception(state->error);
 }
 
 }  // namespace icecache

@@ -18,6 +18,8 @@
 #include <functional>
 #include <memory>
 
+#include "core/job_queue.h"
+
 namespace icecache {
 
 class ThreadPool;
@@ -31,8 +33,19 @@ class JobGroup {
 
  private:
   friend class ThreadPool;
-  struct State;
-  std::shared_ptr<State> state_;
+  friend class PreparedJobs;
+  std::shared_ptr<JobQueue::Group> state_;
+};
+
+// Jobs that hold all the memory that they need to be submitted.
+class PreparedJobs {
+ public:
+  // Adds a job of `group`, which belongs to it from submit() on.
+  void add(JobGroup& group, std::function<void()> job);
+
+ private:
+  friend class ThreadPool;
+  JobQueue::Jobs jobs_;
 };
 
 class ThreadPool {
@@ -48,10 +61,13 @@ class ThreadPool {
   void parallel_for(std::int64_t count, const std::function<void(std::int64_t, int)>& body);
   int num_threads() const;
 
-  // Adds a job to `group` (made if empty).
+  // Adds a job to `group` (made if empty). Where it throws, there is no job.
   void submit(JobGroup& group, std::function<void()> job);
+  void submit(PreparedJobs jobs) noexcept;
   // Returns when all jobs of the group are done, helping to run the group's own jobs that have not
-  // started; rethrows the first exception and clears the group.
+  // started. What they threw stays in the group.
+  void finish(JobGroup& group) noexcept;
+  // finish(), then clears the group and rethrows the first exception.
   void wait(JobGroup& group);
 
  private:

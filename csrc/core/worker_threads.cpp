@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include <exception>
 #include <system_error>
 
 #include "icecache/error.h"
@@ -15,22 +16,27 @@ WorkerThreads::WorkerThreads(int count, const std::function<void(int)>& loop,
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::exception_ptr error;
   int refused = 0;
   try {
     for (int i = 0; i < count; ++i) threads_->emplace_back(loop, i);
-  } catch (const std::system_error& error) {
-    refused = error.code().value();
+  } catch (const std::system_error& system) {
+    refused = system.code().value();
+  } catch (...) {
+    error = std::current_exception();
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (refused == 0) return;
+  if (refused == 0 && !error) return;
   const std::size_t started = threads_->size();
   stop();
   join();
+  if (error) std::rethrow_exception(error);
   throw Error(message("the operating system started ", started, " of ", count,
                       " threads: ", std::generic_category().message(refused)));
 }
 
 void WorkerThreads::join() {
+  if (threads_ == nullptr) return;
   for (std::thread& thread : *threads_) thread.join();
   threads_->clear();
 }
@@ -38,7 +44,6 @@ void WorkerThreads::join() {
 void WorkerThreads::abandon() {
   // The std::thread objects are leaked on purpose: their destructor would end the process.
   [[maybe_unused]] const auto* leaked = threads_.release();
-  threads_ = std::make_unique<std::vector<std::thread>>();
 }
 
 }  // namespace icecache

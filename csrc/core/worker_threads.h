@@ -13,20 +13,21 @@ namespace icecache {
 
 class WorkerThreads {
  public:
-  // loop(i) runs on thread i. Throws Error when the operating system refuses a thread; `stop` has
-  // then been called and the threads that had started have ended.
+  // loop(i) runs on thread i; it lets no exception out. Throws Error when the operating system
+  // refuses a thread, std::bad_alloc without memory; `stop` has then been called and the threads
+  // that had started have ended.
   WorkerThreads(int count, const std::function<void(int)>& loop, const std::function<void()>& stop);
   WorkerThreads(const WorkerThreads&) = delete;
   WorkerThreads& operator=(const WorkerThreads&) = delete;
 
-  int count() const { return static_cast<int>(threads_->size()); }
+  int count() const { return threads_ ? static_cast<int>(threads_->size()) : 0; }
   // Waits until every loop has returned. Before destruction.
   void join();
   // In the child of a fork: the threads do not exist there, and can be neither joined nor detached.
   void abandon();
 
  private:
-  std::unique_ptr<std::vector<std::thread>> threads_;
+  std::unique_ptr<std::vector<std::thread>> threads_;  // null: abandoned
 };
 
 }  // namespace icecache

@@ -294,6 +294,7 @@ std::size_t DciIndex::memory_bytes() const {
 
 void DciIndex::check_integrity() const {
   PagedIndex::check_integrity();
+  if (!whole()) return;
   cells_.check_integrity(table());
   tree_.check_integrity();
   if (tree_.tokens() != size())
@@ -304,6 +305,11 @@ void DciIndex::check_integrity() const {
     if (tokens != (cell < tree_.cell_count() ? tree_.cell_tokens(cell) : 0))
       throw IntegrityError(message("cell ", cell, " holds ", tokens, " tokens, its node differs"));
   }
+}
+
+std::size_t dci_cells(const Config& config, std::int32_t tokens) {
+  const std::int64_t step = every(config.dci_promotion);
+  return static_cast<std::size_t>((tokens + step - 1) / step);
 }
 
 std::unique_ptr<SemanticIndex> make_dci_index(const IndexContext& context) {

@@ -73,5 +73,7 @@ class DciIndex final : public PagedIndex {
 };
 
 std::unique_ptr<SemanticIndex> make_dci_index(const IndexContext& context);
+// Cells of an index that is built over `tokens` tokens.
+std::size_t dci_cells(const Config& config, std::int32_t tokens);
 
 }  // namespace icecache

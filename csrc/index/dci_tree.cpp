@@ -40,7 +40,7 @@ double DciTree::lift(double square) const {
 int DciTree::add_node(int level, const float* key, double square, std::int64_t ordinal) {
   Level& l = levels_[level];
   int node = l.size();
-  if (l.free.empty()) {
+  if (l.freed == 0) {
     l.keys.resize(l.keys.size() + head_dim_);
     l.squares.push_back(0.0);
     l.ordinals.push_back(0);
@@ -48,8 +48,8 @@ int DciTree::add_node(int level, const float* key, double square, std::int64_t o
     l.children.emplace_back();
     l.tokens.push_back(0);
   } else {
-    node = l.free.back();
-    l.free.pop_back();
+    node = static_cast<int>(std::find(l.tokens.begin(), l.tokens.end(), 0) - l.tokens.begin());
+    --l.freed;
   }
   std::copy_n(key, head_dim_, l.keys.begin() + static_cast<std::ptrdiff_t>(node) * head_dim_);
   l.squares[node] = square;
@@ -202,13 +202,13 @@ void DciTree::add_tokens(int cell, std::int32_t change) {
     if (l.tokens[node] == 0) {
       if (parent >= 0) std::erase(levels_[level + 1].children[parent], node);
       l.parents[node] = -1;
-      l.free.push_back(node);
+      ++l.freed;
     }
     node = parent;
   }
   if (tokens() == 0) {
     levels_.clear();
-  } else if (levels_.back().size() - static_cast<int>(levels_.back().free.size()) > kTop) {
+  } else if (change > 0 && levels_.back().size() - levels_.back().freed > kTop) {
     raise();
   }
 }
@@ -262,8 +262,7 @@ std::size_t DciTree::memory_bytes() const {
   std::size_t bytes = 0;
   for (const Level& l : levels_) {
     bytes += l.keys.capacity() * sizeof(float) + l.squares.capacity() * sizeof(double) +
-             l.ordinals.capacity() * sizeof(std::int64_t) +
-             (l.parents.capacity() + l.free.capacity()) * sizeof(int) +
+             l.ordinals.capacity() * sizeof(std::int64_t) + l.parents.capacity() * sizeof(int) +
              l.tokens.capacity() * sizeof(std::int32_t);
     for (const auto& children : l.children) bytes += children.capacity() * sizeof(int);
   }
@@ -274,10 +273,12 @@ void DciTree::check_integrity() const {
   for (int level = 0; level < level_count(); ++level) {
     const Level& l = levels_[level];
     const bool top = level + 1 == level_count();
+    if (std::count(l.tokens.begin(), l.tokens.end(), 0) != l.freed)
+      throw IntegrityError(message("level ", level, " does not have ", l.freed, " free nodes"));
     for (int node = 0; node < l.size(); ++node) {
       const std::string name = message("node ", node, " of level ", level);
-      const bool freed = std::find(l.free.begin(), l.free.end(), node) != l.free.end();
-      if (l.tokens[node] < 0 || freed != (l.tokens[node] == 0))
+      const bool freed = l.tokens[node] == 0;
+      if (l.tokens[node] < 0)
         throw IntegrityError(message(name, " has ", l.tokens[node], " tokens"));
       const int parent = l.parents[node];
       if ((parent < 0) != (top || freed))

@@ -43,7 +43,8 @@ class DciTree {
   int nearest(const float* key);
   // A new cell around key [D], without tokens yet: the next call must be add_tokens for it.
   int promote(const float* key, std::int64_t ordinal);
-  // The cell has `change` more tokens. Nodes left without tokens are dropped.
+  // The cell has `change` more tokens. Nodes left without tokens are dropped. Where `change` is
+  // negative, it needs no memory.
   void add_tokens(int cell, std::int32_t change);
 
   // Beam search from the top with exact inner products. Each level keeps its best `beam` nodes, and
@@ -70,7 +71,7 @@ class DciTree {
     std::vector<int> parents;                // [n] in the level above, -1 at the top
     std::vector<std::vector<int>> children;  // [n] in the level below; empty at the first level
     std::vector<std::int32_t> tokens;        // [n] of all cells below; 0: the number is free
-    std::vector<int> free;
+    int freed = 0;                           // free numbers
     int size() const { return static_cast<int>(tokens.size()); }
   };
 

@@ -38,7 +38,12 @@ class FaissIndex final : public TreeIndex {
   }
   void token_added(int page, int slot, const float* key, const float* coordinates) override {
     TreeIndex::token_added(page, slot, key, coordinates);
-    if (search_) search_->add(key, page * table().page_size() + slot);
+    if (!search_) return;
+    if (search_->is_stale()) {
+      build_search();
+    } else {
+      search_->add(key, page * table().page_size() + slot);
+    }
   }
   void page_split(int page, int other, std::uint32_t moved) override {
     TreeIndex::page_split(page, other, moved);
@@ -56,7 +61,6 @@ class FaissIndex final : public TreeIndex {
       if (!table().in_use(page) || table().position(page, slot) < 0)
         search_->remove(page * s + slot);
     }
-    if (search_->is_stale() && table().size() > 0) build_search();
   }
 
  private:

@@ -48,10 +48,11 @@ std::shared_ptr<faiss::Index> FaissSearch::make(const float* keys, std::int64_t 
   if (kind_ == "ivf") {
     const auto lists = std::max<std::int64_t>(
         1, std::min<std::int64_t>(count, std::lround(2.0 * std::sqrt(count))));
-    auto* coarse = new faiss::IndexFlatIP(head_dim_);
-    auto ivf = std::make_shared<faiss::IndexIVFFlat>(coarse, head_dim_, lists,
+    auto coarse = std::make_unique<faiss::IndexFlatIP>(head_dim_);
+    auto ivf = std::make_shared<faiss::IndexIVFFlat>(coarse.get(), head_dim_, lists,
                                                      faiss::METRIC_INNER_PRODUCT);
     ivf->own_fields = true;
+    coarse.release();
     ivf->cp.min_points_per_centroid = 1;
     ivf->train(count, keys);
     index = ivf;

@@ -37,8 +37,9 @@ PageTable::PageTable(const PageTable& other)
       tokens_(other.tokens_),
       pages_(other.pages_),
       masks_(other.masks_),
-      positions_(other.positions_),
-      free_numbers_(other.free_numbers_) {
+      positions_(other.positions_) {
+  free_numbers_.reserve(pages_.capacity());  // drop() does not throw
+  free_numbers_ = other.free_numbers_;
   for (const Page& page : pages_) {
     if (page.id != kNoPage) pool_->retain(page.id);
   }
@@ -130,7 +131,19 @@ void PageTable::own(int local) {
   page = {copy, pool_->seal(copy), memory};
 }
 
-int PageTable::take_number() {
+void PageTable::reserve_number() {
+  if (!free_numbers_.empty()) return;
+  const auto grown = [](std::size_t size, std::size_t capacity, std::size_t added) {
+    return size + added <= capacity ? capacity : 2 * size + added;
+  };
+  const std::size_t slots = static_cast<std::size_t>(page_size_);
+  pages_.reserve(grown(pages_.size(), pages_.capacity(), 1));
+  masks_.reserve(grown(masks_.size(), masks_.capacity(), 1));
+  positions_.reserve(grown(positions_.size(), positions_.capacity(), slots));
+  free_numbers_.reserve(pages_.capacity());
+}
+
+int PageTable::take_number() noexcept {
   if (!free_numbers_.empty()) {
     const int local = free_numbers_.back();
     free_numbers_.pop_back();
@@ -138,7 +151,6 @@ int PageTable::take_number() {
   }
   pages_.emplace_back();
   masks_.push_back(0);
-  free_numbers_.reserve(pages_.capacity());
   positions_.resize(positions_.size() + page_size_, -1);
   return page_count() - 1;
 }
@@ -146,10 +158,11 @@ int PageTable::take_number() {
 void PageTable::drop(int local) noexcept {
   pool_->release(pages_[local].id);
   pages_[local] = {};
-  free_numbers_.push_back(local);  // take_number() reserved the room
+  free_numbers_.push_back(local);  // it has room for the numbers of all pages
 }
 
 int PageTable::open(const std::byte* key, const std::byte* value, std::int32_t position) {
+  reserve_number();
   const PageId fresh = pool_->allocate(owner_);
   const int local = take_number();
   std::byte* memory = pool_->data(fresh);
@@ -176,6 +189,7 @@ int PageTable::append(int local, const std::byte* key, const std::byte* value,
 }
 
 int PageTable::split(int local, std::uint32_t moved) {
+  reserve_number();
   const PageId fresh = pool_->allocate(owner_);
   const int other = take_number();
   const Page& page = pages_[local];

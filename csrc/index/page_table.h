@@ -6,7 +6,8 @@
 // is local_page * S + slot.
 //
 // Copying a PageTable shares its pages by reference count; the first write to a shared page copies
-// it. Every write method either completes or throws OutOfPages and changes nothing.
+// it. Every write method either completes or throws OutOfPages or std::bad_alloc and changes
+// nothing.
 //
 // Threads: none of its own; one caller at a time (const methods: any number).
 #pragma once
@@ -89,7 +90,9 @@ class PageTable {
  private:
   // Makes the page writable: itself where unique, else a copy.
   void own(int local);
-  int take_number();
+  // Makes room for one more number; take_number() needs no memory then.
+  void reserve_number();
+  int take_number() noexcept;
   void drop(int local) noexcept;
 
   PagePool* pool_;

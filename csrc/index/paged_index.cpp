@@ -23,7 +23,7 @@ PagedIndex::PagedIndex(const IndexContext& context)
       has_far_field_(context.config->tail == "on") {}
 
 int PagedIndex::node_pages() const {
-  return std::max(1, static_cast<int>(config().far_node_tokens / config().page_size));
+  return static_cast<int>(node_tokens(config()) / static_cast<std::size_t>(config().page_size));
 }
 
 void PagedIndex::attach(int page, int node) {
@@ -72,54 +72,71 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
 }
 
 void PagedIndex::insert(const TokenBlock& tokens) {
+  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  for (std::int32_t t = 0; t < tokens.count; ++t) {
+    add_token(tokens.keys + t * row, tokens.values + t * row, tokens.first_position + t);
+  }
+}
+
+int PagedIndex::split_page(int page) {
+  const std::uint32_t moved = split_mask(page);
+  const int other = table_.split(page, moved);
+  whole_ = false;
+  attach(other, node_of_page_[page]);
+  if (has_sketches()) {
+    sketch_.resize(table_.page_count());
+    int to = 0;
+    for (std::uint32_t slots = moved; slots != 0; slots &= slots - 1) {
+      sketch_.copy(other, to++, page, std::countr_zero(slots));
+    }
+  }
+  page_split(page, other, moved);
+  shrink_node(node_of_page_[page]);
+  whole_ = true;
+  return other;
+}
+
+int PagedIndex::open_page(const std::byte* key, const std::byte* value, std::int32_t position) {
+  const int page = table_.open(key, value, position);
+  whole_ = false;
+  end_position_ = position + 1;
+  if (pages_of_node_.empty() || static_cast<int>(pages_of_node_.back().size()) >= node_pages()) {
+    pages_of_node_.emplace_back();
+    if (has_far_field_) far_.add_node();
+  }
+  attach(page, node_count() - 1);
+  if (has_sketches()) sketch_.resize(table_.page_count());
+  page_opened(page);
+  return page;
+}
+
+void PagedIndex::add_token(const std::byte* raw_key, const std::byte* raw_value,
+                           std::int32_t position) {
   const int d = context_.head_dim;
-  const std::size_t row = d * size_of(context_.dtype);
   float key[kMaxHeadDim], value[kMaxHeadDim], place[2 * kMaxHeadDim];
   const bool sketched = has_sketches();
   const float* coordinates = sketched ? place : nullptr;
-  for (std::int32_t t = 0; t < tokens.count; ++t) {
-    const std::byte* raw_key = tokens.keys + t * row;
-    const std::byte* raw_value = tokens.values + t * row;
-    const std::int32_t position = tokens.first_position + t;
-    simd::kernels().to_float(raw_key, context_.dtype, key, d);
-    simd::kernels().to_float(raw_value, context_.dtype, value, d);
-    if (sketched) space_.coordinates(key, raw_value, context_.dtype, 1, place);
-    int page = choose_page(key, coordinates);
-    if (page >= 0 && table_.full(page)) {
-      const std::uint32_t moved = split_mask(page);
-      const int other = table_.split(page, moved);
-      attach(other, node_of_page_[page]);
-      if (sketched) {
-        sketch_.resize(table_.page_count());
-        int to = 0;
-        for (std::uint32_t slots = moved; slots != 0; slots &= slots - 1) {
-          sketch_.copy(other, to++, page, std::countr_zero(slots));
-        }
-      }
-      page_split(page, other, moved);
-      shrink_node(node_of_page_[page]);
-      page = choose_page(key, coordinates);
-      if (table_.full(page)) page = table_.full(other) ? -1 : other;
-    }
-    int slot = 0;
-    if (page >= 0) {
-      slot = table_.append(page, raw_key, raw_value, position);
-    } else {
-      page = table_.open(raw_key, raw_value, position);
-      if (pages_of_node_.empty() ||
-          static_cast<int>(pages_of_node_.back().size()) >= node_pages()) {
-        pages_of_node_.emplace_back();
-        if (has_far_field_) far_.add_node();
-      }
-      attach(page, node_count() - 1);
-      if (sketched) sketch_.resize(table_.page_count());
-      page_opened(page);
-    }
-    if (has_far_field_) far_.add(node_of_page_[page], value);
-    if (sketched) sketch_.write(page, slot, place);
-    token_added(page, slot, key, coordinates);
-    end_position_ = position + 1;
+  simd::kernels().to_float(raw_key, context_.dtype, key, d);
+  simd::kernels().to_float(raw_value, context_.dtype, value, d);
+  if (sketched) space_.coordinates(key, raw_value, context_.dtype, 1, place);
+  int page = choose_page(key, coordinates);
+  if (page >= 0 && table_.full(page)) {
+    const int other = split_page(page);
+    page = choose_page(key, coordinates);
+    if (table_.full(page)) page = table_.full(other) ? -1 : other;
   }
+  int slot = 0;
+  if (page >= 0) {
+    slot = table_.append(page, raw_key, raw_value, position);
+    whole_ = false;
+    end_position_ = position + 1;
+  } else {
+    page = open_page(raw_key, raw_value, position);
+  }
+  if (has_far_field_) far_.add(node_of_page_[page], value);
+  if (sketched) sketch_.write(page, slot, place);
+  token_added(page, slot, key, coordinates);
+  whole_ = true;
 }
 
 std::vector<int> PagedIndex::split_node(int node) const {
@@ -144,10 +161,9 @@ void PagedIndex::shrink_node(int node) {
   node_was_split(node, other);
 }
 
-void PagedIndex::truncate(std::int32_t position) {
+void PagedIndex::truncate(std::int32_t position) noexcept {
   if (position >= end_position_) return;
   const int s = table_.page_size();
-  std::vector<int> touched;
   for (int page = 0; page < table_.page_count(); ++page) {
     if (!table_.in_use(page)) continue;
     std::uint32_t gone = 0;
@@ -156,18 +172,18 @@ void PagedIndex::truncate(std::int32_t position) {
     }
     if (gone == 0) continue;
     table_.remove(page, gone);
+    if (!whole_) continue;
     const int node = node_of_page_[page];
-    if (touched.empty() || touched.back() != node) touched.push_back(node);
     if (!table_.in_use(page)) {
       std::erase(pages_of_node_[node], page);
       node_of_page_[page] = -1;
     }
     tokens_removed(page, node);
   }
-  if (has_far_field_) {
-    std::sort(touched.begin(), touched.end());
-    touched.erase(std::unique(touched.begin(), touched.end()), touched.end());
-    for (int node : touched) far_.assign(node, table_, pages_of_node_[node]);
+  for (int node = 0; whole_ && has_far_field_ && node < node_count(); ++node) {
+    std::int32_t left = 0;
+    for (const int page : pages_of_node_[node]) left += table_.count(page);
+    if (left != far_.tokens(node)) far_.assign(node, table_, pages_of_node_[node]);
   }
   end_position_ = size() > 0 ? position : 0;
 }
@@ -395,6 +411,7 @@ std::size_t PagedIndex::memory_bytes() const {
 
 void PagedIndex::check_integrity() const {
   table_.check_integrity();
+  if (!whole_) return;
   std::vector<int> seen(table_.page_count(), 0);
   for (int node = 0; node < node_count(); ++node) {
     for (int page : pages_of_node_[node]) {

@@ -4,6 +4,7 @@
 // found.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -22,12 +23,18 @@ class PagedIndex : public SemanticIndex {
  public:
   explicit PagedIndex(const IndexContext& context);
 
+  // Tokens per far-field node as built.
+  static std::size_t node_tokens(const Config& config) {
+    return static_cast<std::size_t>(std::max(config.far_node_tokens, config.page_size));
+  }
+
   void build(const TokenBlock& tokens, const QueryMoments& queries) final;
   void insert(const TokenBlock& tokens) final;
   void select(const SelectRequest& request, Selection& selection) const final;
   std::span<const std::byte> far_values() const final { return far_.means(); }
   void far_nodes(const Selection& selection, std::vector<FarNodeInfo>& nodes) const final;
-  void truncate(std::int32_t position) final;
+  void truncate(std::int32_t position) noexcept final;
+  bool whole() const final { return whole_; }
   void gather(std::byte* keys, std::byte* values) const final { table_.gather(keys, values); }
   Snapshot snapshot() const final;
   std::int32_t size() const final { return table_.size(); }
@@ -96,7 +103,7 @@ class PagedIndex : public SemanticIndex {
   virtual void page_split(int page, int other, std::uint32_t moved) = 0;
   virtual void page_opened(int page) = 0;
   virtual void node_was_split(int node, int other) { (void)node, (void)other; }
-  // `page` may have been dropped; it belonged to `node`.
+  // `page` may have been dropped; it belonged to `node`. Needs no memory.
   virtual void tokens_removed(int page, int node) { (void)page, (void)node; }
 
   const PageTable& table() const { return table_; }
@@ -115,6 +122,10 @@ class PagedIndex : public SemanticIndex {
  private:
   void attach(int page, int node);
   void shrink_node(int node);
+  // Gives a full page's upper half to a new page, whose number it returns.
+  int split_page(int page);
+  void add_token(const std::byte* key, const std::byte* value, std::int32_t position);
+  int open_page(const std::byte* key, const std::byte* value, std::int32_t position);
   // Exact logits of the candidates, and what they weigh. Returns the bytes read.
   std::int64_t rescore(const SelectRequest& request, Candidates& candidates) const;
   // Twice as many candidates as there are, at most what may be picked; false: there are no more.
@@ -141,7 +152,8 @@ class PagedIndex : public SemanticIndex {
   FarField far_;
   bool has_far_field_;
   std::int32_t end_position_ = 0;
-  std::vector<int> node_of_page_;                // [P]
+  bool whole_ = true;              // false from the change of a page until all summaries know of it
+  std::vector<int> node_of_page_;  // [P]
   std::vector<std::vector<int>> pages_of_node_;  // [C]
 };
 

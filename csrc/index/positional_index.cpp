@@ -207,6 +207,7 @@ std::size_t PositionalIndex::memory_bytes() const {
 
 void PositionalIndex::check_integrity() const {
   PagedIndex::check_integrity();
+  if (!whole()) return;
   const int width = row_size();
   std::vector<float> row(width);
   std::int32_t next = -1;

@@ -88,8 +88,8 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
 
 void QueryMetric::coordinates(const float* keys, std::int64_t n, float* out) const {
   simd::kernels().matmul(keys, from_key.data(), out, n, head_dim, rank);
-  std::vector<float> shift(rank, 0.0f);
-  simd::kernels().matmul(mean.data(), from_key.data(), shift.data(), 1, head_dim, rank);
+  float shift[kMaxHeadDim];
+  simd::kernels().matmul(mean.data(), from_key.data(), shift, 1, head_dim, rank);
   for (std::int64_t i = 0; i < n; ++i) {
     for (int j = 0; j < rank; ++j) out[i * rank + j] -= shift[j];
   }

@@ -24,7 +24,7 @@ struct QueryMetric {
   // keys [N, D] fp32. Without queries the metric is the Euclidean one.
   static QueryMetric fit(const float* keys, std::int64_t count, int head_dim,
                          const QueryMoments& queries, int rank);
-  // Coordinates [n, R] of keys [n, D].
+  // Coordinates [n, R] of keys [n, D]. Needs no memory.
   void coordinates(const float* keys, std::int64_t n, float* out) const;
 };
 

@@ -75,8 +75,10 @@ void TokenSpace::coordinates(const float* keys, const void* values, DType dtype,
   if (value_rank == 0) return metric.coordinates(keys, n, out);
   const int d = metric.head_dim, rank = metric.rank;
   const simd::Kernels& kernels = simd::kernels();
-  std::vector<float> rows(static_cast<std::size_t>(std::min(n, kRows)) * (d + rank + value_rank));
-  float* const floats = rows.data();
+  float one[3 * kMaxHeadDim];
+  std::vector<float> many;
+  if (n > 1) many.resize(static_cast<std::size_t>(std::min(n, kRows)) * (d + rank + value_rank));
+  float* const floats = n > 1 ? many.data() : one;
   float* const of_keys = floats + std::min(n, kRows) * d;
   float* const of_values = of_keys + std::min(n, kRows) * rank;
   for (std::int64_t first = 0; first < n; first += kRows) {

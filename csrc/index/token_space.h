@@ -30,7 +30,7 @@ struct TokenSpace {
   static TokenSpace fit(const float* keys, const void* values, DType dtype, std::int64_t count,
                         int head_dim, const QueryMoments& queries, int rank, int value_rank);
   // Coordinates [n, width()] of keys [n, D] fp32 and values [n, D] of `dtype`. Values that are no
-  // numbers lie at 0.
+  // numbers lie at 0. One token needs no memory.
   void coordinates(const float* keys, const void* values, DType dtype, std::int64_t n,
                    float* out) const;
 };

@@ -109,27 +109,28 @@ std::vector<int> TreeIndex::split_node(int node) const {
 
 void TreeIndex::sum_page(int page) {
   const int width = this->width();
-  std::vector<float> coordinates;
-  page_coordinates(page, coordinates);
+  float key[kMaxHeadDim], y[2 * kMaxHeadDim];
   float* sum = page_sums_.data() + static_cast<std::size_t>(page) * width;
   std::fill_n(sum, width, 0.0f);
   for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {
-    const float* y = coordinates.data() + std::countr_zero(mask) * width;
+    const int slot = std::countr_zero(mask);
+    table().key(page, slot, key);
+    space().coordinates(key, table().value(page, slot), table().dtype(), 1, y);
     for (int j = 0; j < width; ++j) sum[j] += y[j];
   }
 }
 
 void TreeIndex::set_leaf(int node, int near) {
-  std::vector<float> sum(width(), 0.0f);
+  float sum[2 * kMaxHeadDim] = {};
   std::int32_t count = 0;
   for (int page : pages_of(node)) {
     count += table().count(page);
     for (int j = 0; j < width(); ++j) sum[j] += page_sums_[page * width() + j];
   }
   if (node == tree_.leaf_count()) {
-    tree_.add_leaf(near, sum.data(), count);
+    tree_.add_leaf(near, sum, count);
   } else {
-    tree_.set(node, sum.data(), count);
+    tree_.set(node, sum, count);
   }
 }
 
@@ -171,6 +172,7 @@ std::size_t TreeIndex::memory_bytes() const {
 
 void TreeIndex::check_integrity() const {
   PagedIndex::check_integrity();
+  if (!whole()) return;
   tree_.check_integrity();
   if (tree_.leaf_count() != node_count())
     throw IntegrityError(

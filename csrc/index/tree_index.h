@@ -39,9 +39,10 @@ class TreeIndex : public PagedIndex {
   int width() const { return space().width(); }
   // Coordinates [S, width] of a page's tokens; rows of empty slots are left as they are.
   void page_coordinates(int page, std::vector<float>& out) const;
-  // Sets the sum of a page from its members.
+  // Sets the sum of a page from its members. Needs no memory.
   void sum_page(int page);
-  // Sets the tree's leaf of a node, which is added beside leaf `near` where there is none yet.
+  // Sets the tree's leaf of a node, which is added beside leaf `near` where there is none yet; else
+  // it needs no memory.
   void set_leaf(int node, int near);
 
   CentroidTree tree_;

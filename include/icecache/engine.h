@@ -4,8 +4,13 @@
 // prompt or a chunk of one needs to be indexed runs on the engine's own threads behind the caller,
 // and the next call that touches the same (sequence, layer) waits for it. Decode steps insert their
 // token themselves, and wait for nothing: an index that is built anew meanwhile takes over at a
-// length that was fixed when its building began. The same calls give bitwise the same results.
-// Failure: a call that throws leaves every sequence as it was before the call.
+// length that was fixed when its building began. The same calls give bitwise the same results, also
+// where host_memory is nearly full.
+// Failure: a call that throws leaves every sequence as it was before the call, and can be done
+// again. Where memory runs out in the background, the next call that waits for the work does it
+// again; without memory once more, the tokens are attended exactly until a later call indexes them.
+// Where memory runs out while a decode step inserts into an index, that head attends exactly until
+// its index is built anew.
 #pragma once
 
 #include <cstdint>
@@ -99,7 +104,8 @@ class Engine {
   // [Hq, T, D] shape the metric, and clustering starts behind the caller.
   void observe(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries);
 
-  // Waits for all background work; rethrows nothing (a failed insert is retried by the next step).
+  // Waits for all background work; throws nothing. What the work threw, the next call for the same
+  // (sequence, layer) throws.
   void synchronize();
 
   // Copies all tokens in order of position: keys, values [Hkv, L, D], contiguous.

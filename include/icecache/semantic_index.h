@@ -10,8 +10,10 @@
 //  2. A summary equals the sum over its members to rounding, after any sequence of calls.
 //  3. Deterministic: the same calls give bitwise the same picks.
 //  4. Any finite keys are accepted: equal keys, zero keys, huge norms.
-// Running out of pages: build() leaves the index empty; insert() leaves the tokens before the one
-// that did not fit (size() tells how many); nothing else takes pages.
+// Running out of pages or memory: after a build() that threw, the index can only be destroyed;
+// insert() leaves the tokens before the one that did not fit (size() tells how many), and where
+// memory ran out in the middle of one, an index that is not whole(). truncate() needs neither;
+// other calls change nothing.
 //
 // Threads: one call at a time per index; different indexes are independent. select() is const and
 // does not allocate after its buffers have grown once.
@@ -125,8 +127,12 @@ class SemanticIndex {
 
   // A copy that shares pages by reference count (copied on first write of either side).
   virtual std::unique_ptr<SemanticIndex> fork() const = 0;
-  // Removes every token with position >= `position`. Takes no pages.
-  virtual void truncate(std::int32_t position) = 0;
+  // Removes every token with position >= `position`. Takes no pages and no memory.
+  virtual void truncate(std::int32_t position) noexcept = 0;
+  // False after an insert() that failed half-way: the pages have every token, but what summarises
+  // them does not. Such an index is still good for size(), end_position(), all_pages(), gather(),
+  // snapshot(), fork(), truncate(), memory_bytes() and check_integrity(), and for nothing else.
+  virtual bool whole() const = 0;
   // Gathers K and V of all tokens, ordered by position, as rows [N, D] in the cache's dtype.
   virtual void gather(std::byte* keys, std::byte* values) const = 0;
 
@@ -161,5 +167,12 @@ struct IndexContext {
 // The implementation named by context.config->index. Throws Unavailable for "faiss" where FAISS was
 // left out of the build.
 std::unique_ptr<SemanticIndex> make_index(const IndexContext& context);
+// Pages that build() of `tokens` tokens takes at most, with config.index.
+std::size_t most_build_pages(const Config& config, std::int32_t tokens);
+// Pages that insert() of `tokens` tokens takes at most: each may split a page, and copy one that is
+// shared.
+inline std::size_t most_insert_pages(std::int32_t tokens) {
+  return 2 * static_cast<std::size_t>(tokens);
+}
 
 }  // namespace icecache

@@ -36,6 +36,7 @@ class IndexRebuildTest : public ::testing::Test {
   void grow(IndexRebuild& rebuild, int from, int to) {
     for (int at = from; at < to; ++at) {
       old_->insert(all_.block(at, 1, kFirst + at));
+      rebuild.reserve(1);
       rebuild.follow(all_.block(at, 1, kFirst + at));
     }
   }
@@ -53,7 +54,7 @@ TEST_F(IndexRebuildTest, TakesTheTokensOfItsStartAndThoseThatFollowed) {
   grow(rebuild, 230, 240);
   EXPECT_FALSE(rebuild.catch_up(259)) << "not before its length";
   int calls = 1;
-  while (!rebuild.catch_up(260)) ++calls;
+  while (!rebuild.catch_up(259 + calls)) ++calls;
   EXPECT_GT(calls, 2) << "a few tokens a step";
   EXPECT_EQ(rebuild.built_tokens(), 200);
   const std::unique_ptr<SemanticIndex> fresh = rebuild.take();
@@ -75,9 +76,10 @@ TEST_F(IndexRebuildTest, RejectedTokensAreTakenBack) {
   EXPECT_TRUE(back(230));
   EXPECT_TRUE(back(225)) << "none inserted yet";
   EXPECT_FALSE(rebuild.catch_up(210));
+  EXPECT_FALSE(rebuild.catch_up(210)) << "a step that is done again goes no further";
   EXPECT_TRUE(back(203)) << "some inserted";
   grow(rebuild, 203, 220);
-  while (!rebuild.catch_up(210)) {
+  for (int length = 210; !rebuild.catch_up(length); ++length) {
   }
   expect_holds(*rebuild.take(), 220);
   EXPECT_FALSE(back(199)) << "of the build itself";
