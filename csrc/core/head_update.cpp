@@ -52,6 +52,13 @@ std::size_t HeadCache::pages_for_decode(std::int64_t tokens) const {
 void HeadCache::build(std::int32_t due) {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
   const std::int32_t old = indexed_tokens();
+  // Asked first: where pages are scarce, every step tries again.
+  const auto page_size = static_cast<std::int32_t>(context_.config->page_size);
+  const auto least = static_cast<std::size_t>((old + due + page_size - 1) / page_size);
+  if (least > context_.pool->free_pages()) {
+    throw OutOfPages(message("an index of ", old + due, " tokens needs ", least, " pages, ",
+                             context_.pool->free_pages(), " are free"));
+  }
   std::vector<std::byte> keys((old + due) * row), values((old + due) * row);
   if (old > 0) index_->gather(keys.data(), values.data());
   tail_.gather(due, keys.data() + old * row, values.data() + old * row);
