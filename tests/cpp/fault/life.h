@@ -20,7 +20,7 @@ struct LifeOptions {
   bool checks_at_once = true;
 };
 
-// What a life has left behind.
+// What a life has left behind, and what of it was not as promised.
 struct LifeRecord {
   std::vector<float> outputs;   // of all attention, in order
   std::int64_t pool_bytes = 0;  // when all is at rest, before the sequences are released
