@@ -380,6 +380,7 @@ std::vector<PageInfo> PagedIndex::pages() const {
     PageInfo info;
     info.page = table_.page(page).id;
     info.node = node_of_page_[page];
+    info.positions.reserve(static_cast<std::size_t>(table_.count(page)));
     for (int slot = 0; slot < table_.page_size(); ++slot) {
       if (table_.position(page, slot) >= 0) info.positions.push_back(table_.position(page, slot));
     }

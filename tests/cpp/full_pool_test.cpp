@@ -18,9 +18,9 @@ struct Timing {
   unsigned disturbance = 0;  // seed of pauses and calls that only wait; 0: none
 };
 
-class Run {
+class Trial {
  public:
-  Run(const std::string& index, int pages, const Timing& timing)
+  Trial(const std::string& index, int pages, const Timing& timing)
       : engine_(shape(), config(index, pages, timing)),
         disturbs_(timing.disturbance != 0),
         disturbance_(timing.disturbance) {}
@@ -127,12 +127,12 @@ INSTANTIATE_TEST_SUITE_P(Index, FullPool, testing::Values("tree", "dci", "positi
 TEST_P(FullPool, TimingDoesNotShow) {
   int refusing = 0, roomy = 0;
   for (const int pages : {130, 170, 210, 240, 270, 300, 340, 380, 420, 460, 600, 4000}) {
-    Run first(GetParam(), pages, {});
+    Trial first(GetParam(), pages, {});
     const std::vector<float> expected = first.answers();
     (first.refused() > 0 ? refusing : roomy) += 1;
     for (const Timing& timing :
          {Timing{1, 3, 0}, Timing{3, 1, 1}, Timing{3, 3, 2}, Timing{2, 2, 3}, Timing{1, 2, 4}}) {
-      EXPECT_TRUE(Run(GetParam(), pages, timing).answers() == expected)
+      EXPECT_TRUE(Trial(GetParam(), pages, timing).answers() == expected)
           << "another answer with " << pages << " pages, " << timing.index_threads
           << " index threads, disturbance " << timing.disturbance;
     }
