@@ -67,7 +67,7 @@ install: setup
 	$(TOOLS) $(PYTHON) -m pip install --no-build-isolation --no-deps .
 
 demo: build
-	$(IN_TREE) $(PYTHON) -c "from icecache.cli import app; app()" demo $(ARGS)
+	$(IN_TREE) $(PYTHON) -m icecache demo $(ARGS)
 
 test: test-cpp test-python
 

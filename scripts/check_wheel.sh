@@ -47,7 +47,7 @@ if not torch.cuda.is_available():
         raise AssertionError("a DeviceCache without a device")
 print("wheel:", icecache.__version__)
 PY
-PYTHONPATH=site "$python" -c "from icecache.cli import app; app()" doctor
+PYTHONPATH=site "$python" -m icecache doctor
 
 # A wheel without its extensions must not come into being.
 cd ../..

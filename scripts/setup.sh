@@ -4,6 +4,8 @@
 #   scripts/setup.sh run    for `make demo`: compiler, Python environment with torch and transformers
 #   scripts/setup.sh test   the same, and what the tests and checks need
 #   scripts/setup.sh bench  for `make bench`: as run, and what the benchmarks need
+#   scripts/setup.sh base   compiler and interpreter alone, which goes into build/base-python: for
+#                           environments that are made elsewhere (setup_vllm.sh)
 #
 # Python: the active environment where it has torch >= 2.11 (its torch is never touched), else .venv in
 # the checkout. ICECACHE_PYTHON names another interpreter. ICECACHE_TORCH is what is installed where
@@ -11,7 +13,7 @@
 # Takes well under a second when nothing is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-profile=${1:?usage: scripts/setup.sh run|test|bench}
+profile=${1:?usage: scripts/setup.sh run|test|bench|base}
 groups=(build run)
 case $profile in
   test) groups+=(dev) ;;
@@ -97,6 +99,29 @@ if [ -z "$base" ]; then
   is_recent "$base" || fail "Python 3.10 or newer is needed, got $("$base" --version)"
 fi
 
+# install_headers INTERPRETER
+install_headers() {
+  local headers
+  headers=$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  [ -f "$headers/Python.h" ] ||
+    install_debian "Python.h is missing" \
+      "python$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-dev"
+}
+# install_venv INTERPRETER
+install_venv() {
+  "$1" -c 'import ensurepip' 2>/dev/null ||
+    install_debian "Python's venv is missing" \
+      "python$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+}
+
+mkdir -p build
+if [ "$profile" = base ]; then
+  install_venv "$base" || exit 1
+  install_headers "$base" || exit 1
+  echo "$base" >build/base-python
+  exit
+fi
+
 if has_torch "$base" && is_writable "$base" || [ -n "${ICECACHE_PYTHON:-}" ]; then
   python=$base
 else
@@ -104,19 +129,14 @@ else
   if ! "$python" -m pip --version >/dev/null 2>&1; then
     shared_packages=
     if has_torch "$base"; then shared_packages=--system-site-packages; fi
-    "$base" -c 'import ensurepip' 2>/dev/null ||
-      install_debian "Python's venv is missing" \
-        "python$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" || exit 1
+    install_venv "$base" || exit 1
     say "making .venv with $("$base" --version)"
     "$base" -m venv --clear $shared_packages .venv
   fi
 fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
   fail "$python has no pip"
-python_headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-[ -f "$python_headers/Python.h" ] ||
-  install_debian "Python.h is missing" \
-    "python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-dev" || exit 1
+install_headers "$python" || exit 1
 
 # --- Python packages
 if [ -z "${ICECACHE_TORCH:-}" ]; then
@@ -126,7 +146,6 @@ if [ -z "${ICECACHE_TORCH:-}" ]; then
   fi
 fi
 missing=$("$python" scripts/requirements.py --torch "$ICECACHE_TORCH" "${groups[@]}")
-mkdir -p build
 if [ -n "$missing" ]; then
   say "installing into $("$python" -c 'import sys; print(sys.prefix)'): ${missing//$'\n'/, }"
   installed_torch=$(torch_version "$python")

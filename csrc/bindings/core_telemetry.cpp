@@ -106,6 +106,9 @@ void bind_telemetry(py::module_& module) {
   module.def("simd_level", &simd_level,
              "Kernels in use: avx512, avx2 or scalar. Raises InvalidArgument where ICECACHE_SIMD "
              "asks for what is not there.");
+  module.def("usable_cores", &usable_cores,
+             "Cores that this process may keep busy: by its affinity, and by the CPU time that "
+             "its control group grants.");
   module.def("usable_memory", &usable_memory,
              "Bytes of memory, or the control group's limit where that is smaller.");
 }

@@ -1,5 +1,5 @@
 """python -m icecache"""
 
-from icecache.cli import app
+from icecache.cli import main
 
-app(prog_name="icecache")
+main()

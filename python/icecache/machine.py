@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
-from icecache._core import usable_memory
+from icecache._core import usable_cores, usable_memory
 
 __all__ = ["cpu_name", "usable_cores", "usable_memory"]
 
@@ -20,8 +19,3 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))

@@ -47,9 +47,9 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [sys.executable, "-m", "icecache", "serve", str(model), *options]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", "0.3"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    command += ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:

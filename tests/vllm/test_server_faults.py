@@ -39,9 +39,12 @@ def test_a_killed_engine_leaves_nothing_behind(smollm2: Path, tmp_path: Path) ->
 
 
 def engine_core(server: int) -> int:
-    """The process in which the engine of a server runs."""
-    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    (found,) = (
-        int(pid) for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
+    """The process in which the engine of a server runs, below `icecache serve`."""
+    below = [int(pid) for pid in children(server)]
+    below += [int(pid) for process in below for pid in children(process)]
+    (found,) = (pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return found
+
+
+def children(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()

@@ -15,12 +15,16 @@ from icecache.cli.bench import bench
 from icecache.cli.config import config
 from icecache.cli.demo import demo
 from icecache.cli.doctor import doctor
+from icecache.cli.environment import prepare
 from icecache.cli.generate import generate
 from icecache.cli.serve import serve
 from icecache.cli.usage import Command, UsageError
 from icecache.errors import Error
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
+
+# Commands that compute: torch's threads start with an environment that suits shared cores.
+_COMPUTE = {"bench", "demo", "generate"}
 
 
 class _Commands(TyperGroup):
@@ -111,3 +115,10 @@ for command in (demo, generate, doctor, config):
 _AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(cls=Command, context_settings=_AS_THEY_ARE)(serve)
 app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """The command, in a process of its own: reads its arguments, and ends it."""
+    if _COMPUTE & {*sys.argv[1:]}:
+        prepare()
+    app(prog_name="icecache")

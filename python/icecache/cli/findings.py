@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import icecache
+from icecache.cli.environment import SPIN_COUNT, WAITING
 from icecache.errors import Error
 from icecache.machine import cpu_name, usable_cores, usable_memory
 
@@ -44,6 +45,7 @@ def findings() -> Iterator[Finding]:
     yield _operators()
     yield Finding("CPU", OK, f"{cpu_name()}, {usable_cores()} cores usable")
     yield _simd()
+    yield _waiting()
     yield _memory()
     yield _cuda_kernels(build)
     yield _cuda_devices()
@@ -97,6 +99,19 @@ def _simd() -> Finding:
         return Finding("SIMD", OK, text)
     advice = "unset ICECACHE_SIMD" if forced else "a CPU with AVX2 is many times as fast"
     return Finding("SIMD", ABSENT, text, advice)
+
+
+def _waiting() -> Finding:
+    chosen = [f"{name}={os.environ[name]}" for name in WAITING if os.environ.get(name)]
+    if chosen:
+        return Finding("waiting threads", OK, ", ".join(chosen))
+    return Finding(
+        "waiting threads",
+        ABSENT,
+        "OpenMP's threads spin for milliseconds after each loop",
+        f"where other work wants the same cores, set GOMP_SPINCOUNT={SPIN_COUNT} before Python "
+        "starts; icecache serve, generate, demo and bench do",
+    )
 
 
 def _memory() -> Finding:

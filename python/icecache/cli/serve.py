@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import sys
-from collections.abc import Sequence
+import shlex
+import socket
 from typing import Annotated, Any
 
 import typer
 
+from icecache.cli.environment import additions
 from icecache.cli.options import Settings, parse_settings
 from icecache.errors import InvalidArgument, Unavailable
 
-_MAX_NUM_SEQS = 64  # where the user names no --max-num-seqs
-
-# Set from our own options: given as vLLM's too, one of the two would be ignored.
-_OURS = (
-    "--additional-config",
-    "--kv-transfer-config",
-    "--scheduler-cls",
-    "--enable-prefix-caching",
-)
+_PORT = 8000  # vLLM's, where none is given
 
 
 def serve(
@@ -43,73 +35,83 @@ def serve(
 
     For example: icecache serve MODEL --token-budget 256 --host-memory 8G --port 8000
     """
+    from icecache.cli.server_command import SMOLLM2, Flags, server_command, server_environment
+    from icecache.cli.server_settings import check_settings, is_on_cpu, model_shape
+
     given = {"token_budget": token_budget, "host_memory": host_memory}
     fields: dict[str, Any] = parse_settings(settings, **given)
-    if model == "smollm2":
-        from icecache.models import smollm2
-
-        model = str(smollm2())
-    command = server_command(model, fields, context.args)
+    flags = Flags(context.args)
+    on_cpu = is_on_cpu()
+    folder = _folder(model) if model != SMOLLM2 else _smollm2()
+    shape = model_shape(folder)
+    command = server_command(model, folder, fields, flags, on_cpu=on_cpu, all_full=shape.all_full)
+    check_settings(fields, model, shape, flags, on_cpu=on_cpu)
+    added = server_environment(os.environ, flags, on_cpu=on_cpu) | additions(os.environ)
     if dry_run:
-        import shlex
-
-        typer.echo(shlex.join(command))
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+        typer.echo(" ".join([*assignments, shlex.join(command)]))
         return
     if importlib.util.find_spec("vllm") is None:
-        raise Unavailable('vLLM is not installed: pip install "icecache[vllm]"')
-    from icecache.vllm.support import check_version
+        raise Unavailable("vLLM is not installed: docs/vllm.md says how, make setup-vllm does it")
+    _check_version()
+    host, port = flags.value("--host"), flags.number("--port", _PORT, 0, 65535)
+    _check_port(host, port)
+    environment = os.environ | added
+    if context.find_root().params.get("debug"):
+        os.execve(command[0], command, environment)  # vLLM's output as it is
+    name = (flags.value("--served-model-name") or model).split()[0]
+    address = f'http://{_reachable(host)}:{port}/v1, model "{name}"'
+    from icecache.cli.server_process import run_server
 
-    check_version()
-    os.execv(command[0], command)
+    _say("starting vLLM; its modules take half a minute to import, more on a busy machine")
+    raise typer.Exit(run_server(command, environment, _say, address))
 
 
-def server_command(model: str, fields: dict[str, Any], flags: Sequence[str]) -> list[str]:
-    """The command that starts the server. Raises InvalidArgument for flags that are set here."""
-    from icecache.vllm import engine_args
+def _say(text: str) -> None:
+    typer.secho(f"icecache: {text}", fg="cyan", err=True)
 
-    names = {flag.split("=", 1)[0].replace("_", "-") for flag in flags if flag.startswith("--")}
-    for flag in _OURS:
-        if flag in names:
+
+def _smollm2() -> str:
+    from icecache.models import smollm2
+
+    return str(smollm2())
+
+
+def _folder(model: str) -> str:
+    """`model`, where vLLM may find something under that name. Raises InvalidArgument."""
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise InvalidArgument(
+            f'model must be a folder, a name on the Hugging Face hub or "smollm2", got {model}'
+        )
+    return model
+
+
+def _check_version() -> None:
+    """Raises Unavailable for a vLLM that the plugin is not made for; imports none."""
+    from icecache.vllm.plugin import END, FIRST, installed_version, is_supported_version
+
+    if not is_supported_version():
+        versions = f"{FIRST[0]}.{FIRST[1]} or newer and below {END[0]}.{END[1]}"
+        raise Unavailable(f"vLLM must be {versions}, got {installed_version()}")
+
+
+def _check_port(host: str | None, port: int) -> None:
+    """Raises InvalidArgument where another server listens there."""
+    family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host or "", port))
+        except OSError as error:
             raise InvalidArgument(
-                f"{flag}: icecache serve sets it; use --token-budget, --host-memory and --set, or "
-                "start vLLM by its own command"
-            )
-    arguments = engine_args(**fields)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--additional-config", json.dumps(arguments["additional_config"])]
-    command += ["--kv-transfer-config", json.dumps(arguments["kv_transfer_config"])]
-    command += ["--scheduler-cls", arguments["scheduler_cls"]]
-    command += ["--no-enable-prefix-caching", "--no-disable-hybrid-kv-cache-manager"]
-    if "--max-num-seqs" not in names:
-        command += ["--max-num-seqs", str(_MAX_NUM_SEQS)]
-    if "--num-gpu-blocks-override" not in names and _is_all_ours(model):
-        # One block a request, and the one that vLLM keeps for itself.
-        seqs = _value(flags, "--max-num-seqs") or str(_MAX_NUM_SEQS)
-        if not seqs.isdigit():
-            raise InvalidArgument(f"--max-num-seqs must be a number of requests, got {seqs!r}")
-        command += ["--num-gpu-blocks-override", str(int(seqs) + 1)]
-    return [*command, *flags]
+                f"--port {port} cannot be used: {error.strerror}; give another one with --port"
+            ) from None
 
 
-def _is_all_ours(model: str) -> bool:
-    """True where no layer but full attention, which the engine serves, takes blocks of vLLM."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except (OSError, ValueError):  # vLLM will tell, in its own words
-        return False
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return getattr(config, "sliding_window", None) is None
-    return {*types} == {"full_attention"}
-
-
-def _value(flags: Sequence[str], name: str) -> str | None:
-    """Of the last `--name VALUE` or `--name=VALUE`."""
-    value = None
-    for index, flag in enumerate(flags):
-        key, equals, text = flag.partition("=")
-        if key.replace("_", "-") == name:
-            value = text if equals else (flags[index + 1] if index + 1 < len(flags) else "")
-    return value
+def _reachable(host: str | None) -> str:
+    if host in (None, "", "0.0.0.0", "::"):
+        return "localhost"
+    return f"[{host}]" if ":" in str(host) else str(host)
