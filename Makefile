@@ -27,8 +27,6 @@ CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
 # The randomised trace is shortened where every step takes many times as long.
 SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
-# Tests of kernels, which know no threads.
-ONE_THREAD = /Simd
 # Threads that wait give their cores away.
 TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
@@ -106,7 +104,7 @@ sanitize-address: setup-test
 sanitize-thread: setup-test
 	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
 	$(TOOLS) $(SHORT_TRACE) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
-	  --output-on-failure --no-tests=error -E $(ONE_THREAD)
+	  --output-on-failure --no-tests=error
 
 build-bench: setup-bench
 	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)

@@ -7,7 +7,10 @@ list(FILTER icecache_sources EXCLUDE REGEX "/(no_faiss|faiss_[a-z_]*|no_device_c
 
 add_library(icecache SHARED ${icecache_sources})
 target_include_directories(icecache PUBLIC include csrc)
-target_compile_definitions(icecache PRIVATE ICECACHE_VERSION="${PROJECT_VERSION}")
+# Seen by this source alone: builds that differ in them share all other objects.
+set(build_info csrc/core/build_info.cpp)
+set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS
+                                                  ICECACHE_VERSION="${PROJECT_VERSION}")
 target_compile_options(icecache PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fno-semantic-interposition>)
 target_link_libraries(icecache PRIVATE icecache_flags Threads::Threads)
 # Static libraries stay private: FAISS in another extension of the process must not meet ours.
@@ -71,7 +74,6 @@ if(icecache_with_cuda)
                                             CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
   target_sources(icecache PRIVATE ${cuda_sources})
   target_link_libraries(icecache PRIVATE CUDA::cudart_static)
-  target_compile_definitions(icecache PRIVATE ICECACHE_HAVE_CUDA)
 else()
   target_sources(icecache PRIVATE csrc/cuda/no_cuda.cpp csrc/core/no_device_cache.cpp)
 endif()
@@ -102,7 +104,7 @@ if(icecache_with_faiss)
   file(GLOB faiss_sources CONFIGURE_DEPENDS csrc/index/faiss_*.cpp)
   target_sources(icecache PRIVATE ${faiss_sources})
   target_link_libraries(icecache PRIVATE faiss)
-  target_compile_definitions(icecache PRIVATE ICECACHE_HAVE_FAISS)
+  set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS ICECACHE_HAVE_FAISS)
 else()
   target_sources(icecache PRIVATE csrc/index/no_faiss.cpp)
 endif()

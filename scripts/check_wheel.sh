@@ -1,21 +1,30 @@
 #!/usr/bin/env bash
-# Builds the wheel, and uses it from an empty folder apart from the source tree.
+# check_wheel.sh FOLDER   Builds the wheel into FOLDER, and uses it from there apart from the source tree,
+# with no compiler on PATH. ICECACHE_CUDA says whether it has CUDA: AUTO (where nvcc is found), ON or OFF.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+folder=${1:?usage: scripts/check_wheel.sh FOLDER}
 python=$(cat build/python)
 PATH="$(dirname "$python"):$PATH"
 # The compiler of `make build`, where Python names the one that it was built with.
 export CC=${CC:-cc} CXX=${CXX:-c++}
-rm -rf build/wheel-check
-"$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check
-"$python" -m pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl
-cd build/wheel-check
+rm -rf "$folder"
+wheel() { "$python" -m pip wheel . --quiet --no-build-isolation --no-deps -C build-dir="$folder/build" "$@"; }
+wheel --wheel-dir "$folder"
+"$python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/*.whl
+cd "$folder"
 for library in libicecache _core _ops; do
   compgen -G "site/icecache/$library*.so" >/dev/null || { echo "the wheel lacks $library"; exit 1; }
 done
-with_cuda=$(command -v nvcc >/dev/null && echo 1 || echo 0)
-[ "$with_cuda" = 1 ] || echo "wheel: no nvcc here, the CUDA kernels were not built"
-WITH_CUDA=$with_cuda PYTHONPATH=site "$python" - <<'PY'
+case ${ICECACHE_CUDA:-AUTO} in
+  AUTO) with_cuda=$(command -v nvcc >/dev/null && echo 1 || echo 0) ;;
+  ON) with_cuda=1 ;;
+  *) with_cuda=0 ;;
+esac
+[ "$with_cuda" = 1 ] || echo "wheel: without the CUDA kernels"
+# Where it is used, there is no compiler.
+use() { PATH='' PYTHONPATH=site "$python" "$@"; }
+WITH_CUDA=$with_cuda use - <<'PY'
 import os
 from pathlib import Path
 
@@ -47,13 +56,12 @@ if not torch.cuda.is_available():
         raise AssertionError("a DeviceCache without a device")
 print("wheel:", icecache.__version__)
 PY
-PYTHONPATH=site "$python" -m icecache doctor
+use -m icecache doctor
 
 # A wheel without its extensions must not come into being.
-cd ../..
-if "$python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check/none \
-  -C cmake.define.ICECACHE_BINDINGS=OFF >build/wheel-check/none.log 2>&1; then
+cd - >/dev/null
+if wheel --wheel-dir "$folder/none" -C cmake.define.ICECACHE_BINDINGS=OFF >"$folder/none.log" 2>&1; then
   echo "a wheel was built without its extensions"
   exit 1
 fi
-grep -q "A wheel needs ICECACHE_BINDINGS=ON" build/wheel-check/none.log
+grep -q "A wheel needs ICECACHE_BINDINGS=ON" "$folder/none.log"
