@@ -62,7 +62,7 @@ def icecache_attention(
         mask = check_attention(query, key, value, attention_mask, dropout, kwargs)
         output = _attend(module, layer, query, key.plain(), value.plain(), mask, scale, sinks)
     except BaseException as error:
-        cache.undo(layer, key.shape[-2], error)
+        cache.take_back(str(error))
         raise
     return output.transpose(1, 2).contiguous(), None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineFactory, EngineHandle
+from icecache.hf.forward_call import ForwardCall
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
@@ -58,7 +59,6 @@ class IceLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tags keys and values `[B, Hkv, T, D]` of the new tokens with this layer."""
-        self.cache.check_usable()
         self.is_initialized = True
         self.seen += key_states.shape[-2]
         return NewTokens.wrap(key_states, self), NewTokens.wrap(value_states, self)
@@ -72,6 +72,21 @@ class IceLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def keys(self) -> Any:
+        """Refuses models that look into the cache themselves."""
+        raise _refusal_of_access("reads")
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        if value is not None:
+            raise _refusal_of_access("replaces")
+
+    values = keys
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise _refusal_of_access("copies")
+
     # The tokens belong to the cache as a whole, which moves them once for all layers.
     def reset(self) -> None:
         self.cache.reset()
@@ -81,6 +96,13 @@ class IceLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InvalidArgument("crop: call it on the IceCache, not on one of its layers")
+
+
+def _refusal_of_access(verb: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"model: it {verb} single layers of its cache, whose tokens are in IceCache's engine. Use "
+        "the model without icecache.enable"
+    )
 
 
 class IceCache(Cache):
@@ -120,7 +142,9 @@ class IceCache(Cache):
             )
         self.handle = handle
         self.rows = Rows()
+        self.call = ForwardCall()
         self.failed: str | None = None
+        self._seen_before = 0  # columns of the rows before the call in progress
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text_config)
         if isinstance(layer_kwargs, dict):  # one for all layers, before transformers 5.24
             layer_kwargs = [layer_kwargs] * len(layer_types)
@@ -140,6 +164,11 @@ class IceCache(Cache):
         """The layers whose tokens live in the engine."""
         return [layer for layer in self.layers if isinstance(layer, IceLayer)]
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens have come; models that see the first chunk in another way ask for it."""
+        return self.rows.seen > 0
+
     def stats(self) -> ModelStats:
         """What the engine of this cache did; other caches that share it included.
 
@@ -151,32 +180,82 @@ class IceCache(Cache):
         return found
 
     def check_usable(self) -> None:
-        """Raises InvalidArgument after a failure that could not be undone."""
+        """Raises InvalidArgument after a failure that could not be undone, or was not noticed."""
+        if self.failed is None and not self.call.is_complete(self.layers):
+            self.take_back("it did not reach all layers")
+            if self.failed is None:
+                raise InvalidArgument(
+                    f"{CACHE}: an earlier forward call was interrupted. The cache is again as it "
+                    "was before that call; repeat that call, then this one"
+                )
         if self.failed is not None:
             raise InvalidArgument(
                 f"{CACHE}: an earlier forward call failed ({self.failed}) and could not be "
                 "undone in every layer of this cache; call reset() and start again"
             )
 
-    def undo(self, layer: IceLayer, new_tokens: int, error: BaseException) -> None:
-        """Takes back a forward call that failed with `error` in `layer` after its `update`.
+    def take_back(self, reason: str) -> None:
+        """Undoes the forward call in progress, which failed for `reason`.
 
-        Stock layers cannot be taken back: a cache that has some is refused until `reset`.
+        Layers with a recurrent state have overwritten it: a cache that has some is refused until
+        `reset`.
         """
-        is_undone = len(self.ice_layers) == len(self.layers)
-        if self.rows.undo(layer.seen):
-            for other in self.ice_layers:
-                other.seen = self.rows.seen
-        elif layer.seen - new_tokens == self.rows.seen:
-            layer.seen -= new_tokens
-        else:
-            is_undone = False
-        if not is_undone:
-            self.failed = str(error)
+        if self.call.is_empty:
+            return
+        if self.rows.seen != self._seen_before:
+            self.rows.undo(self.rows.seen)
+        for layer in self.ice_layers:
+            layer.seen = self.rows.seen
+        if not self.call.put_back(self.layers):
+            self.failed = reason
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock layers: all keys and values they hold; others: the new ones, for the engine."""
+        self._reach(layer_idx, "update")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return,no-untyped-call]
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Models update the state that they get in place."""
+        self._reach(layer_idx, f"get_conv_state {args}{kwargs}")
+        return super().get_conv_state(layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in stock."""
+        self._reach(layer_idx, f"update_conv_state {state_idx}")
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in stock."""
+        self._reach(layer_idx, f"update_recurrent_state {state_idx}")
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _reach(self, layer: int, access: str) -> None:
+        """Called before the layer is changed. Raises InvalidArgument as `check_usable` does."""
+        if self.call.has_made(layer, access):
+            self.check_usable()
+            self.call.forget()
+        if self.failed is not None:
+            self.check_usable()
+        if self.call.is_empty:
+            self._seen_before = self.rows.seen
+        stock = self.layers[layer]
+        self.call.record(layer, access, None if isinstance(stock, IceLayer) else stock)
 
     def reset(self) -> None:
         """Forgets all tokens; the engine and its settings stay."""
         self.rows.clear()
+        self.call.forget()
         self.failed = None
         for layer in self.layers:
             if isinstance(layer, IceLayer):
@@ -197,7 +276,9 @@ class IceCache(Cache):
             raise InvalidArgument(
                 f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
             )
+        self.check_usable()
         self.rows.crop(-tokens_to_remove)  # first: it may be refused
+        self.call.forget()
         for layer in self._stock_layers():
             layer.crop(tokens_to_remove)
         for layer in self.ice_layers:
@@ -217,8 +298,10 @@ class IceCache(Cache):
             layer.batch_select_indices(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IceCache:
+        self.check_usable()
         other = copy.copy(self)
         memo[id(self)] = other
+        other.call = ForwardCall()
         other.rows = self.rows.copy()
         other.layers = []
         for layer in self.layers:
@@ -243,6 +326,7 @@ class IceCache(Cache):
     def _arrange(self, order: Sequence[int]) -> None:
         self.check_usable()
         self.rows.arrange(order)
+        self.call.forget()
 
     def _stock_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, IceLayer)]

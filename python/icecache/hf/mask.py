@@ -6,44 +6,92 @@ a dense `[B, 1, T, L]` mask costs more than a decode step. A `LazyMask` carries 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+_NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
 class LazyMask:
-    """Causal mask with padding over `kv_length` tokens for the last `q_length` of them.
+    """Causal mask with padding over `shape[3]` tokens for the last `q_length` of them.
+
+    It stands for a bool tensor `[B, 1, T, L]`, the mask stock sdpa would get. Models hand masks on
+    and look at their form, which costs nothing. A model that computes with one gets that tensor,
+    and attention over the engine then refuses what came of it.
 
     `padding` is bool `[B, >= q_offset + q_length]`, True where a token is real, or None where all
     are. `is_causal` is False where the model asked for any other pattern.
     """
 
+    ndim = 4
+    dtype = torch.bool
+
     def __init__(
         self,
+        shape: tuple[int, int, int, int],
         *,
-        batch_size: int,
-        q_length: int,
+        device: torch.device | str,
         q_offset: int,
         padding: torch.Tensor | None,
         is_causal: bool,
-        build: Callable[[], torch.Tensor | None],
+        build: Callable[[bool], torch.Tensor | None],
     ) -> None:
-        self.batch_size = batch_size
-        self.q_length = q_length
+        """`build(allow_none)` makes the tensor, or None for a mask that is causal and no more."""
+        self.shape = torch.Size(shape)
+        self.device = torch.device(device)
+        self.q_length = shape[2]
         self.q_offset = q_offset
         self.padding = padding
         self.is_causal = is_causal
-        self._build: Callable[[], torch.Tensor | None] | None = build
-        self._dense: torch.Tensor | None = None
+        self._build = build
+        self._dense: list[torch.Tensor | None] = []
 
     def dense(self) -> torch.Tensor | None:
         """The mask stock sdpa would have got: bool `[B, 1, T, L]`, or None for plain causal."""
-        if self._build is not None:
-            self._dense = self._build()
-            self._build = None
-        return self._dense
+        if not self._dense:
+            self._dense.append(self._build(True))
+        return self._dense[0]
+
+    def tensor(self) -> torch.Tensor:
+        """The mask for whoever computes with it."""
+        mask = self._build(False)
+        assert mask is not None
+        return mask
+
+    def dim(self) -> int:
+        """As of the tensor."""
+        return self.ndim
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask:
+        """The same: it is on no device before it is made."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor()[index]
+
+    def __invert__(self) -> torch.Tensor:
+        return ~self.tensor()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs a torch function on the tensors that masks among its arguments stand for."""
+        args, kwargs = tree_map_only(LazyMask, LazyMask.tensor, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
 
 
 def icecache_mask(
@@ -62,7 +110,10 @@ def icecache_mask(
     Layers with a window (`local_size`) stay stock and get the stock mask.
     """
 
-    def build() -> torch.Tensor | None:
+    if isinstance(attention_mask, LazyMask):
+        return attention_mask  # an outer model has made it; as stock does with a 4-D mask
+
+    def build(allow_none: bool) -> torch.Tensor | None:
         mask: torch.Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -72,15 +123,15 @@ def icecache_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            **kwargs,
+            **kwargs if allow_none else {**kwargs, **_NEVER_NONE},
         )
         return mask
 
     if local_size is not None:
-        return build()
+        return build(True)
     return LazyMask(
-        batch_size=batch_size,
-        q_length=q_length,
+        (batch_size, 1, q_length, kv_length),
+        device=kwargs.get("device", "cpu"),
         q_offset=q_offset,
         padding=attention_mask,
         is_causal=mask_function is causal_mask_function and kv_offset == 0,

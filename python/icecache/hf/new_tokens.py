@@ -13,8 +13,9 @@ from icecache.hf.support import CACHE
 if TYPE_CHECKING:
     from icecache.hf.cache import IceLayer
 
-# Questions about the tensor, not about its elements.
-_HARMLESS = frozenset(
+
+# Questions about a tensor, not about its elements.
+_FORM = frozenset(
     [
         getattr(torch.Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
@@ -52,7 +53,7 @@ class NewTokens(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _HARMLESS:
+        if func in _FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))

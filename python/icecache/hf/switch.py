@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from icecache import InvalidArgument, device
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.device_engine import DeviceEngine
-from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
+from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.support import (
     CACHE,
-    CACHE_NAMES,
     check_forward,
     check_generation,
     check_model,
@@ -44,7 +42,7 @@ class _Enabled:
 
     handle: EngineHandle
     attention: str | dict[str, str]
-    hook: torch.utils.hooks.RemovableHandle
+    hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     methods: tuple[str, ...]
 
 
@@ -95,8 +93,11 @@ def enable(
     restore: str | dict[str, str] = before
     if part is not None:
         restore = {part: before}
-    hook = model.register_forward_pre_hook(
-        functools.partial(_before_forward, handle), with_kwargs=True
+    hooks = (
+        model.register_forward_pre_hook(
+            functools.partial(before_forward, handle), with_kwargs=True
+        ),
+        model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
     )
     methods: dict[str, Callable[..., Any]] = {
         _PREPARE_CACHE: functools.partial(_prepare_cache, weakref.ref(model), handle)
@@ -108,7 +109,7 @@ def enable(
     }
     for name, method in methods.items():
         model.__dict__[name] = method
-    _enabled[model] = _Enabled(handle, restore, hook, tuple(methods))
+    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods))
     return model
 
 
@@ -120,7 +121,8 @@ def disable(model: PreTrainedModel) -> None:
     state = _enabled.pop(model, None)
     if state is None:
         return
-    state.hook.remove()
+    for hook in state.hooks:
+        hook.remove()
     for name in state.methods:
         model.__dict__.pop(name, None)
     model.set_attn_implementation(state.attention)
@@ -133,47 +135,6 @@ def stats(model: PreTrainedModel) -> ModelStats:
     if found is None:
         raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
     return found
-
-
-@outside_graphs
-def _before_forward(
-    handle: EngineHandle, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: refuses what cannot be served, and supplies a cache where none is given."""
-    signature = inspect.signature(model.forward)
-    bound = signature.bind_partial(*args, **kwargs)
-    arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-    check_forward(model, arguments)
-    _check_attention_implementation(model)
-    changed: dict[str, Any] = {}
-    if _is_text_alone(model, arguments.get("token_type_ids")):
-        changed["token_type_ids"] = None
-    name = next((name for name in CACHE_NAMES if arguments.get(name) is not None), CACHE)
-    cache = arguments.get(name)
-    if cache is None:
-        use_cache = arguments.get("use_cache")
-        text_config = model.config.get_text_config(decoder=True)
-        if getattr(text_config, "use_cache", True) if use_cache is None else use_cache:
-            changed[CACHE] = IceCache(model.config, handle=handle)
-    else:
-        _check_cache(cache)
-    if not changed:
-        return args, kwargs
-    positional = {name: changed.pop(name) for name in [*changed] if name in bound.arguments}
-    bound.arguments.update(positional)
-    return bound.args, {**bound.kwargs, **changed}
-
-
-def _is_text_alone(model: PreTrainedModel, token_types: Any) -> bool:
-    """True for the token types that Gemma 3's processor adds to text without images.
-
-    They ask for a mask of its own, which without image tokens is the causal one.
-    """
-    return (
-        model.config.model_type == "gemma3"
-        and isinstance(token_types, torch.Tensor)
-        and not bool(token_types.any())
-    )
 
 
 def _prepare_cache(
@@ -192,7 +153,7 @@ def _prepare_cache(
     check_forward(model, {})
     cache = model_kwargs.get(CACHE)
     if cache is not None:
-        _check_cache(cache)
+        check_cache(cache)
         cache._is_user_defined = True
     elif generation_config.use_cache is not False:
         cache = IceCache(model.config, handle=handle)
@@ -206,23 +167,6 @@ def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> NoRetur
         f"{name}: continuous batching brings its own paged cache and is not supported with "
         "IceCache; use model.generate on a padded batch, or call icecache.disable(model)"
     )
-
-
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, IceCache):
-        raise InvalidArgument(
-            f"{CACHE}: expected an IceCache or none on an enabled model, got "
-            f"{type(cache).__name__}; leave it out, or call icecache.disable(model)"
-        )
-
-
-def _check_attention_implementation(model: PreTrainedModel) -> None:
-    text_config = model.config.get_text_config(decoder=True)
-    if text_config._attn_implementation != IMPLEMENTATION:
-        raise InvalidArgument(
-            f"attn_implementation: {text_config._attn_implementation!r} was set after "
-            "icecache.enable(model); call icecache.enable again, or icecache.disable first"
-        )
 
 
 def _text_part(model: PreTrainedModel) -> str | None:
