@@ -87,20 +87,20 @@ def test_refuses_models_outside_the_attention_interface() -> None:
 
 def test_refuses_what_is_not_a_transformers_model() -> None:
     with pytest.raises(InvalidArgument, match="got Linear"):
-        icecache.enable(torch.nn.Linear(2, 2))  # type: ignore[type-var]
+        icecache.enable(torch.nn.Linear(2, 2))
 
 
-def test_refuses_other_devices() -> None:
+def test_refuses_weights_that_are_not_there() -> None:
     with torch.device("meta"):
         elsewhere = hf_models.build("llama")
-    with pytest.raises(InvalidArgument, match=r'model\.to\("cpu"\)'):
+    with pytest.raises(InvalidArgument, match="load the weights first"):
         icecache.enable(elsewhere)
 
 
 @torch.inference_mode()
 def test_refuses_a_model_that_moved(model: Model) -> None:
     model.to("meta")
-    with pytest.raises(InvalidArgument, match=r'found them on meta; call model\.to\("cpu"\)'):
+    with pytest.raises(InvalidArgument, match="no data"):
         model(hf_models.prompt())
 
 

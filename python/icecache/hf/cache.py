@@ -219,12 +219,12 @@ class IceCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stock layers: all keys and values they hold; others: the new ones, for the engine."""
         self._reach(layer_idx, "update")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return,no-untyped-call]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Models update the state that they get in place."""
         self._reach(layer_idx, f"get_conv_state {args}{kwargs}")
-        return super().get_conv_state(layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().get_conv_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -249,8 +249,8 @@ class IceCache(Cache):
             self.check_usable()
         if self.call.is_empty:
             self._seen_before = self.rows.seen
-        stock = self.layers[layer]
-        self.call.record(layer, access, None if isinstance(stock, IceLayer) else stock)
+        reached: Any = self.layers[layer]
+        self.call.record(layer, access, None if isinstance(reached, IceLayer) else reached)
 
     def reset(self) -> None:
         """Forgets all tokens; the engine and its settings stay."""
@@ -266,7 +266,7 @@ class IceCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i continues old row `beam_idx[i]`."""
         self._arrange(beam_idx.tolist())
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -277,24 +277,31 @@ class IceCache(Cache):
                 f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
             )
         self.check_usable()
-        self.rows.crop(-tokens_to_remove)  # first: it may be refused
+        self.rows.check_crop(-tokens_to_remove)
+        stock_crop = ForwardCall()  # undone where one of the layers refuses
+        try:
+            for index, layer in self._stock_layers().items():
+                stock_crop.record(index, "crop", layer)
+                layer.crop(tokens_to_remove)
+        except BaseException:
+            stock_crop.put_back(self.layers)
+            raise
+        self.rows.crop(-tokens_to_remove)
         self.call.forget()
-        for layer in self._stock_layers():
-            layer.crop(tokens_to_remove)
         for layer in self.ice_layers:
             layer.seen += tokens_to_remove
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, next to each other."""
         self._arrange([row for row in range(len(self.rows.sequences)) for _ in range(repeats)])
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (integers or a bool mask over rows)."""
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._arrange(rows.tolist())
-        for layer in self._stock_layers():
+        for layer in self._stock_layers().values():
             layer.batch_select_indices(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IceCache:
@@ -328,5 +335,9 @@ class IceCache(Cache):
         self.rows.arrange(order)
         self.call.forget()
 
-    def _stock_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, IceLayer)]
+    def _stock_layers(self) -> dict[int, Any]:
+        return {
+            index: layer
+            for index, layer in enumerate(self.layers)
+            if not isinstance(layer, IceLayer)
+        }

@@ -68,6 +68,7 @@ class EngineHandle:
         Raises InvalidArgument where `dense_layers` names a layer that is not among them.
         """
         self.model_layers = tuple(model_layers)
+        self.is_enabled = False  # icecache.enable set it: the model is known to ask for IceCache
         self._fields = dict(config_fields)
         if "dense_layers" in self._fields:
             self._fields["dense_layers"] = self._engine_layers(self._fields["dense_layers"])

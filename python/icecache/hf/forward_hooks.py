@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def before_forward(
     handle: EngineHandle, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: refuses what cannot be served, and supplies a cache where none is given."""
-    names = _positional_names(type(model))
+    names = _positional_names(type(model).forward)
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     check_forward(model, arguments)
     _check_attention_implementation(model)
@@ -56,7 +56,7 @@ def after_forward(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Forward hook: undoes a call that raised; torch calls it with no output then."""
-    names = _positional_names(type(model))
+    names = _positional_names(type(model).forward)
     cache = _given_cache({**dict(zip(names, args, strict=False)), **kwargs}, args)
     if not isinstance(cache, IceCache):
         return
@@ -66,14 +66,14 @@ def after_forward(
 
 
 @functools.cache
-def _positional_names(model_class: type[PreTrainedModel]) -> tuple[str, ...]:
-    """Parameters of the class's own `forward` that may be given by position.
+def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Parameters of a class's own `forward` that may be given by position.
 
     A model's `forward` attribute is no guide: accelerate, monitors and users wrap it, and most
     wrappers take anything (`*args, **kwargs`).
     """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(model_class.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from icecache import InvalidArgument
 from icecache.hf.support import CACHE
@@ -57,6 +58,13 @@ class NewTokens(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
+        layer = next(tensor.layer for tensor in tree_leaves((args, kwargs)) if type(tensor) is cls)
+        if layer.cache.handle.is_enabled:
+            raise InvalidArgument(
+                f"model: layer {layer.model_layer} computes with its cached keys and values itself "
+                f"(by {name}) and not in transformers' attention interface, where IceCache could "
+                "take its place. Use the model without icecache.enable"
+            )
         raise InvalidArgument(
             f"{CACHE}: an IceCache reached attention that is not IceCache's "
             f"({name} was called on its keys or values). Call icecache.enable(model) first, or "

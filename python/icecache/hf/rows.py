@@ -107,12 +107,16 @@ class Rows:
         self._real = None if self._real is None else self._real[:, : chunk.start]
         return True
 
+    def check_crop(self, columns: int) -> None:
+        """Raises InvalidArgument where there are fewer than `columns` columns."""
+        if columns > self.seen:
+            raise InvalidArgument(f"crop: the cache holds {self.seen} tokens, got {-columns}")
+
     def crop(self, columns: int) -> None:
         """Removes the last `columns` columns of the batch from every layer."""
         if not columns:
             return
-        if columns > self.seen:
-            raise InvalidArgument(f"crop: the cache holds {self.seen} tokens, got {-columns}")
+        self.check_crop(columns)
         removed = [columns] * len(self.lengths)
         if self._real is not None:
             removed = self._real[:, self.seen - columns :].sum(1).tolist()

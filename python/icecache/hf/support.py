@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from icecache import InvalidArgument, Unavailable
 from icecache.hf.mask import LazyMask
+from icecache.hf.placement import DEVICES, compute_device
 
 # What transformers calls a model's cache, as an argument and as an output: since 5.24 `cache`, with
 # the former name accepted as well.
@@ -19,7 +20,6 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 CACHE_NAMES = tuple(dict.fromkeys((CACHE, "past_key_values")))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "cuda")
 # Layers that keep transformers' own cache: their memory does not grow with the context.
 _STOCK_LAYERS = frozenset(
     ["sliding_attention", "chunked_attention", "conv", "linear_attention", "dummy"]
@@ -71,34 +71,43 @@ def check_config(config: PreTrainedConfig) -> None:
         )
     text = config.get_text_config(decoder=True)
     for field in ("add_cross_attention", "cross_attention_layers"):
-        if getattr(text, field, None):
+        if value := _any_layer(text, field):
             raise InvalidArgument(
-                f"model: {name} has cross-attention ({field} = {getattr(text, field)}); IceCache "
-                "serves self-attention only. Use the model without icecache.enable"
+                f"model: {name} has cross-attention ({field} = {value}); IceCache serves "
+                "self-attention only. Use the model without icecache.enable"
             )
-    if getattr(text, "kv_lora_rank", None):
+    if rank := _any_layer(text, "kv_lora_rank"):
         raise InvalidArgument(
             f"model: {name} caches compressed keys and values (latent attention, kv_lora_rank = "
-            f"{text.kv_lora_rank}), which the engine does not serve. Use the model without "
-            "icecache.enable"
+            f"{rank}), which the engine does not serve. Use the model without icecache.enable"
         )
     for field in ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping"):
-        if getattr(text, field, None):
+        if value := _any_layer(text, field):
             raise InvalidArgument(
-                f"model: {name} caps its attention logits ({field} = {getattr(text, field)}), "
-                "which the engine does not compute. Use the model without icecache.enable, or one "
-                "without soft-capping"
+                f"model: {name} caps its attention logits ({field} = {value}), which the engine "
+                "does not compute. Use the model without icecache.enable, or one without "
+                "soft-capping"
             )
-    if any(getattr(text, "kv_sharing_modes", None) or ()):
+    # "store" is said of a layer whose keys others may reuse, also where none does.
+    modes = getattr(text, "kv_sharing_modes", None) or ()
+    reusing = [layer for layer, mode in enumerate(modes) if mode not in (None, "store")]
+    if reusing:
         raise InvalidArgument(
-            f"model: layers of {name} share their keys and values (kv_sharing_modes), which "
-            "IceCache does not support. Use the model without icecache.enable"
+            f"model: {len(reusing)} layers of {name} reuse the keys and values of others "
+            f"(kv_sharing_modes, first at layer {reusing[0]}), which IceCache does not support. "
+            "Use the model without icecache.enable"
         )
     if not getattr(text, "is_causal", True):
         raise InvalidArgument(
             f"model: {name} attends in both directions (is_causal = False); IceCache serves causal "
             "models. Use the model without icecache.enable"
         )
+
+
+def _any_layer(text_config: PreTrainedConfig, field: str) -> Any:
+    """The value of `field`, or the first one that counts where it differs from layer to layer."""
+    layers = getattr(text_config, "per_layer_config", None) or [text_config]
+    return next((value for layer in layers if (value := getattr(layer, field, None))), None)
 
 
 def check_model(model: Any) -> None:
@@ -114,21 +123,10 @@ def check_model(model: Any) -> None:
             f"model: {type(model).__name__} does not use transformers' attention interface, so its "
             "attention cannot be replaced. Use the model without icecache.enable"
         )
-    check_placement(model)
     if model.dtype not in _DTYPES:
         raise InvalidArgument(
             f"model: expected dtype float32, bfloat16 or float16, got {model.dtype}; load it with "
             "dtype=torch.float32"
-        )
-
-
-def check_placement(model: PreTrainedModel) -> None:
-    """Raises InvalidArgument where parameters are not all on the CPU, or on one CUDA device."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(device.type not in _DEVICES for device in devices):
-        raise InvalidArgument(
-            "model: expected all parameters on the CPU or on one CUDA device, found them on "
-            f'{", ".join(sorted(map(str, devices)))}; call model.to("cpu")'
         )
 
 
@@ -145,7 +143,7 @@ def check_forward(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             "icecache.disable(model)"
         )
     if model.device.type != "cpu":  # of the first parameter: looking at all takes milliseconds
-        check_placement(model)
+        compute_device(model)
     if arguments.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise InvalidArgument(
             "output_attentions: IceCache keeps no attention matrices; drop the argument, or call "
@@ -215,10 +213,10 @@ def check_attention(
             f"model: expected queries, keys and values of one dtype, got {query.dtype}, "
             f"{key.dtype} and {value.dtype}"
         )
-    if query.device.type not in _DEVICES:
+    if query.device.type not in DEVICES:
         raise InvalidArgument(
-            f"model: expected tensors on the CPU or a CUDA device, got {query.device}; call "
-            'model.to("cpu")'
+            f"model: expected tensors on the CPU or a CUDA device, got {query.device}; load the "
+            'model with device_map={"": "cpu"} or {"": "cuda:0"}'
         )
     if not isinstance(mask, LazyMask):
         form = "none" if mask is None else f"a {type(mask).__name__}"
@@ -228,10 +226,11 @@ def check_attention(
         )
     if not mask.is_causal or arguments.get("is_causal") is False:
         raise InvalidArgument(
-            "attention_mask: the model asked for a mask that is not causal-with-padding (for "
-            "example token_type_ids of image tokens that see each other in both directions); "
-            "IceCache serves causal attention with padding only. Use the model without "
-            "icecache.enable for such inputs"
+            "attention_mask: the model asked for a mask that is not causal with padding, as "
+            "encoders do (is_decoder = False in their configuration) and models whose image "
+            "tokens see each other in both directions (token_type_ids of image tokens); IceCache "
+            "serves causal attention with padding only. Use the model without icecache.enable "
+            "for such inputs"
         )
     if mask.q_length != query.shape[2]:
         raise InvalidArgument(

@@ -18,6 +18,7 @@ from icecache.hf.device_engine import DeviceEngine
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.model_stats import ModelStats, collect
+from icecache.hf.placement import compute_device, wrapped_model
 from icecache.hf.support import (
     CACHE,
     check_forward,
@@ -26,7 +27,7 @@ from icecache.hf.support import (
     full_attention_layers,
 )
 
-ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+ModelT = TypeVar("ModelT")
 
 _PREPARE_CACHE = "_prepare_cache_for_generation"
 _CONTINUOUS_BATCHING = (
@@ -59,6 +60,7 @@ def enable(
 ) -> ModelT:
     """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
 
+    `model` is a transformers model, or one within torch.compile's or PEFT's wrapper.
     `token_budget` counts the tokens attended exactly per KV head and step; `config_fields` are the
     other fields of `icecache.Config`. `dense_layers` counts in layers of the model. `engine_class`
     stands in for `icecache.Engine` (a subclass that observes it, or the ReferenceEngine). All
@@ -69,15 +71,27 @@ def enable(
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
     `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
+    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, config_fields)
+    return model
+
+
+def _enable(
+    model: PreTrainedModel,
+    token_budget: int,
+    engine_class: EngineFactory | None,
+    max_tokens: int | None,
+    config_fields: dict[str, Any],
+) -> None:
     check_model(model)
-    on_device = model.device.type == device.KIND
+    place = compute_device(model)
+    on_device = place.type == device.KIND
     if max_tokens is not None and (not on_device or max_tokens < 1):
         raise InvalidArgument(
             "max_tokens: expected a positive number, for a model on a CUDA device, got "
-            f"{max_tokens} for one on {model.device}"
+            f"{max_tokens} for one on {place}"
         )
     if engine_class is None and on_device:
-        engine_class = functools.partial(DeviceEngine, device=model.device, max_tokens=max_tokens)
+        engine_class = functools.partial(DeviceEngine, device=place, max_tokens=max_tokens)
     text_config = model.config.get_text_config(decoder=True)
     handle = EngineHandle(
         full_attention_layers(text_config),
@@ -109,16 +123,17 @@ def enable(
     }
     for name, method in methods.items():
         model.__dict__[name] = method
+    handle.is_enabled = True
     _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods))
-    return model
 
 
-def disable(model: PreTrainedModel) -> None:
+def disable(model: Any) -> None:
     """Gives `model` its former attention back; no effect where it is not enabled.
 
     Caches made by the model until now cannot be used with it any more.
     """
-    state = _enabled.pop(model, None)
+    model = wrapped_model(model)
+    state = _enabled.pop(model, None) if isinstance(model, PreTrainedModel) else None
     if state is None:
         return
     for hook in state.hooks:
@@ -128,9 +143,10 @@ def disable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(state.attention)
 
 
-def stats(model: PreTrainedModel) -> ModelStats:
+def stats(model: Any) -> ModelStats:
     """What the engine of an enabled model did since `enable`. Raises InvalidArgument else."""
-    state = _enabled.get(model)
+    model = wrapped_model(model)
+    state = _enabled.get(model) if isinstance(model, PreTrainedModel) else None
     found = None if state is None else collect(state.handle)
     if found is None:
         raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
