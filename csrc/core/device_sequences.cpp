@@ -64,6 +64,7 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
     const std::size_t before = self.layers[i].pages[sequence].size();
     if (before == 0) continue;  // they come with the layer's prompt
     more[i] = PageSet(self.pool, pages - before, heads, {sequence, static_cast<int>(i), -1});
+    self.layers[i].pages[sequence].reserve(pages);
   }
   self.chunk_pool.take(wanted - held, chunks);
   for (std::size_t i = 0; i < more.size(); ++i) {

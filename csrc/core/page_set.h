@@ -28,6 +28,7 @@ class PageSet {
   // The first `shared` pages of another set, and new ones in place of those behind them.
   PageSet(const PageSet& other, std::size_t shared, const PageOwner& owner) : pool_(other.pool_) {
     std::vector<PageId> fresh;
+    ids_.reserve(other.size());  // nothing throws once there are pages
     pool_->allocate(other.size() - shared, owner, fresh);
     for (std::size_t i = 0; i < shared; ++i) pool_->retain(other.ids_[i]);
     ids_.assign(other.ids_.begin(), other.ids_.begin() + static_cast<std::ptrdiff_t>(shared));
@@ -41,8 +42,10 @@ class PageSet {
   ~PageSet() {
     for (const PageId id : ids_) pool_->release(id);
   }
-  // Takes over the pages of another set, behind its own.
-  void append(PageSet&& other) {
+  // Makes room for so many pages in all.
+  void reserve(std::size_t count) { ids_.reserve(count); }
+  // Takes over the pages of another set, behind its own. REQUIRES: room for them.
+  void append(PageSet&& other) noexcept {
     for (const PageId id : other.ids_) ids_.push_back(id);  // a range: GCC 13 warns of nothing
     other.ids_.clear();
   }
