@@ -34,7 +34,7 @@ namespace {
 constexpr std::int64_t kCases = 12;
 constexpr unsigned kSeconds = 120;
 #else
-constexpr std::int64_t kCases = 150;
+constexpr std::int64_t kCases = 200;
 constexpr unsigned kSeconds = 30;
 #endif
 constexpr std::size_t kMostOutputs = 1 << 16;
