@@ -4,7 +4,6 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
-#include <new>
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
@@ -171,8 +170,6 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
       insert(due);
     } catch (const OutOfPages&) {
       // They are attended from the tail until a later step finds room.
-    } catch (const std::bad_alloc&) {
-      if (is_broken()) throw;
     }
     stats.index_seconds += seconds_since(start);
   }
