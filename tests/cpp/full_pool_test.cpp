@@ -11,6 +11,11 @@
 namespace icecache {
 namespace {
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr int kPoolPages[] = {210, 420, 4000};
+#else
+constexpr int kPoolPages[] = {130, 170, 210, 240, 270, 300, 340, 380, 420, 460, 600, 4000};
+#endif
 constexpr int kLayers = 2, kQueryHeads = 4, kHeads = 2, kDim = 16, kPage = 8;
 
 struct Timing {
@@ -126,7 +131,7 @@ INSTANTIATE_TEST_SUITE_P(Index, FullPool, testing::Values("tree", "dci", "positi
 
 TEST_P(FullPool, TimingDoesNotShow) {
   int refusing = 0, roomy = 0;
-  for (const int pages : {130, 170, 210, 240, 270, 300, 340, 380, 420, 460, 600, 4000}) {
+  for (const int pages : kPoolPages) {
     Trial first(GetParam(), pages, {});
     const std::vector<float> expected = first.answers();
     (first.refused() > 0 ? refusing : roomy) += 1;
@@ -137,8 +142,8 @@ TEST_P(FullPool, TimingDoesNotShow) {
           << " index threads, disturbance " << timing.disturbance;
     }
   }
-  EXPECT_GT(refusing, 1);
-  EXPECT_GT(roomy, 1);
+  EXPECT_GT(refusing, 0);
+  EXPECT_GT(roomy, 0);
 }
 
 }  // namespace
