@@ -25,6 +25,7 @@ import typer
 from icecache.bench.runner import Record, read_records
 from icecache.bench.scores import Line, halves, label, lines
 from icecache.bench.tasks.records import read_json
+from icecache.outputs import check_output_file
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +50,8 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Fail where a bound is broken.")] = False,
 ) -> None:
     """Write and show the table of a run, and what IceCache holds in it."""
+    if json is not None:
+        check_output_file("--json", json)
     settings = read_json(run / "run.json")
     records = read_records(run)
     if not records:

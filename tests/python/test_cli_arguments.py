@@ -149,6 +149,9 @@ def wild_data() -> Iterator[Case]:
     yield ["bench", "ruler", "--data-dir", f"{FILES}/text.txt"], ["--data-dir", "not JSON"]
     yield ["bench", "ruler", "--task", "qa_1"], ["--data-dir", "dev-v2.0.json", "nothing"]
     yield ["bench", "text"], ["--data-dir", "got nothing"]
+    for suite in ("gsm8k", "longbench", "longbench-e", "longbench-v2"):
+        for option in ("--samples", "--seed"):
+            yield ["bench", suite, option, "7"], [option, suite, "got 7"]
     yield ["bench", "gsm8k", "--lengths", "100"], ["--lengths", "[100]"]
     for command, option in (["generate", "m"], "--prompt-file"), (["demo"], "--document"):
         for name in ("absent", "folder", "empty.txt", "latin1.txt", LONG):
@@ -185,6 +188,7 @@ def contradictions() -> Iterator[Case]:
         yield [*ask, url], ["--endpoint", f"got {url!r}"]
     for option, value in (("--method", "full"), ("--budget", "64"), ("--set", "page_size=8")):
         yield [*ask, "http://localhost/v1", option, value], ["--endpoint", option, value]
+    yield [*ask, "http://localhost/v1", "--max-length", "99"], ["--endpoint", "--max-length", "99"]
     yield [*ask, "http://localhost/v1", "--dtype", "float16"], ["--endpoint", "--dtype", "float16"]
 
 

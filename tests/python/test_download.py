@@ -154,9 +154,10 @@ def test_a_circle_of_redirections_is_left(server: PackageServer, tmp_path: Path)
     server.redirect = f"/files/{FILENAME}"
     with pytest.raises(icecache.Error, match="infinite loop"):
         download(server, tmp_path / "file")
-    server.redirect = "file:///etc/passwd"
-    with pytest.raises(icecache.Error, match="not allowed"):
-        download(server, tmp_path / "file")
+    for url in ("file:///etc/passwd", "ftp://127.0.0.1:9/file"):
+        server.redirect = url
+        with pytest.raises(icecache.Error, match="not allowed"):
+            download(server, tmp_path / "file")
 
 
 @pytest.mark.parametrize("of", ["file", "index"])
@@ -248,6 +249,15 @@ def test_the_next_index_is_asked_and_failures_are_listed(server: PackageServer) 
     assert f"{NOWHERE}/thing/: Connection refused" in text
     assert f"{missing}/thing/: HTTP 404" in text
     assert f"{good}thing/: its {FILENAME} has sha256 {'0' * 64}, expected {DIGEST}" in text
+
+
+def test_a_source_of_no_form_at_all_is_passed_over(server: PackageServer) -> None:
+    odd = ("~no-such-user/links", "gopher://a/b", "http://[", "", "\0")
+    found = find(PipSettings(find_links=odd, indexes=(f"{server.root}/simple",)))
+    assert found == f"{server.root}/files/{FILENAME}"
+    with pytest.raises(icecache.Error, match="Invalid IPv6 URL") as caught:
+        find(PipSettings(find_links=("http://me:secret@[",), indexes=()))
+    assert "secret" not in str(caught.value)
 
 
 def test_no_index_at_all_is_told() -> None:

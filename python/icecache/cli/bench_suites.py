@@ -77,12 +77,14 @@ def _command(suite: str) -> Callable[..., None]:
             str | None, typer.Option(help="Tokens of generated prompts, comma-separated.")
         ] = None,
         samples: Annotated[
-            int,
+            int | None,
             typer.Option(
-                min=1, max=_MOST_SAMPLES, help="Generated samples of each task and length."
+                min=1, max=_MOST_SAMPLES, help="Generated of each task and length; 5 if not given."
             ),
-        ] = 5,
-        seed: Annotated[int, typer.Option(help="Of generated samples.")] = 0,
+        ] = None,
+        seed: Annotated[
+            int | None, typer.Option(help="Of generated samples; 0 if not given.")
+        ] = None,
         max_length: Annotated[
             int | None,
             typer.Option(min=2, max=MOST_TOKENS, help="Longer prompts lose their middle."),
@@ -115,7 +117,13 @@ def _command(suite: str) -> Callable[..., None]:
         if endpoint is not None:
             _check_endpoint(
                 endpoint,
-                {"--method": method, "--budget": budget, "--dtype": dtype, "--set": settings},
+                {
+                    "--method": method,
+                    "--budget": budget,
+                    "--dtype": dtype,
+                    "--set": settings,
+                    "--max-length": max_length,
+                },
             )
         budgets = numbers("--budget", "64,128,256" if budget is None else budget, 1, MOST_TOKENS)
         engine = parse_settings(settings)
@@ -125,10 +133,17 @@ def _command(suite: str) -> Callable[..., None]:
             data_dir,
             [] if task is None else words("--task", task),
             [] if lengths is None else numbers("--lengths", lengths, 1, MOST_TOKENS),
-            samples,
-            seed,
+            Data.samples if samples is None else samples,
+            Data.seed if seed is None else seed,
         )
-        find_suite(suite).check(data)
+        chosen = find_suite(suite)
+        chosen.check(data)
+        for option, value in (("--samples", samples), ("--seed", seed)):
+            if value is not None and not chosen.generated:
+                raise InvalidArgument(
+                    f"{option}: {suite} has samples of its own, of which --limit takes the first; "
+                    f"expected none, got {value}"
+                )
         if endpoint is None:
             check_model(model)
         folder = out or Path(f"icecache-{suite}-{Path(model).name}")

@@ -68,10 +68,12 @@ def generate(
 
     if not prompt and prompt_file is None:
         raise InvalidArgument("--prompt or --prompt-file is needed, got neither")
-    if full and (token_budget is not None or settings):
+    given = [] if token_budget is None else [f"--token-budget {token_budget}"]
+    given += [f"--set {setting}" for setting in settings or ()]
+    if full and given:
         raise InvalidArgument(
-            "--full is the model's stock attention, which has no parameters: expected it without "
-            f"--token-budget and --set, got --token-budget {token_budget}, --set {settings}"
+            "--full is the model's stock attention, which has no parameters: expected nothing "
+            f"beside it, got {', '.join(given)}"
         )
     fields = parse_settings(settings, token_budget=token_budget)
     parts = [read_document(prompt_file)] if prompt_file else []

@@ -67,7 +67,8 @@ class Network:
         self._credentials: dict[str, str] = {}
         self._sockets: list[socket.socket] = []  # of connections whose headers are awaited
         for url in (*settings.indexes, *settings.find_links):
-            self._remember(urlsplit(url))
+            with suppress(ValueError):  # told when it is opened
+                self._remember(urlsplit(url))
         proxies = {"http": settings.proxy, "https": settings.proxy} if settings.proxy else None
         self._checked = self._opener(proxies, settings, check=True)
         self._unchecked = self._opener(proxies, settings, check=False)
@@ -190,6 +191,9 @@ class _SameHostKeepsCredentials(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            text = f"redirection to {without_credentials(newurl)} is not allowed"
+            raise urllib.error.HTTPError(req.full_url, code, text, headers, fp)
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         credentials = req.unredirected_hdrs.get("Authorization")
         if new and credentials and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
@@ -199,7 +203,10 @@ class _SameHostKeepsCredentials(urllib.request.HTTPRedirectHandler):
 
 def without_credentials(url: str) -> str:
     """`url` without "user:password@", for messages and requests."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no URL
+        return url.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=_host(parts))) if parts.netloc else url
 
 

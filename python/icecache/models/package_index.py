@@ -42,7 +42,7 @@ def find_file(
     for source in sources:
         try:
             links = [link for link in _links(network, source) if link.filename == filename]
-        except NETWORK_ERRORS as error:
+        except (*NETWORK_ERRORS, RuntimeError) as error:  # RuntimeError: nobody's home
             failures.append(f"{without_credentials(source)}: {reason(error)}")
             continue
         for link in links:
