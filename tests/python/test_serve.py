@@ -329,7 +329,7 @@ def test_a_server_does_not_outlive_a_killed_command(tmp_path: Path) -> None:
 
 
 def test_a_short_wait_is_added_where_a_user_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.additions({})["GOMP_SPINCOUNT"] == "1000"
+    assert environment.additions({})["GOMP_SPINCOUNT"] == "3000"
     for name in environment.WAITING:
         assert "GOMP_SPINCOUNT" not in environment.additions({name: "1"})
     cores = len(os.sched_getaffinity(0))
@@ -350,7 +350,7 @@ def test_the_process_begins_anew_where_openmp_was_loaded_before() -> None:
     command = [sys.executable, "-c", code, "a", "b c"]
     with subprocess.Popen(command, env=given, stdout=subprocess.PIPE, text=True) as process:
         out, _ = process.communicate(timeout=60)
-    assert out.split(maxsplit=2) == [str(process.pid), "1000", "['a', 'b c']\n"]
+    assert out.split(maxsplit=2) == [str(process.pid), "3000", "['a', 'b c']\n"]
 
 
 def test_a_user_s_own_word_is_kept() -> None:
