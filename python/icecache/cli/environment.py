@@ -19,7 +19,7 @@ from pathlib import Path
 from icecache.machine import usable_cores
 
 # Turns of GNU's waiting loop: a tenth of a millisecond or so, more than what lies between operators
-# of a small model. As fast as its own 300,000 on idle cores, where none at all take 1.6 times as long.
+# of a small model. As fast as its own 300,000 on idle cores; none at all take a third longer there.
 SPIN_COUNT = 3000
 # Variables by which a user tells OpenMP how to wait; where one is set, none is added.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
