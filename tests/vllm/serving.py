@@ -54,7 +54,7 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        for _ in range(420):  # a start takes half a minute, on a busy machine many times that
             assert process.poll() is None, log.read_text()[-6000:]
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5)
