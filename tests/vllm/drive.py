@@ -21,14 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models import NAN_TOKEN, VOCABULARY
+from models import NAN_TOKEN, SIDE, VOCABULARY
 
 LONGEST = 600  # seconds that a scenario may take
 
 
 def make(spec: dict[str, Any]) -> Any:
     """vllm.LLM, through the plugin unless spec["icecache"] is None."""
-    from vllm import LLM
+    from vllm import LLM, ModelRegistry
+
+    # Else vLLM looks at the model's class in another process, which imports vLLM first.
+    config = json.loads((Path(spec["model"]) / "config.json").read_text())
+    for name in config["architectures"]:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
     arguments: dict[str, Any] = {
         "dtype": "float32",
@@ -200,11 +205,87 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def everything(spec: dict[str, Any]) -> dict[str, Any]:
+    """All that comes out for spec["prompts"], and the layers that have anything of ours."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    llm = make(spec)
+    result: dict[str, Any] = {
+        "plugin": AttentionBackendEnum.CPU_ATTN.is_overridden(),
+        "ours": ours(llm),
+    }
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in spec["prompts"]]
+    if spec.get("kind") == "cross attention":
+        for prompt in prompts:
+            prompt["multi_modal_data"] = {"audio": (_noise(16000), 16000)}
+    if spec.get("kind") == "vision":
+        from PIL import Image
+
+        picture = Image.fromarray((_noise(SIDE, SIDE, 3) * 255).astype("uint8"))
+        for prompt in prompts:
+            prompt["multi_modal_data"] = {"image": picture}
+    if spec["llm"].get("runner") == "pooling":
+        outputs = llm.embed(prompts, use_tqdm=False)
+        return {**result, "outputs": [output.outputs.embedding for output in outputs]}
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        temperature=0, max_tokens=spec["tokens"], ignore_eos=True, detokenize=False, logprobs=8
+    )
+    outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    return {
+        **result,
+        "outputs": [
+            [
+                list(output.token_ids),
+                [
+                    sorted((token, p.logprob) for token, p in step.items())
+                    for step in output.logprobs
+                ],
+            ]
+            for output in outputs
+        ],
+    }
+
+
+def ours(llm: Any) -> list[str]:
+    """Layers with a backend of icecache, or with any class of it in implementation or builder."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    found = []
+    for name, layer in layers.items():
+        backend = layer.get_attn_backend()
+        parts = (type(layer.impl), backend.get_builder_cls())
+        classes = [backend, *(of for part in parts for of in part.__mro__)]
+        if any("icecache" in of.__module__ for of in classes):
+            found.append(name)
+    return found
+
+
+def in_turns(spec: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of a stock LLM, of one with IceCache and of a stock one, in one process."""
+    result: dict[str, Any] = {"tokens": [], "ours": []}
+    for settings in (None, spec["icecache"], None):
+        llm = make({**spec, "icecache": settings})
+        result["tokens"].append(answers(llm, spec["prompts"], spec["tokens"]))
+        result["ours"].append(ours(llm))
+        # vLLM has one connector a process, until its engine ends.
+        llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def _noise(*shape: int) -> Any:
+    import numpy
+
+    return numpy.random.default_rng(0).random(shape, dtype=numpy.float32)
+
+
 SCENARIOS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "generate": generate,
     "ranks": ranks,
     "storm": storm,
     "broken": broken,
+    "everything": everything,
+    "in_turns": in_turns,
 }
 
 

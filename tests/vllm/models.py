@@ -10,6 +10,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 VOCABULARY = 512
 NAN_TOKEN = 7  # its embedding is NaN
+IMAGE = 9  # stands for an image
+SIDE = 28  # of an image, in pixels
 
 
 def tiny_llama(
@@ -55,15 +57,19 @@ def tiny_gemma3(folder: Path) -> Path:
     return folder
 
 
-def _random(model: Any) -> Any:
-    """Weights large enough that the answers of different prompts differ.
-
-    NAN_TOKEN's embedding is NaN, and no answer has it.
-    """
+def random_weights(model: Any) -> Any:
+    """Weights large enough that the answers of different prompts differ."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.normal_(0.0, 0.15)
+    return model
+
+
+def _random(model: Any) -> Any:
+    """As random_weights(). NAN_TOKEN's embedding is NaN, and no answer has it."""
+    random_weights(model)
+    with torch.no_grad():
         model.model.embed_tokens.weight[NAN_TOKEN] = float("nan")
         model.lm_head.weight[NAN_TOKEN] = 0.0
     return model

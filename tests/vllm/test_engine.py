@@ -118,15 +118,6 @@ def test_a_full_host_memory_preempts_and_resumes(
     assert result["blocks_lost"] == 0 and result["requests"] == 0
 
 
-def test_sliding_layers_stay_stock(run: Run, gemma: Path) -> None:
-    llm = {**SMALL, "disable_hybrid_kv_cache_manager": False}
-    given = {"model": gemma, "prompts": prompts([5, 100, 300]), "tokens": 16}
-    want = run("generate", **given, llm=llm)
-    got = run("generate", **given, llm=llm, icecache={"exact": True, "host_memory": "256M"})
-    assert got["tokens"] == want["tokens"]
-    assert got["dense_steps"] > 0
-
-
 def test_500_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> None:
     result = run(
         "storm",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
 import torch
+from conftest import Run
 from icecache.vllm import engine_args, register
 from icecache.vllm.plugin import BACKENDS, stock_backend
 from vllm import EngineArgs
@@ -25,6 +28,78 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+WITHOUT = {"VLLM_PLUGINS": "none"}
+PROMPTS = (100, 300)
+
+
+def prompts() -> list[list[int]]:
+    generator = random.Random(5)
+    return [[generator.randrange(16, 500) for _ in range(size)] for size in PROMPTS]
+
+
+def llm(kind: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "block_size": 32}
+    if kind in ("encoder", "pooling"):
+        settings |= {"runner": "pooling"}
+    if kind == "pooling":
+        settings |= {"convert": "embed"}
+    if kind == "cross attention":
+        settings |= {"max_model_len": 448}
+    if kind in ("hybrid", "chunked attention"):  # as engine_args() has it
+        settings |= {"disable_hybrid_kv_cache_manager": False}
+    if kind in ("encoder", "pooling", "cross attention", "vision"):
+        settings |= {"skip_tokenizer_init": False}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def plain(
+    request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A scenario with a model of a kind, and what it gives with the plugin installed."""
+    kind = request.param
+    given = {
+        "model": kinds.make(kind, tmp_path_factory.mktemp("model")),
+        "kind": kind,
+        "prompts": prompts(),
+        "tokens": 8,
+        "llm": llm(kind),
+    }
+    return given, run("everything", **given)
+
+
+@pytest.mark.parametrize("plain", kinds.KINDS, indirect=True)
+def test_a_model_answers_to_the_bit_as_without_the_plugin(run: Run, plain: Any) -> None:
+    given, got = plain
+    without = run("everything", environment=WITHOUT, **given)
+    assert got["plugin"] and not without["plugin"]
+    assert got["outputs"] and got["outputs"] == without["outputs"]
+    assert got["ours"] == without["ours"] == []
+
+
+ICECACHE = {"exact": True, "host_memory": "64M"}
+
+
+@pytest.mark.parametrize(
+    ("plain", "served"),
+    [("hybrid", [1, 3]), ("chunked attention", [3])],
+    indirect=["plain"],
+)
+def test_layers_that_are_not_served_stay_stock(run: Run, plain: Any, served: list[int]) -> None:
+    given, stock = plain
+    got = run("everything", **given, icecache=ICECACHE)
+    assert got["ours"] == [f"model.layers.{layer}.self_attn.attn" for layer in served]
+    assert [tokens for tokens, _ in got["outputs"]] == [tokens for tokens, _ in stock["outputs"]]
+
+
+def test_models_with_and_without_icecache_in_one_process(run: Run, llama: Path) -> None:
+    got = run(
+        "in_turns", model=llama, prompts=prompts(), tokens=8, llm=llm("decoder"), icecache=ICECACHE
+    )
+    stock, ours, again = got["tokens"]
+    assert stock == ours == again
+    assert [len(layers) for layers in got["ours"]] == [0, 2, 0]
 
 
 def create_config(model: Path, **changes: Any) -> Any:
