@@ -22,8 +22,9 @@ import icecache
 import torch
 import typer
 from cuda_cache import clean
-from cuda_kernels import bench_kernels, machine, warm_up
+from cuda_kernels import bench_kernels, roofs, warm_up
 from cuda_model import Model, largest_batch, with_full_cache, with_icecache
+from icecache.bench.report import machine
 
 
 def rounded(value: Any) -> Any:
@@ -43,7 +44,7 @@ def main(
     begin = time.perf_counter()
     torch.manual_seed(0)
     results: dict[str, Any] = {
-        "machine": machine(),
+        "machine": {**machine(), **roofs()},
         "kernels": [],
         "model": [],
         "largest": [],

@@ -7,15 +7,14 @@ import time
 from collections import defaultdict
 from typing import Any
 
-import icecache
 import torch
 from cuda_cache import BUDGET, Tokens, fill, make_cache, seconds
 from llama_8b import DIM, GROUP, KV_HEADS
 from torch.profiler import ProfilerActivity, profile
 
 
-def machine() -> dict[str, Any]:
-    """What the memory and the link of this machine give, in GB/s."""
+def roofs() -> dict[str, float]:
+    """What the device's memory and the link to it give, in GB/s, and the memory's size."""
     big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(big)
     copy = statistics.median(seconds(lambda: other.copy_(big)))
@@ -23,10 +22,7 @@ def machine() -> dict[str, Any]:
     part = big[: 1 << 28]
     to_device = statistics.median(seconds(lambda: part.copy_(host, non_blocking=True)))
     return {
-        "gpu": torch.cuda.get_device_name(),
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
-        "torch": torch.__version__,
-        "icecache": icecache.__version__,
         "memory_gbs": 2 * (1 << 30) / copy / 1e9,
         "link_gbs": (1 << 28) / to_device / 1e9,
     }
