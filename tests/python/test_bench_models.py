@@ -113,6 +113,17 @@ def test_a_model_that_loses_the_benchmarks_cache_is_refused() -> None:
         Decoder(model)
 
 
+def test_a_model_that_takes_no_cache_but_its_own_is_refused_in_our_words() -> None:
+    model = hf_models.build("llama")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("a cache of its own")
+
+    model.forward = forward
+    with pytest.raises(InvalidArgument, match=r"LlamaForCausalLM does not run .* of its own"):
+        Decoder(model)
+
+
 def test_a_model_that_differs_with_attention_taken_over_is_refused() -> None:
     model = hf_models.build("llama")
     layer = model.model.layers[1].self_attn

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from icecache import InvalidArgument
+from icecache import Error, InvalidArgument
 from icecache.bench.runs import Branch, OwnRun
 from icecache.hf.engine_handle import AttentionShape
 from icecache.hf.support import CACHE, check_config, check_model, full_attention_layers
@@ -73,7 +73,15 @@ class Decoder:
         self.can_join = whole and "position_ids" in parameters
         self._shape: AttentionShape | None = None
         self.sinks: list[torch.Tensor] = []  # [Hq] a layer: the logits of learned sinks, if any
-        _try_out(self)
+        try:
+            _try_out(self)
+        except Error:
+            raise
+        except Exception as error:  # whatever a model makes of a cache that it does not know
+            raise InvalidArgument(
+                f"model: {type(model).__name__} does not run with the benchmark's cache "
+                f"({type(error).__name__}: {error}), so that no method can be measured on it"
+            ) from error
 
     @property
     def shape(self) -> AttentionShape:
