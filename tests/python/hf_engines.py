@@ -44,6 +44,17 @@ class FailingEngine(CountingEngine):
         return result
 
 
+class ForgetfulEngine(icecache.Engine):
+    """Reads a zero in place of one token's value, as a corrupted page would."""
+
+    def append(self, seqs: Any, layer: int, keys: Any, values: Any) -> None:
+        values = [row.clone() for row in values]
+        for seq, row in zip(seqs, values, strict=True):
+            if self.length(seq, layer) <= 20 < self.length(seq, layer) + row.shape[1]:
+                row[:, 20 - self.length(seq, layer)] = 0
+        super().append(seqs, layer, list(keys), values)
+
+
 def new_cache(model: Model) -> IceCache:
     return IceCache(model.config, engine_class=CountingEngine)
 

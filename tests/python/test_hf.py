@@ -9,6 +9,7 @@ import hf_models
 import icecache
 import pytest
 import torch
+from hf_engines import ForgetfulEngine
 from transformers import DynamicCache
 
 
@@ -42,17 +43,6 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("architecture", hf_models.CONFIGS)
 def test_exact_mode_equals_stock(architecture: str, mode: str) -> None:
     assert_same(enabled(architecture, mode), stock(architecture, mode))
-
-
-class ForgetfulEngine(icecache.Engine):
-    """Reads a zero in place of one token's value, as a corrupted page would."""
-
-    def append(self, seqs: Any, layer: int, keys: Any, values: Any) -> None:
-        values = [row.clone() for row in values]
-        for seq, row in zip(seqs, values, strict=True):
-            if self.length(seq, layer) <= 20 < self.length(seq, layer) + row.shape[1]:
-                row[:, 20 - self.length(seq, layer)] = 0
-        super().append(seqs, layer, list(keys), values)
 
 
 @pytest.mark.parametrize("architecture", hf_models.CONFIGS)

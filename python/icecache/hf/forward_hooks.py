@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -30,25 +28,21 @@ def before_forward(
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     check_forward(model, arguments)
     _check_attention_implementation(model)
-    changed: dict[str, Any] = {}
-    if _is_text_alone(model, arguments.get("token_type_ids")):
-        changed["token_type_ids"] = None
     cache = _given_cache(arguments, args)
-    if cache is None:
-        use_cache = arguments.get("use_cache")
-        text_config = model.config.get_text_config(decoder=True)
-        if getattr(text_config, "use_cache", True) if use_cache is None else use_cache:
-            _check_forward_takes_caches(model)
-            changed[CACHE] = IceCache(model.config, handle=handle)
-    else:
+    if cache is not None:
         check_cache(cache)
         cache.check_usable()
-    positional = {name: changed.pop(name) for name in names[: len(args)] if name in changed}
-    args = tuple(
-        positional.get(name, value)
-        for name, value in itertools.zip_longest(names[: len(args)], args)
-    )
-    return args, {**kwargs, **changed}
+        return args, kwargs
+    use_cache = arguments.get("use_cache")
+    text_config = model.config.get_text_config(decoder=True)
+    if not (getattr(text_config, "use_cache", True) if use_cache is None else use_cache):
+        return args, kwargs
+    _check_forward_takes_caches(model)
+    cache = IceCache(model.config, handle=handle)
+    if CACHE in names[: len(args)]:  # None was given by position
+        place = names.index(CACHE)
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+    return args, {**kwargs, CACHE: cache}
 
 
 @outside_graphs
@@ -100,18 +94,6 @@ def _check_forward_takes_caches(model: PreTrainedModel) -> None:
             f"model: its forward was replaced by a function without the parameter {CACHE}, so "
             "that no cache can be given to it; let that function take and pass on **kwargs"
         )
-
-
-def _is_text_alone(model: PreTrainedModel, token_types: Any) -> bool:
-    """True for the token types that Gemma 3's processor adds to text without images.
-
-    They ask for a mask of its own, which without image tokens is the causal one.
-    """
-    return (
-        model.config.model_type == "gemma3"
-        and isinstance(token_types, torch.Tensor)
-        and not bool(token_types.any())
-    )
 
 
 def check_cache(cache: Any) -> None:

@@ -6,6 +6,7 @@ a dense `[B, 1, T, L]` mask costs more than a decode step. A `LazyMask` carries 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 _NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+_ROWS = 512  # of a mask that are compared at once
 
 
 class LazyMask:
@@ -24,7 +27,7 @@ class LazyMask:
     and attention over the engine then refuses what came of it.
 
     `padding` is bool `[B, >= q_offset + q_length]`, True where a token is real, or None where all
-    are. `is_causal` is False where the model asked for any other pattern.
+    are.
     """
 
     ndim = 4
@@ -37,7 +40,7 @@ class LazyMask:
         device: torch.device | str,
         q_offset: int,
         padding: torch.Tensor | None,
-        is_causal: bool,
+        find_causal: Callable[[], bool],
         build: Callable[[bool], torch.Tensor | None],
     ) -> None:
         """`build(allow_none)` makes the tensor, or None for a mask that is causal and no more."""
@@ -46,9 +49,14 @@ class LazyMask:
         self.q_length = shape[2]
         self.q_offset = q_offset
         self.padding = padding
-        self.is_causal = is_causal
+        self._find_causal = find_causal
         self._build = build
         self._dense: list[torch.Tensor | None] = []
+
+    @functools.cached_property
+    def is_causal(self) -> bool:
+        """Whether this is the causal mask with padding, however the model describes it."""
+        return self._find_causal()
 
     def dense(self) -> torch.Tensor | None:
         """The mask stock sdpa would have got: bool `[B, 1, T, L]`, or None for plain causal."""
@@ -113,19 +121,38 @@ def icecache_mask(
     if isinstance(attention_mask, LazyMask):
         return attention_mask  # an outer model has made it; as stock does with a 4-D mask
 
+    make = functools.partial(
+        sdpa_mask,
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+    )
+
     def build(allow_none: bool) -> torch.Tensor | None:
-        mask: torch.Tensor | None = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            **kwargs if allow_none else {**kwargs, **_NEVER_NONE},
+        options = kwargs if allow_none else {**kwargs, **_NEVER_NONE}
+        mask: torch.Tensor | None = make(
+            q_length=q_length, q_offset=q_offset, mask_function=mask_function, **options
         )
         return mask
+
+    def find_causal() -> bool:
+        """Models may describe it otherwise: as causal, or within an image, and there is none."""
+        if mask_function is causal_mask_function or kv_offset:
+            return kv_offset == 0
+        for start in range(0, q_length, _ROWS):
+            rows = functools.partial(
+                make,
+                q_length=min(_ROWS, q_length - start),
+                q_offset=q_offset + start,
+                **{**kwargs, **_NEVER_NONE},
+            )
+            wanted, causal = rows(mask_function=mask_function), rows()
+            assert wanted is not None and causal is not None
+            if not torch.equal(wanted, causal):
+                return False
+        return True
 
     if local_size is not None:
         return build(True)
@@ -134,6 +161,6 @@ def icecache_mask(
         device=kwargs.get("device", "cpu"),
         q_offset=q_offset,
         padding=attention_mask,
-        is_causal=mask_function is causal_mask_function and kv_offset == 0,
+        find_causal=find_causal,
         build=build,
     )

@@ -93,9 +93,9 @@ def check_config(config: PreTrainedConfig) -> None:
     reusing = [layer for layer, mode in enumerate(modes) if mode not in (None, "store")]
     if reusing:
         raise InvalidArgument(
-            f"model: {len(reusing)} layers of {name} reuse the keys and values of others "
-            f"(kv_sharing_modes, first at layer {reusing[0]}), which IceCache does not support. "
-            "Use the model without icecache.enable"
+            f"model: layers of {name} reuse the keys and values of others (kv_sharing_modes, from "
+            f"layer {reusing[0]} on), which IceCache does not support. Use the model without "
+            "icecache.enable"
         )
     if not getattr(text, "is_causal", True):
         raise InvalidArgument(
@@ -118,6 +118,12 @@ def check_model(model: Any) -> None:
             "transformers model itself"
         )
     check_config(model.config)
+    supports_caches = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports_caches is not None and not supports_caches():
+        raise InvalidArgument(
+            f"model: {type(model).__name__} has a kind of cache of its own, or none, and takes no "
+            "other. Use the model without icecache.enable"
+        )
     if not model._can_set_attn_implementation():
         raise InvalidArgument(
             f"model: {type(model).__name__} does not use transformers' attention interface, so its "

@@ -202,6 +202,8 @@ def _text_part(model: PreTrainedModel) -> str | None:
 def _expected_shape(model: PreTrainedModel) -> AttentionShape:
     """The attention shape the configuration promises; the first forward call corrects it."""
     config = model.config.get_text_config(decoder=True)
+    layer = full_attention_layers(config)[0]
+    config = getattr(config, "per_layer_config", {layer: config})[layer]
     num_q_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_q_heads
     scales = [
