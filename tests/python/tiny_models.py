@@ -120,6 +120,7 @@ _LATENT += ["minicpm3", "sarvam_mla", "youtu"]
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _MIXED = ["linear_attention", "full_attention", "full_attention"]
 _SLIDING = ["sliding_attention", "full_attention", "full_attention"]
+_SPARSE = ["full_attention", "minimax_m3_sparse"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
 _INDEXER |= {"indexer_budget": 16, "indexer_compress_ratio": 4}
@@ -144,6 +145,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "mamba2": {"head_dim": 32, "hidden_size": 64, "num_heads": 4},
+    "minimax_m3_vl_text": {"layer_types": _SPARSE, "num_hidden_layers": 2, "index_n_heads": 2},
     "ministral": {"layer_types": _SLIDING, "num_hidden_layers": 3},
     "mistral": {"sliding_window": None},
     "prophetnet": {"num_encoder_layers": _LAYERS},
