@@ -1,25 +1,13 @@
-// What the translation units of `_core` share. No torch here: tensors come as TensorTuple, made by
-// python/icecache/engine.py.
+// What the translation units of `_core` share. No header of torch here: core_tensors.h reads
+// tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <tuple>
-
-#include "icecache/types.h"
+#include <string>
 
 namespace icecache::bindings {
-
-// (address, dtype, heads, tokens, dim, head stride, token stride); strides in elements. The caller
-// keeps the memory alive for the length of the call.
-using TensorTuple = std::tuple<std::uintptr_t, DType, std::int64_t, std::int64_t, std::int64_t,
-                               std::int64_t, std::int64_t>;
-
-inline TensorView view(const TensorTuple& tensor) {
-  const auto& [address, dtype, heads, tokens, dim, head_stride, token_stride] = tensor;
-  return {reinterpret_cast<void*>(address), dtype, heads, tokens, dim, head_stride, token_stride};
-}
 
 // "HeadStats(steps=3, ...)"
 template <typename... Names>
@@ -37,6 +25,7 @@ void bind_errors();
 void bind_config(pybind11::module_& module);
 void bind_telemetry(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
-void bind_device_cache(pybind11::module_& module);
+// Of a cache whose tensors are on devices of this type (dlpack::DeviceType).
+void bind_device_cache(pybind11::module_& module, std::int32_t device_type);
 
 }  // namespace icecache::bindings

@@ -1,7 +1,9 @@
+#include "icecache/config.h"
+
 #include <pybind11/stl.h>
 
+#include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
-#include "icecache/config.h"
 
 namespace py = pybind11;
 
@@ -11,37 +13,45 @@ void bind_config(py::module_& module) {
   py::class_<Config>(module, "Config",
                      "Values of all parameters, as text; icecache.Config gives them their types.")
       .def(py::init<>())
-      .def(py::init<const Config&>())
+      .def(py::init([](Live<Config> other) { return *other; }))
       .def(
           "set",
-          [](Config& self, const std::string& name, const std::string& value) {
-            self.set(name, value);
+          [](Live<Config> self, py::handle name, py::handle value) {
+            const std::string field = text("name", name);
+            self->set(field, text(field, value));
           },
           py::arg("name"), py::arg("value"))
       .def(
-          "get", [](const Config& self, const std::string& name) { return self.get(name); },
+          "get", [](Live<Config> self, py::handle name) { return self->get(text("name", name)); },
           py::arg("name"))
       .def(
           "resolved",
-          [](const Config& self, int num_layers, int num_q_heads, int num_kv_heads, int head_dim) {
-            return self.resolved({num_layers, num_q_heads, num_kv_heads, head_dim});
+          [](Live<Config> self, py::handle num_layers, py::handle num_q_heads,
+             py::handle num_kv_heads, py::handle head_dim) {
+            return self->resolved({narrow_integer("num_layers", num_layers),
+                                   narrow_integer("num_q_heads", num_q_heads),
+                                   narrow_integer("num_kv_heads", num_kv_heads),
+                                   narrow_integer("head_dim", head_dim)});
           },
           py::arg("num_layers"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
           py::arg("head_dim"),
           "With every derived value, for a float32 cache of this shape; InvalidArgument where "
           "values contradict each other or the shape.");
 
-  py::class_<ConfigField>(module, "ConfigField", "One parameter: its type, default and meaning.")
-      .def_property_readonly("name", [](const ConfigField& self) { return std::string(self.name); })
+  py::class_<ConfigField> field(module, "ConfigField", py::is_final(),
+                                "One parameter: its type, default and meaning.");
+  forbid_new(field);
+  field
+      .def_property_readonly("name", [](Live<ConfigField> self) { return std::string(self->name); })
       .def_property_readonly(
-          "type", [](const ConfigField& self) { return std::string(self.type); },
+          "type", [](Live<ConfigField> self) { return std::string(self->type); },
           "int, real, text or flag")
       .def_property_readonly(
-          "default", [](const ConfigField& self) { return std::string(self.default_value); },
+          "default", [](Live<ConfigField> self) { return std::string(self->default_value); },
           "as text")
-      .def_property_readonly("unit", [](const ConfigField& self) { return std::string(self.unit); })
+      .def_property_readonly("unit", [](Live<ConfigField> self) { return std::string(self->unit); })
       .def_property_readonly("meaning",
-                             [](const ConfigField& self) { return std::string(self.meaning); });
+                             [](Live<ConfigField> self) { return std::string(self->meaning); });
   module.def(
       "config_fields",
       [] {

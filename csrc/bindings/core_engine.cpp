@@ -1,7 +1,11 @@
+#include <dlfcn.h>
 #include <pybind11/stl.h>
 
+#include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
+#include "bindings/core_tensors.h"
 #include "icecache/engine.h"
+#include "icecache/error.h"
 #include "icecache/parallel.h"
 
 namespace py = pybind11;
@@ -9,94 +13,275 @@ namespace py = pybind11;
 namespace icecache::bindings {
 namespace {
 
-std::vector<TensorView> views(const std::vector<TensorTuple>& tensors) {
-  std::vector<TensorView> result;
-  result.reserve(tensors.size());
-  for (const TensorTuple& tensor : tensors) result.push_back(view(tensor));
+using Self = Live<Engine>;
+using Ids = std::vector<SeqId>;
+using Unlocked = py::gil_scoped_release;
+
+// Index builds that are under way end before an engine does: other Python threads go on meanwhile.
+struct UnlockedDelete {
+  void operator()(Engine* engine) const {
+    const Unlocked unlocked;
+    delete engine;
+  }
+};
+
+constexpr const char* kSymbol = "icecache_torch_parallel_for";
+
+// Only of a library that is loaded already: no code runs here, and none is found by a wrong path.
+void use_parallel_for_of(const py::object& library) {
+  if (library.is_none()) return use_parallel_for(nullptr);
+  const std::string path = text("library", library);
+  void* handle = path.find('\0') == std::string::npos && !path.empty()
+                     ? dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD)
+                     : nullptr;
+  // Never closed: the function stays in use.
+  void* function = handle != nullptr ? dlsym(handle, kSymbol) : nullptr;
+  if (function == nullptr) {
+    throw InvalidArgument(message("library must be the path of a loaded library that defines ",
+                                  kSymbol, ", got ", path));
+  }
+  use_parallel_for(reinterpret_cast<ParallelFor>(function));
+}
+
+std::unique_ptr<Engine, UnlockedDelete> make_engine(py::handle num_layers, py::handle num_q_heads,
+                                                    py::handle num_kv_heads, py::handle head_dim,
+                                                    py::handle dtype, py::handle scale,
+                                                    Live<Config> config) {
+  CacheShape shape;
+  shape.num_layers = narrow_integer("num_layers", num_layers);
+  shape.num_q_heads = narrow_integer("num_q_heads", num_q_heads);
+  shape.num_kv_heads = narrow_integer("num_kv_heads", num_kv_heads);
+  shape.head_dim = narrow_integer("head_dim", head_dim);
+  shape.dtype = dtype_of(dtype);
+  shape.scale = scale_of(scale);
+  const Config values = *config;  // another thread may change it meanwhile
+  const Unlocked unlocked;
+  return std::unique_ptr<Engine, UnlockedDelete>(new Engine(shape, values));
+}
+
+TensorForm form_of(Self self, const char* name, Use use = Use::kRead) {
+  TensorForm form;
+  form.name = name;
+  form.dtype = self->shape().dtype;
+  form.use = use;
+  return form;
+}
+
+std::vector<Phase> phases_of(py::handle values) {
+  std::vector<Phase> phases;
+  for (const std::int64_t phase : integers("phases", values)) {
+    if (phase < 0 || phase > 2) {
+      throw InvalidArgument(message("phases must be 0, 1 or 2, got ", phase));
+    }
+    phases.push_back(static_cast<Phase>(phase));
+  }
+  return phases;
+}
+
+// Runs a call that appends `tokens`. Signals that came meanwhile are handled before its result
+// stands: where a handler raises (Ctrl-C), the tokens are taken back, as of a call that failed.
+template <typename Call>
+void append_or_not(Self self, const Ids& ids, int layer, std::span<const TensorView> tokens,
+                   const Call& call) {
+  {
+    const Unlocked unlocked;
+    call();
+  }
+  if (PyErr_CheckSignals() == 0) return;
+  py::error_already_set raised;
+  {
+    const Unlocked unlocked;
+    std::vector<std::int64_t> counts;
+    for (const TensorView& view : tokens) counts.push_back(view.tokens);
+    self->take_back(ids, layer, counts);
+  }
+  throw raised;
+}
+
+void append(Self self, py::handle seqs, py::handle layer_number, py::handle keys,
+            py::handle values) {
+  const Ids ids = integers("seqs", seqs);
+  const int layer = narrow_integer("layer", layer_number);
+  const Rows k = batch_or_list_rows(form_of(self, "keys"), keys, ids.size());
+  const Rows v = batch_or_list_rows(form_of(self, "values"), values, ids.size());
+  append_or_not(self, ids, layer, k.views, [&] { self->append(ids, layer, k.views, v.views); });
+}
+
+// New tensors of the form of the queries.
+py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handle queries) {
+  const Ids ids = integers("seqs", seqs);
+  const int layer = narrow_integer("layer", layer_number);
+  const bool is_batch = is_tensor(queries);
+  const auto given = is_batch ? py::reinterpret_borrow<py::object>(queries)
+                              : py::reinterpret_steal<py::object>(PySequence_List(queries.ptr()));
+  if (!given) PyErr_Clear();  // no list: named below
+  const Rows q =
+      batch_or_list_rows(form_of(self, "queries"), given ? py::handle(given) : queries, ids.size());
+  py::object result;
+  if (is_batch) {
+    result = new_like(given);
+  } else {
+    py::list parts;
+    for (const py::handle part : given) parts.append(new_like(part));
+    result = parts;
+  }
+  const Rows out = batch_or_list_rows(form_of(self, "outputs", Use::kWritten), result, ids.size());
+  {
+    const Unlocked unlocked;
+    self->attend(ids, layer, q.views, out.views);
+  }
   return result;
 }
 
-using Ids = std::vector<SeqId>;
-using Tensors = std::vector<TensorTuple>;
+py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
+                py::handle keys, py::handle values) {
+  const Ids ids = integers("seqs", seqs);
+  const int layer = narrow_integer("layer", layer_number);
+  const Rows q = batch_rows(form_of(self, "queries"), queries, ids.size());
+  const Rows k = batch_rows(form_of(self, "keys"), keys, ids.size());
+  const Rows v = batch_rows(form_of(self, "values"), values, ids.size());
+  py::object result = new_like(queries);
+  const Rows out = batch_rows(form_of(self, "outputs", Use::kWritten), result, ids.size());
+  append_or_not(self, ids, layer, k.views,
+                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views); });
+  return result;
+}
+
+void step_packed(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
+                 py::handle keys, py::handle values, py::handle outputs, py::handle row_firsts,
+                 py::handle row_counts, py::handle row_phases) {
+  const Ids ids = integers("seqs", seqs);
+  const int layer = narrow_integer("layer", layer_number);
+  const auto firsts = integers("firsts", row_firsts), counts = integers("counts", row_counts);
+  const std::vector<Phase> phases = phases_of(row_phases);
+  if (firsts.size() != ids.size() || counts.size() != ids.size() || phases.size() != ids.size()) {
+    throw InvalidArgument(message("seqs, firsts, counts and phases must be of one length, got ",
+                                  ids.size(), ", ", firsts.size(), ", ", counts.size(), " and ",
+                                  phases.size()));
+  }
+  const Rows q = packed_rows(form_of(self, "queries"), queries, firsts, counts);
+  const Rows k = packed_rows(form_of(self, "keys"), keys, firsts, counts);
+  const Rows v = packed_rows(form_of(self, "values"), values, firsts, counts);
+  const Rows out = packed_rows(form_of(self, "outputs", Use::kWritten), outputs, firsts, counts);
+  append_or_not(self, ids, layer, k.views,
+                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views, phases); });
+}
+
+void observe(Self self, py::handle seqs, py::handle layer_number, py::handle queries) {
+  const Ids ids = integers("seqs", seqs);
+  const int layer = narrow_integer("layer", layer_number);
+  const Rows q = batch_or_list_rows(form_of(self, "queries"), queries, ids.size());
+  const Unlocked unlocked;
+  self->observe(ids, layer, q.views);
+}
+
+void gather(Self self, py::handle seq, py::handle layer_number, py::handle keys,
+            py::handle values) {
+  const SeqId id = integer("seq", seq);
+  const int layer = narrow_integer("layer", layer_number);
+  TensorForm form = form_of(self, "keys", Use::kWritten);
+  form.dims = "[H, T, D]";
+  const Rows k = batch_or_list_rows(form, py::make_tuple(keys), 1);
+  form.name = "values";
+  const Rows v = batch_or_list_rows(form, py::make_tuple(values), 1);
+  const Unlocked unlocked;
+  self->gather(id, layer, k.views[0], v.views[0]);
+}
+
+using Class = py::class_<Engine, std::unique_ptr<Engine, UnlockedDelete>>;
+
+void bind_sequences(Class& engine) {
+  engine
+      .def("new_sequence",
+           [](Self self) {
+             const Unlocked unlocked;
+             return self->new_sequence();
+           })
+      .def("fork",
+           [](Self self, py::handle seq) {
+             const SeqId id = integer("seq", seq);
+             const Unlocked unlocked;
+             return self->fork(id);
+           })
+      .def("truncate",
+           [](Self self, py::handle seq, py::handle length) {
+             const SeqId id = integer("seq", seq);
+             const std::int64_t kept = integer("length", length);
+             const Unlocked unlocked;
+             self->truncate(id, kept);
+           })
+      .def("release",
+           [](Self self, py::handle seq) {
+             const SeqId id = integer("seq", seq);
+             const Unlocked unlocked;
+             self->release(id);
+           })
+      .def("length", [](Self self, py::handle seq, py::handle layer_number) {
+        const SeqId id = integer("seq", seq);
+        const int layer = narrow_integer("layer", layer_number);
+        const Unlocked unlocked;
+        return self->length(id, layer);
+      });
+}
+
+void bind_telemetry_of(Class& engine) {
+  engine
+      .def("synchronize",
+           [](Self self) {
+             const Unlocked unlocked;
+             self->synchronize();
+           })
+      .def("stats",
+           [](Self self, py::handle layer_number, py::handle kv_head) {
+             const int layer = narrow_integer("layer", layer_number);
+             const int head = narrow_integer("kv_head", kv_head);
+             const Unlocked unlocked;
+             return self->stats(layer, head);
+           })
+      .def("reset_stats",
+           [](Self self) {
+             const Unlocked unlocked;
+             self->reset_stats();
+           })
+      .def("memory",
+           [](Self self) {
+             const Unlocked unlocked;
+             return self->memory();
+           })
+      .def("pool_bytes", [](Self self) { return self->pool_bytes(); })
+      .def("trace",
+           [](Self self, py::handle seq, py::handle layer_number, py::handle kv_head) {
+             const SeqId id = integer("seq", seq);
+             const int layer = narrow_integer("layer", layer_number);
+             const int head = narrow_integer("kv_head", kv_head);
+             const Unlocked unlocked;
+             return self->trace(id, layer, head);
+           })
+      .def("check_integrity",
+           [](Self self) {
+             const Unlocked unlocked;
+             self->check_integrity();
+           })
+      .def("config", [](Self self) { return self->config(); })
+      .def("scale", [](Self self) { return self->shape().softmax_scale(); });
+}
 
 }  // namespace
 
 void bind_engine(py::module_& module) {
-  module.def(
-      "use_parallel_for",
-      [](std::uintptr_t function) { use_parallel_for(reinterpret_cast<ParallelFor>(function)); },
-      "Address of an icecache::ParallelFor that runs the engine's calls; 0: own threads.");
-  py::enum_<DType>(module, "DType")
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16);
-  py::enum_<Phase>(module, "Phase", "See icecache.Phase.")
-      .value("auto", Phase::kAuto)
-      .value("prefill", Phase::kPrefill)
-      .value("prompt_end", Phase::kPromptEnd);
-
-  // Arguments are converted while the GIL is held; it is released for the call itself.
-  using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<Engine>(module, "Engine", "See icecache.Engine.")
-      .def(py::init([](int num_layers, int num_q_heads, int num_kv_heads, int head_dim, DType dtype,
-                       float scale, const Config& config) {
-             CacheShape shape;
-             shape.num_layers = num_layers;
-             shape.num_q_heads = num_q_heads;
-             shape.num_kv_heads = num_kv_heads;
-             shape.head_dim = head_dim;
-             shape.dtype = dtype;
-             shape.scale = scale;
-             return std::make_unique<Engine>(shape, config);
-           }),
-           Release())
-      .def("new_sequence", &Engine::new_sequence, Release())
-      .def("fork", &Engine::fork, Release())
-      .def("truncate", &Engine::truncate, Release())
-      .def("release", &Engine::release, Release())
-      .def("length", &Engine::length, Release())
-      .def(
-          "append",
-          [](Engine& self, const Ids& ids, int layer, const Tensors& keys, const Tensors& values) {
-            self.append(ids, layer, views(keys), views(values));
-          },
-          Release())
-      .def(
-          "attend",
-          [](Engine& self, const Ids& ids, int layer, const Tensors& queries,
-             const Tensors& outputs) { self.attend(ids, layer, views(queries), views(outputs)); },
-          Release())
-      .def(
-          "step",
-          [](Engine& self, const Ids& ids, int layer, const Tensors& keys, const Tensors& values,
-             const Tensors& queries, const Tensors& outputs, const std::vector<Phase>& phases) {
-            self.step(ids, layer, views(keys), views(values), views(queries), views(outputs),
-                      phases);
-          },
-          py::arg("sequences"), py::arg("layer"), py::arg("keys"), py::arg("values"),
-          py::arg("queries"), py::arg("outputs"), py::arg("phases") = std::vector<Phase>{},
-          Release())
-      .def(
-          "observe",
-          [](Engine& self, const Ids& ids, int layer, const Tensors& queries) {
-            self.observe(ids, layer, views(queries));
-          },
-          Release())
-      .def(
-          "gather",
-          [](const Engine& self, SeqId id, int layer, const TensorTuple& keys,
-             const TensorTuple& values) { self.gather(id, layer, view(keys), view(values)); },
-          Release())
-      .def("address", [](const Engine& self) { return reinterpret_cast<std::uintptr_t>(&self); })
-      .def("synchronize", &Engine::synchronize, Release())
-      .def("stats", &Engine::stats, Release())
-      .def("reset_stats", &Engine::reset_stats, Release())
-      .def("memory", &Engine::memory, Release())
-      .def("pool_bytes", &Engine::pool_bytes)
-      .def("trace", &Engine::trace, Release())
-      .def("check_integrity", &Engine::check_integrity, Release())
-      .def("config", [](const Engine& self) { return self.config(); })
-      .def("scale", [](const Engine& self) { return self.shape().softmax_scale(); });
+  module.def("use_parallel_for", &use_parallel_for_of, py::arg("library"),
+             "Path of a loaded library whose icecache_torch_parallel_for runs the engine's calls "
+             "from now on; None: own threads.");
+  Class engine(module, "Engine", "See icecache.Engine.");
+  engine.def(py::init(&make_engine))
+      .def("append", &append)
+      .def("attend", &attend)
+      .def("step", &step)
+      .def("step_packed", &step_packed)
+      .def("observe", &observe)
+      .def("gather", &gather);
+  bind_sequences(engine);
+  bind_telemetry_of(engine);
 }
 
 }  // namespace icecache::bindings

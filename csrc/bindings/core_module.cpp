@@ -1,4 +1,5 @@
 #include "bindings/core_bindings.h"
+#include "bindings/dlpack.h"
 
 PYBIND11_MODULE(_core, module) {
   using namespace icecache::bindings;
@@ -7,5 +8,5 @@ PYBIND11_MODULE(_core, module) {
   bind_config(module);
   bind_telemetry(module);
   bind_engine(module);
-  bind_device_cache(module);
+  bind_device_cache(module, dlpack::kCuda);
 }

@@ -1,6 +1,7 @@
 // Plain records: statistics, traces, build information.
 #include <pybind11/stl.h>
 
+#include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
 #include "core/machine.h"
 #include "icecache/engine.h"
@@ -11,78 +12,87 @@ namespace icecache::bindings {
 namespace {
 
 void bind_stats(py::module_& module) {
-  py::class_<HeadStats>(module, "HeadStats",
-                        "Sums since the start (or reset_stats) for one layer and KV head, over all "
-                        "sequences.")
-      .def_readonly("steps", &HeadStats::steps, "decode queries answered with an index")
-      .def_readonly("dense_steps", &HeadStats::dense_steps,
-                    "decode queries that attended to everything")
-      .def_readonly("tokens_selected", &HeadStats::tokens_selected,
-                    "by the index; sink and window not counted")
-      .def_readonly("pages_selected", &HeadStats::pages_selected)
-      .def_readonly("hits", &HeadStats::hits,
-                    "device page cache; 0 where pages are attended in place")
-      .def_readonly("misses", &HeadStats::misses)
-      .def_readonly("bytes_read", &HeadStats::bytes_read,
-                    "sketches, summaries, candidates, attended K and V")
-      .def_readonly("bytes_moved", &HeadStats::bytes_moved, "host to device")
-      .def_readonly("mass", &HeadStats::mass,
-                    "sum over steps of the share of attention mass that was attended exactly, mean "
-                    "over the group's heads; divide by steps")
-      .def_readonly("worst_mass", &HeadStats::worst_mass, "least such share of any head and step")
-      .def_readonly("select_seconds", &HeadStats::select_seconds)
-      .def_readonly("attend_seconds", &HeadStats::attend_seconds)
-      .def_readonly("index_seconds", &HeadStats::index_seconds)
-      .def("__repr__", [](const py::object& self) {
-        return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected", "hits",
-                        "misses", "bytes_read", "bytes_moved", "mass", "worst_mass",
-                        "select_seconds", "attend_seconds", "index_seconds");
-      });
+  forbid_new(
+      py::class_<HeadStats>(
+          module, "HeadStats", py::is_final(),
+          "Sums since the start (or reset_stats) for one layer and KV head, over all "
+          "sequences.")
+          .def_readonly("steps", &HeadStats::steps, "decode queries answered with an index")
+          .def_readonly("dense_steps", &HeadStats::dense_steps,
+                        "decode queries that attended to everything")
+          .def_readonly("tokens_selected", &HeadStats::tokens_selected,
+                        "by the index; sink and window not counted")
+          .def_readonly("pages_selected", &HeadStats::pages_selected)
+          .def_readonly("hits", &HeadStats::hits,
+                        "device page cache; 0 where pages are attended in place")
+          .def_readonly("misses", &HeadStats::misses)
+          .def_readonly("bytes_read", &HeadStats::bytes_read,
+                        "sketches, summaries, candidates, attended K and V")
+          .def_readonly("bytes_moved", &HeadStats::bytes_moved, "host to device")
+          .def_readonly(
+              "mass", &HeadStats::mass,
+              "sum over steps of the share of attention mass that was attended exactly, mean "
+              "over the group's heads; divide by steps")
+          .def_readonly("worst_mass", &HeadStats::worst_mass,
+                        "least such share of any head and step")
+          .def_readonly("select_seconds", &HeadStats::select_seconds)
+          .def_readonly("attend_seconds", &HeadStats::attend_seconds)
+          .def_readonly("index_seconds", &HeadStats::index_seconds)
+          .def("__repr__", [](const py::object& self) {
+            return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
+                            "hits", "misses", "bytes_read", "bytes_moved", "mass", "worst_mass",
+                            "select_seconds", "attend_seconds", "index_seconds");
+          }));
 
-  py::class_<MemoryStats>(module, "MemoryStats", "Bytes that an engine holds.")
-      .def_readonly("pool_bytes", &MemoryStats::pool_bytes, "pages in use, in host memory")
-      .def_readonly("pool_capacity", &MemoryStats::pool_capacity, "the bound: host_memory")
-      .def_readonly("index_bytes", &MemoryStats::index_bytes, "sketches, summaries, tables")
-      .def_readonly("device_bytes", &MemoryStats::device_bytes,
-                    "what the device holds, or would hold, for these sequences")
-      .def_readonly("sequences", &MemoryStats::sequences)
-      .def("__repr__", [](const py::object& self) {
-        return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "device_bytes",
-                        "sequences");
-      });
+  forbid_new(
+      py::class_<MemoryStats>(module, "MemoryStats", py::is_final(), "Bytes that an engine holds.")
+          .def_readonly("pool_bytes", &MemoryStats::pool_bytes, "pages in use, in host memory")
+          .def_readonly("pool_capacity", &MemoryStats::pool_capacity, "the bound: host_memory")
+          .def_readonly("index_bytes", &MemoryStats::index_bytes, "sketches, summaries, tables")
+          .def_readonly("device_bytes", &MemoryStats::device_bytes,
+                        "what the device holds, or would hold, for these sequences")
+          .def_readonly("sequences", &MemoryStats::sequences)
+          .def("__repr__", [](const py::object& self) {
+            return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "device_bytes",
+                            "sequences");
+          }));
 }
 
 void bind_trace(py::module_& module) {
-  py::class_<PageInfo>(module, "PageInfo", "A page of an index.")
-      .def_readonly("page", &PageInfo::page, "id in the page pool")
-      .def_readonly("node", &PageInfo::node, "far-field node, -1 where there is none")
-      .def_readonly("positions", &PageInfo::positions, "of its tokens, in slot order")
-      .def("__repr__",
-           [](const py::object& self) { return describe(self, "page", "node", "positions"); });
+  forbid_new(py::class_<PageInfo>(module, "PageInfo", py::is_final(), "A page of an index.")
+                 .def_readonly("page", &PageInfo::page, "id in the page pool")
+                 .def_readonly("node", &PageInfo::node, "far-field node, -1 where there is none")
+                 .def_readonly("positions", &PageInfo::positions, "of its tokens, in slot order")
+                 .def("__repr__", [](const py::object& self) {
+                   return describe(self, "page", "node", "positions");
+                 }));
 
-  py::class_<FarNodeInfo>(module, "FarNodeInfo", "A node of the far field in one step.")
-      .def_readonly("weight", &FarNodeInfo::weight,
-                    "[G] log weight of the tokens that were not picked")
-      .def_readonly("tokens", &FarNodeInfo::tokens, "members, picked ones included")
-      .def("__repr__", [](const py::object& self) { return describe(self, "weight", "tokens"); });
+  forbid_new(py::class_<FarNodeInfo>(module, "FarNodeInfo", py::is_final(),
+                                     "A node of the far field in one step.")
+                 .def_readonly("weight", &FarNodeInfo::weight,
+                               "[G] log weight of the tokens that were not picked")
+                 .def_readonly("tokens", &FarNodeInfo::tokens, "members, picked ones included")
+                 .def("__repr__",
+                      [](const py::object& self) { return describe(self, "weight", "tokens"); }));
 
-  py::class_<StepTrace>(
-      module, "StepTrace",
-      "What one decode step of one layer and KV head looked at. Every attribute is "
-      "converted when it is read: keep it in a variable.")
-      .def_readonly("sink", &StepTrace::sink, "positions")
-      .def_readonly("window", &StepTrace::window, "positions")
-      .def_readonly("selected", &StepTrace::selected, "positions, ascending")
-      .def_readonly("pages", &StepTrace::pages, "all pages of the index")
-      .def_readonly("far_nodes", &StepTrace::far_nodes, "indexed by PageInfo.node")
-      .def_readonly("near_lse", &StepTrace::near_lse, "[G] log weight attended exactly")
-      .def_readonly("total_lse", &StepTrace::total_lse, "[G] log weight of everything, estimated")
-      .def("__repr__", [](const StepTrace& self) {
-        return "StepTrace(" + std::to_string(self.sink.size()) + " sink, " +
-               std::to_string(self.window.size()) + " window, " +
-               std::to_string(self.selected.size()) + " selected, " +
-               std::to_string(self.pages.size()) + " pages)";
-      });
+  forbid_new(py::class_<StepTrace>(
+                 module, "StepTrace", py::is_final(),
+                 "What one decode step of one layer and KV head looked at. Every attribute is "
+                 "converted when it is read: keep it in a variable.")
+                 .def_readonly("sink", &StepTrace::sink, "positions")
+                 .def_readonly("window", &StepTrace::window, "positions")
+                 .def_readonly("selected", &StepTrace::selected, "positions, ascending")
+                 .def_readonly("pages", &StepTrace::pages, "all pages of the index")
+                 .def_readonly("far_nodes", &StepTrace::far_nodes, "indexed by PageInfo.node")
+                 .def_readonly("near_lse", &StepTrace::near_lse, "[G] log weight attended exactly")
+                 .def_readonly("total_lse", &StepTrace::total_lse,
+                               "[G] log weight of everything, estimated")
+                 .def("__repr__", [](const StepTrace& self) {
+                   return "StepTrace(" + std::to_string(self.sink.size()) + " sink, " +
+                          std::to_string(self.window.size()) + " window, " +
+                          std::to_string(self.selected.size()) + " selected, " +
+                          std::to_string(self.pages.size()) + " pages)";
+                 }));
 }
 
 }  // namespace
@@ -90,18 +100,19 @@ void bind_trace(py::module_& module) {
 void bind_telemetry(py::module_& module) {
   bind_stats(module);
   bind_trace(module);
-  py::class_<BuildInfo>(module, "BuildInfo", "Versions and what was built in.")
-      .def_readonly("version", &BuildInfo::version)
-      .def_readonly("compiler", &BuildInfo::compiler)
-      .def_readonly("cuda", &BuildInfo::cuda)
-      .def_readonly("cuda_version", &BuildInfo::cuda_version)
-      .def_readonly("faiss", &BuildInfo::faiss)
-      .def_readonly("faiss_version", &BuildInfo::faiss_version)
-      .def_readonly("debug", &BuildInfo::debug)
-      .def("__repr__", [](const py::object& self) {
-        return describe(self, "version", "compiler", "cuda", "cuda_version", "faiss",
-                        "faiss_version", "debug");
-      });
+  forbid_new(
+      py::class_<BuildInfo>(module, "BuildInfo", py::is_final(), "Versions and what was built in.")
+          .def_readonly("version", &BuildInfo::version)
+          .def_readonly("compiler", &BuildInfo::compiler)
+          .def_readonly("cuda", &BuildInfo::cuda)
+          .def_readonly("cuda_version", &BuildInfo::cuda_version)
+          .def_readonly("faiss", &BuildInfo::faiss)
+          .def_readonly("faiss_version", &BuildInfo::faiss_version)
+          .def_readonly("debug", &BuildInfo::debug)
+          .def("__repr__", [](const py::object& self) {
+            return describe(self, "version", "compiler", "cuda", "cuda_version", "faiss",
+                            "faiss_version", "debug");
+          }));
   module.def("build_info", &build_info, "Versions and what was built in.");
   module.def("simd_level", &simd_level,
              "Kernels in use: avx512, avx2 or scalar. Raises InvalidArgument where ICECACHE_SIMD "

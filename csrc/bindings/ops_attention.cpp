@@ -34,10 +34,10 @@ Shape check(const Tensor& queries, const Tensor& pages, const Tensor& block_tabl
   require_tensor("block_table", block_table, ScalarType::Int, {batch, -1, -1});
   const std::int64_t kv_heads = block_table.size(1), max_pages = block_table.size(2);
   require_tensor("slot_masks", slot_masks, ScalarType::Int, {batch, kv_heads, max_pages});
-  require(
-      kv_heads > 0 && queries.size(1) % kv_heads == 0 && queries.size(1) / kv_heads <= kMaxGroup,
-      "queries must have 1 to ", kMaxGroup, " times as many heads as block_table (", kv_heads,
-      "), got ", queries.size(1));
+  require(kv_heads > 0 && queries.size(1) > 0 && queries.size(1) % kv_heads == 0 &&
+              queries.size(1) / kv_heads <= kMaxGroup,
+          "queries must have 1 to ", kMaxGroup, " times as many heads as block_table (", kv_heads,
+          "), got ", queries.size(1));
   require(std::isfinite(scale), "scale must be finite, got ", scale);
   const std::int32_t* table = block_table.const_data_ptr<std::int32_t>();
   const std::uint64_t slots = (std::uint64_t{1} << page_size) - 1;

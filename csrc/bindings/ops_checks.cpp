@@ -24,6 +24,14 @@ void require_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
   require(fits, name, " must be ", expected, "], got ", shape_text(tensor));
   require(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
   require(tensor.is_contiguous(), name, " must be contiguous");
+  // torch lets a storage shrink under its tensors.
+  std::int64_t storage_bytes = 0;
+  require(aoti_torch_get_storage_size(tensor.get(), &storage_bytes) == AOTI_TORCH_SUCCESS, name,
+          " must have a storage");
+  const auto item = static_cast<std::int64_t>(tensor.element_size());
+  const std::int64_t end = (tensor.storage_offset() + tensor.numel()) * item;
+  require(tensor.numel() == 0 || end <= storage_bytes, name, " must lie within its storage of ",
+          storage_bytes, " bytes, got ", end);
 }
 
 DType dtype_of(const char* name, const Tensor& tensor) {

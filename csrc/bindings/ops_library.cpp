@@ -2,7 +2,8 @@
 // their fake kernels, in python/icecache/ops.py.
 #include "bindings/ops_kernels.h"
 
-// icecache::ParallelFor on torch's own threads; python/icecache/engine.py hands it to the engine.
+// icecache::ParallelFor on torch's own threads; python/icecache/engine.py names this library to
+// the engine.
 extern "C" __attribute__((visibility("default"))) void icecache_torch_parallel_for(
     std::int64_t count, void (*body)(std::int64_t i, void* context), void* context) {
   torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -14,18 +15,10 @@ STABLE_TORCH_LIBRARY(icecache, m) {
   m.def(
       "paged_attention(Tensor queries, Tensor pages, Tensor block_table, Tensor slot_masks, "
       "float scale) -> (Tensor, Tensor)");
-  m.def(
-      "step(int engine, int[] sequences, int layer, Tensor keys, Tensor values, Tensor queries) "
-      "-> Tensor");
-  m.def(
-      "step_packed(int engine, int[] sequences, int layer, Tensor keys, Tensor values, "
-      "Tensor queries, Tensor(a!) outputs, int[] firsts, int[] counts, int[] phases) -> ()");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(icecache, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&icecache::ops::paged_attention));
-  m.impl("step", TORCH_BOX(&icecache::ops::step));
-  m.impl("step_packed", TORCH_BOX(&icecache::ops::step_packed));
   m.impl("merge_states", TORCH_BOX(&icecache::ops::merge_states));
 }

@@ -11,7 +11,8 @@
 namespace icecache {
 namespace {
 
-constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;  // positions are 32-bit
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;       // positions are 32-bit
+constexpr std::int64_t kMaxPages = (std::int64_t{1} << 31) - 1;  // of a device: their numbers, too
 constexpr std::int64_t kMaxThreads = 1024;
 constexpr std::int64_t kMaxNodePages = 8;  // past that a summary is of tokens that are not alike
 
@@ -105,8 +106,10 @@ void resolve_budget(Config& config) {
     throw InvalidArgument(
         message("mass_target must be from 0 (off) to below 1, got ", config.mass_target));
   }
-  require("max_token_budget", config.max_token_budget, 0, 4 * kMaxTokens);
-  if (config.max_token_budget == 0) config.max_token_budget = 4 * config.token_budget;
+  require("max_token_budget", config.max_token_budget, 0, kMaxTokens);
+  if (config.max_token_budget == 0) {
+    config.max_token_budget = std::min(4 * config.token_budget, kMaxTokens);
+  }
   if (config.max_token_budget < config.token_budget) {
     throw InvalidArgument(message("max_token_budget must be at least token_budget (",
                                   config.token_budget, "), got ", config.max_token_budget));
@@ -205,8 +208,8 @@ void resolve_memory(Config& config, const CacheShape& shape) {
   const std::int64_t picked = picked_tokens(config);
   const std::int64_t step_pages =
       (config.select == "page" ? pages_of(picked, size) : picked) * shape.num_kv_heads;
-  require("device_pages", config.device_pages, 0, kMost);
-  if (config.device_pages == 0) config.device_pages = 4 * step_pages;
+  require("device_pages", config.device_pages, 0, kMaxPages);
+  if (config.device_pages == 0) config.device_pages = std::min(4 * step_pages, kMaxPages);
   if (config.device != "cpu" && config.device_pages < step_pages) {
     throw InvalidArgument(
         message("device_pages must be at least what one step of one layer may "

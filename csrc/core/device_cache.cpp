@@ -242,4 +242,8 @@ std::int64_t DeviceCache::max_tokens() const {
   return impl_->max_tokens;
 }
 
+int DeviceCache::device() const {
+  return impl_->device;
+}
+
 }  // namespace icecache

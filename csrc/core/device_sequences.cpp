@@ -39,7 +39,10 @@ void DeviceCache::build_anew(int layer_number, int sequence, std::int64_t tokens
 
 void DeviceCache::limit_tokens(std::int64_t tokens) {
   Impl& self = *impl_;
-  if (tokens < 1) throw InvalidArgument(message("tokens must be positive, got ", tokens));
+  constexpr std::int64_t kMost = std::int64_t{1} << 40;  // its bytes fit 64 bits
+  if (tokens < 1 || tokens > kMost) {
+    throw InvalidArgument(message("tokens must be from 1 to ", kMost, ", got ", tokens));
+  }
   const gpu::DeviceScope here(self.device);
   self.chunk_pool.limit(static_cast<std::size_t>((tokens - 1) / gpu::kChunkTokens + 1));
 }
@@ -47,6 +50,7 @@ void DeviceCache::limit_tokens(std::int64_t tokens) {
 void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
   Impl& self = *impl_;
   self.check_sequence("sequence", sequence);
+  if (tokens < 0) throw InvalidArgument(message("tokens must not be negative, got ", tokens));
   if (tokens > self.step.near_rows() + self.step.token_room) {
     throw InvalidArgument(
         message("a sequence has at most max_tokens = ", self.max_tokens, " tokens, got ", tokens));

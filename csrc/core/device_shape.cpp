@@ -15,7 +15,10 @@ constexpr std::int64_t kCachedSteps = 3;  // candidates of as many steps fit the
 
 gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const Config& given,
                           int batch, std::int64_t max_tokens) {
-  if (batch < 1) throw InvalidArgument(message("batch must be positive, got ", batch));
+  constexpr int kMaxBatch = 65535;  // a row of the kernels' grid is a sequence and KV head
+  if (batch < 1 || batch > kMaxBatch) {
+    throw InvalidArgument(message("batch must be from 1 to ", kMaxBatch, ", got ", batch));
+  }
   const auto refuse = [](const char* name, const auto& got, const char* supported) {
     throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
   };

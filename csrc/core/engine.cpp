@@ -37,6 +37,11 @@ std::unique_ptr<DeviceMemory> make_device(const Config& config) {
   return nullptr;
 }
 
+// More than all pages would never be used.
+std::size_t device_slots(const PagePool& pool, const Config& config) {
+  return std::min(static_cast<std::size_t>(config.device_pages), pool.capacity_pages());
+}
+
 const CacheShape& validated(const CacheShape& shape) {
   shape.validate();
   return shape;
@@ -47,8 +52,9 @@ const CacheShape& validated(const CacheShape& shape) {
 Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
     : shape(validated(cache_shape)),
       config(user_config.resolved(shape)),
+      mutex(threads),
       pool(pool_options(shape, config)),
-      residency(pool, make_device(config), static_cast<std::size_t>(config.device_pages)),
+      residency(pool, make_device(config), device_slots(pool, config)),
       stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
       threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
 
@@ -62,10 +68,7 @@ SequenceCache& Engine::Impl::sequence(SeqId id) {
 }
 
 LayerCache& Engine::Impl::layer_of(SeqId id, int layer) {
-  if (layer < 0 || layer >= shape.num_layers) {
-    throw InvalidArgument(
-        message("layer must be from 0 to ", shape.num_layers - 1, ", got ", layer));
-  }
+  check_layer(layer);
   LayerCache& cache = sequence(id).layers[layer];
   settle(cache, layer);
   return cache;
@@ -162,7 +165,12 @@ void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
 
 Engine::Engine(const CacheShape& shape, const Config& config)
     : impl_(std::make_unique<Impl>(shape, config)) {}
-Engine::~Engine() = default;
+
+Engine::~Engine() {
+  // What another thread was about to change when the process forked cannot be taken apart.
+  if (impl_->mutex.is_lost()) [[maybe_unused]]
+    const Impl* leaked = impl_.release();
+}
 
 SeqId Engine::new_sequence() {
   const std::lock_guard lock(impl_->mutex);

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <atomic>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "core/call_mutex.h"
 #include "core/layer_cache.h"
 #include "core/residency.h"
 #include "core/thread_pool.h"
@@ -24,8 +27,16 @@ struct Engine::Impl {
   LayerCache& layer_of(SeqId id, int layer);  // settled
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
+  void check_layer(int layer) const;
+  void check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
+                    std::span<const TensorView> values) const;
+  // Throws where an output row shares memory with another one, or with a row of an input.
+  static void check_outputs(
+      std::span<const TensorView> outputs,
+      std::initializer_list<std::pair<const char*, std::span<const TensorView>>> inputs);
 
-  // Engine::append and Engine::attend, with the mutex held. REQUIRES of attend: check_attend().
+  // Engine::append and Engine::attend, with the mutex held. REQUIRES: check_append(),
+  // check_attend().
   void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
               std::span<const TensorView> values);
   void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
@@ -78,7 +89,7 @@ struct Engine::Impl {
 
   const CacheShape shape;
   const Config config;  // resolved
-  std::mutex mutex;     // guards everything below but what jobs own
+  CallMutex mutex;      // guards everything below but what jobs own
   PagePool pool;
   Residency residency;
   std::map<SeqId, SequenceCache> sequences;

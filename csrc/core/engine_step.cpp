@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/engine_impl.h"
+#include "core/tensor_overlap.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
@@ -12,6 +13,18 @@ namespace {
 
 // Tokens times heads whose copying takes longer than waking a thread.
 constexpr std::int64_t kTokensWorthThreads = 256;
+
+void check_finite(std::string_view name, const TensorView& view, SeqId id, int layer,
+                  std::int64_t first_position) {
+  for (std::int64_t h = 0; h < view.heads; ++h) {
+    for (std::int64_t t = 0; t < view.tokens; ++t) {
+      if (simd::kernels().all_finite(view.at(h, t), view.dtype, view.dim)) continue;
+      throw InvalidArgument(message(name, " must be finite, got NaN or Inf in sequence ", id,
+                                    ", layer ", layer, ", KV head ", h, ", position ",
+                                    first_position + t));
+    }
+  }
+}
 
 }  // namespace
 
@@ -27,6 +40,26 @@ void Engine::Impl::check_view(std::string_view name, const TensorView& view,
   }
   if (view.data == nullptr && view.tokens > 0) {
     throw InvalidArgument(message(name, " must point to data, got a null pointer"));
+  }
+}
+
+void Engine::Impl::check_layer(int layer) const {
+  if (layer < 0 || layer >= shape.num_layers) {
+    throw InvalidArgument(
+        message("layer must be from 0 to ", shape.num_layers - 1, ", got ", layer));
+  }
+}
+
+void Engine::Impl::check_outputs(
+    std::span<const TensorView> outputs,
+    std::initializer_list<std::pair<const char*, std::span<const TensorView>>> inputs) {
+  if (rows_overlap(outputs)) {
+    throw InvalidArgument("outputs must have memory of its own for every row, got rows that share");
+  }
+  for (const auto& [name, views] : inputs) {
+    if (rows_overlap(outputs, views)) {
+      throw InvalidArgument(message("outputs must not share memory with ", name));
+    }
   }
 }
 
@@ -48,13 +81,17 @@ void Engine::Impl::check_call(std::span<const SeqId> ids, std::size_t views,
 void Engine::append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
                     std::span<const TensorView> values) {
   const std::lock_guard lock(impl_->mutex);
+  impl_->check_layer(layer);
+  impl_->check_append(ids, keys, values);
   impl_->append(ids, layer, keys, values);
 }
 
 void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
                     std::span<const TensorView> outputs) {
   const std::lock_guard lock(impl_->mutex);
+  impl_->check_layer(layer);
   impl_->check_attend(ids, queries, outputs);
+  Impl::check_outputs(outputs, {{"queries", queries}});
   impl_->attend(ids, layer, queries, outputs);
 }
 
@@ -62,13 +99,21 @@ void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorV
                   std::span<const TensorView> values, std::span<const TensorView> queries,
                   std::span<const TensorView> outputs, std::span<const Phase> phases) {
   const std::lock_guard lock(impl_->mutex);
+  impl_->check_layer(layer);
   impl_->check_attend(ids, queries, outputs);
   if (!phases.empty()) impl_->check_call(ids, phases.size(), "phases");
-  for (std::size_t b = 0; b < ids.size() && b < keys.size(); ++b) {
+  for (const Phase phase : phases) {
+    if (phase > Phase::kPromptEnd) {
+      throw InvalidArgument(message("phases must be 0, 1 or 2, got ", static_cast<int>(phase)));
+    }
+  }
+  impl_->check_append(ids, keys, values);
+  for (std::size_t b = 0; b < ids.size(); ++b) {
     if (queries[b].tokens == keys[b].tokens) continue;
     throw InvalidArgument(message("queries must have as many tokens as keys (", keys[b].tokens,
                                   "), got ", queries[b].tokens));
   }
+  Impl::check_outputs(outputs, {{"queries", queries}, {"keys", keys}, {"values", values}});
   impl_->append(ids, layer, keys, values);
   try {
     impl_->attend(ids, layer, queries, outputs, phases);
@@ -82,42 +127,62 @@ void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorV
   }
 }
 
+void Engine::take_back(std::span<const SeqId> ids, int layer,
+                       std::span<const std::int64_t> counts) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->check_layer(layer);
+  impl_->check_call(ids, counts.size(), "counts");
+  for (std::size_t b = 0; b < ids.size(); ++b) {
+    const std::int64_t length = impl_->layer_of(ids[b], layer).length();
+    if (counts[b] < 0 || counts[b] > length) {
+      throw InvalidArgument(message("counts must be from 0 to ", length,
+                                    " (the tokens of sequence ", ids[b], "), got ", counts[b]));
+    }
+  }
+  for (std::size_t b = 0; b < ids.size(); ++b) {
+    LayerCache& cache = impl_->sequence(ids[b]).layers[layer];
+    const auto kept = cache.length() - static_cast<std::int32_t>(counts[b]);
+    for (HeadCache& head : cache.heads) head.truncate(kept);
+  }
+}
+
+void Engine::Impl::check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
+                                std::span<const TensorView> values) const {
+  check_call(ids, keys.size(), "keys");
+  check_call(ids, values.size(), "values");
+  for (std::size_t b = 0; b < ids.size(); ++b) {
+    check_view("keys", keys[b], shape.num_kv_heads);
+    check_view("values", values[b], shape.num_kv_heads);
+    if (keys[b].tokens == values[b].tokens) continue;
+    throw InvalidArgument(message("values must have as many tokens as keys (", keys[b].tokens,
+                                  "), got ", values[b].tokens));
+  }
+}
+
 void Engine::Impl::append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
                           std::span<const TensorView> values) {
   Impl& self = *this;
-  self.check_call(ids, keys.size(), "keys");
-  self.check_call(ids, values.size(), "values");
   std::vector<LayerCache*> layers;
   for (const SeqId id : ids) layers.push_back(&self.layer_of(id, layer));
   std::size_t needed = 0;
   std::vector<std::int32_t> before;
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    self.check_view("keys", keys[b], self.shape.num_kv_heads);
-    self.check_view("values", values[b], self.shape.num_kv_heads);
-    if (keys[b].tokens != values[b].tokens) {
-      throw InvalidArgument(message("values must have as many tokens as keys (", keys[b].tokens,
-                                    "), got ", values[b].tokens));
-    }
     before.push_back(layers[b]->length());
-    if (before[b] + keys[b].tokens > INT32_MAX) {
-      throw InvalidArgument(message("a sequence must be shorter than ", INT32_MAX, " tokens, got ",
-                                    before[b] + keys[b].tokens));
+    if (keys[b].tokens > INT32_MAX - before[b]) {  // their sum may not fit
+      throw InvalidArgument(message("a sequence must be of at most ", INT32_MAX, " tokens, got ",
+                                    keys[b].tokens, " more for one of ", before[b]));
     }
     for (const HeadCache& head : layers[b]->heads) needed += head.pages_for(keys[b].tokens);
-    for (const auto& [name, view] : {std::pair{"keys", keys[b]}, {"values", values[b]}}) {
-      for (std::int64_t h = 0; h < view.heads; ++h) {
-        for (std::int64_t t = 0; t < view.tokens; ++t) {
-          if (!simd::kernels().all_finite(view.at(h, t), view.dtype, view.dim)) {
-            throw InvalidArgument(message(name, " must be finite, got NaN or Inf in sequence ",
-                                          ids[b], ", layer ", layer, ", KV head ", h, ", position ",
-                                          before[b] + t));
-          }
-        }
-      }
-    }
   }
   // The first layer answers for all: a step that will not fit is refused before any layer took it.
   const std::size_t all = needed * (layer == 0 ? self.shape.num_layers : 1);
+  // What can never fit is not even read: an expanded tensor is of any length.
+  if (all <= self.pool.capacity_pages()) {
+    for (std::size_t b = 0; b < ids.size(); ++b) {
+      check_finite("keys", keys[b], ids[b], layer, before[b]);
+      check_finite("values", values[b], ids[b], layer, before[b]);
+    }
+  }
   if (!self.has_pages(all) && !self.drop_rebuilds_for(all)) {
     throw OutOfPages(message("host_memory is exhausted: these tokens need ", all, " pages of ",
                              self.pool.page_bytes(), " bytes", layer == 0 ? " over all layers" : "",
@@ -162,6 +227,7 @@ void Engine::Impl::check_attend(std::span<const SeqId> ids, std::span<const Tens
 
 void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries) {
   const std::lock_guard lock(impl_->mutex);
+  impl_->check_layer(layer);
   impl_->check_call(ids, queries.size(), "queries");
   std::vector<LayerCache*> layers;
   for (std::size_t b = 0; b < ids.size(); ++b) {

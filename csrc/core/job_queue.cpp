@@ -24,10 +24,13 @@ JobQueue::JobQueue(int threads)
 }
 
 JobQueue::~JobQueue() {
+  Jobs dropped;
+  {
+    std::lock_guard lock(mutex_);
+    dropped.swap(queue_);
+  }
   stop();
   workers_->join();
-  std::unique_lock lock(mutex_);
-  while (!queue_.empty()) run(lock, queue_.begin());
 }
 
 void JobQueue::stop() {
@@ -110,6 +113,7 @@ void JobQueue::after_fork_in_child() {
   // Threads that are gone may wait on the conditions; destroying those would wait for them.
   new (&submitted_) std::condition_variable;
   new (&ended_) std::condition_variable;
+  has_lost_jobs_ = has_lost_jobs_ || !running_.empty();
   for (const Job& lost : running_) end_locked(*lost.group, lost.number, lost_in_fork_);
   // What the lost jobs captured belongs to threads that are gone: it is leaked.
   new (&running_) Jobs;

@@ -35,8 +35,8 @@ class JobQueue {
   // but its own.
   using Jobs = std::list<Job>;
 
-  explicit JobQueue(int threads);  // 0: jobs run in finish() and in the destructor
-  ~JobQueue();                     // runs all jobs to their end
+  explicit JobQueue(int threads);  // 0: jobs run in finish()
+  ~JobQueue();  // waits for the jobs that run; those that have not started are dropped
 
   void submit(Jobs jobs) noexcept;
   // See ThreadPool::finish.
@@ -47,6 +47,7 @@ class JobQueue {
   void before_fork();
   void after_fork_in_parent();
   void after_fork_in_child();
+  bool has_lost_jobs() const { return has_lost_jobs_; }
 
  private:
   void worker();
@@ -60,6 +61,7 @@ class JobQueue {
   Jobs queue_, running_;
   std::uint64_t next_number_ = 0;
   bool stopping_ = false;
+  bool has_lost_jobs_ = false;              // set in the child of a fork only, by its one thread
   std::unique_ptr<WorkerThreads> workers_;  // last: its threads use all of the above
 };
 

@@ -76,5 +76,8 @@ int DeviceCache::batch() const {
 std::int64_t DeviceCache::max_tokens() const {
   refuse();
 }
+int DeviceCache::device() const {
+  refuse();
+}
 
 }  // namespace icecache

@@ -79,4 +79,8 @@ void ThreadPool::wait(JobGroup& group) {
   if (state != nullptr && state->error) std::rethrow_exception(state->error);
 }
 
+bool ThreadPool::has_lost_jobs() const {
+  return impl_->jobs.has_lost_jobs();
+}
+
 }  // namespace icecache

@@ -52,7 +52,7 @@ class ThreadPool {
  public:
   // `foreground` threads take part in parallel_for, the caller included; `background` run jobs.
   ThreadPool(int foreground, int background);
-  ~ThreadPool();  // finishes all jobs
+  ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
@@ -69,6 +69,8 @@ class ThreadPool {
   void finish(JobGroup& group) noexcept;
   // finish(), then clears the group and rethrows the first exception.
   void wait(JobGroup& group);
+  // In a child process: true where jobs ran when it was forked, whose effects are half done.
+  bool has_lost_jobs() const;
 
  private:
   struct Impl;

@@ -23,11 +23,13 @@ float CacheShape::softmax_scale() const {
 }
 
 void CacheShape::validate() const {
-  if (num_layers < 1) {
-    throw InvalidArgument(message("num_layers must be at least 1, got ", num_layers));
+  if (num_layers < 1 || num_layers > kMaxLayers) {
+    throw InvalidArgument(
+        message("num_layers must be from 1 to ", kMaxLayers, ", got ", num_layers));
   }
-  if (num_kv_heads < 1) {
-    throw InvalidArgument(message("num_kv_heads must be at least 1, got ", num_kv_heads));
+  if (num_kv_heads < 1 || num_kv_heads > kMaxKvHeads) {
+    throw InvalidArgument(
+        message("num_kv_heads must be from 1 to ", kMaxKvHeads, ", got ", num_kv_heads));
   }
   if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
     throw InvalidArgument(message("num_q_heads must be a positive multiple of num_kv_heads (",

@@ -111,6 +111,7 @@ class DeviceCache {
   const Config& config() const;  // resolved
   int batch() const;
   std::int64_t max_tokens() const;
+  int device() const;
 
  private:
   struct Impl;

@@ -11,6 +11,9 @@
 // again; without memory once more, the tokens are attended exactly until a later call indexes them.
 // Where memory runs out while a decode step inserts into an index, that head attends exactly until
 // its index is built anew.
+// Destruction: background work that is under way ends first; what has not begun is dropped.
+// fork(): the child may use an engine that no other thread was in, and whose background work was
+// done, when the process forked. Calls on others throw Error there, and their memory stays taken.
 #pragma once
 
 #include <cstdint>
@@ -89,7 +92,8 @@ class Engine {
 
   // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands
   // at position length - T + t. Within the token budget where the sequence is indexed and T <=
-  // decode_tokens, exact else.
+  // decode_tokens, exact else. Throws InvalidArgument where rows of outputs share memory with one
+  // another or with an input; so does step().
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
               std::span<const TensorView> outputs);
 
@@ -99,6 +103,11 @@ class Engine {
   void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
             std::span<const TensorView> values, std::span<const TensorView> queries,
             std::span<const TensorView> outputs, std::span<const Phase> phases = {});
+
+  // Takes the last counts[b] tokens of one layer back: for a caller that cannot use what append() or
+  // step() did, as after an interrupt. Throws InvalidArgument for more than there are.
+  void take_back(std::span<const SeqId> sequences, int layer,
+                 std::span<const std::int64_t> counts);
 
   // For callers that computed the attention of a first chunk themselves: the chunk's last queries
   // [Hq, T, D] shape the metric, and clustering starts behind the caller.

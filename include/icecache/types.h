@@ -27,6 +27,9 @@ constexpr PageId kNoPage = 0xffffffffu;
 // A sequence of an Engine. Never reused within one Engine.
 using SeqId = std::int64_t;
 
+// Far above any model, and low enough for one record of each (layer, KV head) to fit into memory.
+constexpr int kMaxLayers = 1024;
+constexpr int kMaxKvHeads = 1024;
 constexpr int kMaxGroup = 16;     // largest G
 constexpr int kMaxHeadDim = 256;  // largest D; D is a multiple of 8
 constexpr int kMaxPageSize = 32;  // S is 8, 16 or 32: the slots of a page fit a 32-bit mask

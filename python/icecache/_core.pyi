@@ -1,20 +1,13 @@
-"""The C++ engine; tensors come as (address, dtype, heads, tokens, dim, head and token stride)."""
+"""The C++ engine. Integers are anything with __index__, lists of them any iterable."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
-TensorTuple: TypeAlias = tuple[int, "DType", int, int, int, int, int]
+import torch
 
-class DType:
-    float32: DType
-    bfloat16: DType
-    float16: DType
-
-class Phase:
-    def __init__(self, value: int) -> None: ...
-    auto: Phase
-    prefill: Phase
-    prompt_end: Phase
+# [B, H, T, D], or one [H, T_b, D] for each sequence.
+Tensors: TypeAlias = torch.Tensor | Iterable[torch.Tensor]
+Ids: TypeAlias = Iterable[SupportsIndex]
 
 class ConfigField:
     @property
@@ -125,54 +118,59 @@ class BuildInfo:
 class Engine:
     def __init__(
         self,
-        num_layers: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: DType,
-        scale: float,
+        num_layers: SupportsIndex,
+        num_q_heads: SupportsIndex,
+        num_kv_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        dtype: str,
+        scale: SupportsFloat,
         config: Config,
+        /,
     ) -> None: ...
     def new_sequence(self) -> int: ...
-    def fork(self, sequence: int) -> int: ...
-    def truncate(self, sequence: int, length: int) -> None: ...
-    def release(self, sequence: int) -> None: ...
-    def length(self, sequence: int, layer: int) -> int: ...
+    def fork(self, seq: SupportsIndex, /) -> int: ...
+    def truncate(self, seq: SupportsIndex, length: SupportsIndex, /) -> None: ...
+    def release(self, seq: SupportsIndex, /) -> None: ...
+    def length(self, seq: SupportsIndex, layer: SupportsIndex, /) -> int: ...
     def append(
-        self,
-        sequences: Sequence[int],
-        layer: int,
-        keys: Sequence[TensorTuple],
-        values: Sequence[TensorTuple],
+        self, seqs: Ids, layer: SupportsIndex, keys: Tensors, values: Tensors, /
     ) -> None: ...
-    def attend(
-        self,
-        sequences: Sequence[int],
-        layer: int,
-        queries: Sequence[TensorTuple],
-        outputs: Sequence[TensorTuple],
-    ) -> None: ...
+    # A tensor for a tensor, a list for a list.
+    def attend(self, seqs: Ids, layer: SupportsIndex, queries: Tensors, /) -> Any: ...
     def step(
         self,
-        sequences: Sequence[int],
-        layer: int,
-        keys: Sequence[TensorTuple],
-        values: Sequence[TensorTuple],
-        queries: Sequence[TensorTuple],
-        outputs: Sequence[TensorTuple],
-        phases: Sequence[Phase] = ...,
+        seqs: Ids,
+        layer: SupportsIndex,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        /,
+    ) -> torch.Tensor: ...
+    def step_packed(
+        self,
+        seqs: Ids,
+        layer: SupportsIndex,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        outputs: torch.Tensor,
+        firsts: Ids,
+        counts: Ids,
+        phases: Ids,
+        /,
     ) -> None: ...
-    def address(self) -> int: ...
-    def observe(
-        self, sequences: Sequence[int], layer: int, queries: Sequence[TensorTuple]
+    def observe(self, seqs: Ids, layer: SupportsIndex, queries: Tensors, /) -> None: ...
+    def gather(
+        self, seq: SupportsIndex, layer: SupportsIndex, keys: torch.Tensor, values: torch.Tensor, /
     ) -> None: ...
-    def gather(self, sequence: int, layer: int, keys: TensorTuple, values: TensorTuple) -> None: ...
     def synchronize(self) -> None: ...
-    def stats(self, layer: int, kv_head: int) -> HeadStats: ...
+    def stats(self, layer: SupportsIndex, kv_head: SupportsIndex, /) -> HeadStats: ...
     def reset_stats(self) -> None: ...
     def memory(self) -> MemoryStats: ...
     def pool_bytes(self) -> int: ...
-    def trace(self, sequence: int, layer: int, kv_head: int) -> StepTrace: ...
+    def trace(
+        self, seq: SupportsIndex, layer: SupportsIndex, kv_head: SupportsIndex, /
+    ) -> StepTrace: ...
     def check_integrity(self) -> None: ...
     def config(self) -> Config: ...
     def scale(self) -> float: ...
@@ -182,7 +180,7 @@ def build_info() -> BuildInfo: ...
 def simd_level() -> str: ...
 def usable_cores() -> int: ...
 def usable_memory() -> int: ...
-def use_parallel_for(function: int) -> None: ...
+def use_parallel_for(library: str | None) -> None: ...
 
 class DeviceCacheStats:
     @property
@@ -216,39 +214,54 @@ class DeviceCache:
     room_step: int
     def __init__(
         self,
-        num_layers: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: DType,
-        scale: float,
+        num_layers: SupportsIndex,
+        num_q_heads: SupportsIndex,
+        num_kv_heads: SupportsIndex,
+        head_dim: SupportsIndex,
+        dtype: str,
+        scale: SupportsFloat,
         config: Config,
-        batch: int,
-        max_tokens: int,
-        device: int,
+        batch: SupportsIndex,
+        max_tokens: SupportsIndex,
+        device: SupportsIndex,
+        /,
     ) -> None: ...
     def prefill(
         self,
-        layer: int,
-        sequence: int,
-        keys: TensorTuple,
-        values: TensorTuple,
-        queries: TensorTuple,
-        stream: int,
+        layer: SupportsIndex,
+        sequence: SupportsIndex,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        queries: torch.Tensor,
+        /,
     ) -> None: ...
-    def limit_tokens(self, tokens: int) -> None: ...
-    def reserve(self, sequence: int, tokens: int, stream: int) -> None: ...
-    def built(self, layer: int) -> bool: ...
-    def wait(self, layer: int) -> None: ...
+    def limit_tokens(self, tokens: SupportsIndex, /) -> None: ...
+    def reserve(self, sequence: SupportsIndex, tokens: SupportsIndex, /) -> None: ...
+    def built(self, layer: SupportsIndex, /) -> bool: ...
+    def wait(self, layer: SupportsIndex, /) -> None: ...
     def step(
-        self, layer: int, queries: int, keys: int, values: int, out: int, stream: int, rows: int
+        self,
+        layer: SupportsIndex,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor | None,
+        /,
     ) -> None: ...
-    def rebuild(self, layer: int, sequence: int, stream: int) -> None: ...
-    def fork(self, sequence: int, source: int, stream: int) -> None: ...
-    def truncate(self, sequence: int, length: int, stream: int) -> None: ...
-    def release(self, sequence: int, stream: int) -> None: ...
-    def length(self, layer: int, sequence: int, stream: int) -> int: ...
-    def gather(self, layer: int, sequence: int, keys: int, values: int, stream: int) -> None: ...
-    def stats(self, layer: int, kv_head: int, stream: int) -> DeviceCacheStats: ...
+    def rebuild(self, layer: SupportsIndex, sequence: SupportsIndex, /) -> None: ...
+    def fork(self, sequence: SupportsIndex, source: SupportsIndex, /) -> None: ...
+    def truncate(self, sequence: SupportsIndex, length: SupportsIndex, /) -> None: ...
+    def release(self, sequence: SupportsIndex, /) -> None: ...
+    def length(self, layer: SupportsIndex, sequence: SupportsIndex, /) -> int: ...
+    def gather(
+        self,
+        layer: SupportsIndex,
+        sequence: SupportsIndex,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        /,
+    ) -> None: ...
+    def stats(self, layer: SupportsIndex, kv_head: SupportsIndex, /) -> DeviceCacheStats: ...
     def memory(self) -> DeviceCacheMemory: ...
     def config(self) -> Config: ...

@@ -14,7 +14,7 @@ import torch
 
 from icecache import _core
 from icecache.config import Config, Value, wrap
-from icecache.engine import _tuple, core_settings
+from icecache.engine import core_settings
 from icecache.errors import InvalidArgument
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
@@ -118,8 +118,8 @@ class DeviceCache:
         answers with NaN. Where it grows the current stream is waited for. Graphs that were captured
         before see the room. Raises InvalidArgument beyond max_tokens, OutOfPages.
         """
-        if tokens > self._room[sequence]:
-            self._cache.reserve(sequence, tokens, self._stream())
+        if not 0 <= sequence < self.batch or tokens > self._room[sequence]:
+            self._cache.reserve(sequence, tokens)
             self._room[sequence] = tokens
 
     def prefill(
@@ -154,7 +154,7 @@ class DeviceCache:
         recent = max(1, _QUERIES // (self.num_q_heads // self.num_kv_heads))
         rows = [
             row if row.stride(2) == 1 and not _odd(row) else row.contiguous()
-            for row in (keys, values)
+            for row in (keys.resolve_neg(), values.resolve_neg())
         ]
         # Queries are part of a larger tensor that need not outlive the layer: a copy.
         rows.append(queries[:, -recent:].clone(memory_format=torch.contiguous_format))
@@ -162,8 +162,7 @@ class DeviceCache:
             if self._cache.built(earlier) or len(self._held) > _WAITING:
                 self.wait(earlier)
         self._held.setdefault(layer, []).extend(rows)
-        key_rows, value_rows, query_rows = map(_tuple, rows)
-        self._cache.prefill(layer, sequence, key_rows, value_rows, query_rows, self._stream())
+        self._cache.prefill(layer, sequence, *rows)
 
     def step(
         self,
@@ -227,11 +226,11 @@ class DeviceCache:
         Metric, sketches and far-field nodes are the prompt's until then: call it between steps when
         a sequence has grown to twice what it was. Waits for the work.
         """
-        self._cache.rebuild(layer, sequence, self._stream())
+        self._cache.rebuild(layer, sequence)
 
     def fork(self, sequence: int, source: int) -> None:
         """Makes `sequence` a copy of `source`; whole pages of host memory are shared."""
-        self._cache.fork(sequence, source, self._stream())
+        self._cache.fork(sequence, source)
         self._room[sequence] = self._room[source]
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -240,11 +239,11 @@ class DeviceCache:
         Waits for the current stream. Tokens that came one by one since the last build cost a
         kernel; a length within the tokens of that build, one more build.
         """
-        self._cache.truncate(sequence, length, self._stream())
+        self._cache.truncate(sequence, length)
 
     def release(self, sequence: int) -> None:
         """Empties a sequence and gives its pages back. Waits for the current stream."""
-        self._cache.release(sequence, self._stream())
+        self._cache.release(sequence)
         self._room[sequence] = 0
         self._held.clear()
 
@@ -265,14 +264,14 @@ class DeviceCache:
 
     def length(self, layer: int = 0, sequence: int = 0) -> int:
         """Tokens of a sequence in one layer. Waits for the current stream."""
-        return self._cache.length(layer, sequence, self._stream())
+        return self._cache.length(layer, sequence)
 
     def gather(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, L, D] of a sequence, in order of position."""
         shape = (self.num_kv_heads, self.length(layer, sequence), self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         values = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._cache.gather(layer, sequence, keys.data_ptr(), values.data_ptr(), self._stream())
+        self._cache.gather(layer, sequence, keys, values)
         return keys, values
 
     def stats(self, layer: int, kv_head: int | None = None) -> _core.DeviceCacheStats:
@@ -280,14 +279,11 @@ class DeviceCache:
 
         With `kv_head` of that head alone.
         """
-        return self._cache.stats(layer, -1 if kv_head is None else kv_head, self._stream())
+        return self._cache.stats(layer, -1 if kv_head is None else kv_head)
 
     def memory(self) -> _core.DeviceCacheMemory:
         """Bytes held on the device and in host memory."""
         return self._cache.memory()
-
-    def _stream(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self.device or tensor.dtype != self.dtype:
@@ -305,43 +301,7 @@ class DeviceCache:
         out: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        count = self.batch if rows is None else len(queries)
-        for name, tensor, heads in (
-            ("queries", queries, self.num_q_heads),
-            ("keys", keys, self.num_kv_heads),
-            ("values", values, self.num_kv_heads),
-        ):
-            if tensor.shape != (count, heads, 1, self.head_dim):
-                raise InvalidArgument(
-                    f"{name} must be [{count}, {heads}, 1, {self.head_dim}], got "
-                    f"{list(tensor.shape)}"
-                )
-            self._check(name, tensor)
-        if out.shape != queries.shape or not out.is_contiguous():
-            raise InvalidArgument(
-                f"out must be a contiguous {list(queries.shape)}, got {list(out.shape)} with "
-                f"strides {out.stride()}"
-            )
-        self._check("out", out)
-        if rows is not None and (
-            rows.shape != (self.batch,)
-            or rows.dtype != torch.int32
-            or rows.device != self.device
-            or not rows.is_contiguous()
-        ):
-            raise InvalidArgument(
-                f"rows must be a contiguous int32 tensor [{self.batch}] on {self.device}, got "
-                f"{rows.dtype} {list(rows.shape)} on {rows.device}"
-            )
-        self._cache.step(
-            layer,
-            queries.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            out.data_ptr(),
-            self._stream(),
-            0 if rows is None else rows.data_ptr(),
-        )
+        self._cache.step(layer, queries, keys, values, out, rows)
         self._held.pop(layer, None)
 
 
@@ -381,7 +341,10 @@ def _device_step(
     out: torch.Tensor,
     rows: torch.Tensor | None,
 ) -> None:
-    _caches[cache]._step(layer, queries, keys, values, out, rows)
+    found = _caches.get(cache)
+    if found is None:
+        raise InvalidArgument(f"cache must be the number of a DeviceCache that exists, got {cache}")
+    found._step(layer, queries, keys, values, out, rows)
 
 
 @_device_step.register_fake

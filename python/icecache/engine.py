@@ -7,7 +7,7 @@ Hkv KV heads, D head dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -19,23 +19,15 @@ from icecache.errors import InvalidArgument
 
 # torch's threads go on spinning after each of its loops, on the cores that the engine's own would
 # need: the engine runs on them. `icecache doctor` tells why where the operators do not load.
-_step: Callable[..., torch.Tensor] | None = None
-_step_packed: Callable[..., None] | None = None
 with contextlib.suppress(OSError):
     from icecache import ops
 
-    _core.use_parallel_for(ops.parallel_for_address())
-    _step = torch.ops.icecache.step.default
-    _step_packed = torch.ops.icecache.step_packed.default
+    _core.use_parallel_for(ops.LIBRARY)
 
 # [B, H, T, D], or one [H, T_b, D] for each sequence.
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
-_DTYPES = {
-    torch.float32: _core.DType.float32,
-    torch.bfloat16: _core.DType.bfloat16,
-    torch.float16: _core.DType.float16,
-}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Phase(IntEnum):
@@ -48,7 +40,7 @@ class Phase(IntEnum):
 
 def core_settings(
     dtype: torch.dtype, scale: float | None, config: Config | None, fields: dict[str, Value]
-) -> tuple[_core.DType, float, _core.Config]:
+) -> tuple[str, float, _core.Config]:
     """What a cache is made with, as C++ takes it; `fields` take precedence over `config`."""
     if dtype not in _DTYPES:
         raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -61,13 +53,21 @@ def core_settings(
 class Engine:
     """KV cache of one model for many sequences, and attention over it within a token budget.
 
-    Tensors are on the CPU, in `dtype`; those that come back are new. Queries and keys are
-    post-RoPE. Thread-safe: calls are serialised, and run without the GIL. Index work runs on the
-    engine's own threads behind the caller; the same calls give bitwise the same results with any
-    number of threads. A call that raises leaves every sequence as it was before the call.
+    Tensors are plain ones on the CPU, in `dtype`; those that come back are new, and take no part in
+    autograd. Queries and keys are post-RoPE. Thread-safe: calls are serialised, and run without the
+    GIL. Index work runs on the engine's own threads behind the caller; the same calls give bitwise
+    the same results with any number of threads.
+
+    A call that raises leaves every sequence as it was before the call, also where what it raises
+    comes from a signal (Ctrl-C) that arrived while it ran: its tokens are taken back. Only a signal
+    that arrives after that, before the caller has the result, finds the tokens taken, as after any
+    call in Python: length() tells. An engine that is dropped waits for index work that has begun,
+    without the GIL, and no other. After os.fork() the child may use it unless a call or index work
+    was under way: calls raise Error then.
 
     Errors: InvalidArgument for unknown sequences, layers, shapes, dtypes and for NaN or Inf in
-    keys and values (with their position); OutOfPages where `host_memory` is exhausted.
+    keys and values (with their position); TypeError for what is no number or no list; OutOfPages
+    where `host_memory` is exhausted.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class Engine:
             core_scale,
             values,
         )
-        self._address = self._engine.address()
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
@@ -137,9 +136,7 @@ class Engine:
 
     def append(self, seqs: Sequence[int], layer: int, keys: Tensors, values: Tensors) -> None:
         """Appends T tokens to each sequence: keys, values [B, Hkv, T, D] or B of [Hkv, T_b, D]."""
-        key_rows = self._rows("keys", keys)
-        value_rows = self._rows("values", values)
-        self._engine.append(list(seqs), layer, _tuples(key_rows), _tuples(value_rows))
+        self._engine.append(seqs, layer, keys, values)
 
     def attend(self, seqs: Sequence[int], layer: int, queries: Tensors) -> Any:
         """Causal attention of the last T tokens of each sequence, which were appended before.
@@ -147,14 +144,7 @@ class Engine:
         Queries [B, Hq, T, D] or B of [Hq, T_b, D]; the result has the same form. Within the token
         budget where T <= decode_tokens and the sequence has outgrown the budget, exact else.
         """
-        rows = self._rows("queries", queries)
-        if isinstance(queries, torch.Tensor):
-            outputs = torch.empty(queries.shape, dtype=self.dtype)
-            self._engine.attend(list(seqs), layer, _tuples(rows), _tuples(list(outputs)))
-            return outputs
-        parts = [torch.empty(row.shape, dtype=self.dtype) for row in rows]
-        self._engine.attend(list(seqs), layer, _tuples(rows), _tuples(parts))
-        return parts
+        return self._engine.attend(seqs, layer, queries)
 
     def step(
         self,
@@ -170,21 +160,7 @@ class Engine:
         decode step calls: for one token it takes less time than the two calls. Both are done or
         neither.
         """
-        if _step is not None:
-            try:
-                return _step(self._address, seqs, layer, keys, values, queries)
-            except (RuntimeError, TypeError):
-                pass  # an operator knows only RuntimeError: the calls below raise what it was
-        outputs = torch.empty(queries.shape, dtype=self.dtype)
-        self._engine.step(
-            list(seqs),
-            layer,
-            _tuples(self._rows("keys", keys)),
-            _tuples(self._rows("values", values)),
-            _tuples(self._rows("queries", queries)),
-            _tuples(list(outputs)),
-        )
-        return outputs
+        return self._engine.step(seqs, layer, queries, keys, values)
 
     def step_packed(
         self,
@@ -201,53 +177,13 @@ class Engine:
         """append() and then attend(), for sequences with unequal numbers of tokens.
 
         Queries and outputs [N, Hq, D], keys and values [N, Hkv, D]; rows firsts[b] up to
-        firsts[b] + counts[b] are those of seqs[b]. Other rows of `outputs` stay as they are. A
-        prompt in chunks of PREFILL and one of PROMPT_END has the index that it would have in one
-        chunk, however it is cut. All sequences take their tokens or none does.
+        firsts[b] + counts[b] are those of seqs[b]. `outputs` shares memory with no input, and its
+        rows with one another; other rows of it stay as they are. A prompt in chunks of PREFILL and
+        one of PROMPT_END has the index that it would have in one chunk, however it is cut. All
+        sequences take their tokens or none does.
         """
-        if _step_packed is not None:
-            try:
-                _step_packed(
-                    self._address,
-                    seqs,
-                    layer,
-                    keys,
-                    values,
-                    queries,
-                    outputs,
-                    firsts,
-                    counts,
-                    [int(phase) for phase in phases],
-                )
-                return
-            except (RuntimeError, TypeError):
-                pass  # as in step()
-
-        if not len(seqs) == len(firsts) == len(counts) == len(phases):
-            raise InvalidArgument(
-                "seqs, firsts, counts and phases must be of one length, got "
-                f"{len(seqs)}, {len(firsts)}, {len(counts)} and {len(phases)}"
-            )
-
-        def rows(name: str, tensor: torch.Tensor) -> list[_core.TensorTuple]:
-            parts = []
-            for first, count in zip(firsts, counts, strict=True):
-                if not 0 <= first <= first + count <= tensor.shape[0]:
-                    raise InvalidArgument(
-                        f"{name} must hold rows {first} to {first + count}, "
-                        f"got {list(tensor.shape)}"
-                    )
-                parts.append(tensor[first : first + count].transpose(0, 1))
-            return _tuples(self._rows(name, parts))
-
-        self._engine.step(
-            list(seqs),
-            layer,
-            rows("keys", keys),
-            rows("values", values),
-            rows("queries", queries),
-            rows("outputs", outputs),
-            [_core.Phase(Phase(phase)) for phase in phases],
+        self._engine.step_packed(
+            seqs, layer, queries, keys, values, outputs, firsts, counts, phases
         )
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
@@ -256,14 +192,14 @@ class Engine:
         The last 256 or fewer shape the metric in which keys are clustered; clustering starts on
         the engine's threads. Form as in attend().
         """
-        self._engine.observe(list(seqs), layer, _tuples(self._rows("queries", queries)))
+        self._engine.observe(seqs, layer, queries)
 
     def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens in order of position: two of [Hkv, L, D]."""
         shape = (self.num_kv_heads, self.length(seq, layer), self.head_dim)
-        keys = torch.empty(shape, dtype=self.dtype)
-        values = torch.empty(shape, dtype=self.dtype)
-        self._engine.gather(seq, layer, _tuple(keys), _tuple(values))
+        keys = torch.empty(shape, dtype=self.dtype, device="cpu")
+        values = torch.empty(shape, dtype=self.dtype, device="cpu")
+        self._engine.gather(seq, layer, keys, values)
         return keys, values
 
     def synchronize(self) -> None:
@@ -300,36 +236,3 @@ class Engine:
             f"{self.num_kv_heads} KV heads, head_dim {self.head_dim}, {self.dtype}, "
             f"{self.config!r})"
         )
-
-    def _rows(self, name: str, tensors: Tensors) -> list[torch.Tensor]:
-        """One [H, T, D] a sequence, with unit stride in D."""
-        if isinstance(tensors, torch.Tensor):
-            if tensors.ndim != 4:
-                raise InvalidArgument(
-                    f"{name} must be [B, H, T, D] or a list of [H, T, D], "
-                    f"got a tensor of shape {list(tensors.shape)}"
-                )
-            rows = list(tensors)
-        else:
-            rows = list(tensors)
-        for index, row in enumerate(rows):
-            if not isinstance(row, torch.Tensor) or row.ndim != 3:
-                got = list(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__
-                raise InvalidArgument(f"{name}[{index}] must be a tensor [H, T, D], got {got}")
-            if row.device.type != "cpu":
-                raise InvalidArgument(f"{name}[{index}] must be on the CPU, got {row.device}")
-            if row.dtype != self.dtype:
-                raise InvalidArgument(
-                    f"{name}[{index}] must be {self.dtype} as the cache, got {row.dtype}"
-                )
-        return [row if row.stride(2) == 1 else row.contiguous() for row in rows]
-
-
-def _tuple(row: torch.Tensor) -> _core.TensorTuple:
-    heads, tokens, dim = row.shape
-    head_stride, token_stride, _ = row.stride()
-    return row.data_ptr(), _DTYPES[row.dtype], heads, tokens, dim, head_stride, token_stride
-
-
-def _tuples(rows: list[torch.Tensor]) -> list[_core.TensorTuple]:
-    return [_tuple(row) for row in rows]

@@ -9,20 +9,14 @@ B sequences, Hq query heads, Hkv KV heads, D head dim, S page size.
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import cast
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("_ops.so")
-torch.ops.load_library(str(_LIBRARY))
-
-
-def parallel_for_address() -> int:
-    """Address of an icecache::ParallelFor (include/icecache/parallel.h) on torch's own threads."""
-    function = ctypes.CDLL(str(_LIBRARY)).icecache_torch_parallel_for
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+# Also defines icecache_torch_parallel_for: include/icecache/parallel.h on torch's own threads.
+LIBRARY = str(Path(__file__).with_name("_ops.so"))
+torch.ops.load_library(LIBRARY)
 
 
 def paged_attention(

@@ -86,7 +86,7 @@ TEST(CacheShape, RefusesHeadCountsThatDoNotGroup) {
 TEST(CacheShape, RefusesNoLayersAndImpossibleScales) {
   CacheShape shape = small_shape();
   shape.num_layers = 0;
-  EXPECT_NE(refusal(shape).find("num_layers must be at least 1, got 0"), std::string::npos);
+  EXPECT_NE(refusal(shape).find("num_layers must be from 1 to 1024, got 0"), std::string::npos);
   shape = small_shape();
   for (const float scale :
        {-1.0f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {

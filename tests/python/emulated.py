@@ -9,7 +9,6 @@ import importlib.util
 import sysconfig
 from pathlib import Path
 
-import icecache
 import pytest
 from absence import absent
 from icecache import _core, device
@@ -32,4 +31,3 @@ def emulate_device(patch: pytest.MonkeyPatch) -> None:
     spec.loader.exec_module(module)
     patch.setattr(_core, "DeviceCache", module.DeviceCache)
     patch.setattr(device, "KIND", "cpu")
-    patch.setattr(icecache.DeviceCache, "_stream", lambda self: 0)

@@ -236,5 +236,7 @@ def test_sequences_step_in_the_rows_they_are_given() -> None:
     assert torch.equal(out[[2, 0]], expected[[0, 2]])
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert [apart.length(0, sequence) for sequence in range(3)] == [301, 500, 701]
-    with pytest.raises(icecache.InvalidArgument, match=r"rows must be a contiguous int32 tensor"):
+    with pytest.raises(
+        icecache.InvalidArgument, match=r"rows must be torch\.int32, got torch\.int64"
+    ):
         apart.step(0, query, key, key, rows.long())
