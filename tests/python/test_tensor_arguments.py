@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from icecache import Engine, InvalidArgument, OutOfPages, Phase
 
 Q_HEADS, KV_HEADS, DIM = 4, 2, 16
-Form = Callable[[torch.Tensor], torch.Tensor]
+Form = Callable[[torch.Tensor], Any]
 
 
 class Plain(torch.Tensor):
@@ -22,7 +21,7 @@ class Doubled(torch.Tensor):
     """A subclass whose memory is not what it stands for."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return function(*args, **(kwargs or {}))
@@ -39,6 +38,12 @@ def shrunk_slice(x: torch.Tensor) -> torch.Tensor:
     part = copy[1]
     copy.untyped_storage().resize_(0)
     return part
+
+
+def read_only(x: torch.Tensor) -> Any:
+    array = x.clone().numpy()
+    array.flags.writeable = False
+    return array
 
 
 def fake(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +69,7 @@ READ_RIGHT: dict[str, Form] = {
     "subclass": lambda x: x.clone().as_subclass(Plain),
     "odd offset": lambda x: torch.cat([torch.ones(1), x.flatten()])[1:].view(x.shape),
     "shared memory": lambda x: x.clone().share_memory_(),
-    "read-only numpy": lambda x: torch.from_numpy(numpy.array(x)),
+    "read-only numpy": lambda x: torch.from_numpy(read_only(x)),
     "copy on write": lambda x: torch._lazy_clone(x),
     "rows apart": lambda x: torch.cat([x, x], -1)[..., :DIM],
 }
@@ -117,13 +122,13 @@ def given() -> list[torch.Tensor]:
     return [tokens(3, heads, 5 + heads) for heads in (Q_HEADS, KV_HEADS, KV_HEADS)]
 
 
-def call(engine: Engine, verb: str, queries: Any, keys: Any, values: Any) -> torch.Tensor:
+def call(engine: Engine, verb: str, queries: Any, keys: Any, values: Any) -> Any:
     if verb == "step":
         return engine.step([0], 0, queries, keys, values)
     if verb == "step_packed":
         outputs = torch.empty(3, Q_HEADS, DIM)
-        packed = [x[0].transpose(0, 1) for x in (queries, keys, values)]
-        engine.step_packed([0], 0, *packed, outputs, [0], [3], [Phase.AUTO])
+        q, k, v = (x[0].transpose(0, 1) for x in (queries, keys, values))
+        engine.step_packed([0], 0, q, k, v, outputs, [0], [3], [Phase.AUTO])
         return outputs.transpose(0, 1)[None]
     in_list = verb == "lists"
     engine.append([0], 0, *([keys[0]], [values[0]]) if in_list else (keys, values))
@@ -134,6 +139,7 @@ def call(engine: Engine, verb: str, queries: Any, keys: Any, values: Any) -> tor
 
 @pytest.mark.parametrize("verb", ["step", "step_packed", "tensors", "lists"])
 @pytest.mark.parametrize("form", READ_RIGHT)
+@pytest.mark.filterwarnings("ignore:.*not writable")
 def test_tensors_of_any_form_are_read_right(form: str, verb: str) -> None:
     plain, formed = make(), make()
     want = call(plain, verb, *given())
@@ -210,7 +216,7 @@ OUTPUTS_REFUSED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
 }
 
 
-def packed_step(engine: Engine, **changed: Any) -> torch.Tensor:
+def packed_step(engine: Engine, **changed: Any) -> Any:
     queries, keys, values = (x[0].transpose(0, 1) for x in given())
     arguments: dict[str, Any] = {
         "seqs": [0],
@@ -261,7 +267,6 @@ def test_two_sequences_may_read_the_same_rows_but_not_write_them() -> None:
     with pytest.raises(InvalidArgument, match="memory of its own for every row"):
         packed_step(engine, **two, firsts=[1, 1])
     got = packed_step(engine, **two, firsts=[0, 1])
-    queries, keys, values = given()
     want = [twin.step([s], 0, *(x[:, :, s : s + 1] for x in given())) for s in (0, 1)]
     assert torch.equal(got[:2], torch.cat(want)[:, :, 0])
 
@@ -297,7 +302,7 @@ WILD_ROWS = [
 def test_rows_outside_of_the_tensors_are_refused(firsts: list[int], counts: list[int]) -> None:
     engine = make()
     for _ in range(20):
-        with pytest.raises(InvalidArgument, match="must hold|must fit 64 bits"):
+        with pytest.raises(InvalidArgument, match=r"must hold|must fit 64 bits"):
             packed_step(engine, firsts=firsts, counts=counts)
     assert engine.length(0) == 20
     engine.check_integrity()
@@ -330,7 +335,7 @@ def test_no_other_layer_is_taken_for_one_that_exists(layer: int) -> None:
 def test_endless_tensors_are_refused_without_being_read(count: int) -> None:
     engine = make()
     endless = torch.zeros(1, KV_HEADS, 1, DIM).expand(-1, -1, count, -1)
-    with pytest.raises((InvalidArgument, OutOfPages), match="a sequence must be|host_memory"):
+    with pytest.raises((InvalidArgument, OutOfPages), match=r"a sequence must be|host_memory"):
         engine.append([0], 0, endless, endless)
     assert engine.length(0) == 20
 
