@@ -104,10 +104,9 @@ class Engine {
             std::span<const TensorView> values, std::span<const TensorView> queries,
             std::span<const TensorView> outputs, std::span<const Phase> phases = {});
 
-  // Takes the last counts[b] tokens of one layer back: for a caller that cannot use what append() or
-  // step() did, as after an interrupt. Throws InvalidArgument for more than there are.
-  void take_back(std::span<const SeqId> sequences, int layer,
-                 std::span<const std::int64_t> counts);
+  // Takes the last counts[b] tokens of one layer back: for a caller that cannot use what append()
+  // or step() did, as after an interrupt. Throws InvalidArgument for more than there are.
+  void take_back(std::span<const SeqId> sequences, int layer, std::span<const std::int64_t> counts);
 
   // For callers that computed the attention of a first chunk themselves: the chunk's last queries
   // [Hq, T, D] shape the metric, and clustering starts behind the caller.

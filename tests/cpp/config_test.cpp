@@ -281,6 +281,12 @@ TEST(ConfigResolved, RefusesMaximumBelowBudget) {
   EXPECT_MENTIONS(refusal(with("max_token_budget", "255")), "token_budget (256), got 255");
 }
 
+TEST(ConfigResolved, RefusesWhatDoesNotFitThirtyTwoBits) {
+  for (const std::string name : {"max_token_budget", "device_pages"}) {
+    EXPECT_MENTIONS(refusal(with(name, "4294967296")), name + " must be from 0 to ");
+  }
+}
+
 TEST(ConfigResolved, RefusesFewerCandidatesThanPicks) {
   EXPECT_MENTIONS(refusal(with("candidates", "219")), "256 - 4 - 32 = 220, got 219");
 }

@@ -279,6 +279,47 @@ TEST(Engine, RefusesNaNAndChangesNothing) {
   engine.check_integrity();
 }
 
+TEST(Engine, TakesTokensBackAsIfTheyHadNeverCome) {
+  Engine engine(small_shape(), small_config()), twin(small_shape(), small_config());
+  Feeder feeder(engine, 7), other(twin, 7);
+  const SeqId id = engine.new_sequence();
+  ASSERT_EQ(id, twin.new_sequence());
+  feeder.append(id, 30);
+  other.append(id, 30);
+  std::vector<float> keys = feeder.normal(kHeads * 5 * kDim, 1);
+  const TensorView view = Feeder::view(keys, kHeads);
+  engine.append({&id, 1}, 1, {&view, 1}, {&view, 1});
+  const std::int64_t five[] = {5}, wild[] = {-1, 36, INT64_MAX, INT64_MIN};
+  for (const std::int64_t count : wild) {
+    EXPECT_THROW(engine.take_back({&id, 1}, 1, {&count, 1}), InvalidArgument);
+  }
+  EXPECT_THROW(engine.take_back({&id, 1}, kLayers, five), InvalidArgument);
+  EXPECT_THROW(engine.take_back({&id, 1}, 1, {}), InvalidArgument);
+  engine.take_back({&id, 1}, 1, five);
+  EXPECT_EQ(engine.length(id, 0), 30);
+  EXPECT_EQ(engine.length(id, 1), 30);
+  other.normal(kHeads * 5 * kDim, 1);  // the same random numbers from here on
+  EXPECT_EQ(feeder.step(id), other.step(id));
+  engine.check_integrity();
+}
+
+TEST(Engine, RefusesOutputsThatShareMemory) {
+  Engine engine(small_shape(), small_config());
+  Feeder feeder(engine, 7);
+  const SeqId ids[] = {engine.new_sequence(), engine.new_sequence()};
+  for (const SeqId id : ids) feeder.append(id, 30);
+  std::vector<float> queries = feeder.normal(kQueryHeads * kDim, 1), out = queries;
+  const TensorView q = Feeder::view(queries, kQueryHeads), o = Feeder::view(out, kQueryHeads);
+  const TensorView both_queries[] = {q, q}, both_outputs[] = {o, o};
+  EXPECT_THROW(engine.attend(ids, 0, both_queries, both_outputs), InvalidArgument);
+  EXPECT_THROW(engine.attend({ids, 1}, 0, {&q, 1}, {&q, 1}), InvalidArgument);
+  TensorView expanded = o;
+  expanded.head_stride = 0;
+  EXPECT_THROW(engine.attend({ids, 1}, 0, {&q, 1}, {&expanded, 1}), InvalidArgument);
+  EXPECT_EQ(out, queries) << "nothing was written";
+  engine.attend({ids, 1}, 0, {&q, 1}, {&o, 1});
+}
+
 TEST(Engine, ForksGoTheirOwnWays) {
   Engine engine(small_shape(), small_config());
   Feeder feeder(engine, 8);

@@ -325,6 +325,27 @@ TEST(BackgroundOrder, ManyThreadsSubmitAndWait) {
   EXPECT_EQ(runs, 4 * 100 * 4);
 }
 
+TEST(ThreadPool, DestructionDropsWhatHasNotStartedAndWaitsForTheRest) {
+  Gate started, gate;
+  std::atomic<int> ended{0};
+  auto pool = std::make_unique<ThreadPool>(1, 1);
+  JobGroup group;
+  pool->submit(group, [&] {
+    started.open();
+    EXPECT_TRUE(gate.pass());
+    ++ended;
+  });
+  for (int i = 0; i < 100; ++i) pool->submit(group, [&] { ended += 1000; });
+  ASSERT_TRUE(started.pass());
+  std::thread opener([&] {
+    std::this_thread::sleep_for(milliseconds(20));  // the destructor has dropped the others
+    gate.open();
+  });
+  pool.reset();
+  EXPECT_EQ(ended, 1);
+  opener.join();
+}
+
 // ---- fork()
 
 // The exit status of `child` run in a forked process; -1 where it did not exit by itself in time.
