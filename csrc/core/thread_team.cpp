@@ -218,6 +218,7 @@ void ThreadTeam::after_fork_in_parent() {
 
 void ThreadTeam::after_fork_in_child() {
   helpers_->abandon();
+  host_parallel_for.store(nullptr);  // the host's threads are gone, too: OpenMP would wait for them
   // Threads that are gone may hold the turn or wait on the conditions; destroying those would wait
   // for them, so that they are made anew in place.
   new (&turn_) std::mutex;
