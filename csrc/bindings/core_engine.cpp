@@ -140,6 +140,11 @@ py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle 
   const Rows q = batch_rows(form_of(self, "queries"), queries, ids.size());
   const Rows k = batch_rows(form_of(self, "keys"), keys, ids.size());
   const Rows v = batch_rows(form_of(self, "values"), values, ids.size());
+  // Before memory is taken for as many outputs: an expanded tensor is of any length.
+  if (q.held[0].size(2) != k.held[0].size(2)) {
+    throw InvalidArgument(message("queries must have as many tokens as keys (", k.held[0].size(2),
+                                  "), got ", q.held[0].size(2)));
+  }
   py::object result = new_like(queries);
   const Rows out = batch_rows(form_of(self, "outputs", Use::kWritten), result, ids.size());
   append_or_not(self, ids, layer, k.views,

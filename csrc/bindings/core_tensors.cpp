@@ -286,7 +286,8 @@ Rows batch_rows(TensorForm form, py::handle tensor, std::size_t sequences) {
 
 Rows batch_or_list_rows(TensorForm form, py::handle tensors, std::size_t sequences) {
   if (is_tensor(tensors)) {
-    if (py::len(tensors.attr("shape")) != 4) {
+    // A nested tensor has no shape.
+    if (naming(form, tensors, [&] { return py::len(tensors.attr("shape")); }) != 4) {
       throw InvalidArgument(message(form.name,
                                     " must be [B, H, T, D] or a list of [H, T, D], got a tensor "
                                     "of shape ",

@@ -266,13 +266,6 @@ def resized_slice(x: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def fake(x: torch.Tensor) -> torch.Tensor:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        return mode.from_tensor(x)
-
-
 def with_tokens(count: int, x: torch.Tensor) -> torch.Tensor:
     return x[:, :, :1].expand(-1, -1, count, -1)
 
@@ -299,13 +292,11 @@ NO_MEMORY: dict[str, Form] = {
         for dtype in (torch.bool, torch.complex64, torch.float8_e5m2, torch.bfloat16, torch.half)
     },
     "meta": lambda x: x.to("meta"),
-    "fake": fake,
     "sparse coo": lambda x: x.to_sparse(),
     "sparse csr": lambda x: x.reshape(-1, DIM).to_sparse_csr(),
     "mkldnn": lambda x: x.to_mkldnn(),
     "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
     "nested": lambda x: torch.nested.nested_tensor(list(x)),
-    "nested jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
     "functional": torch._to_functional_tensor,
     "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
     "zeros without memory, sliced": lambda x: torch._efficientzerotensor((9, *x.shape))[3],
