@@ -1,8 +1,9 @@
 """Every function of `_core` and every torch operator, called with one wild argument at a time.
 
 A case runs in a process of its own, forked from this one. `python wild_arguments.py [EVERY [NAME]]`
-tries each (or one of EVERY) whose name holds NAME, and prints one line for each case that died, hung, accepted what is invalid, refused what is valid,
-raised another class of errors than documented, or changed memory that it must not.
+tries each (or one of EVERY) whose name holds NAME, and prints one line for each case that died,
+hung, accepted what is invalid, refused what is valid, raised another class of errors than
+documented, or changed memory that it must not.
 """
 
 from __future__ import annotations
