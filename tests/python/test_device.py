@@ -192,7 +192,7 @@ def test_bad_tensors_are_refused_and_nothing_changes() -> None:
     cache = make()
     fill(cache, 500)
     query, key = tokens(1, HEADS, 3), tokens(1, KV_HEADS, 4)
-    with pytest.raises(icecache.InvalidArgument, match=r"keys must be \[2, 2, 1, 64\]"):
+    with pytest.raises(icecache.InvalidArgument, match=r"keys must be a contiguous \[2, 2"):
         cache.step(0, query, key[:1], key)
     with pytest.raises(icecache.InvalidArgument, match=r"queries must be torch\.bfloat16"):
         cache.step(0, query.float(), key, key)
