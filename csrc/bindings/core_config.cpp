@@ -4,6 +4,7 @@
 
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
+#include "index/page_bound.h"
 
 namespace py = pybind11;
 
@@ -36,7 +37,15 @@ void bind_config(py::module_& module) {
           py::arg("num_layers"), py::arg("num_q_heads"), py::arg("num_kv_heads"),
           py::arg("head_dim"),
           "With every derived value, for a float32 cache of this shape; InvalidArgument where "
-          "values contradict each other or the shape.");
+          "values contradict each other or the shape.")
+      .def(
+          "most_slots",
+          [](Live<Config> self, py::handle tokens) {
+            return most_slots(*self, narrow_integer("tokens", tokens));
+          },
+          py::arg("tokens"),
+          "Slots that the pages of an index of so many tokens have at most, resolved parameters "
+          "given.");
 
   py::class_<ConfigField> field(module, "ConfigField", py::is_final(),
                                 "One parameter: its type, default and meaning.");

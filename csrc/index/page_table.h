@@ -37,6 +37,7 @@ class PageTable {
   ~PageTable();
 
   int page_count() const { return static_cast<int>(pages_.size()); }
+  int used_pages() const { return page_count() - static_cast<int>(free_numbers_.size()); }
   int page_size() const { return page_size_; }
   int head_dim() const { return head_dim_; }
   DType dtype() const { return dtype_; }

@@ -7,6 +7,7 @@
 
 #include "icecache/error.h"
 #include "index/log_sum.h"
+#include "index/page_bound.h"
 #include "index/sketch_scores.h"
 #include "simd/four.h"
 #include "simd/kernels.h"
@@ -71,6 +72,10 @@ void PagedIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   built(keys.data(), has_sketches() ? coordinates.data() : nullptr, arrangement);
 }
 
+bool PagedIndex::may_split() const {
+  return table_.used_pages() < most_pages(size() + 1, table_.page_size());
+}
+
 void PagedIndex::insert(const TokenBlock& tokens) {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
   for (std::int32_t t = 0; t < tokens.count; ++t) {
@@ -120,6 +125,9 @@ void PagedIndex::add_token(const std::byte* raw_key, const std::byte* raw_value,
   simd::kernels().to_float(raw_value, context_.dtype, value, d);
   if (sketched) space_.coordinates(key, raw_value, context_.dtype, 1, place);
   int page = choose_page(key, coordinates);
+  if (page >= 0 && table_.full(page) && !may_split()) {
+    if (const int other = choose_other_page(page, coordinates); other >= 0) page = other;
+  }
   if (page >= 0 && table_.full(page)) {
     const int other = split_page(page);
     page = choose_page(key, coordinates);

@@ -93,6 +93,12 @@ class PagedIndex : public SemanticIndex {
   // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
   // coordinates: [width] of the token, null without sketches.
   virtual int choose_page(const float* key, const float* coordinates) = 0;
+  // Where a full page must not split, because most_pages() are in use: another one for the token,
+  // that has room. -1: none will do, and the page splits all the same.
+  virtual int choose_other_page(int full, const float* coordinates) const {
+    (void)full, (void)coordinates;
+    return -1;
+  }
   // Which tokens of a full page move to a new one; neither none nor all.
   virtual std::uint32_t split_mask(int page) const = 0;
   // Which pages of a node that has grown too large move to a new node; neither none nor all.
@@ -120,6 +126,7 @@ class PagedIndex : public SemanticIndex {
   int node_pages() const;
 
  private:
+  bool may_split() const;
   void attach(int page, int node);
   void shrink_node(int node);
   // Gives a full page's upper half to a new page, whose number it returns.

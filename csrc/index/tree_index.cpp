@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <ranges>
 
 #include "icecache/error.h"
 #include "index/bisect.h"
@@ -54,25 +55,44 @@ void TreeIndex::find(const SelectRequest& request, SketchScores* scores,
   scores->top(request.near_lse, wanted_candidates(request), candidates.slots);
 }
 
-int TreeIndex::choose_page(const float* key, const float* coordinates) {
-  (void)key;
-  const int node = tree_.nearest(coordinates);
-  if (node < 0) return -1;
+float TreeIndex::distance(int page, const float* coordinates) const {
+  const float scale = 1.0f / static_cast<float>(table().count(page));
+  float distance = 0.0f;
+  for (int j = 0; j < width(); ++j) {
+    const float delta = coordinates[j] - page_sums_[page * width() + j] * scale;
+    distance += delta * delta;
+  }
+  return distance;
+}
+
+template <typename Pages, typename Fits>
+int TreeIndex::nearest_page(const Pages& pages, const float* coordinates, const Fits& fits) const {
   int nearest = -1;
   float best = std::numeric_limits<float>::infinity();
-  for (int page : pages_of(node)) {
-    const float scale = 1.0f / static_cast<float>(table().count(page));
-    float distance = 0.0f;
-    for (int j = 0; j < width(); ++j) {
-      const float delta = coordinates[j] - page_sums_[page * width() + j] * scale;
-      distance += delta * delta;
-    }
-    if (nearest < 0 || distance < best) {
-      best = distance;
+  for (const int page : pages) {
+    if (!fits(page)) continue;
+    const float from_token = distance(page, coordinates);
+    if (nearest < 0 || from_token < best) {
+      best = from_token;
       nearest = page;
     }
   }
   return nearest;
+}
+
+int TreeIndex::choose_page(const float* key, const float* coordinates) {
+  (void)key;
+  const int node = tree_.nearest(coordinates);
+  if (node < 0) return -1;
+  return nearest_page(pages_of(node), coordinates, [](int) { return true; });
+}
+
+// Of the same node, whose summary is then the same; else of any.
+int TreeIndex::choose_other_page(int full, const float* coordinates) const {
+  const auto has_room = [this](int page) { return table().in_use(page) && !table().full(page); };
+  const int near = nearest_page(pages_of(node_of(full)), coordinates, has_room);
+  if (near >= 0) return near;
+  return nearest_page(std::views::iota(0, table().page_count()), coordinates, has_room);
 }
 
 void TreeIndex::page_coordinates(int page, std::vector<float>& out) const {

@@ -25,6 +25,7 @@ class TreeIndex : public PagedIndex {
   void find(const SelectRequest& request, SketchScores* scores,
             Candidates& candidates) const override;
   int choose_page(const float* key, const float* coordinates) override;
+  int choose_other_page(int full, const float* coordinates) const override;
   std::uint32_t split_mask(int page) const override;
   std::vector<int> split_node(int node) const override;
   void token_added(int page, int slot, const float* key, const float* coordinates) override;
@@ -37,6 +38,11 @@ class TreeIndex : public PagedIndex {
 
  private:
   int width() const { return space().width(); }
+  // Squared distance of a token to the mean of a page.
+  float distance(int page, const float* coordinates) const;
+  // The nearest of `pages` that fits(page).
+  template <typename Pages, typename Fits>
+  int nearest_page(const Pages& pages, const float* coordinates, const Fits& fits) const;
   // Coordinates [S, width] of a page's tokens; rows of empty slots are left as they are.
   void page_coordinates(int page, std::vector<float>& out) const;
   // Sets the sum of a page from its members. Needs no memory.

@@ -61,6 +61,10 @@ class Config:
         # The smallest cache: what it does not allow, none does.
         self._values.resolved(max(layers, default=0) + 1, 1, 1, _LEAST_HEAD_DIM)
 
+    def most_slots(self, tokens: int) -> int:
+        """Slots that the pages of an index of so many tokens have at most; of values in use."""
+        return self._values.most_slots(tokens)
+
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *_FIELDS]
 

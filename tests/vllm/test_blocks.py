@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from icecache import Phase
+from icecache import Config, Phase
 from icecache.vllm.backend import IceCacheMetadataBuilder
-from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.host_memory import TREE, Room, room_of, slots_needed
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from icecache.vllm.worker import Worker
@@ -18,7 +18,7 @@ from vllm.v1.worker.utils import AttentionGroup
 BLOCK = 16
 
 
-def spec(host_slots: int, room_step: int = 0) -> IceCacheSpec:
+def spec(host_slots: int, room_step: int = 0, room: Room = TREE) -> IceCacheSpec:
     return IceCacheSpec(
         block_size=BLOCK,
         num_kv_heads=2,
@@ -26,12 +26,15 @@ def spec(host_slots: int, room_step: int = 0) -> IceCacheSpec:
         dtype=torch.float32,
         host_slots=host_slots,
         room_step=room_step,
+        room=room,
     )
 
 
-def manager(pool: BlockPool, host_slots: int, room_step: int = 0) -> IceCacheManager:
+def manager(
+    pool: BlockPool, host_slots: int, room_step: int = 0, room: Room = TREE
+) -> IceCacheManager:
     return IceCacheManager(
-        kv_cache_spec=spec(host_slots, room_step),
+        kv_cache_spec=spec(host_slots, room_step, room),
         block_pool=pool,
         enable_caching=False,
         kv_cache_group_id=0,
@@ -114,6 +117,16 @@ def test_a_step_costs_each_request_alike_whatever_the_others(
             seats.free(str(request))
         assert seats.slots == 0
     assert costs[0] == costs[1] <= 4
+
+
+def test_an_index_that_opens_more_pages_takes_more_room() -> None:
+    assert slots_needed(1000) == slots_needed(1000, room=room_of(Config())) == 1314
+    paper = room_of(Config(index="dci", page_size=32))
+    assert 2.9 < paper.share < 3.0 and paper.ends == 128
+    pool = BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=BLOCK)
+    seats = manager(pool, slots_needed(1000, room=paper) + slots_needed(100), room=paper)
+    seats.allocate_new_blocks("a", 1000)
+    assert needed(seats, "b", 100) > pool.get_num_free_blocks()
 
 
 def worker() -> Worker:

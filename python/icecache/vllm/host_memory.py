@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-# What a request takes of host memory beside its tokens, as a share and in tokens: full pages split
-# while tokens are inserted, and sinks and window begin pages of their own.
-_SLACK, _ENDS = 1.25, 64
+from icecache import Config
+
+# With index="tree" or "positional"; of the 1.2 slots a token that a tree takes at most, the rest is
+# for the ends of short requests.
+_SHARE = 1.25
+_PAGES = 4  # that sinks, window and index begin and do not fill
+
+
+class Room(NamedTuple):
+    """What a request takes of host memory: `share` slots a token, and `ends`."""
+
+    share: float = _SHARE
+    ends: int = _PAGES * 16
+
+
+TREE = Room()
+
+
+def room_of(config: Config) -> Room:
+    """By the engine's parameters in use: the index of the paper opens more pages than a tree."""
+    many = 1_000_000
+    return Room(max(_SHARE, config.most_slots(many) / many), _PAGES * int(config.page_size))
 
 
 def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -14,9 +35,9 @@ def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.d
     return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
 
 
-def slots_needed(tokens: int, step: int = 0) -> int:
+def slots_needed(tokens: int, step: int = 0, room: Room = TREE) -> int:
     """Token slots, of every layer and KV head, that a request of `tokens` takes.
 
     With `step` on a CUDA device, where room grows by steps of so many tokens; else on the CPU.
     """
-    return -(-tokens // step) * step if step else int(tokens * _SLACK) + _ENDS
+    return -(-tokens // step) * step if step else int(tokens * room.share) + room.ends

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.names import AttentionSpec, KVCacheSpecRegistry, SingleTypeKVCacheManager
 
 
@@ -21,16 +21,19 @@ class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
 
     host_slots: int = 0  # tokens that there is memory for, of every layer and KV head
     room_step: int = 0  # by which requests grow on a CUDA device; 0: on the CPU
+    room: Room = TREE  # that a request takes on the CPU
 
     @classmethod
-    def of(cls, spec: AttentionSpec, host_slots: int, room_step: int = 0) -> IceCacheSpec:
+    def of(
+        cls, spec: AttentionSpec, host_slots: int, room_step: int = 0, room: Room = TREE
+    ) -> IceCacheSpec:
         """In place of a stock spec."""
         shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**shared, host_slots=host_slots, room_step=room_step)
+        return cls(**shared, host_slots=host_slots, room_step=room_step, room=room)
 
     def slots_of(self, tokens: int) -> int:
         """Slots that a request of `tokens` takes."""
-        return slots_needed(tokens, self.room_step)
+        return slots_needed(tokens, self.room_step, self.room)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of vLLM's pool that one request takes at most."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from icecache import InvalidArgument
 from icecache.machine import usable_memory
-from icecache.vllm.host_memory import slots_needed
+from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.plugin import (
     CONNECTOR,
     END,
@@ -99,12 +99,15 @@ def check_attention(
             _refuse(f"{name}={value}", model)
 
 
-def check_memory(host_memory: int, slot_bytes: int, max_model_len: int, step: int = 0) -> None:
+def check_memory(
+    host_memory: int, slot_bytes: int, max_model_len: int, step: int = 0, room: Room = TREE
+) -> None:
     """Raises InvalidArgument where `host_memory` (bytes) does not hold one longest request.
 
-    `slot_bytes`: of one token in all layers and KV heads of this worker. `step`: as slots_needed().
+    `slot_bytes`: of one token in all layers and KV heads of this worker. `step`, `room`: as
+    slots_needed().
     """
-    needed = slots_needed(max_model_len, step) * slot_bytes
+    needed = slots_needed(max_model_len, step, room) * slot_bytes
     if host_memory < needed:
         raise InvalidArgument(
             f"host_memory: expected at least {needed / 2**30:.3f} GiB, room for one request of "

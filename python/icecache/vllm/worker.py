@@ -13,6 +13,7 @@ import torch
 
 from icecache import InvalidArgument, OutOfPages
 from icecache.device import ROOM_STEP
+from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.settings import device_of, engine_config
@@ -76,7 +77,8 @@ class Worker:
             store = Store(engine)
             longest = self.vllm_config.model_config.max_model_len
             step = 0 if device is None else ROOM_STEP
-            check_memory(store.host_memory, store.slot_bytes, longest, step)
+            room = room_of(store.engine.config)
+            check_memory(store.host_memory, store.slot_bytes, longest, step, room)
             self.store = store
         return self.store
 
@@ -100,7 +102,8 @@ class Worker:
         store = self.open_store(spec.dtype)
         if isinstance(store.engine, SlotEngine):
             return IceCacheSpec.of(spec, store.engine.tokens, ROOM_STEP)
-        return IceCacheSpec.of(spec, store.host_memory // store.slot_bytes)
+        slots = store.host_memory // store.slot_bytes
+        return IceCacheSpec.of(spec, slots, room=room_of(store.engine.config))
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.
