@@ -16,19 +16,13 @@ namespace {
 
 constexpr std::int64_t kMinBeam = 30;
 constexpr std::int64_t kTokensPerBeam = 1000;
-constexpr double kMaxEvery = 1 << 30;
-
-// One of how many tokens is promoted.
-std::int64_t every(double share) {
-  return std::llround(std::clamp(1.0 / share, 2.0, kMaxEvery));
-}
 
 }  // namespace
 
 DciIndex::DciIndex(const IndexContext& context)
     : PagedIndex(context),
-      tree_(context.head_dim, every(context.config->dci_promotion),
-            every(context.config->dci_upper_promotion)),
+      tree_(context.head_dim, DciTree::every(context.config->dci_promotion),
+            DciTree::every(context.config->dci_upper_promotion)),
       direction_(
           random_direction(static_cast<std::uint64_t>(context.config->seed), context.head_dim)) {}
 

@@ -7,6 +7,7 @@
 #include "icecache/error.h"
 #include "icecache/types.h"
 #include "index/log_sum.h"
+#include "index/magnitude.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -21,10 +22,26 @@ double squared_norm(const float* x, int d) {
   return sum;
 }
 
+// The largest product; of equal ones that which holds least.
+int best_of(const float* product, const std::vector<std::int32_t>& held) {
+  int best = 0;
+  for (int j = 1; j < static_cast<int>(held.size()); ++j) {
+    if (product[j] > product[best] || (product[j] == product[best] && held[j] < held[best])) {
+      best = j;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 DciTree::DciTree(int head_dim, std::int64_t every, std::int64_t upper_every)
     : head_dim_(head_dim), every_(every), upper_every_(upper_every) {}
+
+std::int64_t DciTree::every(double share) {
+  constexpr double kMost = 1 << 30;
+  return std::llround(std::clamp(1.0 / share, 2.0, kMost));
+}
 
 std::int64_t DciTree::tokens() const {
   if (empty()) return 0;
@@ -62,33 +79,44 @@ void DciTree::set_parent(int level, int node, int parent) {
   levels_[level + 1].children[parent].push_back(node);
 }
 
+// In two steps where the factor itself is no ordinary float.
+void DciTree::normalise(const float* keys, std::int64_t n, float* out) const {
+  const double length = std::sqrt(max_square_);
+  const int exponent = far_exponent(length, 100);
+  const double rest = std::ldexp(length, -exponent);
+  const float scale = rest > 0.0 ? static_cast<float>(1.0 / rest) : 0.0f;
+  for (std::int64_t i = 0; i < n; ++i) out[i] = keys[i] * scale;
+  if (exponent != 0) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = std::ldexp(keys[i], -exponent) * scale;
+  }
+}
+
 std::vector<int> DciTree::nearest(const Level& level, const float* keys, const double* squares,
-                                  std::int32_t n) const {
+                                  const std::int32_t* tokens, std::int32_t n) const {
   const int d = head_dim_, m = level.size();
-  const float scale = max_square_ > 0.0 ? static_cast<float>(1.0 / std::sqrt(max_square_)) : 0.0f;
   std::vector<float> columns(static_cast<std::size_t>(d + 1) * m);
+  std::vector<float> rows(static_cast<std::size_t>(kBlock) * (d + 1));
+  std::vector<std::int32_t> held(m, 0);
   for (int j = 0; j < m; ++j) {
-    for (int i = 0; i < d; ++i) {
-      columns[static_cast<std::size_t>(i) * m + j] =
-          level.keys[static_cast<std::size_t>(j) * d + i] * scale;
-    }
+    normalise(level.keys.data() + static_cast<std::size_t>(j) * d, d, rows.data());
+    for (int i = 0; i < d; ++i) columns[static_cast<std::size_t>(i) * m + j] = rows[i];
     columns[static_cast<std::size_t>(d) * m + j] = static_cast<float>(lift(level.squares[j]));
   }
-  std::vector<float> rows(static_cast<std::size_t>(kBlock) * (d + 1));
   std::vector<float> products(static_cast<std::size_t>(kBlock) * m);
   std::vector<int> result(n);
   for (std::int32_t begin = 0; begin < n; begin += kBlock) {
     const std::int32_t count = std::min(kBlock, n - begin);
     for (std::int32_t t = 0; t < count; ++t) {
       float* row = rows.data() + static_cast<std::size_t>(t) * (d + 1);
-      const float* key = keys + static_cast<std::size_t>(begin + t) * d;
-      for (int i = 0; i < d; ++i) row[i] = key[i] * scale;
+      normalise(keys + static_cast<std::size_t>(begin + t) * d, d, row);
       row[d] = static_cast<float>(lift(squares[begin + t]));
     }
     simd::kernels().matmul(rows.data(), columns.data(), products.data(), count, d + 1, m);
     for (std::int32_t t = 0; t < count; ++t) {
       const float* product = products.data() + static_cast<std::size_t>(t) * m;
-      result[begin + t] = static_cast<int>(std::max_element(product, product + m) - product);
+      const int best = best_of(product, held);
+      held[best] += tokens != nullptr ? tokens[begin + t] : 1;
+      result[begin + t] = best;
     }
   }
   return result;
@@ -113,8 +141,8 @@ bool DciTree::raise() {
     own[node] = add_node(below + 1, level.keys.data() + static_cast<std::size_t>(node) * head_dim_,
                          level.squares[node], level.ordinals[node]);
   }
-  const std::vector<int> parents =
-      nearest(levels_[below + 1], level.keys.data(), level.squares.data(), level.size());
+  const std::vector<int> parents = nearest(levels_[below + 1], level.keys.data(),
+                                           level.squares.data(), level.tokens.data(), level.size());
   for (int node = 0; node < level.size(); ++node) {
     if (level.tokens[node] == 0) continue;
     const int parent = own[node] >= 0 ? own[node] : parents[node];
@@ -136,7 +164,7 @@ std::vector<int> DciTree::build(const float* keys, std::int32_t n) {
   for (std::int64_t i = 0; i < n; i += every_) {
     add_node(0, keys + i * head_dim_, squares[i], i);
   }
-  std::vector<int> cells = nearest(levels_[0], keys, squares.data(), n);
+  std::vector<int> cells = nearest(levels_[0], keys, squares.data(), nullptr, n);
   for (std::int32_t i = 0; i < n; ++i) {
     if (promotes(i)) cells[i] = static_cast<int>(i / every_);
     ++levels_[0].tokens[cells[i]];
@@ -148,19 +176,22 @@ std::vector<int> DciTree::build(const float* keys, std::int32_t n) {
 
 int DciTree::nearest(int level, const float* key, double square) const {
   const Level& l = levels_[level];
-  const float scale = max_square_ > 0.0 ? static_cast<float>(1.0 / std::sqrt(max_square_)) : 0.0f;
-  const double own_lift = lift(square);
+  const double own_lift = lift(square), length = std::sqrt(max_square_);
+  // Nodes are not normalised: the key takes a power of two that keeps products in range.
+  const int exponent = far_exponent(length, 100), shift = std::clamp(exponent, -40, 40);
+  const double factor = length > 0.0 ? std::ldexp(1.0 / length, shift) : 0.0;
   float scaled[kMaxHeadDim];
-  for (int i = 0; i < head_dim_; ++i) scaled[i] = key[i] * scale;
+  normalise(key, head_dim_, scaled);
+  for (int i = 0; i < head_dim_ && shift != 0; ++i) scaled[i] = std::ldexp(scaled[i], -shift);
   int best = -1;
   double most = 0.0;
   for (int node = 0; node < l.size(); ++node) {
     if (l.tokens[node] == 0) continue;
     const float* other = l.keys.data() + static_cast<std::size_t>(node) * head_dim_;
     const double product =
-        static_cast<double>(simd::kernels().dot(scaled, other, head_dim_)) * scale +
+        static_cast<double>(simd::kernels().dot(scaled, other, head_dim_)) * factor +
         own_lift * lift(l.squares[node]);
-    if (best < 0 || product > most) {
+    if (best < 0 || product > most || (product == most && l.tokens[node] < l.tokens[best])) {
       best = node;
       most = product;
     }

@@ -8,7 +8,7 @@
 //   D(a, b) = M - a.b - sqrt((M - |a|^2)(M - |b|^2)),   M the largest squared norm so far:
 // half the squared distance of the lifted keys [k, sqrt(M - |k|^2)], which all have length sqrt(M),
 // so that the nearest neighbour of a query [q, 0] is the key with the largest inner product. Ties
-// go to the lower node number.
+// go to the node with the fewest tokens, then to the lower number: cells of equal keys are alike.
 //
 // A larger norm raises M for what is inserted from then on; parents that were chosen under the
 // smaller M stay, and truncation does not lower it. A new representative takes no tokens from the
@@ -28,6 +28,9 @@ namespace icecache {
 class DciTree {
  public:
   static constexpr int kTop = 32;
+
+  // One of how many is promoted, where a share of them is.
+  static std::int64_t every(double share);
 
   // Both at least 2.
   DciTree(int head_dim, std::int64_t every, std::int64_t upper_every);
@@ -78,9 +81,11 @@ class DciTree {
   int add_node(int level, const float* key, double square, std::int64_t ordinal);
   void set_parent(int level, int node, int parent);
   int nearest(int level, const float* key, double square) const;
-  // The nearest node of a level for each of n keys [n, D].
+  // The nearest node of a level for each of n keys [n, D], which are `tokens` [n] each (null: 1).
   std::vector<int> nearest(const Level& level, const float* keys, const double* squares,
-                           std::int32_t n) const;
+                           const std::int32_t* tokens, std::int32_t n) const;
+  // Keys [n] over sqrt(M), into `out`.
+  void normalise(const float* keys, std::int64_t n, float* out) const;
   // Adds a level above the top, of the top's nodes that are promoted to it. False where it would
   // not be smaller.
   bool raise();
