@@ -49,12 +49,14 @@ void bind_stats(py::module_& module) {
           .def_readonly("pool_bytes", &MemoryStats::pool_bytes, "pages in use, in host memory")
           .def_readonly("pool_capacity", &MemoryStats::pool_capacity, "the bound: host_memory")
           .def_readonly("index_bytes", &MemoryStats::index_bytes, "sketches, summaries, tables")
+          .def_readonly("query_bytes", &MemoryStats::query_bytes,
+                        "recent queries, and sums of them, that shape the metric")
           .def_readonly("device_bytes", &MemoryStats::device_bytes,
                         "what the device holds, or would hold, for these sequences")
           .def_readonly("sequences", &MemoryStats::sequences)
           .def("__repr__", [](const py::object& self) {
-            return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "device_bytes",
-                            "sequences");
+            return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "query_bytes",
+                            "device_bytes", "sequences");
           }));
 }
 

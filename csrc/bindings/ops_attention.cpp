@@ -1,9 +1,11 @@
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "bindings/ops_kernels.h"
-#include "cpu/paged_attention.h"
+#include "cpu/exact_attention.h"
 #include "simd/kernels.h"
 
 namespace icecache::ops {
@@ -58,6 +60,20 @@ Shape check(const Tensor& queries, const Tensor& pages, const Tensor& block_tabl
           {static_cast<int>(dim), static_cast<int>(page_size), dtype}};
 }
 
+// The magnitudes of a page's tokens.
+void note(const PageSlots& page, const PageLayout& layout, Magnitudes& held) {
+  const std::size_t row = static_cast<std::size_t>(layout.head_dim) * size_of(layout.dtype);
+  const auto largest = [&](const std::byte* at) {
+    return simd::kernels().largest(at, layout.dtype, static_cast<std::size_t>(layout.head_dim));
+  };
+  for (std::uint32_t slots = page.slots; slots != 0; slots &= slots - 1) {
+    const std::byte* key = page.page + static_cast<std::size_t>(std::countr_zero(slots)) * row;
+    held.key = std::max(held.key, largest(key));
+    held.value =
+        std::max(held.value, largest(key + static_cast<std::size_t>(layout.page_size) * row));
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& queries, const Tensor& pages,
@@ -78,25 +94,24 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& queries, const Tensor& 
   const auto group_attention = [&](std::int64_t begin, std::int64_t end) {
     std::vector<PageSlots> picked;
     std::vector<float> scaled(static_cast<std::size_t>(s.group) * s.dim), result(scaled.size());
-    float max[kMaxGroup], sum[kMaxGroup];
     for (std::int64_t item = begin; item < end; ++item) {  // (sequence, KV head)
       picked.clear();
+      Magnitudes held;
       for (std::int64_t p = 0; p < s.max_pages; ++p) {
         const std::int64_t at = item * s.max_pages + p;
         if (table[at] < 0 || masks[at] == 0) continue;
         picked.push_back({page_data + static_cast<std::size_t>(table[at]) * page_bytes,
                           static_cast<std::uint32_t>(masks[at])});
+        note(picked.back(), s.layout, held);
       }
       // Rows of (sequence, query head) of a group are adjacent.
       const std::int64_t first = item * s.group;
       simd::kernels().to_float(query_rows + first * row_bytes, s.layout.dtype, scaled.data(),
                                static_cast<std::int64_t>(scaled.size()));
       for (float& x : scaled) x *= static_cast<float>(scale);
-      const AttentionState state{result.data(), max, sum, s.group, s.dim};
-      state.clear();
-      attend_pages(picked, {scaled.data(), 1, s.group}, s.layout, state);
-      for (int g = 0; g < s.group; ++g) lse_rows[first + g] = state.lse(g);
-      finish(state, result.data());
+      ExactAttention attention(scaled.data(), 1, s.group, s.layout, held, result.data());
+      attention.attend(picked);
+      attention.finish(lse_rows + first);
       simd::kernels().from_float(result.data(), out_rows + first * row_bytes, s.layout.dtype,
                                  static_cast<std::int64_t>(result.size()));
     }
@@ -126,16 +141,19 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
     const float log_b = lse_b.const_data_ptr<float>()[row];
     const float high = std::max(log_a, log_b);
     const bool empty = high == -INFINITY;
-    const float weight_a = empty ? 0.0f : std::exp(log_a - high);
-    const float weight_b = empty ? 0.0f : std::exp(log_b - high);
+    // Equal ones, infinite ones among them, weigh alike.
+    const auto weight = [&](float log) {
+      return empty ? 0.0f : log == high ? 1.0f : std::exp(log - high);
+    };
+    const float weight_a = weight(log_a), weight_b = weight(log_b);
     const float sum = weight_a + weight_b;
     simd::kernels().to_float(rows_a + row * row_bytes, dtype, a.data(), dim);
     simd::kernels().to_float(rows_b + row * row_bytes, dtype, b.data(), dim);
     // What has no weight is not read: it may hold anything.
     for (std::int64_t i = 0; i < dim; ++i) {
-      const float x =
-          (weight_a > 0.0f ? weight_a * a[i] : 0.0f) + (weight_b > 0.0f ? weight_b * b[i] : 0.0f);
-      a[i] = empty ? 0.0f : x / sum;
+      const float x = (weight_a > 0.0f ? weight_a / sum * a[i] : 0.0f) +
+                      (weight_b > 0.0f ? weight_b / sum * b[i] : 0.0f);
+      a[i] = empty ? 0.0f : x;
     }
     simd::kernels().from_float(a.data(), rows + row * row_bytes, dtype, dim);
     lse.mutable_data_ptr<float>()[row] = empty ? -INFINITY : high + std::log(sum);

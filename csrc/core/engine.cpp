@@ -285,6 +285,7 @@ MemoryStats Engine::memory() const {
     for (const LayerCache& layer : sequence.layers) {
       for (const HeadCache& head : layer.heads) {
         memory.index_bytes += static_cast<std::int64_t>(head.index_bytes());
+        memory.query_bytes += static_cast<std::int64_t>(head.query_bytes());
         run_pages += static_cast<std::int64_t>(head.run_pages());
       }
     }

@@ -118,7 +118,7 @@ void Engine::Impl::AttendCall::run(Task& task) {
   const TensorView& queries = queries_[task.item];
   const std::int32_t first = head.length() - static_cast<std::int32_t>(queries.tokens - task.first);
   const std::size_t rows = static_cast<std::size_t>(task.tokens) * group;
-  thread_local std::vector<float> scaled, result, max, sum;
+  thread_local std::vector<float> scaled, result;
   scaled.resize(rows * d);
   result.resize(rows * d);
   load_queries(queries, task.head, group, task.first, task.tokens, shape.softmax_scale(),
@@ -130,12 +130,8 @@ void Engine::Impl::AttendCall::run(Task& task) {
       head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace);
     }
   } else {
-    max.resize(rows);
-    sum.resize(rows);
-    const AttentionState state{result.data(), max.data(), sum.data(), static_cast<int>(rows), d};
-    state.clear();
-    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, state, task.stats);
-    icecache::finish(state, result.data());
+    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, result.data(),
+                      task.stats);
     if (decodes(task.item)) task.stats.dense_steps = task.tokens;
   }
   if (task.alone) observe(task, first, scaled.data());

@@ -11,6 +11,7 @@
 // Threads: none of its own. Engine lets either one attend/append or one background update in.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -20,7 +21,7 @@
 #include "core/index_rebuild.h"
 #include "core/page_run.h"
 #include "core/residency.h"
-#include "cpu/paged_attention.h"
+#include "cpu/exact_attention.h"
 #include "icecache/engine.h"
 
 namespace icecache {
@@ -45,11 +46,14 @@ class HeadCache {
   // True where there is no index and none is due.
   bool is_short() const;
 
-  // Exact causal attention of `rows` = T x G queries [T, G, D] (scaled), query t at position
-  // first_position + t, merged into `state` (group = T * G).
-  void attend_exact(const float* queries, int tokens, std::int32_t first_position,
-                    const AttentionState& state, HeadStats& stats) const;
+  // Exact causal attention of queries [T, G, D] (scaled), query t at position first_position + t;
+  // out [T, G, D] fp32, normalised. Any finite numbers give what exact arithmetic would, to float's
+  // rounding of the logits; a query with NaN or Inf gives NaN.
+  void attend_exact(const float* queries, int tokens, std::int32_t first_position, float* out,
+                    HeadStats& stats) const;
   // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
+  // Attends to everything where logits may be too large for a float to tell tokens apart, or a
+  // query has NaN or Inf.
   // With telemetry = "trace", `trace` becomes what it looked at. Where it throws, tokens may have
   // moved from the tail into the index, which the same step would move again.
   // REQUIRES: sparse().
@@ -92,6 +96,7 @@ class HeadCache {
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
   std::size_t index_bytes() const { return index_ ? index_->memory_bytes() : 0; }
+  std::size_t query_bytes() const { return moments_.memory_bytes(); }
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
   std::int32_t indexed_tokens() const { return index_ ? index_->size() : 0; }
   const StepTrace& trace() const { return trace_; }
@@ -102,11 +107,20 @@ class HeadCache {
   // since the last one: four take half as long as one after the other. Until then they are window.
   static constexpr std::int32_t kInsertTogether = 4;
 
-  void attend_picks(std::span<const PagePick> picks, QueryBlock block, const AttentionState& state,
+  struct Step;
+
+  PageLayout layout() const;
+  // Query t sees the first seen + t tokens of the picks.
+  void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
                     HeadStats& stats) const;
-  // The first query stands at `first_position`; none sees what comes after it.
-  void attend_run(const PageRun& run, QueryBlock block, std::int32_t first_position,
-                  const AttentionState& state, HeadStats& stats) const;
+  // The parts of decode().
+  void insert_due(std::int32_t position, HeadStats& stats);
+  void score_near(const float* queries, std::int32_t position, Step& step, HeadStats& stats) const;
+  void weigh(std::int64_t nodes, Step& step) const;
+  void add_values(std::span<const std::byte> far_values, Step& step, float* out,
+                  HeadStats& stats) const;
+  void count_step(const Step& step, bool any_far, std::chrono::steady_clock::time_point start,
+                  HeadStats& stats) const;
   // Where the window begins for the step after the newest token.
   std::int32_t next_window_start() const;
   // Tokens of the tail below it.
@@ -137,6 +151,7 @@ class HeadCache {
   std::shared_ptr<IndexRebuild> rebuild_;
   std::int32_t next_rebuild_ = 0;
   QueryMoments moments_;
+  Magnitudes held_;  // of all keys and values that were ever here
   StepTrace trace_;
 };
 

@@ -4,7 +4,9 @@
 #include <new>
 
 #include "core/head_cache.h"
+#include "core/seconds.h"
 #include "icecache/error.h"
+#include "simd/flush_subnormals.h"
 
 namespace icecache {
 
@@ -98,6 +100,7 @@ void HeadCache::update_index(HeadStats& stats) {
   const std::int32_t due = due_tokens();
   if (dense_ || is_short() || (due == 0 && !is_broken())) return;
   const auto start = std::chrono::steady_clock::now();
+  const simd::FlushSubnormals flush;
   try {
     if (index_ == nullptr || is_broken() || has_doubled(due)) {
       build(due);
@@ -107,8 +110,7 @@ void HeadCache::update_index(HeadStats& stats) {
   } catch (const OutOfPages&) {
     // The tail still holds what the index could not take; the next step tries again.
   }
-  stats.index_seconds +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  stats.index_seconds += seconds_since(start);
 }
 
 std::shared_ptr<IndexRebuild> HeadCache::make_rebuild(std::int32_t delay,

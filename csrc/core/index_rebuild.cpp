@@ -4,6 +4,7 @@
 #include <new>
 
 #include "icecache/error.h"
+#include "simd/flush_subnormals.h"
 
 namespace icecache {
 namespace {
@@ -24,6 +25,7 @@ IndexRebuild::IndexRebuild(const IndexContext& context, const SemanticIndex& old
       ready_at_(ready_at) {}
 
 void IndexRebuild::run() {
+  const simd::FlushSubnormals flush;
   // The old index goes on where pages or memory run out.
   try {
     std::vector<std::byte> keys(count_ * row_bytes_), values(keys.size());

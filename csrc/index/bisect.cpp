@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "index/magnitude.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -12,6 +13,12 @@ namespace {
 constexpr int kIterations = 4;
 // Rows that a direction is estimated from; the split itself orders all rows.
 constexpr std::size_t kDirectionRows = 2048;
+
+// Any multiple of a direction is one: one whose square is a number.
+void make_ordinary(std::vector<float>& direction) {
+  const auto n = static_cast<std::int64_t>(direction.size());
+  scale_by(direction.data(), n, -far_exponent(largest_of(direction.data(), n)));
+}
 
 }  // namespace
 
@@ -38,6 +45,7 @@ void principal_projection(const float* x, int rank, std::span<const std::int32_t
     }
   }
   for (int iteration = 0; iteration < kIterations; ++iteration) {
+    make_ordinary(direction);
     const float length = std::sqrt(kernels.dot(direction.data(), direction.data(), rank));
     if (!(length > 0.0f)) break;
     for (float& d : direction) d /= length;
@@ -47,6 +55,7 @@ void principal_projection(const float* x, int rank, std::span<const std::int32_t
     kernels.axpy(-total, mean.data(), next.data(), rank);
     direction = next;
   }
+  make_ordinary(direction);
   out.resize(rows.size());
   kernels.project_rows({x, rows.data(), sample.count, 1, rank}, direction.data(), out.data());
 }

@@ -128,6 +128,7 @@ int CentroidTree::nearest(const float* coordinates) const {
         next = parent.children[i];
       }
     }
+    if (next < 0) return -1;
     node = next;
   }
   return nodes_[node].leaf;
@@ -150,17 +151,20 @@ void CentroidTree::check_integrity() const {
     if (static_cast<int>(node.children.size()) > 2 * kFanout)
       throw IntegrityError(message("tree node ", n, " has ", node.children.size(), " children"));
     std::int32_t count = 0;
-    std::vector<double> sum(rank_, 0.0);
+    std::vector<double> sum(rank_, 0.0), size(rank_, 1.0);
     for (int child : node.children) {
       if (nodes_[child].parent != static_cast<int>(n))
         throw IntegrityError(message("tree node ", child, " does not know its parent ", n));
       count += nodes_[child].count;
-      for (int j = 0; j < rank_; ++j) sum[j] += nodes_[child].sum[j];
+      for (int j = 0; j < rank_; ++j) {
+        sum[j] += nodes_[child].sum[j];
+        size[j] += std::abs(nodes_[child].sum[j]);
+      }
     }
     if (count != node.count)
       throw IntegrityError(message("tree node ", n, " counts ", node.count, ", has ", count));
     for (int j = 0; j < rank_; ++j) {
-      if (std::abs(sum[j] - node.sum[j]) > 1e-3 * (1.0 + std::abs(sum[j])))
+      if (!(std::abs(sum[j] - node.sum[j]) <= 1e-3 * size[j]))
         throw IntegrityError(message("tree node ", n, " differs from the sum of its children"));
     }
   }

@@ -12,6 +12,8 @@
 #include <cmath>
 
 #include "icecache/error.h"
+#include "icecache/types.h"
+#include "index/magnitude.h"
 
 namespace icecache {
 namespace {
@@ -70,7 +72,10 @@ std::shared_ptr<faiss::Index> FaissSearch::make(const float* keys, std::int64_t 
 
 void FaissSearch::build(const float* keys, std::span<const std::int32_t> slots) {
   const auto count = static_cast<std::int64_t>(slots.size());
-  index_ = guarded([&] { return make(keys, count); });
+  std::vector<float> scaled(keys, keys + count * head_dim_);
+  exponent_ = far_exponent(largest_of(keys, count * head_dim_));
+  for (std::int64_t i = 0; i < count; ++i) scale(keys + i * head_dim_, &scaled[i * head_dim_]);
+  index_ = guarded([&] { return make(scaled.data(), count); });
   slot_of_number_.assign(slots.begin(), slots.end());
   number_of_slot_.clear();
   for (std::int64_t i = 0; i < count; ++i) {
@@ -82,10 +87,20 @@ void FaissSearch::build(const float* keys, std::span<const std::int32_t> slots) 
   live_ = slots.size();
 }
 
+// Products of keys scaled by one factor rank alike; those far larger than all before are cut.
+void FaissSearch::scale(const float* key, float* out) const {
+  for (int i = 0; i < head_dim_; ++i) {
+    const float x = exponent_ == 0 ? key[i] : std::ldexp(key[i], -exponent_);
+    out[i] = std::clamp(x, -kFarthest, kFarthest);
+  }
+}
+
 void FaissSearch::add(const float* key, std::int32_t slot) {
+  float scaled[kMaxHeadDim];
+  scale(key, scaled);
   guarded([&] {
     if (index_.use_count() > 1) index_.reset(faiss::clone_index(index_.get()));
-    index_->add(1, key);
+    index_->add(1, scaled);
   });
   if (slot >= static_cast<std::int64_t>(number_of_slot_.size()))
     number_of_slot_.resize(slot + 1, -1);
@@ -164,6 +179,10 @@ std::size_t FaissSearch::memory_bytes() const {
 
 std::vector<std::int32_t> faiss_cells(const float* keys, std::int64_t count, int head_dim,
                                       std::int64_t cells, std::int64_t seed) {
+  // Distances of scaled keys are numbers.
+  std::vector<float> scaled(keys, keys + count * head_dim);
+  const int exponent = far_exponent(largest_of(keys, count * head_dim));
+  if (exponent != 0) scale_by(scaled.data(), count * head_dim, -exponent);
   return guarded([&] {
     faiss::ClusteringParameters parameters;
     parameters.niter = kIterations;
@@ -171,10 +190,10 @@ std::vector<std::int32_t> faiss_cells(const float* keys, std::int64_t count, int
     parameters.min_points_per_centroid = 1;  // fewer is what FAISS warns about on stderr
     faiss::Clustering clustering(head_dim, static_cast<int>(cells), parameters);
     faiss::IndexFlatL2 centres(head_dim);
-    clustering.train(count, keys, centres);
+    clustering.train(count, scaled.data(), centres);
     std::vector<faiss::Index::idx_t> labels(count);
     std::vector<float> distances(count);
-    centres.search(count, keys, 1, distances.data(), labels.data());
+    centres.search(count, scaled.data(), 1, distances.data(), labels.data());
     return std::vector<std::int32_t>(labels.begin(), labels.end());
   });
 }

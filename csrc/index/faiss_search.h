@@ -44,8 +44,12 @@ class FaissSearch {
  private:
   std::shared_ptr<faiss::Index> make(const float* keys, std::int64_t count) const;
 
+  // What the index holds of a key [D].
+  void scale(const float* key, float* out) const;
+
   std::string kind_;
   int head_dim_;
+  int exponent_ = 0;  // keys are held times 2^-exponent
   std::shared_ptr<faiss::Index> index_;
   std::size_t live_ = 0;
   std::vector<std::int32_t> slot_of_number_;  // -1: removed

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "icecache/error.h"
+#include "index/magnitude.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -16,8 +17,17 @@ int FarField::add_node() {
   return node_count() - 1;
 }
 
+// Sums of 2^24 tokens stay below the largest float.
+void FarField::make_room(const float* value) {
+  constexpr float kLargest = 0x1p100f, kScale = 0x1p-32f;
+  if (scale_ < 1.0f || largest_of(value, head_dim_) <= kLargest) return;
+  scale_ = kScale;
+  for (float& sum : sums_) sum *= kScale;
+}
+
 void FarField::accumulate(int node, const float* value) {
-  simd::kernels().axpy(1.0f, value, sums_.data() + static_cast<std::size_t>(node) * head_dim_,
+  make_room(value);
+  simd::kernels().axpy(scale_, value, sums_.data() + static_cast<std::size_t>(node) * head_dim_,
                        head_dim_);
   ++counts_[node];
 }
@@ -27,6 +37,13 @@ void FarField::publish(int node) {
   const float share = 1.0f / static_cast<float>(std::max(1, counts_[node]));
   simd::kernels().axpy(share, sums_.data() + static_cast<std::size_t>(node) * head_dim_, mean,
                        head_dim_);
+  if (scale_ < 1.0f) {
+    // Rounding may leave the range of float, or of the type.
+    const float most = largest_number(dtype_);
+    for (float& x : mean) {
+      x = static_cast<float>(std::clamp<double>(static_cast<double>(x) / scale_, -most, most));
+    }
+  }
   simd::kernels().from_float(mean, means_.data() + node * row_bytes_, dtype_, head_dim_);
 }
 
@@ -72,11 +89,13 @@ void FarField::check_node(int node, const PageTable& table, std::span<const int>
   float mean[kMaxHeadDim];
   simd::kernels().to_float(means_.data() + node * row_bytes_, dtype_, mean, head_dim_);
   const double rounding = dtype_ == DType::kFloat32 ? 1e-6 : 1.0 / 256.0;
+  const double spacing = dtype_ == DType::kFloat16 ? 0x1p-24 : 0.0;  // of the smallest numbers
   for (int i = 0; i < head_dim_; ++i) {
     const double exact = count > 0 ? sum[i] / count : 0.0;
-    if (!(std::abs(mean[i] - exact) <= rounding * (1e-6 + std::abs(exact)) + 1e-5 * size[i]))
+    if (!(std::abs(mean[i] - exact) <=
+          rounding * (1e-6 + std::abs(exact)) + 1e-5 * size[i] + spacing))
       throw IntegrityError(message("node ", node, " has a mean that is not its sum's"));
-    const float held = sums_[static_cast<std::size_t>(node) * head_dim_ + i];
+    const double held = sums_[static_cast<std::size_t>(node) * head_dim_ + i] / double{scale_};
     if (!(std::abs(held - sum[i]) <= 1e-5 * (1e-6 + size[i])))
       throw IntegrityError(message("node ", node, " differs from its members in dimension ", i));
   }

@@ -37,12 +37,14 @@ class FarField {
 
  private:
   void accumulate(int node, const float* value);
+  void make_room(const float* value);
   void publish(int node);
 
   int head_dim_;
   DType dtype_;
   std::size_t row_bytes_;
-  std::vector<float> sums_;           // [C, D]
+  std::vector<float> sums_;           // [C, D] times scale_
+  float scale_ = 1.0f;                // a power of two: less where sums would be no floats
   std::vector<std::byte> means_;      // [C, D], what a step reads
   std::vector<std::int32_t> counts_;  // [C]
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "icecache/error.h"
@@ -69,6 +70,9 @@ void PositionalIndex::summarize(int page, float* row) const {
       }
     }
   }
+  // Rounding may make the mean of the largest floats infinite.
+  constexpr float kMost = std::numeric_limits<float>::max();
+  for (int i = 0; i < d && !quest_; ++i) row[i] = std::clamp(row[i], -kMost, kMost);
 }
 
 void PositionalIndex::refresh(int page) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "index/covariance.h"
+#include "index/magnitude.h"
 #include "index/symmetric_eigen.h"
 #include "simd/kernels.h"
 
@@ -13,6 +14,22 @@ namespace {
 // Directions that no query was seen in keep this share of the mean variance, so that a new kind of
 // query still finds its keys.
 constexpr double kFloor = 1e-4;
+
+// What unit coordinates need so that these and the matrices are numbers of ordinary size: all are
+// compared with each other alone. `largest`: of the keys.
+int unit_exponent(const std::vector<double>& from_key, int d, int rank, double largest) {
+  constexpr int kMost = 100;  // of an element of the matrices
+  double reach = 0.0;         // of a key of elements 1
+  for (int j = 0; j < rank; ++j) {
+    double sum = 0.0;
+    for (int i = 0; i < d; ++i) sum += std::abs(from_key[i * rank + j]);
+    reach = std::max(reach, sum);
+  }
+  if (!(reach > 0.0)) return 0;
+  const int own = std::ilogb(reach);
+  const int exponent = far_exponent(largest > 0.0 ? 2.0 * largest * reach : reach);
+  return std::clamp(exponent, own - kMost, own + kMost);
+}
 
 }  // namespace
 
@@ -65,12 +82,10 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
   }
   const SymmetricEigen main = symmetric_eigen(seen, d);
   for (int j = 0; j < rank; ++j) metric.spread += std::max(0.0, main.values[j]);
-  metric.from_key.assign(static_cast<std::size_t>(d) * rank, 0.0f);
-  metric.from_query.assign(static_cast<std::size_t>(d) * rank, 0.0f);
-  std::vector<double> key(rank), query(rank);
+  std::vector<double> from_key(static_cast<std::size_t>(d) * rank, 0.0), from_query(from_key);
   for (int i = 0; i < d; ++i) {
-    std::fill(key.begin(), key.end(), 0.0);
-    std::fill(query.begin(), query.end(), 0.0);
+    double* const key = from_key.data() + static_cast<std::size_t>(i) * rank;
+    double* const query = from_query.data() + static_cast<std::size_t>(i) * rank;
     for (int k = 0; k < d; ++k) {
       const double to_key = root[i * d + k], to_query = inverse[i * d + k];
       for (int j = 0; j < rank; ++j) {
@@ -78,12 +93,25 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
         query[j] += to_query * main.vectors[k * d + j];
       }
     }
-    for (int j = 0; j < rank; ++j) {
-      metric.from_key[i * rank + j] = static_cast<float>(key[j]);
-      metric.from_query[i * rank + j] = static_cast<float>(query[j]);
-    }
   }
+  const int exponent = unit_exponent(from_key, d, rank, largest_of(keys, count * d));
+  for (double x : from_key) metric.from_key.push_back(static_cast<float>(std::ldexp(x, -exponent)));
+  for (double x : from_query) {
+    metric.from_query.push_back(static_cast<float>(std::ldexp(x, exponent)));
+  }
+  metric.spread = std::ldexp(metric.spread, -2 * exponent);
   return metric;
+}
+
+// In double, and no farther than kFarthest.
+void QueryMetric::far_coordinates(const float* key, float* out) const {
+  for (int j = 0; j < rank; ++j) {
+    double sum = 0.0;
+    for (int i = 0; i < head_dim; ++i) {
+      sum += (static_cast<double>(key[i]) - mean[i]) * from_key[i * rank + j];
+    }
+    out[j] = static_cast<float>(std::clamp<double>(sum, -kFarthest, kFarthest));
+  }
 }
 
 void QueryMetric::coordinates(const float* keys, std::int64_t n, float* out) const {
@@ -92,6 +120,9 @@ void QueryMetric::coordinates(const float* keys, std::int64_t n, float* out) con
   simd::kernels().matmul(mean.data(), from_key.data(), shift, 1, head_dim, rank);
   for (std::int64_t i = 0; i < n; ++i) {
     for (int j = 0; j < rank; ++j) out[i * rank + j] -= shift[j];
+    if (!(largest_of(out + i * rank, rank) <= kFarthest)) {
+      far_coordinates(keys + i * head_dim, out + i * rank);
+    }
   }
 }
 

@@ -3,7 +3,8 @@
 // Two keys are as far apart as recent queries tell them apart: |k - k'|^2 = E[(q.(k - k'))^2], that
 // is the Euclidean distance of k M with M = E[q q^T]^(1/2). The sketch keeps the R directions in
 // which the keys vary most in that metric, so q.k is well approximated for queries like the recent
-// ones.
+// ones. Any finite keys and queries do: where they are far from 1 the unit of coordinates is
+// another power of two, and keys beyond all those fitted to are placed at the edge.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,11 @@ struct QueryMetric {
   // keys [N, D] fp32. Without queries the metric is the Euclidean one.
   static QueryMetric fit(const float* keys, std::int64_t count, int head_dim,
                          const QueryMoments& queries, int rank);
-  // Coordinates [n, R] of keys [n, D]. Needs no memory.
+  // Coordinates [n, R] of keys [n, D]: finite, at most kFarthest from 0. Needs no memory.
   void coordinates(const float* keys, std::int64_t n, float* out) const;
+
+ private:
+  void far_coordinates(const float* key, float* out) const;
 };
 
 }  // namespace icecache

@@ -5,6 +5,8 @@
 #include <limits>
 #include <numeric>
 
+#include "index/magnitude.h"
+
 namespace icecache {
 namespace {
 
@@ -114,9 +116,14 @@ void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<dou
 
 SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int n) {
   std::vector<double> a(matrix);
+  double largest = 0.0;
   for (int i = 0; i < n; ++i) {
     for (int j = i + 1; j < n; ++j) a[i * n + j] = a[j * n + i];
+    for (int j = 0; j <= i; ++j) largest = std::max(largest, std::abs(a[i * n + j]));
   }
+  // Squares of elements, and these divided by others, are numbers.
+  const int exponent = far_exponent(largest, 200);
+  for (double& x : a) x = std::ldexp(x, -exponent);
   std::vector<double> d(n), e(n);
   std::vector<double> qt = tridiagonalise(a, n, d, e);  // eigenvectors will be rows
   implicit_ql(d, e, qt, n);
@@ -132,7 +139,7 @@ SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int n) {
     const double* peak = std::max_element(
         row, row + n, [](double x, double y) { return std::abs(x) < std::abs(y); });
     const double sign = *peak < 0.0 ? -1.0 : 1.0;
-    result.values[j] = d[order[j]];
+    result.values[j] = std::ldexp(d[order[j]], exponent);
     for (int i = 0; i < n; ++i) result.vectors[i * n + j] = sign * row[i];
   }
   return result;

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "index/covariance.h"
+#include "index/magnitude.h"
 #include "index/symmetric_eigen.h"
 #include "simd/kernels.h"
 
@@ -44,7 +45,7 @@ std::vector<float> value_directions(const void* values, DType dtype, std::int64_
   constexpr double kRounding = 1e-10;  // of values that are all the same
   if (!(total > kRounding * at_mean)) return directions;
   const SymmetricEigen eigen = symmetric_eigen(covariance, d);
-  const double scale = std::sqrt(spread / total);
+  const double scale = std::min(std::sqrt(spread / total), 0x1p100);
   for (int i = 0; i < d; ++i) {
     for (int j = 0; j < rank; ++j) {
       directions[i * rank + j] = static_cast<float>(scale * eigen.vectors[i * d + j]);
@@ -91,7 +92,7 @@ void TokenSpace::coordinates(const float* keys, const void* values, DType dtype,
       std::copy_n(of_keys + r * rank, rank, out);
       for (int j = 0; j < value_rank; ++j) {
         const float x = of_values[r * value_rank + j];
-        out[rank + j] = std::isfinite(x) ? x : 0.0f;
+        out[rank + j] = std::isfinite(x) ? std::clamp(x, -kFarthest, kFarthest) : 0.0f;
       }
     }
   }

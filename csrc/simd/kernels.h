@@ -124,6 +124,8 @@ struct Kernels {
   // dst[i] = float(src[i]); dst[i] = round-to-nearest-even(src[i]).
   void (*to_float)(const void* src, DType dtype, float* dst, std::size_t n);
   void (*from_float)(const float* src, void* dst, DType dtype, std::size_t n);
+  // The largest magnitude of n elements, infinite where one is NaN or Inf; 0 of none.
+  float (*largest)(const void* src, DType dtype, std::size_t n);
   // False if any of the n elements is NaN or Inf.
   bool (*all_finite)(const void* src, DType dtype, std::size_t n);
 

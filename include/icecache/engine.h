@@ -14,6 +14,10 @@
 // Destruction: background work that is under way ends first; what has not begun is dropped.
 // fork(): the child may use an engine that no other thread was in, and whose background work was
 // done, when the process forked. Calls on others throw Error there, and their memory stays taken.
+// Numbers: any finite keys, values and queries are fine; NaN and Inf are refused in keys and
+// values. A query with NaN or Inf gives NaN for its own head and token, changes no other output and
+// shapes no metric. Logits are computed as floats, and as doubles where floats have no room for
+// them.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +51,7 @@ struct MemoryStats {
   std::int64_t pool_bytes = 0;  // pages in use x page size
   std::int64_t pool_capacity = 0;
   std::int64_t index_bytes = 0;   // sketches, summaries, tables
+  std::int64_t query_bytes = 0;   // recent queries, and sums of them, that shape the metric
   std::int64_t device_bytes = 0;  // what the device holds (or would hold) for these sequences
   std::int64_t sequences = 0;
 };
@@ -56,8 +61,9 @@ struct StepTrace {
   std::vector<std::int32_t> sink, window, selected;  // positions
   std::vector<PageInfo> pages;                       // the whole map of pages
   std::vector<FarNodeInfo> far_nodes;                // indexed by PageInfo::node
-  std::vector<float> near_lse;                       // [G] log weight attended exactly
-  std::vector<float> total_lse;                      // [G] with the rest
+  // Log weights as floats: shares made of them are off by a factor of exp(|lse| / 2^24).
+  std::vector<float> near_lse;   // [G] log weight attended exactly
+  std::vector<float> total_lse;  // [G] with the rest
 };
 
 // How a call of Engine::step treats the tokens of one sequence.

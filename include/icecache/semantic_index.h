@@ -9,7 +9,7 @@
 //  1. Every token given to build() or insert() is in exactly one page, until truncate() removes it.
 //  2. A summary equals the sum over its members to rounding, after any sequence of calls.
 //  3. Deterministic: the same calls give bitwise the same picks.
-//  4. Any finite keys are accepted: equal keys, zero keys, huge norms.
+//  4. Any finite keys and values are accepted: equal keys, zero keys, huge norms.
 // Running out of pages or memory: after a build() that threw, the index can only be destroyed;
 // insert() leaves the tokens before the one that did not fit (size() tells how many), and where
 // memory ran out in the middle of one, an index that is not whole(). truncate() needs neither;
@@ -46,10 +46,23 @@ struct TokenBlock {
 // define the metric in which keys are compared: distances that queries cannot see do not count.
 //
 // Recent: the last whole block of kBlock rows and those since. So the same rows give bitwise the
-// same moments however they come in calls.
+// same moments however they come in calls. A row with NaN or Inf adds nothing; any finite row is
+// fine.
+//
+// Memory: the rows of a block themselves in `dtype` while they take less than the upper triangle of
+// their sum, then that sum. Copies share it until one of them observes more. Threads: copying
+// changes the source's flag, and needs it alone.
 class QueryMoments {
  public:
   static constexpr std::int64_t kBlock = 512;
+
+  // Rows that come must be exact in `dtype`, or be rounded to it.
+  QueryMoments() = default;
+  explicit QueryMoments(DType dtype) : dtype_(dtype) {}
+  QueryMoments(const QueryMoments& other);
+  QueryMoments& operator=(QueryMoments other) noexcept;
+  QueryMoments(QueryMoments&&) noexcept = default;
+  ~QueryMoments() = default;
 
   // Of the next n rows only the last needed(n) count: the others may be skipped.
   std::int64_t needed(std::int64_t n) const;
@@ -58,11 +71,30 @@ class QueryMoments {
 
   std::int64_t count() const;          // rows in the sum
   std::vector<double> second() const;  // [D, D] sum of q q^T; empty where count() is 0
+  // This copy's part of what is shared.
+  std::size_t memory_bytes() const;
 
  private:
-  std::int64_t seen_ = 0;                // all rows
-  std::vector<float> before_, current_;  // [D, D]; the last whole block, and the one begun
+  // The upper triangle [D (D + 1) / 2] of a sum of q q^T 4^-exponent, row by row; empty: nothing.
+  struct Sum {
+    std::vector<float> upper;
+    int exponent = 0;
+    void add(const float* query, int head_dim);
+  };
+  // The last whole block, and of the one begun first rows and then their sum.
+  struct Blocks {
+    Sum before, current;
+    std::vector<std::byte> rows;
+    int head_dim = 0;
+    void add_rows(DType dtype);  // to `current`
+  };
+  Blocks& own();
+
+  DType dtype_ = DType::kFloat32;
+  std::int64_t seen_ = 0;  // all rows
   bool has_before_ = false;
+  mutable bool is_shared_ = false;  // a copy may read `blocks_`
+  std::shared_ptr<Blocks> blocks_;
 };
 
 // Tokens of one page that were picked. Bit s of `slots` stands for slot s.
@@ -73,6 +105,9 @@ struct PagePick {
   std::int32_t local_page = 0;  // the index's own number of the page
 };
 
+// Logits must be ordinary floats: |q.k| up to 2^30 or so. Logarithms of weights, here and in
+// Selection, are floats: they rank and estimate, to a logit's rounding. What is attended exactly is
+// weighed by its logits alone.
 struct SelectRequest {
   const float* queries = nullptr;   // [G, D], already multiplied by the softmax scale
   int group = 0;                    // G
@@ -117,7 +152,7 @@ class SemanticIndex {
   virtual void build(const TokenBlock& tokens, const QueryMoments& queries) = 0;
   // Adds tokens that follow the ones already there, in order.
   virtual void insert(const TokenBlock& tokens) = 0;
-  // Picks tokens for one step of the group.
+  // Picks tokens for one step of the group, whose queries are finite.
   virtual void select(const SelectRequest& request, Selection& selection) const = 0;
   // Mean values of the far-field nodes in the cache's dtype, [C, D]; empty where the far field is
   // off.

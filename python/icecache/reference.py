@@ -42,6 +42,7 @@ class ReferenceMemoryStats:
 
     pool_bytes: int
     index_bytes: int
+    query_bytes: int
     device_bytes: int
     sequences: int
 
@@ -184,7 +185,11 @@ class ReferenceEngine:
         tensors = [t for s in self._sequences.values() for t in (*s.keys, *s.values)]
         used = sum(t.numel() * t.element_size() for t in tensors)
         return ReferenceMemoryStats(
-            pool_bytes=used, index_bytes=0, device_bytes=used, sequences=len(self._sequences)
+            pool_bytes=used,
+            index_bytes=0,
+            query_bytes=0,
+            device_bytes=used,
+            sequences=len(self._sequences),
         )
 
     def synchronize(self) -> None:

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -109,6 +110,96 @@ TEST(QueryMetric, StaysFiniteForDegenerateInput) {
     metric.coordinates(keys.data(), 10, y.data());
     for (float x : y) EXPECT_NEAR(x, 0.0f, 1e-5f);
     for (float x : metric.from_query) EXPECT_TRUE(std::isfinite(x));
+  }
+}
+
+TEST(QueryMetric, SeesNumbersOfAnySizeAsItSeesOrdinaryOnes) {
+  const int d = 24;
+  const std::vector<float> keys = normal_rows(500, d, 1), queries = normal_rows(64, d, 2);
+  for (const int exponent : {-140, -100, -50, 50, 100, 124}) {
+    std::vector<float> far_keys = keys, far_queries = queries;
+    for (float& x : far_keys) x = std::ldexp(x, exponent);
+    for (float& x : far_queries) x = std::ldexp(x, -std::max(exponent, -120));
+    QueryMoments moments;
+    moments.observe(far_queries.data(), 64, d);
+    const QueryMetric metric = QueryMetric::fit(far_keys.data(), 500, d, moments, d);
+    // Below 2^-126 floats have fewer digits.
+    EXPECT_LT(logit_error(metric, far_keys, far_queries), exponent < -120 ? 1e-3 : 1e-8)
+        << exponent;
+  }
+}
+
+TEST(QueryMetric, PlacesKeysFarFromAllItWasFittedToAtTheEdge) {
+  const int d = 16;
+  const std::vector<float> keys = normal_rows(100, d, 1);
+  const QueryMetric metric = QueryMetric::fit(keys.data(), 100, d, {}, d);
+  std::vector<float> far(3 * d), y(3 * d);
+  for (int i = 0; i < d; ++i) {
+    far[i] = 3e38f;
+    far[d + i] = i % 2 == 0 ? 3e38f : -3e38f;
+    far[2 * d + i] = keys[i];
+  }
+  metric.coordinates(far.data(), 3, y.data());
+  for (int i = 0; i < 2 * d; ++i) EXPECT_LE(std::abs(y[i]), 0x1p50f);
+  EXPECT_GT(*std::max_element(y.begin(), y.begin() + d), 0x1p49f);
+  for (int i = 2 * d; i < 3 * d; ++i) EXPECT_LT(std::abs(y[i]), 100.0f);
+}
+
+TEST(QueryMoments, TakeAnyFiniteRowAndLeaveOutOthers) {
+  const int d = 8;
+  std::vector<float> rows = normal_rows(600, d, 5);
+  const float sizes[] = {1.0f, 3e38f, 1e-40f, 1e19f, 1e25f};
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    rows[i] = std::clamp(rows[i], -1.0f, 1.0f) * sizes[i / d % 5];
+  }
+  rows[550 * d + 3] = std::nanf("");
+  rows[551 * d + 2] = INFINITY;
+  QueryMoments moments;
+  moments.observe(rows.data(), 600, d);
+  EXPECT_EQ(moments.count(), 600);
+  std::vector<double> expected(d * d, 0.0);
+  for (int r = 0; r < 600; ++r) {
+    if (r == 550 || r == 551) continue;
+    for (int i = 0; i < d * d; ++i)
+      expected[i] += double{rows[r * d + i / d]} * rows[r * d + i % d];
+  }
+  const std::vector<double> second = moments.second();
+  for (int i = 0; i < d * d; ++i)
+    EXPECT_NEAR(second[i], expected[i], 1e-5 * expected[i / d * (d + 1)]);
+}
+
+TEST(QueryMoments, CopiesShareWhatTheyHoldUntilOneOfThemObserves) {
+  const int d = 64;
+  const std::vector<float> rows = normal_rows(1200, d, 6);
+  QueryMoments first;
+  first.observe(rows.data(), 700, d);
+  const std::size_t alone = first.memory_bytes();
+  QueryMoments second = first;
+  EXPECT_EQ(first.memory_bytes(), alone / 2);
+  EXPECT_EQ(second.memory_bytes(), alone / 2);
+  const std::vector<double> before = first.second();
+  second.observe(rows.data() + 700 * d, 500, d);
+  EXPECT_EQ(first.second(), before);
+  EXPECT_EQ(first.memory_bytes(), alone);
+  QueryMoments whole;
+  whole.observe(rows.data(), 1200, d);
+  EXPECT_EQ(second.second(), whole.second());
+  first.observe(rows.data() + 700 * d, 500, d);
+  EXPECT_EQ(first.second(), whole.second());
+}
+
+// At most the upper triangles of two sums, and what few rows take themselves.
+TEST(QueryMoments, TakeNoMoreThanTheirRowsOrTwoTriangles) {
+  const int d = 128;
+  const std::vector<float> rows = normal_rows(1500, d, 7);
+  const std::size_t triangle = d * (d + 1) / 2 * sizeof(float);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    QueryMoments moments(dtype);
+    for (int n = 0; n < 1500; n += 4) {
+      moments.observe(rows.data() + n * d, 4, d);
+      const std::size_t of_rows = (n + 4 + 16) * d * size_of(dtype);
+      EXPECT_LE(moments.memory_bytes(), 256 + std::min(of_rows, 2 * triangle + 16 * d * 4));
+    }
   }
 }
 

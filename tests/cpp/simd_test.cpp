@@ -152,6 +152,29 @@ TEST_P(SimdTest, AllFiniteFindsOneBadElementAnywhere) {
   }
 }
 
+TEST_P(SimdTest, LargestFindsTheLargestMagnitudeAnywhere) {
+  for (const DType dtype : kDTypes) {
+    for (const std::size_t n : kLengths) {
+      std::vector<float> values(n, -0.25f);
+      EXPECT_EQ(k().largest(encode(values, dtype).data(), dtype, n), n > 0 ? 0.25f : 0.0f);
+      for (std::size_t i = 0; i < n; i += std::max<std::size_t>(1, n / 9)) {
+        for (const float other : {-65504.0f, 0.5f, 1024.0f, kInf, -kInf, kNan}) {
+          std::vector<float> one = values;
+          one[i] = other;
+          const std::vector<std::byte> stored = encode(one, dtype);
+          const float kept = decode(stored, dtype)[i];
+          const float expected = std::isnan(kept) ? kInf : std::abs(kept);
+          EXPECT_EQ(k().largest(stored.data(), dtype, n), expected)
+              << name_of(dtype) << " n " << n << " at " << i;
+        }
+      }
+    }
+    // A subnormal of the type is no zero.
+    const std::vector<float> tiny(3, dtype == DType::kFloat16 ? 0x1p-24f : 0x1p-133f);
+    EXPECT_EQ(k().largest(encode(tiny, dtype).data(), dtype, 3), tiny[0]) << name_of(dtype);
+  }
+}
+
 TEST_P(SimdTest, DotAndAxpy) {
   for (const std::size_t n : kLengths) {
     const std::vector<float> a = normal(n), b = normal(n);

@@ -72,44 +72,45 @@ void from_float(const float* src, void* dst, DType dtype, std::size_t n) {
   }
 }
 
-// True if a 32-bit word, or one of its two 16-bit halves, has every bit of `exponent` set.
-template <bool kHalves>
-ICECACHE_INLINE VecU saturated(VecU bits, std::uint32_t exponent) {
-  if (!kHalves) return reinterpret_cast<VecU>((bits & exponent) == exponent);
-  const std::uint32_t low = exponent & 0xffffu;
-  const std::uint32_t high = exponent & 0xffff0000u;
-  return reinterpret_cast<VecU>((bits & low) == low) |
-         reinterpret_cast<VecU>((bits & high) == high);
-}
-
-template <bool kHalves>
-bool all_below(const void* src, std::uint32_t exponent, std::size_t bytes) {
-  constexpr std::size_t kStep = sizeof(VecU);
-  constexpr std::size_t kBlock = 64 * kStep;  // early exit once per block
+// The largest of the words of `bytes` bytes, or of their 16-bit halves, without the sign bit: as
+// magnitudes are ordered, NaN above all.
+template <typename Vector, typename Word>
+Word largest_word(const void* src, Word magnitude, std::size_t bytes) {
+  constexpr std::size_t kStep = sizeof(Vector);
   const unsigned char* p = static_cast<const unsigned char*>(src);
+  Vector found = {}, words;
   std::size_t i = 0;
-  while (i + kStep <= bytes) {
-    const std::size_t end = smaller(i + kBlock, bytes - bytes % kStep);
-    VecU found = {};
-    for (; i < end; i += kStep) found |= saturated<kHalves>(load_u32(p + i), exponent);
-    if (any(reinterpret_cast<VecI>(found))) return false;
+  for (; i + kStep <= bytes; i += kStep) {
+    load_bytes(&words, p + i);
+    words &= magnitude;
+    found = words > found ? words : found;
   }
-  // The rest, padded with zeros: no zero byte makes an exponent saturate.
   unsigned char padded[kStep] = {};
   for (std::size_t j = i; j < bytes; ++j) padded[j - i] = p[j];
-  return !any(reinterpret_cast<VecI>(saturated<kHalves>(load_u32(padded), exponent)));
+  load_bytes(&words, padded);
+  words &= magnitude;
+  found = words > found ? words : found;
+  Word lanes[kStep / sizeof(Word)], best = 0;
+  store_bytes(lanes, &found);
+  for (const Word lane : lanes) best = lane > best ? lane : best;
+  return best;
+}
+
+float largest(const void* src, DType dtype, std::size_t n) {
+  float found = 0.0f;
+  if (dtype == DType::kFloat32) {
+    found = float_of(
+        static_cast<std::uint32_t>(largest_word<VecI, std::int32_t>(src, 0x7fffffff, 4 * n)));
+  } else {
+    const auto bits =
+        static_cast<std::uint16_t>(largest_word<VecS, std::int16_t>(src, 0x7fff, 2 * n));
+    found = dtype == DType::kBFloat16 ? bf16_to_float(bits) : f16_to_float(bits);
+  }
+  return found <= kLargestFloat ? found : kInfinity;
 }
 
 bool all_finite(const void* src, DType dtype, std::size_t n) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return all_below<false>(src, 0x7f800000u, 4 * n);
-    case DType::kBFloat16:
-      return all_below<true>(src, 0x7f807f80u, 2 * n);
-    case DType::kFloat16:
-      return all_below<true>(src, 0x7c007c00u, 2 * n);
-  }
-  return true;
+  return largest(src, dtype, n) <= kLargestFloat;
 }
 
 }  // namespace

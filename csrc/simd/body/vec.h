@@ -30,6 +30,7 @@ typedef std::int16_t Vec8S __attribute__((vector_size(16)));
 typedef std::int16_t Vec16S __attribute__((vector_size(32)));
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLargestFloat = __FLT_MAX__;
 
 ICECACHE_INLINE VecF load(const float* p) {
   VecF v;

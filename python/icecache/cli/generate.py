@@ -121,7 +121,8 @@ def _report(stats: ModelStats) -> str:
     memory = stats.memory
     held = (
         f"{memory.device_bytes / 2**20:.1f} MiB on the device, "
-        f"{(memory.pool_bytes + memory.index_bytes) / 2**20:.1f} MiB in host memory"
+        f"{(memory.pool_bytes + memory.index_bytes + memory.query_bytes) / 2**20:.1f} MiB "
+        "in host memory"
     )
     steps = stats.total("steps")
     if not steps:

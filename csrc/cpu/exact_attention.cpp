@@ -1,0 +1,98 @@
+#include "cpu/exact_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+constexpr double kLargestEstimated = 0x1p30;  // logit
+// Up to these, float arithmetic has room for products and for sums over all tokens, and what it
+// loses of subnormal elements moves no logit; and with values that are not all smaller than the
+// last, no output.
+constexpr double kLargestLogit = 0x1p100;
+constexpr float kLargestQuery = 0x1p60f, kLargestRow = 0x1p96f, kSmallestValue = 0x1p-100f;
+
+double largest_logit(float query, const Magnitudes& held, int head_dim) {
+  return static_cast<double>(query) * held.key * head_dim;
+}
+
+float largest_of(const float* x, std::ptrdiff_t n) {
+  return simd::kernels().largest(x, DType::kFloat32, static_cast<std::size_t>(n));
+}
+
+}  // namespace
+
+bool needs_double(float query, const Magnitudes& held, int head_dim) {
+  return query > kLargestQuery || largest_logit(query, held, head_dim) > kLargestLogit ||
+         std::max(held.key, held.value) > kLargestRow ||
+         (held.value > 0.0f && held.value < kSmallestValue);
+}
+
+bool can_estimate(float query, const Magnitudes& held, int head_dim) {
+  return !needs_double(query, held, head_dim) &&
+         largest_logit(query, held, head_dim) <= kLargestEstimated;
+}
+
+ExactAttention::ExactAttention(const float* queries, int tokens, int group,
+                               const PageLayout& layout, const Magnitudes& held, float* out)
+    : block_{queries, tokens, group}, layout_(layout), out_(out) {
+  const int rows = tokens * group, d = layout.head_dim;
+  float largest = largest_of(queries, static_cast<std::ptrdiff_t>(rows) * d);
+  if (std::isinf(largest)) {
+    set_aside_bad_rows();
+    largest = largest_of(block_.queries, static_cast<std::ptrdiff_t>(rows) * d);
+  }
+  if (needs_double(largest, held, d)) {
+    wide_.emplace(rows, d);
+    return;
+  }
+  flush_.emplace();
+  max_.resize(static_cast<std::size_t>(rows));
+  sum_.resize(static_cast<std::size_t>(rows));
+  AttentionState{out_, max_.data(), sum_.data(), rows, d}.clear();
+}
+
+void ExactAttention::set_aside_bad_rows() {
+  const std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(block_.tokens) * block_.group;
+  const int d = layout_.head_dim;
+  finite_.assign(block_.queries, block_.queries + rows * d);
+  for (int r = 0; r < rows; ++r) {
+    float* row = finite_.data() + static_cast<std::ptrdiff_t>(r) * d;
+    if (std::isfinite(largest_of(row, d))) continue;
+    bad_.push_back(r);
+    std::fill_n(row, d, 0.0f);
+  }
+  block_.queries = finite_.data();
+}
+
+void ExactAttention::attend(std::span<const PageSlots> pages, std::int64_t seen) {
+  block_.seen = seen;
+  if (wide_) {
+    wide_->attend(pages, block_, layout_);
+  } else {
+    const int rows = block_.tokens * block_.group;
+    attend_pages(pages, block_, layout_, {out_, max_.data(), sum_.data(), rows, layout_.head_dim});
+  }
+}
+
+void ExactAttention::finish(float* lse) {
+  const int rows = block_.tokens * block_.group, d = layout_.head_dim;
+  const AttentionState state{out_, max_.data(), sum_.data(), rows, d};
+  for (int r = 0; r < rows && lse != nullptr; ++r) {
+    lse[r] = wide_ ? static_cast<float>(wide_->lse(r)) : state.lse(r);
+  }
+  if (wide_) {
+    wide_->finish(out_);
+  } else {
+    icecache::finish(state, out_);
+  }
+  for (const int r : bad_) {
+    std::fill_n(out_ + static_cast<std::ptrdiff_t>(r) * d, d, std::nanf(""));
+    if (lse != nullptr) lse[r] = std::nanf("");
+  }
+}
+
+}  // namespace icecache

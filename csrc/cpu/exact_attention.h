@@ -1,0 +1,57 @@
+// ExactAttention: attention of one GQA group over pages, of any numbers that the types hold.
+//
+// Float arithmetic where it has room for all products and sums, else double: the result is that of
+// exact arithmetic to a float's rounding of logits and values. A query with NaN or Inf gives NaN,
+// and changes no other.
+//
+// Threads: made, used and gone on one thread, whose subnormal floats are zeros meanwhile where none
+// can matter.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "cpu/paged_attention.h"
+#include "cpu/wide_attention.h"
+#include "simd/flush_subnormals.h"
+
+namespace icecache {
+
+// Largest magnitudes of keys and values, or bounds of them; finite.
+struct Magnitudes {
+  float key = 0.0f, value = 0.0f;
+};
+
+// Whether attention takes more room than floats have. `query`: the largest element, scaled.
+bool needs_double(float query, const Magnitudes& held, int head_dim);
+// Whether an index can tell what tokens weigh: beyond, a float has not even the digits to tell one
+// weight from another. False for an infinite query.
+bool can_estimate(float query, const Magnitudes& held, int head_dim);
+
+class ExactAttention {
+ public:
+  // Queries [T, G, D] (scaled) over nothing. `out` [T, G, D] is used from now on.
+  ExactAttention(const float* queries, int tokens, int group, const PageLayout& layout,
+                 const Magnitudes& held, float* out);
+
+  // Of the tokens of the pages, in order, query t sees the first seen + t.
+  void attend(std::span<const PageSlots> pages, std::int64_t seen = QueryBlock::kAll);
+  // Fills `out`: normalised, zeros over no tokens. `lse` [T, G], unless null: log of the total
+  // weight as a float has it, infinite where it has none; -inf over no tokens.
+  void finish(float* lse = nullptr);
+
+ private:
+  void set_aside_bad_rows();
+
+  QueryBlock block_;
+  PageLayout layout_;
+  float* out_;
+  std::vector<float> finite_;  // queries with zeros in place of bad rows, if there are any
+  std::vector<int> bad_;       // rows with NaN or Inf
+  std::optional<WideAttention> wide_;
+  std::optional<simd::FlushSubnormals> flush_;
+  std::vector<float> max_, sum_;  // [T, G] without wide_
+};
+
+}  // namespace icecache
