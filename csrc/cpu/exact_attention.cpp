@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "simd/kernels.h"
 
@@ -10,10 +11,11 @@ namespace {
 
 constexpr double kLargestEstimated = 0x1p30;  // logit
 // Up to these, float arithmetic has room for products and for sums over all tokens, and what it
-// loses of subnormal elements moves no logit; and with values that are not all smaller than the
-// last, no output.
+// loses of subnormal elements moves no logit. Products of weights and values that are all smaller
+// than the last may be subnormal; values that are all subnormal themselves count as zeros.
 constexpr double kLargestLogit = 0x1p100;
 constexpr float kLargestQuery = 0x1p60f, kLargestRow = 0x1p96f, kSmallestValue = 0x1p-100f;
+constexpr float kSmallestNormal = std::numeric_limits<float>::min();
 
 double largest_logit(float query, const Magnitudes& held, int head_dim) {
   return static_cast<double>(query) * held.key * head_dim;
@@ -28,7 +30,7 @@ float largest_of(const float* x, std::ptrdiff_t n) {
 bool needs_double(float query, const Magnitudes& held, int head_dim) {
   return query > kLargestQuery || largest_logit(query, held, head_dim) > kLargestLogit ||
          std::max(held.key, held.value) > kLargestRow ||
-         (held.value > 0.0f && held.value < kSmallestValue);
+         (held.value >= kSmallestNormal && held.value < kSmallestValue);
 }
 
 bool can_estimate(float query, const Magnitudes& held, int head_dim) {

@@ -1,8 +1,8 @@
 // ExactAttention: attention of one GQA group over pages, of any numbers that the types hold.
 //
 // Float arithmetic where it has room for all products and sums, else double: the result is that of
-// exact arithmetic to a float's rounding of logits and values. A query with NaN or Inf gives NaN,
-// and changes no other.
+// exact arithmetic to a float's rounding of logits and values, and to 2^-126. A query with NaN or
+// Inf gives NaN, and changes no other.
 //
 // Threads: made, used and gone on one thread, whose subnormal floats are zeros meanwhile where none
 // can matter.
