@@ -302,7 +302,7 @@ void DciIndex::check_integrity() const {
 }
 
 std::size_t dci_cells(const Config& config, std::int32_t tokens) {
-  const std::int64_t step = every(config.dci_promotion);
+  const std::int64_t step = DciTree::every(config.dci_promotion);
   return static_cast<std::size_t>((tokens + step - 1) / step);
 }
 
