@@ -26,7 +26,7 @@ TEST_F(DeviceCacheTest, RefusesWithWhatIsSupported) {
   };
   EXPECT_EQ(refusal(), "device=cuda: head_dim must be 64, 96, 128 or 256, got 80");
   shape.head_dim = 64;
-  EXPECT_EQ(refusal(0), "batch must be positive, got 0");
+  EXPECT_EQ(refusal(0), "batch must be from 1 to 65535, got 0");
   EXPECT_NE(refusal(1, 8).find("max_tokens must be above"), std::string::npos);
   EXPECT_NE(refusal(1, 1000, 99).find("device must be from 0 to"), std::string::npos);
   config.index = "dci";
