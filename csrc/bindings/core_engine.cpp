@@ -125,7 +125,7 @@ py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handl
     for (const py::handle part : given) parts.append(new_like(part));
     result = parts;
   }
-  const Rows out = batch_or_list_rows(form_of(self, "outputs", Use::kWritten), result, ids.size());
+  const Rows out = batch_or_list_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
   {
     const Unlocked unlocked;
     self->attend(ids, layer, q.views, out.views);
@@ -146,7 +146,7 @@ py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle 
                                   "), got ", q.held[0].size(2)));
   }
   py::object result = new_like(queries);
-  const Rows out = batch_rows(form_of(self, "outputs", Use::kWritten), result, ids.size());
+  const Rows out = batch_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
   append_or_not(self, ids, layer, k.views,
                 [&] { self->step(ids, layer, k.views, v.views, q.views, out.views); });
   return result;

@@ -23,6 +23,7 @@ enum class Use {
   kRead,     // during the call: a copy will do
   kInPlace,  // read as it stands, by what the call launches
   kWritten,
+  kMade,  // written, and what new_like() gave
 };
 
 // What a tensor argument must be.
@@ -51,6 +52,7 @@ class TensorMemory {
   std::int64_t stride(int dim) const { return strides_[dim]; }
   std::byte* element(std::int64_t offset) const;
   bool is_contiguous() const;
+  std::byte* end() const;  // of a contiguous one
   std::string shape_text() const;
 
  private:
@@ -76,7 +78,8 @@ Rows batch_or_list_rows(TensorForm form, pybind11::handle tensors, std::size_t s
 Rows packed_rows(TensorForm form, pybind11::handle tensor, std::span<const std::int64_t> firsts,
                  std::span<const std::int64_t> counts);
 
-// A new tensor on the CPU of the shape and the dtype of `like`, whatever device is torch's default.
+// A new tensor on the CPU of the shape and the dtype of `like`, a tensor that a TensorMemory took,
+// whatever device is torch's default.
 pybind11::object new_like(pybind11::handle like);
 // torch's current stream on a device: a cudaStream_t, or null on the CPU.
 void* current_stream(std::int32_t device_type, int device);
