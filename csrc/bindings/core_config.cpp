@@ -41,7 +41,9 @@ void bind_config(py::module_& module) {
       .def(
           "most_slots",
           [](Live<Config> self, py::handle tokens) {
-            return most_slots(*self, narrow_integer("tokens", tokens));
+            const int count = narrow_integer("tokens", tokens);
+            if (count < 0) throw InvalidArgument(message("tokens must be 0 or more, got ", count));
+            return most_slots(*self, count);
           },
           py::arg("tokens"),
           "Slots that the pages of an index of so many tokens have at most, resolved parameters "

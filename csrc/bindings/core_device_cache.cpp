@@ -1,5 +1,7 @@
 // Work is launched on torch's current stream of the cache's device. Classes are local to their
 // module: tests bind them a second time, on an emulator.
+#include <utility>
+
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
 #include "bindings/core_tensors.h"
@@ -106,6 +108,11 @@ TensorMemory contiguous(const TensorForm& form, py::handle tensor,
   return memory;
 }
 
+// REQUIRES: both are contiguous.
+bool share_memory(const TensorMemory& a, const TensorMemory& b) {
+  return a.element(0) < b.end() && b.element(0) < a.end();
+}
+
 void prefill(Self self, py::handle layer_number, py::handle sequence_number, py::handle keys,
              py::handle values, py::handle queries) {
   const int layer = narrow_integer("layer", layer_number);
@@ -144,6 +151,13 @@ void step(Self self, py::handle layer_number, py::handle queries, py::handle key
     held.push_back(contiguous(form, rows, {self->batch()}));
     row_of_sequence = reinterpret_cast<const std::int32_t*>(held.back().element(0));
   }
+  const std::pair<const char*, const TensorMemory*> inputs[] = {
+      {"queries", &q}, {"keys", &k}, {"values", &v}};
+  for (const auto& [name, memory] : inputs) {
+    if (share_memory(o, *memory)) {
+      throw InvalidArgument(message("out must not share memory with ", name));
+    }
+  }
   void* const stream = stream_of(self);
   const Unlocked unlocked;
   self->step(layer, q.element(0), k.element(0), v.element(0), o.element(0), stream,
@@ -165,6 +179,7 @@ void gather(Self self, py::handle layer_number, py::handle sequence_number, py::
       contiguous(form_of(self, "keys", "[H, T, D]", Use::kWritten), keys, {heads, length, d});
   const auto v =
       contiguous(form_of(self, "values", "[H, T, D]", Use::kWritten), values, {heads, length, d});
+  if (share_memory(k, v)) throw InvalidArgument("values must not share memory with keys");
   const Unlocked unlocked;
   self->gather(layer, sequence, k.element(0), v.element(0), stream);
 }

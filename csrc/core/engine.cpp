@@ -7,6 +7,7 @@
 
 #include "core/emulated_device.h"
 #include "core/engine_impl.h"
+#include "core/tensor_overlap.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
@@ -253,6 +254,11 @@ void Engine::gather(SeqId sequence, int layer, const TensorView& keys,
                                     " tokens, got ", view->tokens, " tokens with stride ",
                                     view->token_stride));
     }
+  }
+  if (const TensorView written[] = {keys, values}; rows_overlap(written)) {
+    throw InvalidArgument(
+        "keys and values must have memory of their own for every row, got rows "
+        "that share");
   }
   for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
     cache.heads[h].gather(keys.at(h, 0), values.at(h, 0));

@@ -122,7 +122,8 @@ class Engine {
   // (sequence, layer) throws.
   void synchronize();
 
-  // Copies all tokens in order of position: keys, values [Hkv, L, D], contiguous.
+  // Copies all tokens in order of position: keys, values [Hkv, L, D], contiguous rows, none of
+  // which share memory.
   void gather(SeqId sequence, int layer, const TensorView& keys, const TensorView& values) const;
 
   HeadStats stats(int layer, int kv_head) const;

@@ -8,7 +8,6 @@ T tokens of a prompt, Hq query heads, Hkv KV heads, D head dim.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from icecache import _core
 from icecache.config import Config, Value, wrap
 from icecache.engine import core_settings
 from icecache.errors import InvalidArgument
+from icecache.fakes import require_one_device
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
@@ -348,5 +348,13 @@ def _device_step(
 
 
 @_device_step.register_fake
-def _(*_arguments: Any) -> None:
-    return None
+def _(
+    cache: int,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> None:
+    require_one_device(queries=queries, keys=keys, values=values, out=out, rows=rows)

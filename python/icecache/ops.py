@@ -14,6 +14,8 @@ from typing import cast
 
 import torch
 
+from icecache.fakes import require_one_device
+
 # Also defines icecache_torch_parallel_for: include/icecache/parallel.h on torch's own threads.
 LIBRARY = str(Path(__file__).with_name("_ops.so"))
 torch.ops.load_library(LIBRARY)
@@ -67,6 +69,7 @@ def _(
     slot_masks: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    require_one_device(queries=queries, pages=pages, block_table=block_table, slot_masks=slot_masks)
     lse = queries.new_empty(queries.shape[:2], dtype=torch.float32)
     return torch.empty_like(queries), lse
 
@@ -75,4 +78,5 @@ def _(
 def _(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    require_one_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.empty_like(out_a), torch.empty_like(lse_a)

@@ -198,11 +198,22 @@ def test_bad_tensors_are_refused_and_nothing_changes() -> None:
         cache.step(0, query.float(), key, key)
     with pytest.raises(icecache.InvalidArgument, match="layer must be from 0 to 1, got 7"):
         cache.step(7, query, key, key)
+    with pytest.raises(icecache.InvalidArgument, match="out must not share memory with queries"):
+        cache._cache.step(0, query, key, key, query, None)
+    rows = cache.gather(0, 0)[0]
+    with pytest.raises(icecache.InvalidArgument, match="values must not share memory with keys"):
+        cache._cache.gather(0, 0, rows, rows)
     with pytest.raises(icecache.InvalidArgument, match="a prompt must have at most"):
         long = tokens(9000, KV_HEADS, 1)
         cache.prefill(0, tokens(9000, HEADS, 1), long, long)
     assert cache.length(0, 0) == 500
     assert cache.step(0, query, key, key).isfinite().all()
+
+
+def test_one_tensor_of_another_device_is_refused() -> None:
+    rows = [torch.zeros(1, 2, 1, 64) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=r"values must be on the device of queries \(cpu\), got"):
+        torch.ops.icecache.device_step(0, 0, *rows[:2], rows[2].to("meta"), rows[0].clone(), None)
 
 
 @gpu

@@ -154,3 +154,18 @@ def test_bad_input_is_refused(name: str, change: Any, message: str) -> None:
         arguments["queries"] = arguments["queries"].contiguous()
     with pytest.raises(RuntimeError, match=message):
         ops.paged_attention(**arguments)
+
+
+def test_one_tensor_of_another_device_is_refused() -> None:
+    arguments = case()
+    for name in ("queries", "pages", "block_table", "slot_masks"):
+        mixed = arguments | {name: arguments[name].to("meta")}
+        with pytest.raises(RuntimeError, match=r"must be on the device of queries \("):
+            ops.paged_attention(**mixed)
+    out, lse = torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2)
+    with pytest.raises(
+        RuntimeError, match=r"lse_b must be on the device of out_a \(cpu\), got meta"
+    ):
+        ops.merge_states(out[0], lse[0], out[1], lse[1].to("meta"))
+    whole = ops.merge_states(*(x.to("meta") for x in (out[0], lse[0], out[1], lse[1])))
+    assert all(x.is_meta for x in whole)

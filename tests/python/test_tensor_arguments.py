@@ -340,6 +340,20 @@ def test_endless_tensors_are_refused_without_being_read(count: int) -> None:
     assert engine.length(0) == 20
 
 
+def test_gathered_rows_that_share_memory_are_refused() -> None:
+    engine = make()
+    keys, values = engine.gather(0, 0)
+    rows = torch.zeros_like(keys)
+    for pair in (
+        (rows, rows),
+        (rows[:1].expand_as(rows), values),
+        (keys, rows[:1].expand_as(rows)),
+    ):
+        with pytest.raises(InvalidArgument, match="memory of their own for every row"):
+            engine._engine.gather(0, 0, *pair)
+    assert not rows.any()
+
+
 def test_items_of_a_list_may_change_the_list() -> None:
     engine = make()
 
