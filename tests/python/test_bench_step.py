@@ -59,12 +59,15 @@ def test_the_command_prints_a_table_and_writes_json(
     assert {"step_speedup_1k", "step_speedup_512", "step_us_dense_1k"} <= names
 
 
+LENGTHS = "whole numbers from 256 to 1073741824 with commas between them"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "2k"], "--lengths must be numbers and commas, got '2k'"),
-        (["--lengths", "100"], "--lengths must be at least 256, got 100"),
-        (["--dtype", "int8"], "--dtype must be float32, bfloat16, float16, got 'int8'"),
+        (["--lengths", "2k"], f"--lengths must be {LENGTHS}, got '2k'"),
+        (["--lengths", "100"], f"--lengths must be {LENGTHS}, got '100'"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["--token-budget", "20"], "token_budget must be at least"),
     ],
 )
