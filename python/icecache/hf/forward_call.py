@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+# Layers of a cache that hold nothing, and that no call reaches; older versions have none.
+_DUMMY_LAYERS: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 class ForwardCall:
@@ -29,7 +33,7 @@ class ForwardCall:
     def is_complete(self, layers: Sequence[Any]) -> bool:
         """Whether the call has reached all of `layers`, or none of them."""
         return self.is_empty or all(
-            index in self._reached or isinstance(layer, DummyLayer)
+            index in self._reached or isinstance(layer, _DUMMY_LAYERS)
             for index, layer in enumerate(layers)
         )
 
