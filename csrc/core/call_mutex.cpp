@@ -19,7 +19,7 @@ void CallMutex::lock() {
   mutex_.lock();
 }
 
-// Never waits: a call may take seconds.
+// Does not wait for a call that holds the mutex: that may take seconds.
 void CallMutex::before_fork() {
   is_held_by_fork_ = mutex_.try_lock();
 }

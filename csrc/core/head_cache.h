@@ -123,7 +123,7 @@ class HeadCache {
                   HeadStats& stats) const;
   // Where the window begins for the step after the newest token.
   std::int32_t next_window_start() const;
-  // Tokens of the tail below it.
+  // How many tokens of the tail lie before that window, and are to join the index.
   std::int32_t due_tokens() const;
   void build(std::int32_t due);
   // Moves tokens from the tail into the index, and those of a rebuild a step on.
