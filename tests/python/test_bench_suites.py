@@ -27,7 +27,7 @@ from icecache.bench.suites import SUITES, Data, find_suite
 from icecache.bench.tasks.task import Sample, Task
 from icecache.bench.workers import fitting_workers, share_of
 from icecache.cli import app
-from icecache.cli.bench_suites import METHODS as METHOD_NAMES
+from icecache.cli.bench_common import METHODS as METHOD_NAMES
 from icecache.cli.bench_suites import SUITES as NAMES
 from icecache.models import smollm2
 from typer.testing import CliRunner

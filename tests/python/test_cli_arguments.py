@@ -130,7 +130,7 @@ def wild_outputs() -> Iterator[Case]:
         for value in wrong:
             yield [*command, option, value], [option, "must be a file", value or "."]
     yield ["demo", "--report", f"{FILES}/absent/report.html"], ["--report", "existing folder"]
-    for suite in SUITES:
+    for suite in (*SUITES, "generation"):
         data = ["--data-dir", f"{FILES}/text.txt"] if suite == "text" else []
         for value in (f"{FILES}/file", f"{FILES}/file/below", f"{FILES}/{LONG}"):
             yield ["bench", suite, *data, "--out", value], ["--out", "must be a folder", value]
@@ -138,12 +138,12 @@ def wild_outputs() -> Iterator[Case]:
 
 def wild_data() -> Iterator[Case]:
     wrong = ["absent", "empty", "empty.txt", "folder", LONG]
-    for suite in SUITES:
+    for suite in (*SUITES, "generation"):
         for name in wrong:
             path = f"{FILES}/{name}"
             yield ["bench", suite, "--data-dir", path], ["--data-dir", path]
         yield ["bench", suite, "--data-dir", "/dev/zero"], ["--data-dir", "/dev/zero"]
-        if suite != "text":  # of the folder that it runs in
+        if suite not in ("text", "generation"):  # of the folder that it runs in
             yield ["bench", suite, "--data-dir", ""], ["--data-dir", "."]
     yield ["bench", "passkey", "--data-dir", f"{FILES}/text.txt"], ["--data-dir", "made up"]
     yield ["bench", "ruler", "--data-dir", f"{FILES}/text.txt"], ["--data-dir", "not JSON"]
@@ -162,6 +162,7 @@ def wild_data() -> Iterator[Case]:
         yield ["generate", path, "-p", "x"], ["model", path]
         yield ["demo", "--model", path], ["model", path]
         yield ["bench", "passkey", "--model", path], ["model", path]
+        yield ["bench", "generation", "--model", path], ["model", path]
     yield ["generate", "", "-p", "x"], ["model", "empty"]
     yield ["generate", "~no-such-user/m", "-p", "x"], ["model", "~no-such-user/m"]
 
@@ -183,6 +184,14 @@ def contradictions() -> Iterator[Case]:
     yield ["bench", "passkey", "--budget", "64,20"], ["token_budget", "got 20"]
     yield ["bench", "passkey", "--budget", "1000000000"], ["host_memory", "half"]
     yield ["bench", "passkey", "--set", "sink_tokens=60"], ["token_budget", "got 64"]
+    grow = ["bench", "generation"]
+    yield [*grow, "--prompt", "99", "--length", "99"], ["--prompt", "--length 99", "got 99"]
+    yield [*grow, "--switch-at", "9"], ["--switch-at", "--prompt 256", "got 9"]
+    yield [*grow, "--switch-at", "2048"], ["--switch-at", "--length 2048", "got 2048"]
+    yield [*grow, "--switch-at", "999", "--own"], ["--switch-at", "--own"]
+    steps = ["--rebuilt-every", "9", "--rebuilt-steps", "44"]
+    yield [*grow, *steps, "--length", "300"], ["--rebuilt-steps", "the 44 tokens", "got 44"]
+    yield [*grow, "--budget", "64,20"], ["token_budget", "got 20"]
     ask = ["bench", "gsm8k", "--endpoint"]
     for url in ("", "localhost", "localhost:8000", "ftp://a/v1", "http://", "http://[", "/v1"):
         yield [*ask, url], ["--endpoint", f"got {url!r}"]

@@ -15,6 +15,13 @@ runner       runs that go on after a kill
 evaluate     one run of a suite, and its files
 scores       numbers of a run
 html_report  the same as a page
+html_page    what such pages are made of
+generation   texts fed token by token from a short prompt on: a run and its files
+generation_plan    what it is asked for
+generation_report  its numbers and its page
+growth       methods along a text, beside indexes built at the moment
+free_text    what methods write by themselves, and what full attention makes of it
+writing      rows that write on to the ends of what they write
 quality      what bench_quality measures: KL, agreement, needles, attended mass
 summary      its numbers and bounds
 prompts      its prompts

@@ -10,7 +10,7 @@ of the output.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from icecache.bench.prefill import Prefill
 from icecache.bench.quality import kl_divergence, row_by_row
 from icecache.bench.runs import Branch
 from icecache.bench.session import Session
+from icecache.bench.writing import IsEnd, Writer, write_on
 
 ERROR_STEPS = 4  # decode steps in which the error of the output is measured
 
@@ -42,9 +43,6 @@ class Outcome:
     output_error: list[list[float]] = field(default_factory=list)  # [layers][Hq], relative L2
     open_s: float = 0.0  # seconds to fill and index its cache
     step_s: float = 0.0  # seconds of attention of a step, all layers
-
-
-IsEnd = Callable[[list[int]], bool]
 
 
 def compare(
@@ -149,23 +147,10 @@ class _Group:
         )
 
     def write_on(self, most: int, is_end: IsEnd) -> None:
-        """Greedily, each row from where it is; rows leave as they end."""
-        branch, rows = self.branch, list(zip(self.outcomes, self.sessions, strict=True))
-        while True:
-            going = [
-                at
-                for at, (outcome, _) in enumerate(rows)
-                if len(outcome.answer) < most and not is_end(outcome.answer)
-            ]
-            if len(going) < len(rows):
-                rows = [rows[at] for at in going]
-                branch = branch.fork(going) if going else branch
-            if not rows:
-                break
-            tokens = torch.tensor([outcome.answer[-1:] for outcome, _ in rows])
-            logits = branch.run(tokens, row_by_row([session for _, session in rows]))
-            for (outcome, _), token in zip(rows, logits.argmax(-1).tolist(), strict=True):
-                outcome.answer.append(token)
+        """Greedily, each row from where it is; closes their sessions."""
+        pairs = zip(self.outcomes, self.sessions, strict=True)
+        rows = [Writer(outcome.answer, session) for outcome, session in pairs]
+        write_on(self.branch, rows, most, is_end)
         for session in self.sessions:
             session.close()
 

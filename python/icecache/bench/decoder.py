@@ -67,7 +67,7 @@ class Decoder:
         self.config = model.config.get_text_config(decoder=True)
         self.dtype: torch.dtype = model.dtype
         parameters = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._makes_some = "logits_to_keep" in parameters  # logits of the last tokens alone
         # Rows at different positions: only where no cache of transformers' own has a row for each.
         whole = len(self.layers) == len(DynamicCache(config=model.config).layers)
         self.can_join = whole and "position_ids" in parameters
@@ -121,14 +121,23 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: torch.Tensor, cache: Cache, positions: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        cache: Cache,
+        positions: torch.Tensor | None = None,
+        keep: int = 1,
     ) -> torch.Tensor:
-        """Logits [B, V] of the last of T new tokens [B, T]; positions [B, T] follow the cache."""
-        placed = {} if positions is None else {"position_ids": positions}
-        arguments = {CACHE: cache, "use_cache": True, **self._last_only, **placed}
-        output = self.model(input_ids=tokens, **arguments)
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        """Logits [B, keep, V] of the last `keep` of T new tokens [B, T].
+
+        The positions [B, T] follow the cache where none are given.
+        """
+        arguments: dict[str, Any] = {CACHE: cache, "use_cache": True}
+        if self._makes_some:
+            arguments["logits_to_keep"] = keep
+        if positions is not None:
+            arguments["position_ids"] = positions
+        logits: torch.Tensor = self.model(input_ids=tokens, **arguments).logits
+        return logits[:, -keep:]
 
     def note(
         self,
@@ -175,7 +184,7 @@ def _try_out(decoder: Decoder) -> None:
     tokens = torch.randint(size // 8, size // 2, (_TRIAL,), generator=chance)
     prompt, following = tokens[:-2], tokens[-2:]
     cache = DynamicCache(config=decoder.model.config)
-    expected = [decoder.forward(part[None], cache)[0] for part in (prompt, *following.split(1))]
+    expected = [decoder.forward(part[None], cache)[0, -1] for part in (prompt, *following.split(1))]
 
     run = OwnRun(decoder)
     run.on_attention = decoder.note

@@ -15,6 +15,8 @@ from icecache.bench.prefill import Prefill
 from icecache.hf.engine_handle import EngineHandle
 from icecache.hf.sinks import narrow, widen_queries, widen_tokens, with_sink_token
 
+CHANGES = ("seals", "merges")  # counters of a head's statistics: how its index grew
+
 
 class EngineSession:
     """A Session. Forks share the engine and with it the statistics.
@@ -77,6 +79,22 @@ class EngineSession:
     def bytes_read(self) -> int:
         """By the decode steps of all forks: sketches, summaries, candidates, attended K and V."""
         return sum(self.engine.stats(layer, head).bytes_read for layer, head in self._heads)
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens as the model made them, [Hkv, L, D]."""
+        keys, values = self.engine.gather(self.sequence, layer)
+        if self._sinks is None:
+            return keys, values
+        return narrow(keys[:, 1:]), narrow(values[:, 1:])
+
+    def changes(self) -> dict[str, int]:
+        """What the indexes of all heads did so far, of `CHANGES`; empty where none is counted."""
+        heads = [self.engine.stats(layer, head) for layer, head in self._heads]
+        return {
+            name: sum(getattr(head, name) for head in heads)
+            for name in CHANGES
+            if hasattr(heads[0], name)
+        }
 
     def close(self) -> None:
         self.engine.release(self.sequence)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 from collections import defaultdict
@@ -14,24 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from icecache.bench.libraries import library
+from icecache.bench.html_page import html_figure, html_page, html_table
 from icecache.bench.runner import Record
 from icecache.bench.scores import Line, halves, lines, task_scores
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;
-  color: #1c2733; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #dde3e8; }
-td { white-space: nowrap; }
-th { vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-tr.ours { background: #eef5ff; }
-figure { display: inline-block; margin: .5em 1em .5em 0; vertical-align: top; }
-figcaption { font-size: 13px; color: #5a6875; max-width: 32em; }
-pre { background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: 13px; }
-"""
 _COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("method", lambda line: line.method),
     ("tokens", lambda line: str(line.budget) if line.budget else "all"),
@@ -45,6 +30,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("mass", lambda line: _percent(line.mass)),
     ("output error", lambda line: _number(line.output_error, ".3f")),
     ("MiB a step", lambda line: _number(line.bytes_read / 2**20, ".2f")),
+    ("written", lambda line: _number(line.answer_tokens, ".0f")),
     ("ms a step", lambda line: _number(line.step_ms, ".1f")),
     ("n", lambda line: str(line.n)),
 )
@@ -61,7 +47,6 @@ def _percent(value: float, digits: int = 1) -> str:
 def html_report(title: str, settings: dict[str, Any], records: Sequence[Record]) -> str:
     """A page that needs nothing beside itself."""
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
         f"<p>{_summary(records)}</p>",
         _method_table(records),
         *_plots(records),
@@ -72,11 +57,7 @@ def html_report(title: str, settings: dict[str, Any], records: Sequence[Record])
         "<h2>Run</h2>",
         f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    return html_page(title, parts)
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -86,18 +67,9 @@ def _summary(records: Sequence[Record]) -> str:
         f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts "
         f"of {min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
         "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
-        "the right answer, relative to full attention. Per cent where no unit is given."
+        "the right answer, relative to full attention; written counts a method's own tokens until "
+        "it stops. Per cent where no unit is given."
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    head = "".join(f"<th>{html.escape(one)}</th>" for one in header)
-    body = "".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>"
-        for kind, row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
 
 
 def method_rows(
@@ -112,7 +84,7 @@ def method_rows(
 
 def _method_table(records: Sequence[Record]) -> str:
     header, rows = method_rows(records)
-    return _table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
+    return html_table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
 
 
 def _task_tables(records: Sequence[Record]) -> Iterator[str]:
@@ -126,7 +98,7 @@ def _task_tables(records: Sequence[Record]) -> Iterator[str]:
         ]
         if budget:
             yield f"<h3>{budget} tokens</h3>"
-        yield _table(["task", *(line.method for line in shown)], rows)
+        yield html_table(["task", *(line.method for line in shown)], rows)
 
 
 def _plots(records: Sequence[Record]) -> Iterator[str]:
@@ -134,42 +106,26 @@ def _plots(records: Sequence[Record]) -> Iterator[str]:
     budgets = sorted({line.budget for line in table if line.budget})
     if not budgets:
         return
-    yield _figure(
+    yield html_figure(
         "Score at each budget; the dashed line is full attention.",
         lambda axes: _curves(axes, table, "score", "score"),
     )
-    yield _figure(
+    yield html_figure(
         "KL divergence to full attention, lower is nearer.",
         lambda axes: _curves(axes, table, "kl", "KL, nats", log=True),
     )
-    yield _figure(
+    yield html_figure(
         "KL against the bytes that a step reads: below and left is better.",
         lambda axes: _pareto(axes, table),
     )
     for budget in budgets:
         errors = _errors(records, "icecache", budget)
         if errors is not None:
-            yield _figure(
+            yield html_figure(
                 f"Relative error of IceCache's output at {budget} tokens, by layer and query head.",
                 partial(_heat, values=errors, x="query head", y="layer"),
             )
     yield from _needles(records)
-
-
-def _figure(caption: str, draw: Callable[[Any], None]) -> str:
-    library("matplotlib").use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.4, 4), layout="constrained")
-    draw(axes)
-    if axes.get_legend_handles_labels()[0]:  # below: over no curve
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _methods(table: Sequence[Line]) -> list[str]:
@@ -248,7 +204,7 @@ def _needles(records: Sequence[Record]) -> Iterator[str]:
             _heat(axes, grid, "tokens of the prompt", "depth, tenths", vmin=0, vmax=1)
             axes.set_xticks(range(len(widths)), [f"{512 * width:,}" for width in widths])
 
-        yield _figure(f"Needles found by {method}{where}.", draw)
+        yield html_figure(f"Needles found by {method}{where}.", draw)
 
 
 def _depth(record: Record) -> float | None:

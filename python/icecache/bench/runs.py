@@ -54,13 +54,23 @@ class OwnRun:
 
         Queries of calls with more than one token are kept: the last 256, [Hq, n, D] a layer.
         """
-        decoder, start = self._decoder, time.perf_counter()
-        with routed(decoder.config):
-            logits = decoder.forward(tokens[None], _cache(decoder, self._full, self._stock))
-        check_attended(self._full, decoder.layers)
+        start = time.perf_counter()
+        logits = self._forward(tokens, 1)
         if tokens.shape[0] == 1:
             self.step_s += time.perf_counter() - start
         return logits[0].clone()  # of a model that makes logits of all tokens, one
+
+    def run_all(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As run(), but the logits [T, V] after each of the tokens."""
+        return self._forward(tokens, tokens.shape[0])
+
+    def _forward(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+        decoder = self._decoder
+        with routed(decoder.config):
+            cache = _cache(decoder, self._full, self._stock)
+            logits = decoder.forward(tokens[None], cache, keep=keep)
+        check_attended(self._full, decoder.layers)
+        return logits[0]
 
     def fork(self) -> OwnRun:
         """A run with the same tokens."""
@@ -149,7 +159,7 @@ class Branch:
             logits = decoder.forward(tokens, _cache(decoder, self._full, self._stock), positions)
         check_attended(self._full, decoder.layers)
         self.positions = self.positions + tokens.shape[1]
-        return logits
+        return logits[:, -1]
 
     def fork(self, rows: Sequence[int]) -> Branch:
         """A branch of these rows of this one."""

@@ -36,6 +36,7 @@ class Line:
     mass: float
     output_error: float  # relative L2, over layers and heads
     bytes_read: float  # a step, all layers and heads
+    answer_tokens: float  # that it wrote by itself, its stop token included
     step_ms: float  # attention of a step, all layers
     open_s: float  # filling and indexing a cache
 
@@ -94,6 +95,7 @@ def _line(
         mass=_mean(row["mass"] for row in rows if "mass" in row),
         output_error=_mean(float(np.mean(e)) for row in rows if (e := row.get("output_error"))),
         bytes_read=_mean(row["bytes_read"] for row in rows if row.get("bytes_read")),
+        answer_tokens=_mean(row["answer_tokens"] for row in rows if "answer_tokens" in row),
         step_ms=1e3 * _mean(row["step_s"] for row in rows if row.get("step_s")),
         open_s=_mean(row["open_s"] for row in rows if row.get("open_s")),
     )
@@ -160,6 +162,7 @@ _UNITS = {
     "mass": "share",
     "output_error": "ratio",
     "bytes_read": "bytes",
+    "answer_tokens": "tokens",
     "step_ms": "ms",
     "open_s": "s",
 }

@@ -194,11 +194,12 @@ def _text(data: Data, tokenizer: Any) -> Streams:
     return [
         _stretches(path, length, data.samples, tokenizer)
         for length in data.lengths or (4096,)
-        for path in _texts(data)
+        for path in text_files(data)
     ]
 
 
-def _texts(data: Data) -> list[Path]:
+def text_files(data: Data) -> list[Path]:
+    """The file that `data` names, or the .txt files of its folder."""
     if data.path is None:
         raise InvalidArgument("expected a text file or a folder of them, got nothing")
     files = sorted(data.path.glob("*.txt")) if data.path.is_dir() else [data.path]
@@ -245,5 +246,5 @@ SUITES: tuple[Suite, ...] = (
     Suite("ruler", _ruler, ruler.TASKS, _check_haystack, generated=True),
     Suite("passkey", _passkey, passkey.TASKS, _no_data, generated=True),
     _from_files("gsm8k", gsm8k.TASKS, gsm8k.open_source),
-    Suite("text", _text, (), _texts, generated=True, gold_tokens=LIKELIHOOD_TOKENS),
+    Suite("text", _text, (), text_files, generated=True, gold_tokens=LIKELIHOOD_TOKENS),
 )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from icecache.cli.bench_generation import generation
 from icecache.cli.bench_lm_eval import lm_eval
 from icecache.cli.bench_suites import add_suites
 from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat
@@ -18,6 +19,7 @@ from icecache.outputs import check_output_file
 
 bench = typer.Typer(help="Measure IceCache: its speed here, its quality.", no_args_is_help=True)
 add_suites(bench)
+bench.command(cls=Command)(generation)
 # lm_eval's flags are passed on as they are, --help too.
 _AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 bench.command("lm-eval", cls=Command, context_settings=_AS_THEY_ARE)(lm_eval)

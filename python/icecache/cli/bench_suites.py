@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
-from icecache.bench.names import unknown
+from icecache.cli.bench_common import METHOD_HELP, finish, method_names, show_table
 from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat, Settings, parse_settings
 from icecache.cli.usage import Command, numbers, words
 from icecache.config import Config
 from icecache.errors import InvalidArgument
 from icecache.outputs import check_output_file, check_output_folder
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from icecache.bench.runner import Record
 
 # name -> help; of icecache.bench.suites, which takes seconds to import.
 SUITES = {
@@ -31,13 +26,6 @@ SUITES = {
     "gsm8k": "GSM8K with a chain of thought.",
     "text": "Likelihood of what follows stretches of your own texts.",
 }
-
-# Of icecache.bench.methods, in its order.
-METHODS = (
-    *("full", "icecache", "topk", "paper", "quest", "streaming", "topk_head", "paper_reuse", "h2o"),
-    *("snapkv", "arkvale", "omnikv", "pqcache", "magicpig", "retroinfer"),
-)
-_DEFAULT = ",".join(METHODS[:6])
 _MOST_SAMPLES = 1_000_000
 
 # What fits beside each other on a terminal; the report has all.
@@ -61,7 +49,7 @@ def _command(suite: str) -> Callable[..., None]:
         ] = None,
         method: Annotated[
             str | None,
-            typer.Option(help=f'Methods, comma-separated; "all" for every one; else {_DEFAULT}.'),
+            typer.Option(help=METHOD_HELP),
         ] = None,
         task: Annotated[
             str | None, typer.Option(help="Tasks, comma-separated; all if not given.")
@@ -150,7 +138,7 @@ def _command(suite: str) -> Callable[..., None]:
         check_output_folder("--out", folder)
         if json is not None:
             check_output_file("--json", json)
-        methods = _methods(method)
+        methods = method_names(method)
 
         from icecache.bench.evaluate import Plan
 
@@ -170,18 +158,6 @@ def _command(suite: str) -> Callable[..., None]:
         _run(suite, plan, folder, json)
 
     return command
-
-
-def _methods(given: str | None) -> list[str]:
-    if given is None:
-        given = _DEFAULT
-    names = words("--method", given)
-    if names == ["all"]:
-        return list(METHODS)
-    for name in names:
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
-    return names
 
 
 def _check_endpoint(endpoint: str, others: dict[str, object]) -> None:
@@ -207,6 +183,7 @@ def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from icecache.bench import evaluate as run
+    from icecache.bench.html_report import method_rows
     from icecache.bench.suites import find_suite
 
     assert isinstance(plan, run.Plan)
@@ -221,30 +198,6 @@ def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
             ),
         )
         records = run.evaluate(find_suite(name), plan, out, told)
-    _show(console, records)
-    console.print(
-        f"[dim]{escape(str(out))}/report.html, results.json, samples.jsonl[/]", highlight=False
-    )
-    if json is not None:
-        made = (out / "results.json").read_bytes()
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(made)  # which may be the same file
-
-
-def _show(console: Console, records: list[Record]) -> None:
-    from rich.table import Table
-
-    from icecache.bench.html_report import method_rows
-
-    header, rows = method_rows(records, _SHOWN)
-    table = Table(title=f"{len(records)} samples; % where no unit is given", box=None)
-    for name in header:
-        justify: Literal["left", "right"] = "left" if name == "method" else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
-    previous = None
-    for budget, row in rows:
-        if previous is not None and budget != previous:
-            table.add_section()
-        previous = budget
-        table.add_row(*row)
-    console.print(table)
+    title = f"{len(records)} samples; % where no unit is given"
+    show_table(console, title, method_rows(records, _SHOWN))
+    finish(console, out, json)
