@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -163,6 +163,15 @@ def test_a_child_is_told_that_index_work_was_under_way_and_may_drop_the_engine()
 # --- signals
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """SIGINT raises, also in a process that was started with it ignored (as in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 @pytest.mark.parametrize("verb", ["step", "step_packed", "append"])
 def test_a_call_that_is_interrupted_takes_no_tokens(verb: str) -> None:
     engine = make()
