@@ -110,7 +110,7 @@ build-bench: setup-bench
 	$(call cmake_build,build/release,$(RELEASE) -DICECACHE_BENCHMARKS=ON)
 
 bench: build-bench
-	set -e; for name in kernels step build search generate; do \
+	set -e; for name in kernels step build fork search generate; do \
 	  $(IN_TREE) $(PYTHON) benchmarks/python/bench_$$name.py \
 	    --json benchmarks/results/$$name.json; done
 	$(IN_TREE) $(PYTHON) benchmarks/python/plots.py

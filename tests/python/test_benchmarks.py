@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_build
+import bench_fork
 import bench_generate
 import bench_kernels
 import bench_row_cache
@@ -72,6 +73,41 @@ def test_builds_inserts_and_faiss(tmp_path: Path) -> None:
     for suffix in ("", "_d64", "_float32", "_d64_float32"):
         assert found[f"insert_us{suffix}"]["value"] > 0
     assert found["build_ms_1k_d64"]["params"]["head_dim"] == 64
+
+
+def test_forks(tmp_path: Path) -> None:
+    path = tmp_path / "fork.json"
+    given = ["--lengths", "1024,2048", "--suffixes", "512", "--repeats", "2", "--json", str(path)]
+    result = run(bench_fork.main, *given)
+    assert result.exit_code == 0, result.output
+    found = written(path)
+    for length in ("1k", "2k"):
+        for name in ("fork_pages_512_of_", "fork_index_512_of_", "fork_us_", "truncate_us_"):
+            one = found[name + length]
+            assert 0 < one["params"]["least"] <= one["value"] <= one["params"]["most"]
+        pages = found[f"fork_pages_512_of_{length}"]
+        assert pages["params"]["suffix_bytes"] == 512 * 2 * 4 * 128 * 2
+        # What the fork truncated is still its parent's: its own tokens are at least the suffix.
+        assert pages["value"] >= pages["params"]["suffix_bytes"]
+
+
+def test_bounds_of_forks() -> None:
+    params = {"length": 2048, "suffix": 512, "suffix_bytes": 1 << 20}
+    most = {"pages": 1.15 * (1 << 20) + 32 * 4 * (16 * 2 * 128 * 2)}
+    most["index"] = 0.1 * (1 << 20) + 4 * (64 << 10)
+    held = [Result(f"fork_{kind}_512_of_2k", most[kind], "bytes", params) for kind in most]
+    took = [
+        Result("fork_us_2k", 400.0, "us", params),
+        Result("truncate_us_2k", 600.0, "us", params),
+    ]
+    assert list(bench_fork.broken_bounds([*held, *took])) == []
+    more = [Result(one.name, one.value + 2, one.unit, params) for one in (*held, *took)]
+    broken = list(bench_fork.broken_bounds(more))
+    assert [line.split(":")[0] for line in broken] == [
+        "fork_pages_512_of_2k",
+        "fork_index_512_of_2k",
+        "fork and truncate at 2,048",
+    ]
 
 
 def test_searches(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from icecache import InvalidArgument
 from icecache.bench.decoder import Decoder
 from icecache.bench.runs import Branch, OwnRun
+
+_CHUNK = 1024  # tokens of a long prompt that run at once
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Prefill:
     values: torch.Tensor  # [layers, Hkv, L, D]
     queries: torch.Tensor  # [layers, Hq, min(L, 256), D]: of the last tokens
     first_logits: torch.Tensor  # [V]: after the prompt
-    continuation: torch.Tensor  # [T + 1] int64: greedy tokens; the first follows from the prompt
+    continuation: torch.Tensor  # [T + 1] int64: greedy tokens, or given ones, after the prompt
     logits: torch.Tensor  # [T, V]: of the tokens after continuation[0], ..., continuation[T - 1]
     sinks: torch.Tensor  # [layers, Hq]: a logit in every softmax that adds nothing; else [0]
     stock_layers: Sequence[Any] = ()  # as in Decoder.stock_layers, one row each
@@ -88,22 +90,53 @@ def finish(
     `first`: the logits after the prompt. The answer ends where `is_done(answer so far)`; the token
     `never` is not in it.
     """
-    length, stock_layers = run.length, run.stock_layers()
+    made = _of_prompt(decoder, run, tokens, first)
     continuation = [_greedy(first, never)]
     later: list[torch.Tensor] = []
     while not is_done(continuation):
         later.append(run.run(torch.tensor(continuation[-1:])))
         continuation.append(_greedy(later[-1], never))
+    logits = torch.stack(later) if later else made.logits
+    return replace(made, continuation=torch.tensor(continuation), logits=logits)
+
+
+def followed(
+    decoder: Decoder,
+    run: OwnRun,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    following: torch.Tensor,
+) -> Prefill:
+    """As finish(), with the continuation `following` [T + 1] in place of the model's own."""
+    made = _of_prompt(decoder, run, tokens, first)
+    logits = run.run_all(following[:-1]) if len(following) > 1 else made.logits
+    return replace(made, continuation=following.clone(), logits=logits)
+
+
+def run_in_chunks(run: OwnRun, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [V] after the `tokens` [L], of which `run` holds the first.
+
+    In chunks attention of a sliding window costs no more than its window, and no mask is L x L.
+    """
+    logits = torch.empty(0)
+    for part in tokens[run.length :].split(_CHUNK):
+        logits = run.run(part)
+    return logits
+
+
+def _of_prompt(decoder: Decoder, run: OwnRun, tokens: torch.Tensor, first: torch.Tensor) -> Prefill:
+    """The prompt `tokens` that `run` holds, without a continuation."""
+    length = run.length
     return Prefill(
         tokens=tokens.clone(),
         keys=run.keys[:, :, :length].contiguous(),
         values=run.values[:, :, :length].contiguous(),
         queries=torch.stack(run.queries),
         first_logits=first,
-        continuation=torch.tensor(continuation),
-        logits=torch.stack(later) if later else first.new_empty(0, first.shape[0]),
+        continuation=torch.empty(0, dtype=torch.int64),
+        logits=first.new_empty(0, first.shape[0]),
         sinks=torch.stack(decoder.sinks) if decoder.sinks else torch.empty(0),
-        stock_layers=stock_layers,
+        stock_layers=run.stock_layers(),
     )
 
 

@@ -29,7 +29,7 @@ class DecodeStats:
     kl: torch.Tensor  # [T] double: KL(full || method) of each step, nats
     agrees: torch.Tensor  # [T] bool: the same most likely token as full attention
     mass: float  # share of attention that was exact: mean over steps, layers and heads
-    found: bool | None  # the needle, decoding freely; None where the prompt has none
+    found: bool | None  # the needle; None where the prompt has none
 
 
 def decode_stats(
@@ -39,11 +39,14 @@ def decode_stats(
     methods: Sequence[Method],
     budget: int,
     needle: tuple[Any, str] | None = None,
+    is_answer: bool = False,
 ) -> list[DecodeStats]:
-    """Every method over full attention's continuation.
+    """Every method over the prefill's continuation.
 
     With `needle` = (tokenizer, answer) every method then decodes by itself, from the prompt's
-    first token on, and found says whether its text contains the answer.
+    first token on, and found says whether its text contains the answer. With `is_answer` the
+    continuation is one token and the right answer, and found says whether a method, at each of its
+    tokens, has it as the most likely one.
     """
     sessions = [method.open(decoder, prefill, budget) for method in methods]
     free = [session.fork() for session in sessions] if needle else []
@@ -54,6 +57,9 @@ def decode_stats(
         tokenizer, answer = needle
         texts = tokenizer.batch_decode(decode_freely(decoder, prefill, free))
         found = [answer in text for text in texts]
+    if is_answer:
+        right = logits.argmax(-1) == prefill.continuation[1:]
+        found = right.all(-1).tolist()
     for session in [*free, *sessions]:
         session.close()
     return [
@@ -71,7 +77,7 @@ def decode_stats(
 
 
 def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
-    """Logits [B, T, V] of each session fed with full attention's continuation."""
+    """Logits [B, T, V] of each session fed with the prefill's continuation."""
     attend, rows = row_by_row(sessions), prefill.branch(decoder, len(sessions))
     steps = [
         rows.run(prefill.continuation[step].expand(len(sessions), 1), attend)

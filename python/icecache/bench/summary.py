@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -30,8 +30,9 @@ class Line:
     budget: int
     kl: float
     median: float
-    worst: float
+    worst: float  # mean of a prompt
     worst_prompt: str
+    worst_step: float
     agreement: float
     mass: float
     needles: int
@@ -58,6 +59,7 @@ def lines(stats: Sequence[DecodeStats]) -> list[Line]:
                 median=median(kls),
                 worst=kls[worst],
                 worst_prompt=group[worst].prompt,
+                worst_step=max(float(one.kl.max()) for one in group),
                 agreement=fmean(float(one.agrees.float().mean()) for one in group),
                 mass=fmean(one.mass for one in group),
                 needles=sum(found),
@@ -90,6 +92,7 @@ def results(stats: Sequence[DecodeStats]) -> list[Result]:
             Result(kl, line.kl, "nats", {**params, "statistic": "mean"}),
             Result(f"{kl}_median", line.median, "nats", {**params, "statistic": "median"}),
             Result(f"{kl}_worst", line.worst, "nats", {**params, "prompt": line.worst_prompt}),
+            Result(f"{kl}_worst_step", line.worst_step, "nats", params),
             Result(f"agreement_{middle}{line.budget}", line.agreement, "share", params),
             Result(f"mass_{middle}{line.budget}", line.mass, "share", params),
         ]
@@ -114,11 +117,11 @@ def results(stats: Sequence[DecodeStats]) -> list[Result]:
     return made
 
 
-def broken_bounds(made: Sequence[Result]) -> list[str]:
+def broken_bounds(made: Sequence[Result], bounds: Mapping[str, float] = BOUNDS) -> list[str]:
     """One line for each bound that does not hold, or whose number is missing."""
     values = {result.name: result.value for result in made}
     broken = []
-    for name, bound in BOUNDS.items():
+    for name, bound in bounds.items():
         if name not in values:
             broken.append(f"{name}: not measured, must be at most {bound:g}")
         elif not values[name] <= bound:

