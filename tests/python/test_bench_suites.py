@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -341,6 +342,16 @@ def test_bad_settings_are_refused_before_anything_runs() -> None:
         find_suite("gsm8k").open(Data(lengths=[100]), None)
     assert list(NAMES) == [suite.name for suite in SUITES]
     assert list(METHOD_NAMES) == list(dict.fromkeys(method.name for method in METHODS))
+
+
+def test_what_is_asked_goes_to_other_processes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four " * 200)
+    (stream,) = find_suite("text").open(Data(tmp_path, lengths=[100]), Words())
+    asked = next(stream)
+    tasks = [asked.task, *(task for suite in SUITES for task in suite.tasks)]
+    for task in tasks:
+        copy = pickle.loads(pickle.dumps((task, asked.sample)))[0]
+        assert copy.name == task.name and callable(copy.score)
 
 
 def bench(*arguments: str) -> Any:

@@ -23,12 +23,12 @@ from icecache.bench.runner import Question, Record, RunFolder, run, write_atomic
 from icecache.bench.runs import OwnRun
 from icecache.bench.suites import Data, text_files
 from icecache.bench.tasks.records import read_text
-from icecache.bench.tasks.task import Sample, Task
+from icecache.bench.tasks.task import Sample, Task, no_score
 from icecache.bench.writing import sampled
 from icecache.errors import InvalidArgument
 from icecache.models.local import load_model, model_folder
 
-_NO_SCORE = Task(TASK, "kl", 0, chat=False, score=lambda text, sample: 0.0)
+_NO_SCORE = Task(TASK, "kl", 0, chat=False, score=no_score)
 
 
 @dataclass(frozen=True)

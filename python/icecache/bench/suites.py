@@ -14,7 +14,7 @@ from icecache.bench.tasks import gsm8k, longbench, longbench_v2, passkey, ruler,
 from icecache.bench.tasks.records import read_text
 from icecache.bench.tasks.ruler_haystack import Haystack
 from icecache.bench.tasks.ruler_maker import token_counter
-from icecache.bench.tasks.task import Sample, Source, Task, find_tasks
+from icecache.bench.tasks.task import Sample, Source, Task, find_tasks, no_score
 from icecache.errors import InvalidArgument
 
 LIKELIHOOD_TOKENS = 256  # of a text, after the prompt
@@ -209,7 +209,7 @@ def text_files(data: Data) -> list[Path]:
 
 
 def _stretches(path: Path, length: int, count: int, tokenizer: Any) -> Iterator[Question]:
-    task = Task(f"text/{path.stem}", "likelihood", 32, chat=False, score=lambda text, sample: 0.0)
+    task = Task(f"text/{path.stem}", "likelihood", 32, chat=False, score=no_score)
     ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
     step = length + LIKELIHOOD_TOKENS
     for number in range(min(count, len(ids) // step)):

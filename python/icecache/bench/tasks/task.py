@@ -48,6 +48,11 @@ class Task:
     truncate: Truncate | None = None  # of long prompts; None: LongBench v1's
 
 
+def no_score(text: str, sample: Sample) -> float:
+    """The score of tasks that are judged by likelihood and KL alone."""
+    return 0.0
+
+
 class Source(Protocol):
     """Where a task's samples come from."""
 
