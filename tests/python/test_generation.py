@@ -18,11 +18,11 @@ from icecache.bench.engine_session import EngineSession
 from icecache.bench.free_text import own_text, repetition, write_freely
 from icecache.bench.generation_plan import BLOCK, Checkpoints, GenerationPlan
 from icecache.bench.generation_report import _parts, html_report, lines, results
-from icecache.bench.growth import FullLogits, Growth, grow
+from icecache.bench.growth import FullLogits, Growth, Text, grow
 from icecache.bench.methods import find_methods
 from icecache.bench.prefill import Prefill, finish
 from icecache.bench.runs import OwnRun
-from icecache.bench.writing import greedy, sampled
+from icecache.bench.writing import Manner, greedy, sampled
 from icecache.cli import app
 from icecache.errors import InvalidArgument
 from test_cli import save_tokenizer
@@ -51,9 +51,9 @@ def begun(architecture: str) -> tuple[Decoder, torch.Tensor, OwnRun, Prefill]:
 @cache
 def grown(architecture: str) -> dict[tuple[str, int], Growth]:
     made, tokens, run, prompt = begun(architecture)
-    full, checkpoints = FullLogits(run, tokens), Checkpoints(150, STEPS)
+    text, checkpoints = Text(tokens, prompt, FullLogits(run, tokens)), Checkpoints(150, STEPS)
     methods = find_methods(NAMES[architecture])
-    found = grow(made, prompt, full, tokens, methods, [64, 2 * LENGTH], checkpoints)
+    found = grow(made, text, methods, [64, 2 * LENGTH], checkpoints)
     return {(one.method, one.budget): one for one in found}
 
 
@@ -128,8 +128,8 @@ def test_what_an_engine_counts_is_noted(monkeypatch: pytest.MonkeyPatch) -> None
         return {"seals": held // 100, "merges": held // 200}
 
     monkeypatch.setattr(EngineSession, "changes", changes)
-    full, tokens = FullLogits(run, tokens[:230]), tokens[:230]
-    found = grow(made, prompt, full, tokens, find_methods(["icecache"]), [64], Checkpoints())
+    text = Text(tokens[:230], prompt, FullLogits(run, tokens[:230]))
+    found = grow(made, text, find_methods(["icecache"]), [64], Checkpoints())
     assert [(seals, merges) for _, seals, merges in found[1].changes] == [(1, 0), (1, 1)]
     places = [position for position, _, _ in found[1].changes]
     assert all(0 <= at - 100 * (n + 1) < 16 for n, at in enumerate(places))
@@ -154,9 +154,9 @@ def test_what_full_attention_writes() -> None:
     assert other[:3] == own[:3] and own[3] not in other
 
     methods = find_methods(["full", "icecache", "streaming"])
-    given = (made, prompt, run, methods, [64, 400], 30)
+    given = (made, prompt, run, methods, [64, 400])
     for choose in (greedy, sampled(0.7, 1)):
-        texts = write_freely(*given, lambda _: False, choose)
+        texts = write_freely(*given, Manner(30, lambda _: False, choose))
         labels = [(one.method, one.budget) for one in texts]
         assert labels[:3] == [("full", 0), ("icecache", 64), ("streaming", 64)]
         by_name = dict(zip(labels, texts, strict=True))
@@ -169,7 +169,7 @@ def test_what_full_attention_writes() -> None:
         nll = -right.gather(1, tokens[PROMPT:, None]).mean()
         assert by_name["streaming", 64].nll == pytest.approx(float(nll), rel=1e-3)
         assert run.length == PROMPT
-        ended = write_freely(*given, ends_at(texts[0].written[5]), choose)[0]
+        ended = write_freely(*given, Manner(30, ends_at(texts[0].written[5]), choose))[0]
         assert ended.ended and ended.written == texts[0].written[: len(ended.written)]
         assert len(ended.written) <= 6
 

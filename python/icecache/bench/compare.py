@@ -23,7 +23,7 @@ from icecache.bench.prefill import Prefill
 from icecache.bench.quality import kl_divergence, row_by_row
 from icecache.bench.runs import Branch
 from icecache.bench.session import Session
-from icecache.bench.writing import IsEnd, Writer, write_on
+from icecache.bench.writing import IsEnd, Manner, Writer, greedy, write_on
 
 ERROR_STEPS = 4  # decode steps in which the error of the output is measured
 
@@ -150,7 +150,7 @@ class _Group:
         """Greedily, each row from where it is; closes their sessions."""
         pairs = zip(self.outcomes, self.sessions, strict=True)
         rows = [Writer(outcome.answer, session) for outcome, session in pairs]
-        write_on(self.branch, rows, most, is_end)
+        write_on(self.branch, rows, Manner(most, is_end, greedy))
         for session in self.sessions:
             session.close()
 

@@ -14,7 +14,7 @@ from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.runs import OwnRun
 from icecache.bench.session import Session
-from icecache.bench.writing import Choose, IsEnd, Writer, write_on
+from icecache.bench.writing import Choose, Manner, Writer, write_on
 
 NGRAM = 4  # tokens, of which repetition is counted
 
@@ -37,14 +37,11 @@ def write_freely(
     run: OwnRun,
     methods: Sequence[Method],
     budgets: Sequence[int],
-    most: int,
-    is_end: IsEnd,
-    choose: Choose,
+    manner: Manner,
 ) -> list[FreeText]:
     """Full attention's text, then those of `methods` at each of `budgets`.
 
-    A text has at most `most` tokens, or ends where `is_end(written)`. `run` holds the prompt of
-    `made` and stays as it is.
+    `run` holds the prompt of `made` and stays as it is.
     """
     texts = [FreeText("full", 0)]
     sessions: list[Session] = [FullSession(made, made.length, decoder.scale)]
@@ -54,16 +51,16 @@ def write_freely(
                 if method.name != "full":
                     sessions.append(method.open(decoder, made, budget))
                     texts.append(FreeText(method.label, budget))
-        first = choose(made.first_logits[None], [0])
+        first = manner.choose(made.first_logits[None], [0])
         for text in texts:
             text.written += first
         writers = [Writer(*pair) for pair in zip((t.written for t in texts), sessions, strict=True)]
-        write_on(made.branch(decoder, len(texts)), writers, most, is_end, choose)
+        write_on(made.branch(decoder, len(texts)), writers, manner)
     finally:
         for session in sessions:
             session.close()
     for text in texts:
-        text.ended = is_end(text.written)
+        text.ended = manner.is_end(text.written)
         text.repetition = repetition(text.written)
         text.nll = _nll(run.fork(), made, text.written)
     return texts

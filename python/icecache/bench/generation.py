@@ -14,7 +14,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.free_text import own_text, write_freely
 from icecache.bench.generation_plan import TASK, GenerationPlan
 from icecache.bench.generation_report import html_report, results
-from icecache.bench.growth import FullLogits, grow
+from icecache.bench.growth import FullLogits, Text, grow
 from icecache.bench.methods import Method, find_methods
 from icecache.bench.prefill import Prefill, finish
 from icecache.bench.prompts import pydoc_text
@@ -24,7 +24,7 @@ from icecache.bench.runs import OwnRun
 from icecache.bench.suites import Data, text_files
 from icecache.bench.tasks.records import read_text
 from icecache.bench.tasks.task import Sample, Task, no_score
-from icecache.bench.writing import sampled
+from icecache.bench.writing import Manner, sampled
 from icecache.errors import InvalidArgument
 from icecache.models.local import load_model, model_folder
 
@@ -129,17 +129,8 @@ class _Asker:
         free = self._free(made, run) if plan.free else []
         if plan.is_own:
             tokens = torch.cat([prompt, self._own(run.fork(), first)])
-        full = FullLogits(run, tokens)
-        rows = grow(
-            self.decoder,
-            made,
-            full,
-            tokens,
-            self.methods,
-            plan.budgets,
-            plan.checkpoints,
-            self.tick,
-        )
+        text = Text(tokens, made, FullLogits(run, tokens))
+        rows = grow(self.decoder, text, self.methods, plan.budgets, plan.checkpoints, self.tick)
         return {
             "tokens": len(tokens),
             "prompt": plan.prompt,
@@ -154,16 +145,9 @@ class _Asker:
 
     def _free(self, made: Prefill, run: OwnRun) -> list[dict[str, Any]]:
         ends, plan = self._ends(), self.plan
-        texts = write_freely(
-            self.decoder,
-            made,
-            run,
-            self.methods,
-            plan.budgets,
-            plan.free,
-            lambda written: written[-1] in ends,
-            sampled(plan.temperature, plan.seed),
-        )
+        choose = sampled(plan.temperature, plan.seed)
+        manner = Manner(plan.free, lambda written: written[-1] in ends, choose)
+        texts = write_freely(self.decoder, made, run, self.methods, plan.budgets, manner)
         rows = []
         for text in texts:
             row = asdict(text)

@@ -47,6 +47,15 @@ class FullLogits:
 
 
 @dataclass(frozen=True)
+class Text:
+    """What methods are fed: `tokens` [L], of which the first are the prompt of `made`."""
+
+    tokens: torch.Tensor
+    made: Prefill
+    full: FullLogits  # begins where the prompt ends
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Mean KL to full attention over the steps from `at` tokens on, nats.
 
@@ -78,9 +87,7 @@ class Growth:
 
 def grow(
     decoder: Decoder,
-    made: Prefill,
-    full: FullLogits,
-    tokens: torch.Tensor,
+    text: Text,
     methods: Sequence[Method],
     budgets: Sequence[int],
     checkpoints: Checkpoints,
@@ -88,16 +95,16 @@ def grow(
 ) -> list[Growth]:
     """Full attention's growth, then those of `methods` at each of `budgets`.
 
-    `made`: the prefill of the first of `tokens` [L]; `full` begins where it ends. `tick` is called
-    after each step. A budget that is too small for a method raises InvalidArgument.
+    `tick` is called after each step. A budget that is too small for a method raises
+    InvalidArgument.
     """
     rows: list[_Row] = []
     try:
         for budget in budgets:
             for method in methods:
                 if method.name != "full":
-                    rows.append(_Row(decoder, made, method, budget))
-        course = _Course(decoder, made, full, tokens, rows, checkpoints)
+                    rows.append(_Row(decoder, text.made, method, budget))
+        course = _Course(decoder, text, rows, checkpoints)
         course.run(tick)
         course.full.nll /= max(1, len(course.full.kl) - 1)
         return [course.full, *(row.finish() for row in rows)]
@@ -146,19 +153,17 @@ class _Course:
     def __init__(
         self,
         decoder: Decoder,
-        made: Prefill,
-        full: FullLogits,
-        tokens: torch.Tensor,
+        text: Text,
         rows: Sequence[_Row],
         checkpoints: Checkpoints,
     ) -> None:
         self.full = Growth("full", 0)
-        self._decoder, self._made, self._logits, self._tokens = decoder, made, full, tokens
-        self._rows = rows
+        self._decoder, self._rows = decoder, rows
+        self._made, self._logits, self._tokens = text.made, text.full, text.tokens
         self._checkpoints = checkpoints
-        self._branch = made.branch(decoder, max(1, len(rows)))
+        self._branch = text.made.branch(decoder, max(1, len(rows)))
         grown = [at for at, row in enumerate(rows) if isinstance(row.session, EngineSession)]
-        self._recent = _RecentQueries(made, grown if checkpoints.every else [])
+        self._recent = _RecentQueries(text.made, grown if checkpoints.every else [])
 
     def run(self, tick: Callable[[], None]) -> None:
         """1. An index built anew where a checkpoint is.  2. One token to every row.  3. What came

@@ -25,6 +25,15 @@ class Writer:
     session: Session
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How rows write. A row ends with `most` tokens, or where `is_end(written)`."""
+
+    most: int
+    is_end: IsEnd
+    choose: Choose
+
+
 def greedy(logits: torch.Tensor, written: Sequence[int]) -> list[int]:
     """A Choose: the most likely token."""
     tokens: list[int] = logits.argmax(-1).tolist()
@@ -52,21 +61,14 @@ def sampled(temperature: float, seed: int) -> Choose:
     return choose
 
 
-def write_on(
-    branch: Branch,
-    writers: Sequence[Writer],
-    most: int,
-    is_end: IsEnd,
-    choose: Choose = greedy,
-) -> None:
-    """Adds to what the rows of `branch` have written; rows leave as they end.
-
-    A row ends with `most` tokens, or where `is_end(written)`.
-    """
+def write_on(branch: Branch, writers: Sequence[Writer], manner: Manner) -> None:
+    """Adds to what the rows of `branch` have written; rows leave as they end."""
     rows = list(writers)
     while True:
         going = [
-            at for at, row in enumerate(rows) if len(row.written) < most and not is_end(row.written)
+            at
+            for at, row in enumerate(rows)
+            if len(row.written) < manner.most and not manner.is_end(row.written)
         ]
         if not going:
             return
@@ -74,6 +76,6 @@ def write_on(
             rows, branch = [rows[at] for at in going], branch.fork(going)
         tokens = torch.tensor([row.written[-1:] for row in rows])
         logits = branch.run(tokens, row_by_row([row.session for row in rows]))
-        following = choose(logits, [len(row.written) for row in rows])
+        following = manner.choose(logits, [len(row.written) for row in rows])
         for row, token in zip(rows, following, strict=True):
             row.written.append(token)
