@@ -33,6 +33,7 @@ QUERIES = 256
 TAKEN_BACK = 100  # tokens that the fork drops of its parent's
 TOKEN_BYTES = 2 * HEADS * DIM * DTYPE.itemsize
 MOST_US = 1000.0  # of fork and truncate together
+PARENT_PARTS = 4  # a suffix of more than one of these may be merged with its parent's tokens
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def fork_results(
 def broken_bounds(results: list[Result]) -> Iterator[str]:
     """A line for each bound that does not hold.
 
-    Pages: 1.15 times the suffix and 32 pages a head. Index: a tenth of the suffix and 64 KiB a
-    head. Fork and truncate together: a millisecond.
+    Of a suffix of at most a quarter of the parent, pages: 1.15 times the suffix and 32 pages a
+    head; index: a tenth of the suffix and 64 KiB a head. Fork and truncate together: a millisecond.
     """
     page = Engine(
         num_layers=1, num_q_heads=1, num_kv_heads=1, head_dim=DIM, dtype=DTYPE
@@ -132,6 +133,8 @@ def broken_bounds(results: list[Result]) -> Iterator[str]:
     for one in results:
         kind = one.name.split("_")[1]
         if one.name.startswith("fork_") and kind in spare:
+            if PARENT_PARTS * one.params["suffix"] > one.params["length"]:
+                continue
             most = share[kind] * one.params["suffix_bytes"] + spare[kind]
             if one.value > most:
                 yield f"{one.name}: {one.value:,.0f} bytes, must be at most {most:,.0f}"

@@ -108,6 +108,8 @@ def test_bounds_of_forks() -> None:
         "fork_index_512_of_2k",
         "fork and truncate at 2,048",
     ]
+    large = [Result(one.name, one.value, one.unit, {**params, "length": 2047}) for one in more[:2]]
+    assert list(bench_fork.broken_bounds(large)) == []
 
 
 def test_searches(tmp_path: Path) -> None:
