@@ -201,20 +201,10 @@ def _prefill(decoder: Decoder, prompt: Prompt, end: int, folder: Path | None) ->
 
 
 def _show(title: str, stats: Sequence[DecodeStats]) -> None:
-    table = Table("method", title=title)
-    columns = (
-        "tokens",
-        "KL mean",
-        "median",
-        "worst",
-        "worst step",
-        "agreement",
-        "mass",
-        "needles",
-        "n",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for column in ("tokens", "KL", "median", "worst", "step", "agreed", "mass", "needles", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
     previous = None
     for line in sorted(lines(stats), key=lambda line: line.budget):
         if previous is not None and line.budget != previous:
@@ -233,6 +223,7 @@ def _show(title: str, stats: Sequence[DecodeStats]) -> None:
             str(line.n),
         )
     console.print(table)
+    console.print("[dim]worst: mean of a prompt; step: the worst one of all prompts[/]")
 
 
 if __name__ == "__main__":
