@@ -42,7 +42,7 @@ def step(engine: Engine, count: int, layer: int = 0) -> torch.Tensor:
     return engine.step([0], layer, queries, rows, rows)
 
 
-def in_child(work: Callable[[], None], limit: float = 30) -> str:
+def in_child(work: Callable[[], None], limit: float = 120) -> str:
     """What `work` raised in a forked child, "" if nothing; fails where the child hangs or dies."""
     reader, writer = os.pipe()
     pid = os.fork()

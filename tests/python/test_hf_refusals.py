@@ -70,7 +70,7 @@ def test_refuses_other_kinds_of_attention(
     architecture: str, changes: dict[str, Any], named: str
 ) -> None:
     config = AutoConfig.for_model(architecture, **changes)
-    with pytest.raises(InvalidArgument, match=f"{named} = .*without icecache.enable"):
+    with pytest.raises(InvalidArgument, match=f"{named} = .*without IceCache"):
         IceCache(config)
 
 

@@ -26,7 +26,7 @@ def test_a_model_fares_as_the_table_says(model_type: str) -> None:
     got = support_sweep.outcome(model_type)
     assert got["outcome"] in ("served", "refused", "not run"), got["reason"]
     if got["outcome"] == "refused":
-        assert "icecache.enable" in got["reason"]  # what to do instead
+        assert "without IceCache" in got["reason"]  # what to do instead
     expected = TABLE["models"].get(model_type, {"outcome": "not in the table"})
     if IS_THE_TABLES_VERSION:
         # Why transformers does not run a model depends on what else is installed.

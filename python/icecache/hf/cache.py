@@ -101,7 +101,7 @@ class IceLayer(CacheLayerMixin):
 def _refusal_of_access(verb: str) -> InvalidArgument:
     return InvalidArgument(
         f"model: it {verb} single layers of its cache, whose tokens are in IceCache's engine. Use "
-        "the model without icecache.enable"
+        "the model without IceCache"
     )
 
 

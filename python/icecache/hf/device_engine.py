@@ -14,7 +14,7 @@ from icecache.device import DeviceCache, rebuild_is_due
 _NEW_TOKENS = 32768  # room behind a prompt where max_tokens is not given
 # In place of sequences: a slot has none; what a fork copies is no longer what it was.
 _FREE, _LOST = -1, -2
-_ELSE = "or run the model on the CPU, or without icecache.enable"
+_ELSE = "or run the model on the CPU, or without IceCache"
 
 
 @dataclass(frozen=True)

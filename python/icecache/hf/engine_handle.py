@@ -102,12 +102,12 @@ class EngineHandle:
                 raise InvalidArgument(
                     f"{CACHE}: a full-attention layer has {shape}, but this cache holds "
                     f"tokens of layers with {self._shape}. IceCache needs full-attention layers "
-                    "that are alike; run such a model without icecache.enable"
+                    "that are alike; run such a model without IceCache"
                 )
             if shape.head_dim not in _HEAD_DIMS:
                 raise InvalidArgument(
                     f"model: expected a head_dim that is a multiple of 8 up to 256, got "
-                    f"{shape.head_dim}. Use the model without icecache.enable"
+                    f"{shape.head_dim}. Use the model without IceCache"
                 )
             self._engine = self._engine_class(
                 num_layers=len(self.model_layers),

@@ -63,7 +63,7 @@ class NewTokens(torch.Tensor):
             raise InvalidArgument(
                 f"model: layer {layer.model_layer} computes with its cached keys and values itself "
                 f"(by {name}) and not in transformers' attention interface, where IceCache could "
-                "take its place. Use the model without icecache.enable"
+                "take its place. Use the model without IceCache"
             )
         raise InvalidArgument(
             f"{CACHE}: an IceCache reached attention that is not IceCache's "

@@ -49,14 +49,14 @@ def full_attention_layers(text_config: PreTrainedConfig) -> list[int]:
             raise InvalidArgument(
                 f"model: layer {index} is of type {layer_type!r}; IceCache serves full_attention "
                 f"and leaves {', '.join(sorted(_STOCK_LAYERS - {'dummy'}))} to transformers. Use "
-                "the model without icecache.enable"
+                "the model without IceCache"
             )
     layers = [i for i, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
     if not layers:
         raise InvalidArgument(
             "model: no layer attends to the whole context "
             f"({', '.join(sorted(set(layer_types)))} only), so its cache is bounded already. Use "
-            "the model without icecache.enable"
+            "the model without IceCache"
         )
     return layers
 
@@ -67,25 +67,25 @@ def check_config(config: PreTrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise InvalidArgument(
             f"model: {name} is an encoder-decoder model; IceCache serves decoder-only models. Use "
-            "the model without icecache.enable"
+            "the model without IceCache"
         )
     text = config.get_text_config(decoder=True)
     for field in ("add_cross_attention", "cross_attention_layers"):
         if value := _any_layer(text, field):
             raise InvalidArgument(
                 f"model: {name} has cross-attention ({field} = {value}); IceCache serves "
-                "self-attention only. Use the model without icecache.enable"
+                "self-attention only. Use the model without IceCache"
             )
     if rank := _any_layer(text, "kv_lora_rank"):
         raise InvalidArgument(
             f"model: {name} caches compressed keys and values (latent attention, kv_lora_rank = "
-            f"{rank}), which the engine does not serve. Use the model without icecache.enable"
+            f"{rank}), which the engine does not serve. Use the model without IceCache"
         )
     for field in ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping"):
         if value := _any_layer(text, field):
             raise InvalidArgument(
                 f"model: {name} caps its attention logits ({field} = {value}), which the engine "
-                "does not compute. Use the model without icecache.enable, or one without "
+                "does not compute. Use the model without IceCache, or one without "
                 "soft-capping"
             )
     # "store" is said of a layer whose keys others may reuse, also where none does.
@@ -95,12 +95,12 @@ def check_config(config: PreTrainedConfig) -> None:
         raise InvalidArgument(
             f"model: layers of {name} reuse the keys and values of others (kv_sharing_modes, from "
             f"layer {reusing[0]} on), which IceCache does not support. Use the model without "
-            "icecache.enable"
+            "IceCache"
         )
     if not getattr(text, "is_causal", True):
         raise InvalidArgument(
             f"model: {name} attends in both directions (is_causal = False); IceCache serves causal "
-            "models. Use the model without icecache.enable"
+            "models. Use the model without IceCache"
         )
 
 
@@ -122,12 +122,12 @@ def check_model(model: Any) -> None:
     if supports_caches is not None and not supports_caches():
         raise InvalidArgument(
             f"model: {type(model).__name__} has a kind of cache of its own, or none, and takes no "
-            "other. Use the model without icecache.enable"
+            "other. Use the model without IceCache"
         )
     if not model._can_set_attn_implementation():
         raise InvalidArgument(
             f"model: {type(model).__name__} does not use transformers' attention interface, so its "
-            "attention cannot be replaced. Use the model without icecache.enable"
+            "attention cannot be replaced. Use the model without IceCache"
         )
     if model.dtype not in _DTYPES:
         raise InvalidArgument(
@@ -202,7 +202,7 @@ def check_attention(
         if arguments.get(name) is not None:
             raise InvalidArgument(
                 f"{name}: the attention of a cached layer was called with it, which the engine "
-                "does not compute. Use the model without icecache.enable"
+                "does not compute. Use the model without IceCache"
             )
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise InvalidArgument(
@@ -212,7 +212,7 @@ def check_attention(
     if key.shape[-1] != value.shape[-1]:
         raise InvalidArgument(
             f"model: expected keys and values of one head_dim, got {key.shape[-1]} and "
-            f"{value.shape[-1]}. Use the model without icecache.enable"
+            f"{value.shape[-1]}. Use the model without IceCache"
         )
     if not query.dtype == key.dtype == value.dtype:
         raise InvalidArgument(
@@ -235,7 +235,7 @@ def check_attention(
             "attention_mask: the model asked for a mask that is not causal with padding, as "
             "encoders do (is_decoder = False in their configuration) and models whose image "
             "tokens see each other in both directions (token_type_ids of image tokens); IceCache "
-            "serves causal attention with padding only. Use the model without icecache.enable "
+            "serves causal attention with padding only. Use the model without IceCache "
             "for such inputs"
         )
     if mask.q_length != query.shape[2]:
