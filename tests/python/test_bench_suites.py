@@ -387,6 +387,7 @@ def test_longbench_files_are_longbenchs(shared_dir: Path, tmp_path: Path) -> Non
         "longbench",
         *("--data-dir", str(shared_dir / "data" / "longbench_mini"), "--task", "trec,lcc"),
         *("--limit", "2", "--max-length", "600", "--budget", "64", "--max-new-tokens", "4"),
+        *("--workers", "1"),
         *("--method", "full,icecache", "--out", str(out)),
     )
     assert done.exit_code == 0, done.output

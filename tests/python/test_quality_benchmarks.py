@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bench_mass_target
 import bench_quality
 import pytest
 import typer
+from icecache.bench.prompts import Prompt
+from quality_prompts import quality_prompts
 from typer.testing import CliRunner
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+TOKENS = 1500  # of the prompt, its last ones: a third of it
+
+
+def shortened(*given: Any) -> list[Prompt]:
+    return [replace(one, tokens=one.tokens[-TOKENS:]) for one in quality_prompts(*given)]
 
 
 @pytest.fixture
 def results(
     shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, float]]:
-    """results(main, argument, ...): a benchmark on one prompt and few steps, by name."""
+    """results(main, argument, ...): a benchmark on one short prompt and few steps, by name."""
     for benchmark in (bench_quality, bench_mass_target):
         monkeypatch.setattr(benchmark, "STEPS", 6)
+        monkeypatch.setattr(benchmark, "quality_prompts", shortened)
 
     def run(main: Callable[..., None], *arguments: str) -> dict[str, float]:
         app = typer.Typer()

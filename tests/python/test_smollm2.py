@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS = 16
 LENGTHS = (500, 640, 800, 1024, 1500, 1900, 2300, 4000)
+# Each shows the same of another text: two by default.
+TRIED = [n for n in range(len(LENGTHS)) if os.environ.get("ICECACHE_SMOLLM2_ALL") or n in (1, 5)]
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -59,7 +61,7 @@ def greedy(model: Model, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits)
 
 
-@pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"{n}-tokens" for n in LENGTHS])
+@pytest.mark.parametrize("index", TRIED, ids=[f"{LENGTHS[n]}-tokens" for n in TRIED])
 def test_exact_mode_gives_stock_tokens(model: Model, text_ids: torch.Tensor, index: int) -> None:
     start, length = sum(LENGTHS[:index]), LENGTHS[index]
     prompt = text_ids[None, start : start + length]
