@@ -23,7 +23,7 @@ RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAIS
   -DICECACHE_WERROR=$(ICECACHE_WERROR) -DPython_EXECUTABLE=$(PYTHON)
 # Warnings of the optimiser are not reliable in instrumented code. OpenMP, which FAISS brings, is not
 # instrumented, and looks like races to the thread sanitizer.
-CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" -DICECACHE_BINDINGS=OFF \
+CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-Og -g1" -DICECACHE_BINDINGS=OFF \
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
 # The randomised trace is shortened where every step takes many times as long.
 SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
@@ -33,7 +33,8 @@ TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .PHONY: help demo test build build-test install lint format test-cpp test-python test-vllm sanitize sanitize-address \
-  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench setup-vllm clean
+  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench setup-vllm \
+  setup-vllm-environment clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
@@ -57,6 +58,9 @@ setup-bench:
 
 setup-vllm:
 	@scripts/setup_vllm.sh
+
+setup-vllm-environment:
+	@scripts/setup_vllm.sh environment
 
 build: setup
 	$(call cmake_build,build/release,$(RELEASE))

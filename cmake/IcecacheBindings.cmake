@@ -33,6 +33,8 @@ endif()
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/bindings/core_*.cpp)
 pybind11_add_module(_core MODULE NO_EXTRAS ${core_sources})
 target_link_libraries(_core PRIVATE icecache icecache_flags)
+# Calls are handed on: -O3 takes pybind11's templates a third longer, and gains nothing.
+target_compile_options(_core PRIVATE -O1)
 icecache_package_library(_core)
 icecache_check_loads(_core "")
 

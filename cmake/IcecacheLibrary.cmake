@@ -31,6 +31,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     set(sources ${icecache_sources})
     list(FILTER sources INCLUDE REGEX "/csrc/simd/[^/]*${level}[^/]*$")
     set_property(SOURCE ${sources} APPEND PROPERTY COMPILE_OPTIONS ${${level}_flags})
+    # The levels share their sources: arithmetic that is undefined is so at the baseline, too, where it
+    # is looked for. Accesses are checked by calls, which compile three times as fast.
+    if(ICECACHE_SANITIZE MATCHES "address")
+      set_property(SOURCE ${sources} APPEND PROPERTY COMPILE_OPTIONS -fno-sanitize=undefined
+                   --param=asan-instrumentation-with-call-threshold=0)
+    endif()
   endforeach()
 endif()
 
@@ -107,6 +113,10 @@ if(icecache_with_faiss)
   set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS ICECACHE_HAVE_FAISS)
 else()
   target_sources(icecache PRIVATE csrc/index/no_faiss.cpp)
+endif()
+
+if(ICECACHE_SANITIZE)
+  icecache_precompile(icecache)
 endif()
 
 message(STATUS "icecache ${PROJECT_VERSION}: CUDA ${icecache_with_cuda}, FAISS ${icecache_with_faiss}")

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv-vllm for `make test-vllm`: vLLM, and this icecache as a wheel, as its users have it.
 #
+#   scripts/setup_vllm.sh              all of it
+#   scripts/setup_vllm.sh environment  without icecache
+#
 # vLLM pins torch and transformers, so it has an environment of its own, and no other is made.
 # ICECACHE_VLLM is what is installed, vLLM's build for CPUs unless set; ICECACHE_WHEEL a wheel that was
 # built already, with the same torch. Takes some seconds when nothing has changed.
@@ -34,6 +37,10 @@ missing=$("$python" scripts/requirements.py build run test-vllm)
 if [ -n "$missing" ]; then
   printf '%s\n' "$missing" >build/requirements-vllm.txt
   install -r build/requirements-vllm.txt
+fi
+if [ "${1:-}" = environment ]; then
+  # Compiles what every engine imports, once: tests begin many at the same time.
+  exec "$python" -c 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core'
 fi
 # Kernels for a torch without CUDA would never run.
 if [ "${ICECACHE_CUDA:-AUTO}" = AUTO ] &&

@@ -73,7 +73,7 @@ def test_requests_come_and_go(run: Run, model: Path) -> None:
     result = run(
         "storm",
         model=model,
-        count=40,
+        count=24,
         abort_share=0.1,
         emulated=True,
         icecache={"host_memory": "64M", "token_budget": 64},

@@ -194,13 +194,13 @@ def test_replays_give_what_forwards_give() -> None:
     graphed.capture()
     rebuilds = counted(plain), counted(graphed)
     replays = 0
-    for step in traffic(60):
+    for step in traffic(40):
         replays += step.decodes
         one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
         for mine, theirs in zip(one, other, strict=True):
             assert torch.equal(mine, theirs) and mine.isfinite().all()
         assert plain.lengths() == graphed.lengths()
-    assert replays > 30 and not plain.store.failed
+    assert replays > 20 and not plain.store.failed
     assert rebuilds[0] == rebuilds[1] and len(rebuilds[0]) > 5 * LAYERS
 
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import icecache
 import openai
 import pytest
+import torch
 from models import manual
 from serving import MAX_MODEL_LEN, Server, ask, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BUDGET = 128
+OPTIONS = ("--token-budget", str(BUDGET), "--set", f"dense_tokens={BUDGET}", "--host-memory", "1G")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_before() -> set[Path]:
+    """Shared memory that is there ahead of the server."""
+    return set(SHARED_MEMORY.iterdir())
+
+
+@pytest.fixture(scope="module")
+def server(
+    smollm2: Path, shared_before: set[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One for all tests, for a start takes long; the last test kills it."""
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ("--token-budget", "128", "--set", "dense_tokens=128", "--host-memory", "1G")
-    with serving(smollm2, log, *options) as one:
+    with serving(smollm2, log, *OPTIONS) as one:
         yield one
 
 
@@ -97,3 +114,89 @@ def test_prometheus_has_our_metrics(server: Server) -> None:
     assert metrics["icecache:read_bytes_total"] > 0
     assert metrics["icecache:host_capacity_bytes"] == 2**30
     assert metrics["icecache:failed_requests_total"] == 0
+
+
+def needle(number: int, characters: int) -> tuple[str, str]:
+    """A question over real text, and the number that answers it."""
+    answer = str(7301946 + 1117 * number)
+    lines = manual(characters).split("\n")
+    at = len(lines) * (number + 1) // 4
+    fact = f"One of the special magic numbers for amber-falcon is: {answer}."
+    text = "\n".join([*lines[:at], fact, *lines[at:]])
+    question = (
+        "A special magic number is hidden within the following text. Memorize it.\n"
+        f"{text}\nWhat is the special magic number for amber-falcon mentioned in the text?"
+    )
+    return question, answer
+
+
+def test_needles_are_answered_as_by_the_transformers_front_end(
+    server: Server, smollm2: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    start = "The special magic number for amber-falcon mentioned in the text is"
+    prompts = []
+    for number in range(3):
+        question, _ = needle(number, 5500)
+        text = tokenizer.apply_chat_template(
+            ask(question), tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer(text + start).input_ids)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="float32")
+    icecache.enable(model, token_budget=BUDGET)
+    want, got = [], []
+    for prompt in prompts:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
+        want.append(tokenizer.decode(tokens[0, len(prompt) :]))
+        given: Any = {"model": server.model, "max_tokens": 10, "temperature": 0}
+        got.append(server.client().completions.create(prompt=prompt, **given).choices[0].text)
+    found = [[needle(n, 5500)[1] in text for n, text in enumerate(texts)] for texts in (want, got)]
+    assert found[0] == found[1], (want, got)
+    assert sum(found[0]) >= 2
+
+
+def test_a_killed_engine_leaves_nothing_behind(
+    server: Server, shared_before: set[Path], smollm2: Path, tmp_path: Path
+) -> None:
+    """The last test: the server is gone behind it."""
+    stream = server.client().completions.create(
+        model=server.model, prompt=manual(4000), max_tokens=500, stream=True
+    )
+    next(iter(stream))
+    os.kill(engine_core(server.process.pid), signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        for _part in stream:
+            pass
+    server.process.wait(60)
+    for _ in range(30):  # Python's resource tracker takes a moment
+        if not (left := set(SHARED_MEMORY.iterdir()) - shared_before - in_use()):
+            break
+        time.sleep(1)
+    assert not left
+    with serving(smollm2, tmp_path / "log", *OPTIONS) as second:
+        given: Any = {"model": second.model, "prompt": "Hi", "max_tokens": 3}
+        assert second.client().completions.create(**given).usage.completion_tokens == 3
+
+
+def in_use() -> set[Path]:
+    """Shared memory of processes that run: tests beside this one have some."""
+    found: set[Path] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:
+            continue
+        found |= {Path(line.split(maxsplit=5)[5]) for line in lines if str(SHARED_MEMORY) in line}
+    return found
+
+
+def engine_core(server: int) -> int:
+    """The process in which the engine of a server runs, below `icecache serve`."""
+    below = [int(pid) for pid in children(server)]
+    below += [int(pid) for process in below for pid in children(process)]
+    (found,) = (pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
+def children(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
