@@ -1,5 +1,5 @@
-// The index of one head (index = "tree"): build, insert of one token, select of one step. 4 query
-// heads, budget 256, bfloat16 and float32.
+// The index of one head (index = "tree"): build, select of one step. 4 query heads, budget 256,
+// bfloat16 and float32.
 #include <benchmark/benchmark.h>
 
 #include <cmath>
@@ -11,7 +11,8 @@
 
 #include "icecache/config.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
+#include "index/make_index.h"
+#include "index/selector.h"
 #include "operands.h"
 #include "registry.h"
 #include "roof.h"
@@ -22,7 +23,6 @@ namespace {
 
 constexpr int kGroup = 4, kBudget = 220;  // 256 less sinks and window
 constexpr int kQueries = 64;              // steps before a query comes again
-constexpr int kSpare = 8192;              // tokens that can still be inserted
 
 struct Shape {
   DType dtype;
@@ -47,7 +47,7 @@ std::vector<float> clustered(int n, int head_dim, unsigned seed) {
 class Head {
  public:
   explicit Head(const Shape& shape) : shape_(shape) {
-    const int n = shape.tokens + kSpare;
+    const int n = shape.tokens;
     row_bytes_ = shape.head_dim * size_of(shape.dtype);
     const std::vector<float> keys = clustered(n, shape.head_dim, 17);
     keys_.resize(n * row_bytes_);
@@ -98,6 +98,7 @@ class Head {
     request.budget = request.max_budget = kBudget;
     return request;
   }
+  const Config& config() const { return config_; }
   const Shape& shape() const { return shape_; }
 
  private:
@@ -112,13 +113,13 @@ class Head {
 };
 
 // Enough copies of one index that each has left the caches when its turn comes again, as the other
-// layers' work makes it; pages are shared, sketches and summaries are not.
+// layers' work makes it.
 struct Layers {
   explicit Layers(const Shape& shape) : head(shape) {
     indexes.push_back(head.built());
     const auto own = static_cast<std::int64_t>(indexes[0]->memory_bytes());
     const std::int64_t count = std::max<std::int64_t>(working_set(Home::kMemory) / own / 2, 1);
-    while (static_cast<std::int64_t>(indexes.size()) < count) indexes.push_back(indexes[0]->fork());
+    while (static_cast<std::int64_t>(indexes.size()) < count) indexes.push_back(head.built());
   }
   Head head;
   std::vector<std::unique_ptr<SemanticIndex>> indexes;
@@ -130,18 +131,15 @@ void build(benchmark::State& state, Head& head) {
       benchmark::Counter(head.shape().tokens, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-void insert(benchmark::State& state, Head& head) {
-  const auto index = head.built();
-  int next = head.shape().tokens;
-  for (auto _ : state) index->insert(head.tokens(next++, 1));
-}
-
 void select(benchmark::State& state, Layers& layers) {
   Cycle cycle(layers.indexes.size()), queries(kQueries);
+  Selector selector;
   Selection selection;
   double bytes = 0.0;
   for (auto _ : state) {
-    layers.indexes[cycle.next()]->select(layers.head.request(queries.next()), selection);
+    const Segment segment(*layers.indexes[cycle.next()]);
+    const Segment* const segments[] = {&segment};
+    selector.select(layers.head.config(), segments, layers.head.request(queries.next()), selection);
     bytes += static_cast<double>(selection.bytes_scanned);
   }
   report(state, {bytes / static_cast<double>(state.iterations())});
@@ -160,10 +158,6 @@ const bool registered = [] {
         const auto head = [=] { return std::make_shared<Head>(shape); };
         const auto layers = [=] { return std::make_shared<Layers>(shape); };
         add(title("tree_build", shape), head, build)->Unit(benchmark::kMillisecond);
-        // A fixed number: the index grows with every iteration.
-        add(title("tree_insert", shape), head, insert)
-            ->Iterations(kSpare / 4)
-            ->Unit(benchmark::kMicrosecond);
         add(title("tree_select", shape), layers, select)->Unit(benchmark::kMicrosecond);
       }
     }

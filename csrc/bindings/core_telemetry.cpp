@@ -23,6 +23,12 @@ void bind_stats(py::module_& module) {
           .def_readonly("tokens_selected", &HeadStats::tokens_selected,
                         "by the index; sink and window not counted")
           .def_readonly("pages_selected", &HeadStats::pages_selected)
+          .def_readonly("widened_steps", &HeadStats::widened_steps,
+                        "steps with more candidates than at first, lest a main token be missed")
+          .def_readonly("doubtful_steps", &HeadStats::doubtful_steps,
+                        "steps where one may have been missed all the same")
+          .def_readonly("seals", &HeadStats::seals, "segments built of decoded tokens")
+          .def_readonly("merges", &HeadStats::merges, "segments built of other segments")
           .def_readonly("hits", &HeadStats::hits,
                         "device page cache; 0 where pages are attended in place")
           .def_readonly("misses", &HeadStats::misses)
@@ -40,8 +46,9 @@ void bind_stats(py::module_& module) {
           .def_readonly("index_seconds", &HeadStats::index_seconds)
           .def("__repr__", [](const py::object& self) {
             return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
-                            "hits", "misses", "bytes_read", "bytes_moved", "mass", "worst_mass",
-                            "select_seconds", "attend_seconds", "index_seconds");
+                            "widened_steps", "doubtful_steps", "seals", "merges", "hits", "misses",
+                            "bytes_read", "bytes_moved", "mass", "worst_mass", "select_seconds",
+                            "attend_seconds", "index_seconds");
           }));
 
   forbid_new(

@@ -11,6 +11,10 @@
 namespace icecache {
 namespace {
 
+// With fewer the search for a segment's basis costs more than it is worth, with more a step has
+// more exact scores to make.
+constexpr std::int64_t kSegmentTokens = 512;
+
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;       // positions are 32-bit
 constexpr std::int64_t kMaxPages = (std::int64_t{1} << 31) - 1;  // of a device: their numbers, too
 constexpr std::int64_t kMaxThreads = 1024;
@@ -131,9 +135,10 @@ std::int64_t picked_tokens(const Config& config) {
 }
 
 void resolve_index(Config& config, const CacheShape& shape) {
+  if (config.sketch_rank == 0) config.sketch_rank = shape.head_dim > 64 ? 64 : 32;
   if (config.sketch_rank < 8 || config.sketch_rank > kMaxHeadDim || config.sketch_rank % 8 != 0) {
-    throw InvalidArgument(message("sketch_rank must be a multiple of 8 from 8 to ", kMaxHeadDim,
-                                  ", got ", config.sketch_rank));
+    throw InvalidArgument(message("sketch_rank must be 0 or a multiple of 8 from 8 to ",
+                                  kMaxHeadDim, ", got ", config.sketch_rank));
   }
   config.sketch_rank = std::min<std::int64_t>(config.sketch_rank, shape.head_dim);
   if (config.sketch_bits != 4 && config.sketch_bits != 8) {
@@ -166,6 +171,8 @@ void resolve_index(Config& config, const CacheShape& shape) {
                                   config.page_size, " to ", kMaxNodePages * config.page_size,
                                   ", got ", config.far_node_tokens));
   }
+  require("segment_tokens", config.segment_tokens, 0, kMaxTokens);
+  if (config.segment_tokens == 0) config.segment_tokens = kSegmentTokens;
   require_share("dci_promotion", config.dci_promotion);
   require_share("dci_upper_promotion", config.dci_upper_promotion);
   require("dci_beam", config.dci_beam, 0, kMaxTokens);

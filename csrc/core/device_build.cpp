@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "icecache/semantic_index.h"
+#include "icecache/index_types.h"
 #include "index/token_space.h"
 
 namespace icecache {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "core/emulated_device.h"
@@ -105,7 +106,7 @@ void Engine::Impl::settle(SequenceCache& sequence) {
 void Engine::Impl::rest(SequenceCache& sequence) noexcept {
   for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
     finish(sequence.layers[l], static_cast<int>(l));
-    threads.finish(sequence.layers[l].rebuilds);
+    for (JobGroup& builds : sequence.layers[l].builds) threads.finish(builds);
   }
 }
 
@@ -113,7 +114,7 @@ void Engine::Impl::rest() noexcept {
   for (auto& [id, sequence] : sequences) rest(sequence);
 }
 
-bool Engine::Impl::drop_rebuilds_for(std::size_t pages) {
+bool Engine::Impl::drop_builds_for(std::size_t pages) {
   std::size_t room = pool.free_pages();
   const auto for_each_head = [this](const auto& body) {
     for (auto& [id, sequence] : sequences) {
@@ -122,9 +123,9 @@ bool Engine::Impl::drop_rebuilds_for(std::size_t pages) {
       }
     }
   };
-  for_each_head([&](const HeadCache& head) { room += head.rebuild_pages(); });
+  for_each_head([&](const HeadCache& head) { room += head.build_pages(); });
   if (pages > room) return false;
-  for_each_head([](HeadCache& head) { head.drop_rebuild(); });
+  for_each_head([](HeadCache& head) { head.drop_builds(); });
   return true;
 }
 
@@ -153,6 +154,10 @@ void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
   total.dense_steps += add.dense_steps;
   total.tokens_selected += add.tokens_selected;
   total.pages_selected += add.pages_selected;
+  total.widened_steps += add.widened_steps;
+  total.doubtful_steps += add.doubtful_steps;
+  total.seals += add.seals;
+  total.merges += add.merges;
   total.hits += add.hits;
   total.misses += add.misses;
   total.bytes_read += add.bytes_read;
@@ -209,6 +214,17 @@ SeqId Engine::fork(SeqId sequence) {
   return id;
 }
 
+void Engine::Impl::truncate(std::span<const Kept> layers) {
+  std::vector<HeadCache::Truncation> truncations;
+  for (const auto& [layer, length] : layers) {
+    for (const HeadCache& head : layer->heads) truncations.push_back(head.prepare_truncate(length));
+  }
+  auto next = truncations.begin();
+  for (const auto& [layer, length] : layers) {
+    for (HeadCache& head : layer->heads) head.truncate(std::move(*next++), true);
+  }
+}
+
 void Engine::truncate(SeqId sequence, std::int64_t length) {
   const std::lock_guard lock(impl_->mutex);
   SequenceCache& cache = impl_->sequence(sequence);
@@ -221,9 +237,10 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
     throw InvalidArgument(message("length must be from 0 to ", longest, " (the tokens of sequence ",
                                   sequence, "), got ", length));
   }
-  for (LayerCache& layer : cache.layers) {
-    for (HeadCache& head : layer.heads) head.truncate(static_cast<std::int32_t>(length));
-  }
+  std::vector<Impl::Kept> kept;
+  for (LayerCache& layer : cache.layers)
+    kept.push_back({&layer, static_cast<std::int32_t>(length)});
+  Impl::truncate(kept);
 }
 
 void Engine::release(SeqId sequence) {
@@ -286,11 +303,12 @@ MemoryStats Engine::memory() const {
   MemoryStats memory;
   const std::int64_t page_bytes = static_cast<std::int64_t>(impl_->pool.page_bytes());
   std::int64_t run_pages = 0;
+  std::set<const SemanticIndex*> counted;  // forks share them
   for (auto& [id, sequence] : impl_->sequences) {
     impl_->settle(sequence);
     for (const LayerCache& layer : sequence.layers) {
       for (const HeadCache& head : layer.heads) {
-        memory.index_bytes += static_cast<std::int64_t>(head.index_bytes());
+        memory.index_bytes += static_cast<std::int64_t>(head.index_bytes(counted));
         memory.query_bytes += static_cast<std::int64_t>(head.query_bytes());
         run_pages += static_cast<std::int64_t>(head.run_pages());
       }

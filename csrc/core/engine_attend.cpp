@@ -14,9 +14,11 @@ namespace {
 constexpr int kBlock = 64;
 // Steps of decoding from one whose queries shape the metric to the next.
 constexpr std::int32_t kObserveEvery = 8;
-// A rebuild takes over after this share of the index's tokens, all layers in turn.
-constexpr std::int32_t kRebuildShare = 4;
-constexpr std::int32_t kShortestRebuild = 8;
+// All layers build a segment, one after the other, within this share of its tokens.
+constexpr std::int32_t kBuildShare = 8;
+constexpr std::int32_t kShortestTurn = 4;
+// Tokens until a build is tried again for which there were no pages.
+constexpr std::int32_t kPostponed = 64;
 
 }  // namespace
 
@@ -82,7 +84,9 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
       throw InvalidArgument(message("queries must be of tokens already appended (", cache.length(),
                                     " in sequence ", ids[b], "), got ", tokens));
     }
-    if (cache.rebuild_is_ready()) engine_.threads.wait(cache.rebuilds);
+    for (const HeadCache::Work work : HeadCache::kWorks) {
+      if (cache.build_is_ready(work)) engine_.threads.wait(cache.group_of(work));
+    }
     for (int h = 0; h < engine_.shape.num_kv_heads; ++h) {
       if (decodes(b) && cache.heads[h].sparse()) {
         if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
@@ -100,7 +104,7 @@ void Engine::Impl::AttendCall::compute() {
   std::size_t pages = 0;
   for (const Task& task : tasks_) {
     if (!task.sparse) continue;
-    pages += caches_[task.item]->heads[task.head].pages_for_decode(task.tokens);
+    pages += caches_[task.item]->heads[task.head].pages_for_decode();
   }
   if (engine_.has_pages(pages)) {
     engine_.threads.parallel_for(static_cast<std::int64_t>(tasks_.size()),
@@ -162,7 +166,7 @@ void Engine::Impl::AttendCall::prepare() {
     if (!is_alone(b)) {
       follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, queries_[b], phase_of(b)));
     } else if (caches_[b]->sparse()) {
-      follow_ups_.push_back(engine_.prepare_rebuild(*caches_[b], layer_));
+      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_));
     }
   }
 }
@@ -213,29 +217,37 @@ Engine::Impl::FollowUp Engine::Impl::prepare_update(LayerCache& layer, int numbe
   return work;
 }
 
-Engine::Impl::FollowUp Engine::Impl::prepare_rebuild(LayerCache& layer, int number) {
-  FollowUp work;
-  work.layer = &layer;
-  work.number = number;
-  const std::int32_t share =
-      layer.heads.front().indexed_tokens() / (kRebuildShare * shape.num_layers);
-  const std::int32_t turn = std::max(kShortestRebuild, share);
-  std::size_t pages = 0;
-  for (const HeadCache& head : layer.heads) {
-    work.rebuilds.push_back(head.make_rebuild(number * turn, turn));
-    if (work.rebuilds.back() != nullptr) pages += work.rebuilds.back()->most_pages();
+Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int number) {
+  FollowUp follow;
+  follow.layer = &layer;
+  follow.number = number;
+  const std::int32_t length = layer.length();
+  for (const HeadCache::Work work : HeadCache::kWorks) {
+    const std::int32_t tokens = layer.heads.front().due_work(work);
+    if (tokens == 0) continue;
+    const std::int32_t turn = std::max(kShortestTurn, tokens / (kBuildShare * shape.num_layers));
+    if (length / turn % shape.num_layers != number) continue;
+    std::size_t pages = 0;
+    std::vector<FollowUp::Build> builds;
+    for (std::size_t h = 0; h < layer.heads.size(); ++h) {
+      // Until the layer after the next one begins.
+      builds.push_back({work, h, layer.heads[h].make_build(work, 2 * turn)});
+      if (builds.back().build == nullptr)
+        builds.pop_back();
+      else
+        pages += builds.back().build->most_pages();
+    }
+    if (!has_pages(pages)) {
+      follow.postponed.push_back(work);
+      continue;
+    }
+    const Promise kept = promise(pages);
+    for (FollowUp::Build& item : builds) {
+      follow.jobs.add(layer.group_of(work), [build = item.build, kept] { build->run(); });
+      follow.builds.push_back(std::move(item));
+    }
   }
-  if (pages > 0 && !has_pages(pages)) {
-    work.postponed = turn;
-    work.rebuilds.clear();
-    return work;
-  }
-  const Promise kept = pages > 0 ? promise(pages) : nullptr;
-  for (const auto& rebuild : work.rebuilds) {
-    if (rebuild == nullptr) continue;
-    work.jobs.add(layer.rebuilds, [rebuild, kept] { rebuild->run(); });
-  }
-  return work;
+  return follow;
 }
 
 void Engine::Impl::start(FollowUp work) noexcept {
@@ -243,15 +255,15 @@ void Engine::Impl::start(FollowUp work) noexcept {
   if (work.alone) rest();
   if (work.update != nullptr) {
     // It builds by itself what is due.
-    threads.finish(layer.rebuilds);
-    for (HeadCache& head : layer.heads) head.drop_rebuild();
+    for (JobGroup& builds : layer.builds) threads.finish(builds);
+    for (HeadCache& head : layer.heads) head.drop_builds();
     layer.update = std::move(work.update);
   }
-  for (std::size_t h = 0; h < work.rebuilds.size(); ++h) {
-    if (work.rebuilds[h] != nullptr) layer.heads[h].start_rebuild(std::move(work.rebuilds[h]));
+  for (FollowUp::Build& item : work.builds) {
+    layer.heads[item.head].start_build(item.work, std::move(item.build));
   }
-  if (work.postponed > 0) {
-    for (HeadCache& head : layer.heads) head.postpone_rebuild(work.postponed);
+  for (const HeadCache::Work kind : work.postponed) {
+    for (HeadCache& head : layer.heads) head.postpone_build(kind, kPostponed);
   }
   threads.submit(std::move(work.jobs));
   if (work.alone) finish(layer, work.number);

@@ -44,6 +44,13 @@ struct Engine::Impl {
   void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
                     std::span<const TensorView> outputs) const;
 
+  // Keeps the first tokens of some layers: of all of them, or where it throws, of none.
+  struct Kept {
+    LayerCache* layer;
+    std::int32_t length;
+  };
+  static void truncate(std::span<const Kept> layers);
+
   class AttendCall;
 
   // Waits for the background work on a layer, does again what of it had no memory, and takes over
@@ -53,13 +60,13 @@ struct Engine::Impl {
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add) noexcept;
 
-  // finish() of all layers of a sequence, or of all; waits for rebuilds, too: no other thread takes
+  // finish() of all layers of a sequence, or of all; waits for builds, too: no other thread takes
   // pages or writes to them.
   void rest(SequenceCache& sequence) noexcept;
   void rest() noexcept;
-  // Where that makes room for so many pages: gives up all rebuilds under way, and with them their
+  // Where that makes room for so many pages: gives up all builds under way, and with them their
   // pages. Else changes nothing. REQUIRES: rest().
-  bool drop_rebuilds_for(std::size_t pages);
+  bool drop_builds_for(std::size_t pages);
 
   // True where so many pages are left beside those that background work may yet take. What depends
   // on the answer must not depend on timing: where it is false, that work is over.
@@ -73,18 +80,23 @@ struct Engine::Impl {
     LayerCache* layer = nullptr;
     int number = 0;  // of the layer
     std::shared_ptr<LayerUpdate> update;
-    std::vector<std::shared_ptr<IndexRebuild>> rebuilds;  // [Hkv] or none
-    std::int32_t postponed = 0;  // tokens until a rebuild is tried again that has no pages
-    bool alone = false;          // runs while the caller waits and nothing else does
+    struct Build {
+      HeadCache::Work work;
+      std::size_t head;
+      std::shared_ptr<SegmentBuild> build;
+    };
+    std::vector<Build> builds;
+    std::vector<HeadCache::Work> postponed;  // for want of pages
+    bool alone = false;                      // runs while the caller waits and nothing else does
     PreparedJobs jobs;
   };
   // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
   // background.
   FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
                           Phase phase = Phase::kAuto);
-  // After a decode step within the budget, whose tokens are in the index: what is to be built anew
-  // goes to the background. Layers take their turns, so that few hold two indexes at a time.
-  FollowUp prepare_rebuild(LayerCache& layer, int number);
+  // After a decode step within the budget: segments that are due to be built go to the background.
+  // Layers take their turns, so that few hold tokens twice at a time.
+  FollowUp prepare_builds(LayerCache& layer, int number);
   void start(FollowUp work) noexcept;
 
   const CacheShape shape;

@@ -139,11 +139,12 @@ void Engine::take_back(std::span<const SeqId> ids, int layer,
                                     " (the tokens of sequence ", ids[b], "), got ", counts[b]));
     }
   }
+  std::vector<Impl::Kept> kept;
   for (std::size_t b = 0; b < ids.size(); ++b) {
     LayerCache& cache = impl_->sequence(ids[b]).layers[layer];
-    const auto kept = cache.length() - static_cast<std::int32_t>(counts[b]);
-    for (HeadCache& head : cache.heads) head.truncate(kept);
+    kept.push_back({&cache, cache.length() - static_cast<std::int32_t>(counts[b])});
   }
+  Impl::truncate(kept);
 }
 
 void Engine::Impl::check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
@@ -183,7 +184,7 @@ void Engine::Impl::append(std::span<const SeqId> ids, int layer, std::span<const
       check_finite("values", values[b], ids[b], layer, before[b]);
     }
   }
-  if (!self.has_pages(all) && !self.drop_rebuilds_for(all)) {
+  if (!self.has_pages(all) && !self.drop_builds_for(all)) {
     throw OutOfPages(message("host_memory is exhausted: these tokens need ", all, " pages of ",
                              self.pool.page_bytes(), " bytes", layer == 0 ? " over all layers" : "",
                              ", ", self.pool.free_pages(), " of ", self.pool.capacity_pages(),

@@ -75,11 +75,17 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
     attend_picks(picks, first_position + 1 - run.first_position(), attention, stats);
   };
   attend_run(sink_);
-  if (index_) {
+  const auto attend_index = [&](const Segment& segment) {
     picks.clear();
-    index_->all_pages(picks);
+    const std::span<const std::uint32_t> masks = segment.masks();
+    for (std::size_t page = 0; page < masks.size(); ++page) {
+      if (masks[page] == 0) continue;
+      picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
+    }
     attend_picks(picks, QueryBlock::kAll, attention, stats);
-  }
+  };
+  for (const Segment& segment : segments_) attend_index(segment);
+  if (growing_) attend_index(Segment(*growing_));
   attend_run(tail_);
   attention.finish();
 }
@@ -87,10 +93,9 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
 void HeadCache::insert_due(std::int32_t position, HeadStats& stats) {
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
-  use_rebuild();
-  const auto due = std::min(position - static_cast<std::int32_t>(context_.config->window_tokens) +
-                                1 - tail_.first_position(),
-                            tail_.count());
+  use_builds(stats);
+  if (!growing_) return;
+  const std::int32_t due = std::min(window_start(position) - tail_.first_position(), tail_.count());
   if (due < kInsertTogether) return;
   try {
     insert(due);
@@ -105,6 +110,8 @@ struct HeadCache::Step {
   std::vector<PagePick> picks;
   std::vector<const void*> rows;
   std::vector<float> logits, weights, far_weights;
+  std::vector<const Segment*> segments;
+  Selector selector;
   Selection selection;
   std::int64_t near = 0;  // tokens of sink and window
   // Of sink and window, of all that is attended exactly, of everything.
@@ -176,8 +183,7 @@ void HeadCache::weigh(std::int64_t nodes, Step& step) const {
   }
 }
 
-void HeadCache::add_values(std::span<const std::byte> far_values, Step& step, float* out,
-                           HeadStats& stats) const {
+void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const {
   const simd::Kernels& kernels = simd::kernels();
   const int group = context_.group, d = context_.head_dim;
   const std::size_t row_bytes = d * size_of(context_.dtype);
@@ -197,11 +203,14 @@ void HeadCache::add_values(std::span<const std::byte> far_values, Step& step, fl
              });
   stats.bytes_read += step.selection.bytes_scanned +
                       (step.near + known) * static_cast<std::int64_t>(row_bytes) +
-                      static_cast<std::int64_t>(far_values.size());
-  if (!far_values.empty()) {
-    const auto nodes = static_cast<std::int64_t>(far_values.size() / row_bytes);
+                      nodes * static_cast<std::int64_t>(row_bytes);
+  if (nodes > 0) {
     step.rows.clear();
-    for (std::int64_t c = 0; c < nodes; ++c) step.rows.push_back(far_values.data() + c * row_bytes);
+    for (const Segment* segment : step.segments) {
+      for (int node = 0; node < segment->index().node_count(); ++node) {
+        step.rows.push_back(segment->node_mean(node));
+      }
+    }
     kernels.add_rows({step.rows.data(), context_.dtype, nodes, group, d}, step.far_weights.data(),
                      nodes, out);
   }
@@ -230,8 +239,11 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   thread_local Step step_of_thread;
   Step& step = step_of_thread;
   score_near(queries, position, step, stats);
+  // Those that wait to be sealed are attended besides.
+  const std::int64_t waiting =
+      growing_ ? 0 : std::clamp(window_start(position) - tail_.first_position(), 0, tail_.count());
   const auto left = [&](std::int64_t budget) {
-    return static_cast<int>(std::max<std::int64_t>(0, budget - step.near));
+    return static_cast<int>(std::max<std::int64_t>(0, budget - (step.near - waiting)));
   };
   SelectRequest request;
   request.queries = queries;
@@ -241,16 +253,22 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   request.mass_target = config.mass_target;
   request.max_budget = config.mass_target > 0.0 ? left(config.max_token_budget) : request.budget;
   const auto select_start = std::chrono::steady_clock::now();
-  index_->select(request, step.selection);
+  step.segments.clear();
+  for (const Segment& segment : segments_) step.segments.push_back(&segment);
+  std::optional<Segment> growing;
+  if (growing_ && growing_->size() > 0) step.segments.push_back(&growing.emplace(*growing_));
+  step.selector.select(config, step.segments, request, step.selection);
   stats.select_seconds += seconds_since(select_start);
 
-  const std::span<const std::byte> far_values = index_->far_values();
-  const std::size_t row_bytes = context_.head_dim * size_of(context_.dtype);
-  weigh(static_cast<std::int64_t>(far_values.size() / row_bytes), step);
-  add_values(far_values, step, out, stats);
-  if (config.telemetry != "off") count_step(step, !far_values.empty(), start, stats);
+  std::int64_t nodes = 0;  // that far weights are of
+  for (const Segment* segment : step.segments) {
+    nodes += segment->index().has_far_field() ? segment->index().node_count() : 0;
+  }
+  weigh(nodes, step);
+  add_values(nodes, step, out, stats);
+  if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);
   if (config.telemetry == "trace") {
-    trace = traced(request, step.selection, position, step.exact_lse);
+    trace = traced(request, step.selection, position, step.exact_lse, step.selector);
   }
 }
 
@@ -267,13 +285,16 @@ void HeadCache::count_step(const Step& step, bool any_far,
   }
   stats.mass += mass;
   ++stats.steps;
+  stats.widened_steps += selection.is_widened ? 1 : 0;
+  stats.doubtful_steps += selection.is_doubtful ? 1 : 0;
   stats.tokens_selected += selection.tokens;
   stats.pages_selected += static_cast<std::int64_t>(selection.picks.size());
   stats.attend_seconds += seconds_since(start);
 }
 
 StepTrace HeadCache::traced(const SelectRequest& request, const Selection& selection,
-                            std::int32_t position, const float* near_lse) const {
+                            std::int32_t position, const float* near_lse,
+                            const Selector& selector) const {
   StepTrace trace;
   const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
     for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
@@ -281,9 +302,9 @@ StepTrace HeadCache::traced(const SelectRequest& request, const Selection& selec
   };
   add(sink_, trace.sink);
   add(tail_, trace.window);
-  trace.pages = index_->pages();
-  index_->selected_positions(selection, trace.selected);
-  index_->far_nodes(selection, trace.far_nodes);
+  selector.pages(trace.pages);
+  selector.selected_positions(selection, trace.selected);
+  selector.far_nodes(selection, trace.far_nodes);
   for (int g = 0; g < request.group; ++g) {
     trace.near_lse.push_back(near_lse[g]);
     trace.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));

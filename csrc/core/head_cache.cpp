@@ -35,11 +35,13 @@ HeadCache::HeadCache(const HeadCache& other)
       dense_(other.dense_),
       sink_(other.sink_),
       tail_(other.tail_),
-      index_(other.index_ ? other.index_->fork() : nullptr),
-      built_tokens_(other.built_tokens_),
-      next_rebuild_(other.next_rebuild_),
+      growing_(other.growing_ ? other.growing_->fork() : nullptr),
+      next_build_{other.next_build_[0], other.next_build_[1]},
       moments_(other.moments_),
-      held_(other.held_) {}
+      held_(other.held_) {
+  segments_.reserve(other.segments_.size() + 2);
+  segments_ = other.segments_;
+}
 
 std::int32_t HeadCache::length() const {
   return sink_.count() < context_.config->sink_tokens ? sink_.count() : tail_.end_position();
@@ -66,36 +68,65 @@ void HeadCache::append(const TensorView& keys, const TensorView& values, std::in
   held_.value = std::max(held_.value, largest_in(values, head));
 }
 
-void HeadCache::truncate(std::int32_t length) noexcept {
-  take_back(length);
-  trace_ = {};
+HeadCache::Truncation HeadCache::prepare_truncate(std::int32_t length) const {
+  Truncation truncation{length, std::nullopt};
+  for (const Segment& segment : segments_) {
+    if (segment.first_position() < length && length < segment.end_position()) {
+      truncation.cut = segment.cut(length);
+    }
+  }
+  return truncation;
 }
 
-void HeadCache::take_back(std::int32_t length) noexcept {
-  const std::int32_t sink_end = static_cast<std::int32_t>(context_.config->sink_tokens);
+void HeadCache::truncate(Truncation&& truncation, bool seen) noexcept {
+  const std::int32_t length = truncation.length;
   sink_.truncate(length);
-  tail_.truncate(std::max(length, sink_end));
-  if (index_) {
-    index_->truncate(length);
-    if (index_->size() == 0) index_.reset();
+  tail_.truncate(std::max(length, static_cast<std::int32_t>(context_.config->sink_tokens)));
+  if (growing_) growing_->truncate(length);
+  if (growing_ && growing_->size() == 0) growing_ = nullptr;
+  while (!segments_.empty() && segments_.back().first_position() >= length) segments_.pop_back();
+  if (truncation.cut) segments_.back() = *std::move(truncation.cut);
+  for (std::shared_ptr<SegmentBuild>& build : builds_) {
+    if (build != nullptr && length < build->end_position()) build = nullptr;
   }
-  if (rebuild_ != nullptr && !rebuild_->truncate(length)) rebuild_ = nullptr;
+  if (seen) trace_ = {};
 }
 
 bool HeadCache::sparse() const {
-  return index_ != nullptr && index_->whole() && length() > context_.config->dense_tokens;
+  return has_index() && !is_broken() && length() > context_.config->dense_tokens;
 }
 
 bool HeadCache::is_short() const {
-  return index_ == nullptr && length() + 1 <= context_.config->dense_tokens;
+  return !has_index() && length() + 1 <= context_.config->dense_tokens;
+}
+
+std::int32_t HeadCache::indexed_tokens() const {
+  std::int32_t tokens = growing_ ? growing_->size() : 0;
+  for (const Segment& segment : segments_) tokens += segment.size();
+  return tokens;
+}
+
+std::size_t HeadCache::index_bytes(std::set<const SemanticIndex*>& counted) const {
+  std::size_t bytes = growing_ ? growing_->memory_bytes() : 0;
+  for (const Segment& segment : segments_) {
+    bytes += segment.cut_bytes();
+    if (counted.insert(&segment.index()).second) bytes += segment.index().memory_bytes();
+  }
+  return bytes;
 }
 
 void HeadCache::gather(std::byte* keys, std::byte* values) const {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
   sink_.gather(sink_.count(), keys, values);
   std::size_t at = sink_.count() * row;
-  if (index_) index_->gather(keys + at, values + at);
-  at += indexed_tokens() * row;
+  for (const Segment& segment : segments_) {
+    segment.gather(keys + at, values + at);
+    at += segment.size() * row;
+  }
+  if (growing_) {
+    growing_->table().gather(keys + at, values + at);
+    at += growing_->size() * row;
+  }
   tail_.gather(tail_.count(), keys + at, values + at);
 }
 
@@ -106,14 +137,21 @@ void HeadCache::check_integrity() const {
   if (sink_.first_position() != 0 || sink_.count() > context_.config->sink_tokens)
     throw IntegrityError(
         message("sink starts at ", sink_.first_position(), " with ", sink_.count(), " tokens"));
-  if (!index_) return;
-  index_->check_integrity();
-  if (index_->end_position() != tail_.first_position())
-    throw IntegrityError(message("index ends at ", index_->end_position(), ", tail starts at ",
-                                 tail_.first_position()));
-  if (index_->size() != index_->end_position() - context_.config->sink_tokens)
-    throw IntegrityError(
-        message("index holds ", index_->size(), " tokens up to position ", index_->end_position()));
+  auto end = static_cast<std::int32_t>(context_.config->sink_tokens);
+  const auto follows = [&](std::int32_t first, std::int32_t size, const char* what) {
+    if (first != end)
+      throw IntegrityError(message(what, " starts at ", first, ", what is before ends at ", end));
+    end += size;
+  };
+  for (const Segment& segment : segments_) {
+    segment.check_integrity();
+    follows(segment.first_position(), segment.size(), "segment");
+  }
+  if (growing_) {
+    growing_->check_integrity();
+    follows(growing_->first_position(), growing_->size(), "growing index");
+  }
+  if (has_index() || tail_.count() > 0) follows(tail_.first_position(), 0, "tail");
 }
 
 }  // namespace icecache

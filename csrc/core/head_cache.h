@@ -1,12 +1,16 @@
-// HeadCache: the KV cache of one (sequence, layer, KV head): sink, index and tail.
+// HeadCache: the KV cache of one (sequence, layer, KV head).
 //
-//   position 0 .. sink_tokens | .. index->end_position() | .. length
-//            sink run         |  index (pages of alike)  |  tail run: window and what leaves it
+//   position 0 .. sink_tokens | segment | segment | .. | tail run: .. what leaves it, window
+//
+// A segment is built once and shared with forks. Tokens that leave the window stay in the tail, and
+// are attended exactly, until there are hundreds of them, which are sealed into a segment;
+// neighbouring segments of like size are merged: both behind decoding, a log-structured merge tree
+// (O'Neil et al. 1996). An index that grows by itself (grows()) takes the segments' place.
 //
 // Invariants
-//  1. Every token is in exactly one of sink, index, tail; the three cover 0..length without a gap.
-//  2. A token is attended from the tail until the index holds it: running out of pages in the index
-//     costs time, never a token.
+//  1. Every token is in exactly one of these; they cover 0..length without a gap.
+//  2. A token is attended from the tail until an index holds it: running out of pages costs time,
+//     never a token.
 //
 // Threads: none of its own. Engine lets either one attend/append or one background update in.
 #pragma once
@@ -14,15 +18,19 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <set>
 #include <span>
 #include <utility>
 #include <vector>
 
-#include "core/index_rebuild.h"
 #include "core/page_run.h"
 #include "core/residency.h"
+#include "core/segment_build.h"
 #include "cpu/exact_attention.h"
 #include "icecache/engine.h"
+#include "index/growing_index.h"
+#include "index/selector.h"
 
 namespace icecache {
 
@@ -37,9 +45,16 @@ class HeadCache {
   std::size_t pages_for(std::int64_t tokens) const;
   // All rows of `head`; all or nothing.
   void append(const TensorView& keys, const TensorView& values, std::int64_t head);
-  void truncate(std::int32_t length) noexcept;
-  // Undoes an append(): truncate() of what no step has seen.
-  void take_back(std::int32_t length) noexcept;
+  // What truncate() needs memory for, which then fails no more.
+  struct Truncation {
+    std::int32_t length = 0;
+    std::optional<Segment> cut;  // the last segment that is left
+  };
+  Truncation prepare_truncate(std::int32_t length) const;
+  // Keeps the first tokens. The trace goes, too, unless no step has seen what is taken back.
+  void truncate(Truncation&& truncation, bool seen) noexcept;
+  // Undoes an append() of the same call: no index has been built of what goes.
+  void take_back(std::int32_t length) noexcept { truncate({length, std::nullopt}, false); }
 
   // True where a query at the end is answered within the token budget.
   bool sparse() const;
@@ -59,19 +74,20 @@ class HeadCache {
   // REQUIRES: sparse().
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
               StepTrace& trace);
-  // Pages that decode() of a step's last `tokens` tokens takes at most.
-  std::size_t pages_for_decode(std::int64_t tokens) const;
+  // Pages that decode() takes at most.
+  std::size_t pages_for_decode() const;
   void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
 
-  // The moments with queries [n, D], unscaled, that the metric of the next build is made from: see
-  // QueryMoments. set_moments() lets the head have them.
-  QueryMoments observed(const float* queries, std::int64_t n, std::int64_t skipped = 0) const;
+  // The moments with n queries more, of which [counting_queries(n).size(), D], unscaled, are given:
+  // see QueryMoments. The metric of the next build is made from them once set_moments() lets the
+  // head have them.
+  QueryMoments observed(const float* queries, std::int64_t n) const;
   void set_moments(QueryMoments moments) noexcept { moments_ = std::move(moments); }
-  std::int64_t needed_queries(std::int64_t n) const { return moments_.needed(n); }
-  // Moves the tokens below the window of the next step from the tail into the index, which is
-  // built, extended or built anew, however long that takes. Without a change where the sequence
-  // fits the budget or pages run out. Where memory runs out, it throws; no token is lost, and the
-  // next call makes up for it.
+  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments_.counting(n); }
+  // Moves the tokens below the window of the next step from the tail into a segment, if they are
+  // enough, or the growing index, however long that takes. Without a change where the sequence fits
+  // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
+  // call makes up for it.
   void update_index(HeadStats& stats);
   // True where update_index() would build.
   bool build_is_due() const;
@@ -79,26 +95,33 @@ class HeadCache {
   std::size_t pages_for_update() const;
   bool dense() const { return dense_; }
 
-  // Where the index has doubled since it was built: the work of building it anew, for a background
-  // thread; null where it is not due or under way. It takes over when `ready_after` more tokens are
-  // there: before the next decode() from there on the work must be done.
-  std::shared_ptr<IndexRebuild> make_rebuild(std::int32_t delay, std::int32_t ready_after) const;
-  void start_rebuild(std::shared_ptr<IndexRebuild> rebuild) noexcept;
-  // No rebuild until `tokens` more tokens are there.
-  void postpone_rebuild(std::int32_t tokens) noexcept { next_rebuild_ = length() + tokens; }
-  // True where decode() would use the result of a rebuild.
-  bool rebuild_is_ready() const;
-  // Gives up a rebuild, whose work must be done.
-  void drop_rebuild() noexcept { rebuild_ = nullptr; }
-  // Pages that drop_rebuild() gives back.
-  std::size_t rebuild_pages() const { return rebuild_ ? rebuild_->held_pages() : 0; }
+  // Work for a background thread: tokens to be sealed, or segments to be merged.
+  enum class Work : std::uint8_t { kSeal, kMerge };
+  static constexpr Work kWorks[] = {Work::kSeal, Work::kMerge};
+  // Tokens of the segment that is due to be built; 0 where none is due, or one is under way.
+  std::int32_t due_work(Work work) const;
+  // It takes over when `ready_after` more tokens are there: before the next decode() from there on
+  // it must be done.
+  std::shared_ptr<SegmentBuild> make_build(Work work, std::int32_t ready_after);
+  void start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept;
+  // None until `tokens` more tokens are there.
+  void postpone_build(Work work, std::int32_t tokens) noexcept {
+    next_build_[at(work)] = length() + tokens;
+  }
+  // True where decode() would use the result.
+  bool build_is_ready(Work work) const;
+  // Gives up what is under way, whose work must be done.
+  void drop_builds() noexcept;
+  // Pages that drop_builds() gives back.
+  std::size_t build_pages() const;
 
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
-  std::size_t index_bytes() const { return index_ ? index_->memory_bytes() : 0; }
+  // Bytes of indexes that are not among `counted`, where they then are.
+  std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
   std::size_t query_bytes() const { return moments_.memory_bytes(); }
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
-  std::int32_t indexed_tokens() const { return index_ ? index_->size() : 0; }
+  std::int32_t indexed_tokens() const;
   const StepTrace& trace() const { return trace_; }
   void check_integrity() const;
 
@@ -109,6 +132,14 @@ class HeadCache {
 
   struct Step;
 
+  static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
+  // Of a segment that is sealed, at least.
+  std::int32_t seal_tokens() const {
+    return static_cast<std::int32_t>(context_.config->segment_tokens);
+  }
+  bool has_index() const { return !segments_.empty() || (growing_ && growing_->size() > 0); }
+  // Segments from this one on are merged with `more` tokens that follow.
+  std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
   PageLayout layout() const;
   // Query t sees the first seen + t tokens of the picks.
   void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
@@ -117,39 +148,39 @@ class HeadCache {
   void insert_due(std::int32_t position, HeadStats& stats);
   void score_near(const float* queries, std::int32_t position, Step& step, HeadStats& stats) const;
   void weigh(std::int64_t nodes, Step& step) const;
-  void add_values(std::span<const std::byte> far_values, Step& step, float* out,
-                  HeadStats& stats) const;
+  void add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const;
   void count_step(const Step& step, bool any_far, std::chrono::steady_clock::time_point start,
                   HeadStats& stats) const;
-  // Where the window begins for the step after the newest token.
-  std::int32_t next_window_start() const;
+  // Where the window begins for a query at `position`; for the one after the newest token.
+  std::int32_t window_start(std::int32_t position) const;
+  std::int32_t next_window_start() const { return window_start(length()); }
   // How many tokens of the tail lie before that window, and are to join the index.
   std::int32_t due_tokens() const;
-  void build(std::int32_t due);
-  // Moves tokens from the tail into the index, and those of a rebuild a step on.
+  // Builds an index of the segments from `first` on or the growing index, and the due tokens.
+  void build(std::size_t first, std::int32_t due);
+  // Moves tokens from the tail into the growing index.
   void insert(std::int32_t due);
-  void use_rebuild();
-  bool has_doubled(std::int32_t more) const;
+  void use_builds(HeadStats& stats) noexcept;
   // True where an insertion failed half-way: until the index is built anew, everything is attended.
-  bool is_broken() const { return index_ != nullptr && !index_->whole(); }
+  bool is_broken() const { return growing_ != nullptr && !growing_->whole(); }
   // Calls body(lease, picks, first) for the picks in batches that the device has room for; `first`:
   // tokens before the batch.
   template <typename Body>
   void with_pages(std::span<const PagePick> picks, HeadStats& stats, const Body& body) const;
   StepTrace traced(const SelectRequest& request, const Selection& selection, std::int32_t position,
-                   const float* near_lse) const;
+                   const float* near_lse, const Selector& selector) const;
 
   IndexContext context_;
   Residency* residency_;
   bool dense_;
   PageRun sink_;
   PageRun tail_;
-  std::unique_ptr<SemanticIndex> index_;
-  std::int32_t built_tokens_ = 0;  // in the index when it was last built
-  // Not copied: a fork does without the rebuild that is under way, until the length at which it
-  // would have taken over. Forks at every step, as beams make them, do not start one at every step.
-  std::shared_ptr<IndexRebuild> rebuild_;
-  std::int32_t next_rebuild_ = 0;
+  std::vector<Segment> segments_;          // with room for two more than there are
+  std::unique_ptr<GrowingIndex> growing_;  // null unless grows(), and where there is none yet
+  // Not copied: a fork does without what is under way, until the length at which it would have
+  // taken over. Forks at every step, as beams make them, do not start builds at every step.
+  std::shared_ptr<SegmentBuild> builds_[2];
+  std::int32_t next_build_[2] = {};
   QueryMoments moments_;
   Magnitudes held_;  // of all keys and values that were ever here
   StepTrace trace_;

@@ -6,31 +6,26 @@
 #include "core/head_cache.h"
 #include "core/seconds.h"
 #include "icecache/error.h"
+#include "index/make_index.h"
 #include "simd/flush_subnormals.h"
 
 namespace icecache {
 
-QueryMoments HeadCache::observed(const float* queries, std::int64_t n, std::int64_t skipped) const {
+QueryMoments HeadCache::observed(const float* queries, std::int64_t n) const {
   QueryMoments moments = moments_;
-  if (!dense_) moments.observe(queries, n, context_.head_dim, skipped);
+  if (!dense_) moments.observe_counting(queries, n, context_.head_dim);
   return moments;
 }
 
-std::int32_t HeadCache::next_window_start() const {
-  return length() - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
-}
-
-// Built anew when most of the index is not from the last build: the basis and the tree are then
-// older than the tokens they serve. Doubling keeps the cost per token constant.
-bool HeadCache::has_doubled(std::int32_t more) const {
-  return index_ != nullptr && index_->size() + more >= 2 * built_tokens_;
+std::int32_t HeadCache::window_start(std::int32_t position) const {
+  return position - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
 }
 
 bool HeadCache::build_is_due() const {
   if (is_broken()) return true;
   const std::int32_t due = next_window_start() - tail_.first_position();
   if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
-  return index_ == nullptr || has_doubled(due);
+  return !has_index() || (!grows(*context_.config) && due >= seal_tokens());
 }
 
 std::int32_t HeadCache::due_tokens() const {
@@ -40,36 +35,57 @@ std::int32_t HeadCache::due_tokens() const {
 std::size_t HeadCache::pages_for_update() const {
   const std::int32_t due = due_tokens();
   if (build_is_due()) return most_build_pages(*context_.config, indexed_tokens() + due);
-  return index_ == nullptr ? 0 : most_insert_pages(due);
+  return growing_ ? growing_->most_insert_pages(due) : 0;
 }
 
-std::size_t HeadCache::pages_for_decode(std::int64_t tokens) const {
+std::size_t HeadCache::pages_for_decode() const {
   const std::int32_t due = due_tokens();
-  const std::int32_t late = rebuild_ == nullptr ? 0 : rebuild_->due(length());
-  // A step of several tokens gives the rebuild what each of them inserts.
-  return most_insert_pages((due >= kInsertTogether ? due : 0) + late) +
-         (late > 0 && tokens > 1 ? most_insert_pages(due) : 0);
+  return growing_ && due >= kInsertTogether ? growing_->most_insert_pages(due) : 0;
 }
 
-void HeadCache::build(std::int32_t due) {
+// Sizes of segments at least double from the last one to the first, so that their number is
+// logarithmic in the length, and so is how often a token is built into one.
+std::size_t HeadCache::first_to_merge(std::size_t end, std::int32_t more) const {
+  std::int64_t tokens = more;
+  while (end > 0 && segments_[end - 1].size() <= tokens) tokens += segments_[--end].size();
+  return end;
+}
+
+void HeadCache::build(std::size_t first, std::int32_t due) {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
-  const std::int32_t old = indexed_tokens();
+  std::int32_t count = due + (growing_ ? growing_->size() : 0);
+  for (std::size_t i = first; i < segments_.size(); ++i) count += segments_[i].size();
   // Asked first: where pages are scarce, every step tries again.
   const auto page_size = static_cast<std::int32_t>(context_.config->page_size);
-  const auto least = static_cast<std::size_t>((old + due + page_size - 1) / page_size);
+  const auto least = static_cast<std::size_t>((count + page_size - 1) / page_size);
   if (least > context_.pool->free_pages()) {
-    throw OutOfPages(message("an index of ", old + due, " tokens needs ", least, " pages, ",
+    throw OutOfPages(message("an index of ", count, " tokens needs ", least, " pages, ",
                              context_.pool->free_pages(), " are free"));
   }
-  std::vector<std::byte> keys((old + due) * row), values((old + due) * row);
-  if (old > 0) index_->gather(keys.data(), values.data());
-  tail_.gather(due, keys.data() + old * row, values.data() + old * row);
-  std::unique_ptr<SemanticIndex> fresh = make_index(context_);
-  fresh->build({keys.data(), values.data(), old + due,
-                static_cast<std::int32_t>(context_.config->sink_tokens)},
-               moments_);
-  index_ = std::move(fresh);
-  built_tokens_ = old + due;
+  std::vector<std::byte> keys(count * row), values(count * row);
+  std::size_t at = 0;
+  for (std::size_t i = first; i < segments_.size(); ++i) {
+    segments_[i].gather(keys.data() + at, values.data() + at);
+    at += segments_[i].size() * row;
+  }
+  if (growing_) {
+    growing_->table().gather(keys.data() + at, values.data() + at);
+    at += growing_->size() * row;
+  }
+  tail_.gather(due, keys.data() + at, values.data() + at);
+  const TokenBlock tokens{keys.data(), values.data(), count, tail_.first_position() + due - count};
+  if (grows(*context_.config)) {
+    std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
+    fresh->build(tokens, moments_);
+    growing_ = std::move(fresh);
+  } else {
+    segments_.reserve(segments_.size() + 3);
+    std::unique_ptr<SemanticIndex> fresh = make_index(context_);
+    fresh->build(tokens, moments_);
+    Segment segment(std::move(fresh));
+    segments_.erase(segments_.begin() + static_cast<std::ptrdiff_t>(first), segments_.end());
+    segments_.push_back(std::move(segment));
+  }
   tail_.pop_front(due);
 }
 
@@ -79,21 +95,15 @@ void HeadCache::insert(std::int32_t due) {
   keys.resize(bytes);
   values.resize(bytes);
   tail_.gather(due, keys.data(), values.data());
-  if (rebuild_ != nullptr) rebuild_->reserve(due);
-  TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
-  const std::int32_t before = index_->size();
-  const auto moved = [&]() noexcept {
-    tokens.count = index_->size() - before;
-    if (rebuild_ != nullptr) rebuild_->follow(tokens);
-    tail_.pop_front(tokens.count);
-  };
+  const std::int32_t before = growing_->size();
+  const TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
   try {
-    index_->insert(tokens);
+    growing_->insert(tokens);
   } catch (...) {
-    moved();
+    tail_.pop_front(growing_->size() - before);
     throw;
   }
-  moved();
+  tail_.pop_front(due);
 }
 
 void HeadCache::update_index(HeadStats& stats) {
@@ -102,9 +112,9 @@ void HeadCache::update_index(HeadStats& stats) {
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
   try {
-    if (index_ == nullptr || is_broken() || has_doubled(due)) {
-      build(due);
-    } else {
+    if (build_is_due()) {
+      build(first_to_merge(segments_.size(), due), due);
+    } else if (growing_) {
       insert(due);
     }
   } catch (const OutOfPages&) {
@@ -113,34 +123,81 @@ void HeadCache::update_index(HeadStats& stats) {
   stats.index_seconds += seconds_since(start);
 }
 
-std::shared_ptr<IndexRebuild> HeadCache::make_rebuild(std::int32_t delay,
-                                                      std::int32_t ready_after) const {
-  if (dense_ || rebuild_ != nullptr || index_ == nullptr || !has_doubled(-delay) ||
-      length() < next_rebuild_) {
-    return nullptr;
+std::int32_t HeadCache::due_work(Work work) const {
+  if (dense_ || builds_[at(work)] != nullptr || length() < next_build_[at(work)]) return 0;
+  if (grows(*context_.config)) return 0;
+  if (work == Work::kSeal) {
+    const auto size = static_cast<std::int32_t>(context_.config->page_size);
+    const std::int32_t due = due_tokens() / size * size;
+    return has_index() && due >= seal_tokens() ? due : 0;
   }
-  return std::make_shared<IndexRebuild>(context_, *index_, moments_,
-                                        static_cast<std::int32_t>(context_.config->sink_tokens),
-                                        length() + ready_after);
+  if (segments_.size() < 2) return 0;
+  const std::size_t last = segments_.size() - 1;
+  const std::size_t first = first_to_merge(last, segments_[last].size());
+  if (first == last) return 0;
+  return segments_[last].end_position() - segments_[first].first_position();
 }
 
-void HeadCache::start_rebuild(std::shared_ptr<IndexRebuild> rebuild) noexcept {
-  next_rebuild_ = rebuild->ready_at();
-  rebuild_ = std::move(rebuild);
-}
-
-bool HeadCache::rebuild_is_ready() const {
-  return rebuild_ != nullptr && length() >= rebuild_->ready_at();
-}
-
-void HeadCache::use_rebuild() {
-  if (rebuild_ == nullptr || !rebuild_->catch_up(length())) return;
-  if (std::unique_ptr<SemanticIndex> fresh = rebuild_->take(); fresh != nullptr) {
-    index_ = std::move(fresh);
+std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t ready_after) {
+  const std::int32_t tokens = due_work(work);
+  if (tokens == 0) return nullptr;
+  segments_.reserve(segments_.size() + 2);
+  const std::int32_t ready_at = length() + ready_after;
+  if (work == Work::kSeal) {
+    return std::make_shared<SegmentBuild>(context_, tail_, tokens, moments_, ready_at);
   }
-  // Also where pages ran out: the next try comes when the index has doubled again.
-  built_tokens_ = rebuild_->built_tokens();
-  rebuild_ = nullptr;
+  const std::size_t last = segments_.size() - 1;
+  const auto first = static_cast<std::ptrdiff_t>(first_to_merge(last, segments_[last].size()));
+  return std::make_shared<SegmentBuild>(
+      context_, std::vector<Segment>(segments_.begin() + first, segments_.end()), moments_,
+      ready_at);
+}
+
+void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {
+  next_build_[at(work)] = build->ready_at();
+  builds_[at(work)] = std::move(build);
+}
+
+bool HeadCache::build_is_ready(Work work) const {
+  const std::shared_ptr<SegmentBuild>& build = builds_[at(work)];
+  return build != nullptr && length() >= build->ready_at();
+}
+
+void HeadCache::drop_builds() noexcept {
+  for (std::shared_ptr<SegmentBuild>& build : builds_) build = nullptr;
+}
+
+std::size_t HeadCache::build_pages() const {
+  std::size_t pages = 0;
+  for (const std::shared_ptr<SegmentBuild>& build : builds_) {
+    if (build != nullptr && build->result() != nullptr)
+      pages += build->result()->table().used_pages();
+  }
+  return pages;
+}
+
+void HeadCache::use_builds(HeadStats& stats) noexcept {
+  for (const Work work : kWorks) {
+    if (!build_is_ready(work)) continue;
+    const std::shared_ptr<SegmentBuild> build = std::exchange(builds_[at(work)], nullptr);
+    if (build->result() == nullptr) {  // pages or memory ran out
+      postpone_build(work, seal_tokens());
+      continue;
+    }
+    Segment segment(build->result());
+    if (work == Work::kSeal) {
+      tail_.pop_front(segment.size());
+      segments_.push_back(std::move(segment));
+      ++stats.seals;
+    } else {
+      const auto first = std::find_if(
+          segments_.begin(), segments_.end(),
+          [&](const Segment& other) { return other.first_position() == segment.first_position(); });
+      *first = std::move(segment);
+      segments_.erase(first + 1, first + static_cast<std::ptrdiff_t>(build->source_count()));
+      ++stats.merges;
+    }
+  }
 }
 
 }  // namespace icecache

@@ -2,7 +2,7 @@
 // them.
 //
 // Threads: `jobs` may touch the heads until settle() returns; after it the caller has them alone.
-// `rebuilds` touch none of them.
+// `builds` touch none of them.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct LayerCache {
   std::shared_ptr<LayerUpdate> update;  // what `jobs` run; null: nothing
   std::exception_ptr error;             // of what was done again
   JobGroup jobs;
-  JobGroup rebuilds;
+  JobGroup builds[2];  // by HeadCache::Work
 
   LayerCache() = default;
   LayerCache(const LayerCache& other) : heads(other.heads), job_stats(other.heads.size()) {}
@@ -38,10 +38,11 @@ struct LayerCache {
     return std::all_of(heads.begin(), heads.end(),
                        [](const auto& head) { return head.is_short(); });
   }
-  // True where decoding would use the result of a rebuild.
-  bool rebuild_is_ready() const {
+  JobGroup& group_of(HeadCache::Work work) { return builds[static_cast<std::size_t>(work)]; }
+  // True where decoding would use the result of background work.
+  bool build_is_ready(HeadCache::Work work) const {
     return std::any_of(heads.begin(), heads.end(),
-                       [](const auto& head) { return head.rebuild_is_ready(); });
+                       [&](const auto& head) { return head.build_is_ready(work); });
   }
   bool build_is_due() const {
     return std::any_of(heads.begin(), heads.end(),

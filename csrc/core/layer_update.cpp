@@ -28,15 +28,18 @@ LayerUpdate::LayerUpdate(std::span<HeadCache> heads, std::span<HeadStats> stats,
       has_observed_(heads.size(), 0),
       has_failed_(heads.size(), 0) {
   const auto count = static_cast<std::int64_t>(heads.size());
-  const std::int64_t group = queries.heads / count, all = queries.tokens * group;
-  needed_ = heads.front().needed_queries(all);
-  skipped_ = all - needed_;
-  const std::int64_t tokens = (needed_ + group - 1) / group;
-  rows_ = tokens * group;
-  queries_.resize(static_cast<std::size_t>(count * rows_) * head_dim_);
+  const std::int64_t group = queries.heads / count;
+  all_ = queries.tokens * group;
+  const std::vector<std::int64_t> rows = heads.front().counting_queries(all_);
+  counting_ = static_cast<std::int64_t>(rows.size());
+  queries_.resize(static_cast<std::size_t>(count * counting_) * head_dim_);
+  float* out = queries_.data();
   for (std::int64_t h = 0; h < count; ++h) {
-    load_queries(queries, static_cast<int>(h), static_cast<int>(group), queries.tokens - tokens,
-                 tokens, 1.0f, queries_.data() + h * rows_ * head_dim_);
+    for (const std::int64_t row : rows) {
+      simd::kernels().to_float(queries.at(h * group + row % group, row / group), queries.dtype, out,
+                               head_dim_);
+      out += head_dim_;
+    }
   }
 }
 
@@ -44,8 +47,7 @@ void LayerUpdate::run(int head) {
   HeadCache& cache = heads_[head];
   try {
     if (has_observed_[head] == 0) {
-      const float* end = queries_.data() + (head + 1) * rows_ * head_dim_;
-      cache.set_moments(cache.observed(end - needed_ * head_dim_, needed_, skipped_));
+      cache.set_moments(cache.observed(queries_.data() + head * counting_ * head_dim_, all_));
       has_observed_[head] = 1;
     }
     if (indexes_) cache.update_index(stats_[head]);

@@ -31,9 +31,9 @@ class LayerUpdate {
   std::span<HeadStats> stats_;
   bool indexes_;
   int head_dim_;
-  std::int64_t needed_, skipped_;  // rows of a head: the last that count, and those before
-  std::int64_t rows_;              // of a head in queries_: whole tokens, at least needed_
-  std::vector<float> queries_;     // [Hkv, rows_, D]
+  std::int64_t all_;            // rows of a head
+  std::int64_t counting_;       // of them those that count
+  std::vector<float> queries_;  // [Hkv, counting_, D]
   // [Hkv] each written by the thread that runs the head
   std::vector<char> has_observed_, has_failed_;
 };

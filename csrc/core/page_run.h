@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "icecache/index_types.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
 
 namespace icecache {
 

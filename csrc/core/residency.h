@@ -21,8 +21,8 @@
 #include <vector>
 
 #include "core/device_memory.h"
+#include "icecache/index_types.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
 
 namespace icecache {
 

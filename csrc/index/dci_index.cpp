@@ -20,14 +20,14 @@ constexpr std::int64_t kTokensPerBeam = 1000;
 }  // namespace
 
 DciIndex::DciIndex(const IndexContext& context)
-    : PagedIndex(context),
+    : GrowingIndex(context),
       tree_(context.head_dim, DciTree::every(context.config->dci_promotion),
             DciTree::every(context.config->dci_upper_promotion)),
       direction_(
           random_direction(static_cast<std::uint64_t>(context.config->seed), context.head_dim)) {}
 
-std::unique_ptr<SemanticIndex> DciIndex::fork() const {
-  return std::unique_ptr<SemanticIndex>(new DciIndex(*this));
+std::unique_ptr<GrowingIndex> DciIndex::fork() const {
+  return std::unique_ptr<GrowingIndex>(new DciIndex(*this));
 }
 
 std::int64_t DciIndex::beam() const {
@@ -73,8 +73,8 @@ DciIndex::Arrangement DciIndex::arrange(const float* keys, const float* coordina
   return arrangement;
 }
 
-void DciIndex::built(const float* keys, const float* coordinates, const Arrangement& arrangement) {
-  (void)keys, (void)coordinates, (void)arrangement;
+void DciIndex::built(const Arrangement& arrangement) {
+  GrowingIndex::built(arrangement);
   tree_ = std::move(pending_->tree);
   cells_.resize(tree_.cell_count());
   for (int page = 0; page < table().page_count(); ++page) {
@@ -129,28 +129,25 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& sca
   }
 }
 
-void DciIndex::find(const SelectRequest& request, SketchScores* scores,
-                    Candidates& candidates) const {
-  (void)scores;
-  thread_local Scan found;
+void DciIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
+  thread_local Scan scan;
   thread_local std::vector<std::pair<float, std::int32_t>> own;  // logit, slot id
   thread_local std::vector<float> rest;
-  const std::int64_t wanted = wanted_candidates(request);
   const int s = table().page_size(), group = request.group;
-  scan(request, wanted, found);
-  candidates.bytes += found.bytes;
+  this->scan(request, wanted, scan);
+  found.bytes = scan.bytes;
   const auto collect = [&](int g) {
     own.clear();
-    for (std::size_t i = 0; i < found.pages.size(); ++i) {
-      if ((found.heads[i] >> g & 1u) == 0) continue;
-      const float* logits = found.logits.data() + (i * group + g) * s;
-      for (std::uint32_t mask = table().mask(found.pages[i]); mask != 0; mask &= mask - 1) {
+    for (std::size_t i = 0; i < scan.pages.size(); ++i) {
+      if ((scan.heads[i] >> g & 1u) == 0) continue;
+      const float* logits = scan.logits.data() + (i * group + g) * s;
+      for (std::uint32_t mask = table().mask(scan.pages[i]); mask != 0; mask &= mask - 1) {
         const int slot = std::countr_zero(mask);
-        own.emplace_back(logits[slot], found.pages[i] * s + slot);
+        own.emplace_back(logits[slot], scan.pages[i] * s + slot);
       }
     }
   };
-  std::vector<std::int32_t>& slots = candidates.slots;
+  std::vector<std::int32_t>& slots = found.slots;
   for (int g = 0; g < group; ++g) {
     collect(g);
     const auto better = [](const auto& a, const auto& b) {
@@ -170,8 +167,8 @@ void DciIndex::find(const SelectRequest& request, SketchScores* scores,
     for (const auto& [logit, slot] : own) {
       if (!std::binary_search(slots.begin(), slots.end(), slot)) rest.push_back(logit);
     }
-    candidates.rest_lse[g] =
-        log_add(found.unseen_lse[g], log_sum(rest.data(), static_cast<std::int64_t>(rest.size())));
+    found.rest_lse[g] =
+        log_add(scan.unseen_lse[g], log_sum(rest.data(), static_cast<std::int64_t>(rest.size())));
   }
 }
 
@@ -226,8 +223,7 @@ bool DciIndex::choose_pages(const SelectRequest& request, Selection& selection) 
   return true;
 }
 
-int DciIndex::choose_page(const float* key, const float* coordinates) {
-  (void)coordinates;
+int DciIndex::choose_page(const float* key) {
   if (tree_.empty() || tree_.promotes(size())) return -1;
   return cells_.choose(tree_.nearest(key), project(key));
 }
@@ -260,8 +256,8 @@ void DciIndex::page_opened(int page) {
   page_tokens_[page] = 0;
 }
 
-void DciIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
-  (void)slot, (void)coordinates;
+void DciIndex::token_added(int page, int slot, const float* key) {
+  (void)slot;
   int cell = cells_.cell_of(page);
   if (cell < 0) {
     cell = tree_.promote(key, size() - 1);
@@ -282,12 +278,12 @@ void DciIndex::tokens_removed(int page, int node) {
 }
 
 std::size_t DciIndex::memory_bytes() const {
-  return PagedIndex::memory_bytes() + tree_.memory_bytes() + cells_.memory_bytes() +
+  return GrowingIndex::memory_bytes() + tree_.memory_bytes() + cells_.memory_bytes() +
          direction_.capacity() * sizeof(float) + page_tokens_.capacity() * sizeof(std::int32_t);
 }
 
 void DciIndex::check_integrity() const {
-  PagedIndex::check_integrity();
+  GrowingIndex::check_integrity();
   if (!whole()) return;
   cells_.check_integrity(table());
   tree_.check_integrity();
@@ -304,10 +300,6 @@ void DciIndex::check_integrity() const {
 std::size_t dci_cells(const Config& config, std::int32_t tokens) {
   const std::int64_t step = DciTree::every(config.dci_promotion);
   return static_cast<std::size_t>((tokens + step - 1) / step);
-}
-
-std::unique_ptr<SemanticIndex> make_dci_index(const IndexContext& context) {
-  return std::make_unique<DciIndex>(context);
 }
 
 }  // namespace icecache

@@ -18,27 +18,27 @@
 #include <vector>
 
 #include "index/dci_tree.h"
+#include "index/growing_index.h"
 #include "index/page_cells.h"
-#include "index/paged_index.h"
 
 namespace icecache {
 
-class DciIndex final : public PagedIndex {
+class DciIndex final : public GrowingIndex {
  public:
   explicit DciIndex(const IndexContext& context);
-  std::unique_ptr<SemanticIndex> fork() const override;
+  std::unique_ptr<GrowingIndex> fork() const override;
+  Finding finding() const override { return Finding::kByItself; }
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
   Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override;
-  void find(const SelectRequest& request, SketchScores* scores,
-            Candidates& candidates) const override;
-  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
-  int choose_page(const float* key, const float* coordinates) override;
+  void built(const Arrangement& arrangement) override;
+  int choose_page(const float* key) override;
   std::uint32_t split_mask(int page) const override;
-  void token_added(int page, int slot, const float* key, const float* coordinates) override;
+  void token_added(int page, int slot, const float* key) override;
   void page_split(int page, int other, std::uint32_t moved) override;
   void page_opened(int page) override;
   void tokens_removed(int page, int node) override;
@@ -72,7 +72,6 @@ class DciIndex final : public PagedIndex {
   std::optional<Pending> pending_;
 };
 
-std::unique_ptr<SemanticIndex> make_dci_index(const IndexContext& context);
 // Cells of an index that is built over `tokens` tokens.
 std::size_t dci_cells(const Config& config, std::int32_t tokens);
 

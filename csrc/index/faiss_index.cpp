@@ -20,52 +20,20 @@ class FaissIndex final : public TreeIndex {
   explicit FaissIndex(const IndexContext& context) : TreeIndex(context) {
     if (config().faiss_search != "sketch") search_.emplace(config().faiss_search, context.head_dim);
   }
-  std::unique_ptr<SemanticIndex> fork() const override {
-    return std::unique_ptr<SemanticIndex>(new FaissIndex(*this));
-  }
   std::size_t memory_bytes() const override {
     return TreeIndex::memory_bytes() + (search_ ? search_->memory_bytes() : 0);
   }
+  Finding finding() const override { return search_ ? Finding::kByItself : Finding::kByScores; }
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
 
  protected:
   Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void find(const SelectRequest& request, SketchScores* scores,
-            Candidates& candidates) const override;
-
-  void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override {
-    TreeIndex::built(keys, coordinates, arrangement);
+  void built(const Arrangement& arrangement) override {
+    TreeIndex::built(arrangement);
     if (search_) build_search();
-  }
-  void token_added(int page, int slot, const float* key, const float* coordinates) override {
-    TreeIndex::token_added(page, slot, key, coordinates);
-    if (!search_) return;
-    if (search_->is_stale()) {
-      build_search();
-    } else {
-      search_->add(key, page * table().page_size() + slot);
-    }
-  }
-  void page_split(int page, int other, std::uint32_t moved) override {
-    TreeIndex::page_split(page, other, moved);
-    if (!search_) return;
-    const int s = table().page_size();
-    for (int to = 0; moved != 0; moved &= moved - 1, ++to) {
-      search_->move(page * s + std::countr_zero(moved), other * s + to);
-    }
-  }
-  void tokens_removed(int page, int node) override {
-    TreeIndex::tokens_removed(page, node);
-    if (!search_) return;
-    const int s = table().page_size();
-    for (int slot = 0; slot < s; ++slot) {
-      if (!table().in_use(page) || table().position(page, slot) < 0)
-        search_->remove(page * s + slot);
-    }
   }
 
  private:
-  FaissIndex(const FaissIndex&) = default;
-
   // Over the keys as they are in the pages now.
   void build_search() {
     const int s = table().page_size(), d = table().head_dim();
@@ -113,15 +81,11 @@ FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coor
   return arrangement;
 }
 
-void FaissIndex::find(const SelectRequest& request, SketchScores* scores,
-                      Candidates& candidates) const {
-  if (!search_) return TreeIndex::find(request, scores, candidates);
+void FaissIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
   // Each head of the group looks for its own; together they may find up to G times as many.
-  candidates.bytes +=
-      search_->search(request.queries, request.group, wanted_candidates(request), candidates.slots);
-  std::sort(candidates.slots.begin(), candidates.slots.end());
-  candidates.slots.erase(std::unique(candidates.slots.begin(), candidates.slots.end()),
-                         candidates.slots.end());
+  found.bytes = search_->search(request.queries, request.group, wanted, found.slots);
+  std::sort(found.slots.begin(), found.slots.end());
+  found.slots.erase(std::unique(found.slots.begin(), found.slots.end()), found.slots.end());
 }
 
 }  // namespace

@@ -1,14 +1,14 @@
 // FaissIndex (index = "faiss"): FAISS in the two places where it could stand in for ours. Pages
 // come from its k-means cells of the keys, in place of bisection; with faiss_search = "flat", "ivf"
 // or "hnsw" candidates come from its inner-product search over exact keys, in place of the sketch.
-// New tokens, far field, picks and budget are TreeIndex's.
+// Far field, picks and budget are the same.
 //
 // Without FAISS in the build, making one throws Unavailable.
 #pragma once
 
 #include <memory>
 
-#include "icecache/semantic_index.h"
+#include "index/semantic_index.h"
 
 namespace icecache {
 

@@ -4,7 +4,6 @@
 #include <faiss/IndexFlat.h>
 #include <faiss/IndexHNSW.h>
 #include <faiss/IndexIVFFlat.h>
-#include <faiss/clone_index.h>
 #include <faiss/impl/FaissException.h>
 #include <omp.h>
 
@@ -76,18 +75,10 @@ void FaissSearch::build(const float* keys, std::span<const std::int32_t> slots) 
   exponent_ = far_exponent(largest_of(keys, count * head_dim_));
   for (std::int64_t i = 0; i < count; ++i) scale(keys + i * head_dim_, &scaled[i * head_dim_]);
   index_ = guarded([&] { return make(scaled.data(), count); });
-  slot_of_number_.assign(slots.begin(), slots.end());
-  number_of_slot_.clear();
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (slots[i] >= static_cast<std::int64_t>(number_of_slot_.size())) {
-      number_of_slot_.resize(slots[i] + 1, -1);
-    }
-    number_of_slot_[slots[i]] = static_cast<std::int32_t>(i);
-  }
-  live_ = slots.size();
+  slots_.assign(slots.begin(), slots.end());
 }
 
-// Products of keys scaled by one factor rank alike; those far larger than all before are cut.
+// Products of keys scaled by one factor rank alike.
 void FaissSearch::scale(const float* key, float* out) const {
   for (int i = 0; i < head_dim_; ++i) {
     const float x = exponent_ == 0 ? key[i] : std::ldexp(key[i], -exponent_);
@@ -95,42 +86,10 @@ void FaissSearch::scale(const float* key, float* out) const {
   }
 }
 
-void FaissSearch::add(const float* key, std::int32_t slot) {
-  float scaled[kMaxHeadDim];
-  scale(key, scaled);
-  guarded([&] {
-    if (index_.use_count() > 1) index_.reset(faiss::clone_index(index_.get()));
-    index_->add(1, scaled);
-  });
-  if (slot >= static_cast<std::int64_t>(number_of_slot_.size()))
-    number_of_slot_.resize(slot + 1, -1);
-  number_of_slot_[slot] = static_cast<std::int32_t>(slot_of_number_.size());
-  slot_of_number_.push_back(slot);
-  ++live_;
-}
-
-void FaissSearch::move(std::int32_t from, std::int32_t to) {
-  if (to >= static_cast<std::int64_t>(number_of_slot_.size())) number_of_slot_.resize(to + 1, -1);
-  const std::int32_t number = number_of_slot_[from];
-  number_of_slot_[from] = -1;
-  number_of_slot_[to] = number;
-  slot_of_number_[number] = to;
-}
-
-void FaissSearch::remove(std::int32_t slot) {
-  if (slot >= static_cast<std::int64_t>(number_of_slot_.size())) return;
-  const std::int32_t number = number_of_slot_[slot];
-  if (number < 0) return;
-  number_of_slot_[slot] = -1;
-  slot_of_number_[number] = -1;
-  --live_;
-}
-
 std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
                                  std::vector<std::int32_t>& slots) const {
-  const auto all = static_cast<std::int64_t>(slot_of_number_.size());
-  // Removed keys may be among the best: room for all of them.
-  const std::int64_t wanted = std::min(all, k + all - static_cast<std::int64_t>(live_));
+  const auto all = static_cast<std::int64_t>(slots_.size());
+  const std::int64_t wanted = std::min(all, k);
   std::vector<float> products(static_cast<std::size_t>(n) * wanted);
   std::vector<faiss::Index::idx_t> numbers(products.size());
   const auto run = [&](const faiss::SearchParameters* parameters) {
@@ -159,22 +118,15 @@ std::int64_t FaissSearch::search(const float* queries, int n, std::int64_t k,
       compared = all * static_cast<std::int64_t>(probes.nprobe) / static_cast<std::int64_t>(lists);
     }
   });
-  for (int q = 0; q < n; ++q) {
-    std::int64_t found = 0;
-    for (std::int64_t i = 0; i < wanted && found < k; ++i) {
-      const std::int64_t number = numbers[q * wanted + i];
-      if (number < 0 || slot_of_number_[number] < 0) continue;
-      slots.push_back(slot_of_number_[number]);
-      ++found;
-    }
+  for (const std::int64_t number : numbers) {
+    if (number >= 0) slots.push_back(slots_[number]);
   }
   return n * compared * head_dim_ * static_cast<std::int64_t>(sizeof(float));
 }
 
 std::size_t FaissSearch::memory_bytes() const {
   const std::size_t graph = kind_ == "hnsw" ? 2 * kHnswNeighbours * sizeof(std::int32_t) : 0;
-  return slot_of_number_.size() * (head_dim_ * sizeof(float) + graph + sizeof(std::int32_t)) +
-         number_of_slot_.capacity() * sizeof(std::int32_t);
+  return slots_.size() * (head_dim_ * sizeof(float) + graph + sizeof(std::int32_t));
 }
 
 std::vector<std::int32_t> faiss_cells(const float* keys, std::int64_t count, int head_dim,

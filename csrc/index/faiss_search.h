@@ -1,10 +1,8 @@
 // FaissSearch: an inner-product index of FAISS over the keys of one SemanticIndex, and which slot
 // holds which key.
 //
-// Every key gets a number when it is added; a removed one keeps its number and is passed over. The
-// index is rebuilt by its owner when most numbers are dead. Copies share FAISS's index until one
-// side adds. FAISS's errors are thrown as Error; it runs on the calling thread alone, so that
-// results do not depend on timing.
+// FAISS's errors are thrown as Error; it runs on the calling thread alone, so that results do not
+// depend on timing.
 //
 // Threads: const methods any number, others one caller.
 #pragma once
@@ -26,14 +24,8 @@ class FaissSearch {
   // kind: "flat", "ivf" or "hnsw".
   FaissSearch(const std::string& kind, int head_dim) : kind_(kind), head_dim_(head_dim) {}
 
-  // Drops everything and adds keys [slots.size(), D], key i being in slots[i].
+  // Keys [slots.size(), D], key i being in slots[i]. Called once.
   void build(const float* keys, std::span<const std::int32_t> slots);
-  void add(const float* key, std::int32_t slot);
-  void move(std::int32_t from, std::int32_t to);
-  void remove(std::int32_t slot);
-  // More removed keys than keys.
-  bool is_stale() const { return slot_of_number_.size() > 2 * live_ + 64; }
-
   // Adds to `slots` those of (about) the k largest q.k of each query [n, D]. Returns the bytes of
   // keys compared.
   std::int64_t search(const float* queries, int n, std::int64_t k,
@@ -51,9 +43,7 @@ class FaissSearch {
   int head_dim_;
   int exponent_ = 0;  // keys are held times 2^-exponent
   std::shared_ptr<faiss::Index> index_;
-  std::size_t live_ = 0;
-  std::vector<std::int32_t> slot_of_number_;  // -1: removed
-  std::vector<std::int32_t> number_of_slot_;  // -1: no key
+  std::vector<std::int32_t> slots_;  // of each key
 };
 
 // Cell of each key [N, D] by k-means with `cells` centres; runs on the calling thread alone.

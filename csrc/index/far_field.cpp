@@ -10,6 +10,16 @@
 
 namespace icecache {
 
+void FarField::reserve(int nodes) {
+  const auto grown = [](auto& rows, std::size_t size) {
+    if (rows.capacity() < size) rows.reserve(std::max(size, 2 * rows.size()));
+  };
+  const auto count = static_cast<std::size_t>(nodes);
+  grown(sums_, count * static_cast<std::size_t>(head_dim_));
+  grown(means_, count * row_bytes_);
+  grown(counts_, count);
+}
+
 int FarField::add_node() {
   sums_.resize(sums_.size() + head_dim_, 0.0f);
   means_.resize(means_.size() + row_bytes_);
@@ -95,6 +105,7 @@ void FarField::check_node(int node, const PageTable& table, std::span<const int>
     if (!(std::abs(mean[i] - exact) <=
           rounding * (1e-6 + std::abs(exact)) + 1e-5 * size[i] + spacing))
       throw IntegrityError(message("node ", node, " has a mean that is not its sum's"));
+    if (sums_.empty()) continue;
     const double held = sums_[static_cast<std::size_t>(node) * head_dim_ + i] / double{scale_};
     if (!(std::abs(held - sum[i]) <= 1e-5 * (1e-6 + size[i])))
       throw IntegrityError(message("node ", node, " differs from its members in dimension ", i));

@@ -2,7 +2,7 @@
 // coarsely.
 //
 // A node stands for its unpicked tokens with the mean of their values. What it weighs for a query
-// is the sum of its tokens' weights, which the sketch scores tell (PagedIndex::weigh_rest).
+// is the sum of its tokens' weights, which the sketch scores tell (Selector::weigh_rest).
 //
 // Threads: const methods any number, others one caller.
 #pragma once
@@ -24,8 +24,14 @@ class FarField {
   std::int32_t tokens(int node) const { return counts_[node]; }
   // Mean values of the nodes, picked tokens included: [C, D] in the cache's dtype.
   std::span<const std::byte> means() const { return means_; }
+  // Mean value of one node, a row in the cache's dtype.
+  const std::byte* mean(int node) const { return means_.data() + node * row_bytes_; }
 
+  // Makes room: add_node() of so many nodes in all needs no memory.
+  void reserve(int nodes);
   int add_node();
+  // No node will be changed again: gives back what only that needs.
+  void finish() { sums_ = std::vector<float>(); }
   // Sums over the tokens in `pages`, replacing what the node held.
   void assign(int node, const PageTable& table, std::span<const int> pages);
   // Adds one token's value [D].

@@ -1,7 +1,7 @@
+#include "index/make_index.h"
+
 #include <algorithm>
 
-#include "icecache/error.h"
-#include "icecache/semantic_index.h"
 #include "index/dci_index.h"
 #include "index/faiss_index.h"
 #include "index/positional_index.h"
@@ -9,14 +9,18 @@
 
 namespace icecache {
 
+bool grows(const Config& config) {
+  return config.index == "dci" || config.index == "positional";
+}
+
 std::unique_ptr<SemanticIndex> make_index(const IndexContext& context) {
-  const std::string& name = context.config->index;
-  if (name == "tree") return make_tree_index(context);
-  if (name == "dci") return make_dci_index(context);
-  if (name == "positional") return make_positional_index(context);
-  if (name == "faiss") return make_faiss_index(context);
-  throw InvalidArgument(
-      message("index must be tree, dci, positional or faiss, got \"", name, "\""));
+  if (context.config->index == "faiss") return make_faiss_index(context);
+  return std::make_unique<TreeIndex>(context);
+}
+
+std::unique_ptr<GrowingIndex> make_growing_index(const IndexContext& context) {
+  if (context.config->index == "dci") return std::make_unique<DciIndex>(context);
+  return std::make_unique<PositionalIndex>(context);
 }
 
 std::size_t most_build_pages(const Config& config, std::int32_t tokens) {
@@ -25,7 +29,7 @@ std::size_t most_build_pages(const Config& config, std::int32_t tokens) {
   std::size_t cells = 1;
   if (config.index == "dci") cells = dci_cells(config, tokens);
   if (config.index == "faiss")
-    cells = std::max<std::size_t>(1, n / PagedIndex::node_tokens(config));
+    cells = std::max<std::size_t>(1, n / SemanticIndex::node_tokens(config));
   return n / s + cells;
 }
 

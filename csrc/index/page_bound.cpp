@@ -13,12 +13,12 @@ std::int64_t most_slots(const Config& config, std::int64_t tokens) {
     // A page for each cell, and as many as are half full.
     return 2 * tokens + (tokens / DciTree::every(config.dci_promotion) + 1) * s;
   }
-  const std::int64_t of_tree = most_pages(tokens, s) * s;
+  // The last page of each segment, of which there are fewer than a token's number has bits.
+  constexpr std::int64_t kSegments = 32;
+  const std::int64_t of_tree = tokens + kSegments * s;
   if (config.index != "faiss") return of_tree;
   // The last page of each cell of k-means.
-  const std::int64_t cells =
-      std::max<std::int64_t>(1, tokens / std::max(s, config.far_node_tokens));
-  return std::max(of_tree, tokens + cells * s);
+  return of_tree + std::max<std::int64_t>(1, tokens / std::max(s, config.far_node_tokens)) * s;
 }
 
 }  // namespace icecache

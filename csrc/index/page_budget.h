@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "icecache/semantic_index.h"
+#include "icecache/index_types.h"
 #include "index/page_table.h"
 
 namespace icecache {

@@ -17,8 +17,8 @@
 #include <span>
 #include <vector>
 
+#include "icecache/index_types.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
 
 namespace icecache {
 
@@ -51,6 +51,10 @@ class PageTable {
   // [page_count()]; bit s: slot s holds a token.
   std::span<const std::uint32_t> masks() const { return masks_; }
   std::int32_t position(int local, int slot) const { return positions_[local * page_size_ + slot]; }
+  // [S] of a page.
+  std::span<const std::int32_t> positions_of(int local) const {
+    return std::span(positions_).subspan(static_cast<std::size_t>(local) * page_size_, page_size_);
+  }
   // Of a slot id, which counts the slots of all pages: its page, and its place there.
   int page_of(std::int32_t slot) const {
     return slot >> std::countr_zero(static_cast<std::uint32_t>(page_size_));

@@ -3,9 +3,10 @@
 #include <bit>
 #include <cmath>
 #include <numeric>
+#include <span>
 
 #include "index/log_sum.h"
-#include "index/paged_index.h"
+#include "index/selector.h"
 #include "index/top_k.h"
 #include "simd/kernels.h"
 #include "simd/prefetch.h"
@@ -46,123 +47,110 @@ void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<char>
 // Candidates are worth their attention mass, normalised per head over sink, window and candidates
 // and summed over the group. A page is worth its best member. With mass_target the ranking is
 // followed past the budget until every head's estimated share is reached.
-bool PagedIndex::pick(const SelectRequest& request, Candidates& candidates) const {
-  thread_local std::vector<float> mass_buffer;
-  std::vector<float>& mass = mass_buffer;
-  const auto count = static_cast<std::int64_t>(candidates.size());
-  const bool by_page = config().select == "page", by_mass = request.mass_target > 0.0;
-  mass.assign(count, 0.0f);
+bool Selector::pick(const SelectRequest& request) {
+  Candidates& c = candidates_;
+  const auto count = static_cast<std::int64_t>(c.size());
+  const bool by_page = config_->select == "page", by_mass = request.mass_target > 0.0;
+  mass_.assign(count, 0.0f);
   float weight_share[kMaxGroup], share[kMaxGroup];
-  for (int g = 0; g < request.group; ++g) {
-    const float known = log_add(request.near_lse[g], candidates.lse(g));
-    const float* weights = candidates.weights.data() + g * count;
+  for (int g = 0; g < group_; ++g) {
+    const float known = log_add(request.near_lse[g], c.lse(g));
+    const float* weights = c.weights.data() + g * count;
     if (known > -INFINITY) {
-      simd::kernels().axpy(std::exp(candidates.max[g] - known), weights, mass.data(), count);
+      simd::kernels().axpy(std::exp(c.max[g] - known), weights, mass_.data(), count);
     }
-    const float total = log_add(known, candidates.rest_lse[g]);
+    const float total = log_add(known, c.rest_lse[g]);
     share[g] = std::exp(request.near_lse[g] - total);
-    weight_share[g] = std::exp(candidates.max[g] - total);
+    weight_share[g] = std::exp(c.max[g] - total);
   }
   if (!by_page && !by_mass) {
-    mark_largest(mass, request.budget, candidates.picked);
+    mark_largest(mass_, request.budget, c.picked);
     return false;
   }
 
-  thread_local std::vector<std::int32_t> ranking_buffer;
-  std::vector<std::int32_t>& ranking = ranking_buffer;
-  ranking.resize(count);
-  std::iota(ranking.begin(), ranking.end(), 0);
+  ranking_.resize(count);
+  std::iota(ranking_.begin(), ranking_.end(), 0);
   const auto better = [&](std::int32_t a, std::int32_t b) {
-    return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
+    return mass_[a] != mass_[b] ? mass_[a] > mass_[b] : a < b;
   };
-  candidates.picked.assign(count, 0);
+  c.picked.assign(count, 0);
   // In what order tokens within the budget are picked does not matter.
   const std::int64_t unordered = by_page ? 0 : std::min<std::int64_t>(request.budget, count);
-  std::nth_element(ranking.begin(), ranking.begin() + unordered, ranking.end(), better);
+  std::nth_element(ranking_.begin(), ranking_.begin() + unordered, ranking_.end(), better);
   const int limit = by_mass ? request.max_budget : request.budget;
-  const auto page_of = [&](std::int64_t i) { return table_.page_of(candidates.slots[i]); };
+  const auto page_of = [&](std::int64_t i) { return c.slots[i] / page_size_; };
   const auto is_reached = [&] {
-    return std::all_of(share, share + request.group,
-                       [&](float x) { return x >= request.mass_target; });
+    return std::all_of(share, share + group_, [&](float x) { return x >= request.mass_target; });
   };
   int tokens = 0;
   for (std::int64_t n = 0; n < count; ++n) {
     if (tokens >= limit || (tokens >= request.budget && is_reached())) break;
-    if (n == unordered) std::sort(ranking.begin() + n, ranking.end(), better);
-    const std::int32_t i = ranking[n];
-    if (candidates.picked[i] == 0) {
-      const int cost = by_page ? table_.count(page_of(i)) : 1;
+    if (n == unordered) std::sort(ranking_.begin() + n, ranking_.end(), better);
+    const std::int32_t i = ranking_[n];
+    if (c.picked[i] == 0) {
+      const int cost = by_page ? std::popcount(mask(page_of(i))) : 1;
       if (tokens + cost > limit) continue;
       tokens += cost;
-      candidates.picked[i] = 1;
+      c.picked[i] = 1;
       // The page's other candidates: slots are ascending.
-      for (std::int64_t j = i; by_page && j-- > 0 && page_of(j) == page_of(i);) {
-        candidates.picked[j] = 1;
-      }
+      for (std::int64_t j = i; by_page && j-- > 0 && page_of(j) == page_of(i);) c.picked[j] = 1;
       for (std::int64_t j = i; by_page && ++j < count && page_of(j) == page_of(i);) {
-        candidates.picked[j] = 1;
+        c.picked[j] = 1;
       }
     }
-    for (int g = 0; g < request.group; ++g) {
-      share[g] += weight_share[g] * candidates.weights[g * count + i];
-    }
+    for (int g = 0; g < group_; ++g) share[g] += weight_share[g] * c.weights[g * count + i];
   }
-  if (by_page) complete_pages(request, candidates);
+  if (by_page) complete_pages(request);
   return by_mass && !by_page && tokens < limit && !is_reached();
 }
 
 // Tokens of picked pages that were no candidates become some.
-void PagedIndex::complete_pages(const SelectRequest& request, Candidates& candidates) const {
-  thread_local std::vector<std::int32_t> slots_buffer;
-  thread_local std::vector<char> picked_buffer;
-  std::vector<std::int32_t>& slots = slots_buffer;
-  std::vector<char>& picked = picked_buffer;
-  const int s = table_.page_size();
-  slots.clear();
-  picked.clear();
-  for (std::size_t i = 0; i < candidates.size(); ++i) {
-    const int page = candidates.slots[i] / s;
-    if (candidates.picked[i] == 0) {
-      slots.push_back(candidates.slots[i]);
-      picked.push_back(0);
-    } else if (slots.empty() || slots.back() / s != page) {
-      for (std::uint32_t mask = table_.mask(page); mask != 0; mask &= mask - 1) {
-        slots.push_back(page * s + std::countr_zero(mask));
-        picked.push_back(1);
+void Selector::complete_pages(const SelectRequest& request) {
+  Candidates& c = candidates_;
+  slots_.clear();
+  marked_.clear();
+  for (std::size_t i = 0; i < c.size(); ++i) {
+    const int page = c.slots[i] / page_size_;
+    if (c.picked[i] == 0) {
+      slots_.push_back(c.slots[i]);
+      marked_.push_back(0);
+    } else if (slots_.empty() || slots_.back() / page_size_ != page) {
+      for (std::uint32_t slots = mask(page); slots != 0; slots &= slots - 1) {
+        slots_.push_back(page * page_size_ + std::countr_zero(slots));
+        marked_.push_back(1);
       }
     }
   }
-  candidates.slots.swap(slots);
-  candidates.picked.swap(picked);
-  candidates.bytes += rescore(request, candidates);
+  c.slots.swap(slots_);
+  c.picked.swap(marked_);
+  c.bytes += rescore(request);
 }
 
-void PagedIndex::take_picked(const Candidates& candidates, int group, Selection& selection) const {
-  thread_local std::vector<std::int32_t> taken_buffer;
-  std::vector<std::int32_t>& taken = taken_buffer;  // their places among the candidates
-  const auto count = static_cast<std::int64_t>(candidates.size());
-  const std::size_t row_bytes = table_.head_dim() * size_of(table_.dtype());
-  taken.clear();
+void Selector::take_picked(Selection& selection) {
+  const Candidates& c = candidates_;
+  const auto count = static_cast<std::int64_t>(c.size());
+  const std::size_t row_bytes =
+      parts_.front().table().head_dim() * size_of(parts_.front().table().dtype());
+  taken_.clear();  // their places among the candidates
   selection.picks.clear();
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (candidates.picked[i] == 0) continue;
-    taken.push_back(static_cast<std::int32_t>(i));
-    const int page = table_.page_of(candidates.slots[i]);
-    const int place = table_.place_of(candidates.slots[i]);
-    const std::uint32_t slot = 1u << place;
-    simd::prefetch(table_.value(page, place), row_bytes);  // attended soon
-    if (selection.picks.empty() || selection.picks.back().local_page != page) {
-      selection.picks.push_back(table_.pick(page, slot));
-    } else {
-      selection.picks.back().slots |= slot;
+  for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t local) {
+    if (c.picked[i] == 0) return;
+    taken_.push_back(static_cast<std::int32_t>(i));
+    const PageTable& table = part.table();
+    const int page = table.page_of(local), place = table.place_of(local);
+    simd::prefetch(table.value(page, place), row_bytes);  // attended soon
+    if (selection.picks.empty() || selection.picks.back().local_page != part.first_page + page) {
+      selection.picks.push_back(table.pick(page, 0));
+      selection.picks.back().local_page = part.first_page + page;
     }
-  }
-  selection.tokens = static_cast<int>(taken.size());
-  selection.logits.resize(static_cast<std::size_t>(group) * taken.size());
+    selection.picks.back().slots |= 1u << place;
+  });
+  selection.tokens = static_cast<int>(taken_.size());
+  selection.logits.resize(static_cast<std::size_t>(group_) * taken_.size());
   float* out = selection.logits.data();
-  for (int g = 0; g < group; ++g) {
-    const float* logits = candidates.logits.data() + g * count;
-    for (const std::int32_t i : taken) *out++ = logits[i];
+  for (int g = 0; g < group_; ++g) {
+    const float* logits = c.logits.data() + g * count;
+    for (const std::int32_t i : taken_) *out++ = logits[i];
   }
 }
 

@@ -14,10 +14,10 @@
 namespace icecache {
 
 PositionalIndex::PositionalIndex(const IndexContext& context)
-    : PagedIndex(context), quest_(context.config->positional_bound == "quest") {}
+    : GrowingIndex(context), quest_(context.config->positional_bound == "quest") {}
 
-std::unique_ptr<SemanticIndex> PositionalIndex::fork() const {
-  return std::unique_ptr<SemanticIndex>(new PositionalIndex(*this));
+std::unique_ptr<GrowingIndex> PositionalIndex::fork() const {
+  return std::unique_ptr<GrowingIndex>(new PositionalIndex(*this));
 }
 
 int PositionalIndex::row_size() const {
@@ -39,9 +39,8 @@ PositionalIndex::Arrangement PositionalIndex::arrange(const float* keys, const f
   return arrangement;
 }
 
-void PositionalIndex::built(const float* keys, const float* coordinates,
-                            const Arrangement& arrangement) {
-  (void)keys, (void)coordinates, (void)arrangement;
+void PositionalIndex::built(const Arrangement& arrangement) {
+  GrowingIndex::built(arrangement);
   order_.resize(table().page_count());
   std::iota(order_.begin(), order_.end(), 0);
   rows_.resize(static_cast<std::size_t>(table().page_count()) * row_size());
@@ -115,29 +114,26 @@ void PositionalIndex::rank(const SelectRequest& request, Ranking& ranking) const
   ranking.bytes = static_cast<std::int64_t>(order_.size() * width * sizeof(float));
 }
 
-void PositionalIndex::find(const SelectRequest& request, SketchScores* scores,
-                           Candidates& candidates) const {
-  (void)scores;
+void PositionalIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
   thread_local Ranking ranking;
   rank(request, ranking);
-  candidates.bytes += ranking.bytes;
-  const std::int64_t wanted = wanted_candidates(request);
+  found.bytes = ranking.bytes;
   const int s = table().page_size(), pages = table().page_count();
-  std::int64_t found = 0;
+  std::int64_t tokens = 0;
   for (std::int32_t page : ranking.pages) {
-    if (found >= wanted) {
+    if (tokens >= wanted) {
       for (int g = 0; g < request.group; ++g) {
-        candidates.rest_lse[g] = log_add(candidates.rest_lse[g],
-                                         ranking.lse[static_cast<std::size_t>(g) * pages + page]);
+        found.rest_lse[g] =
+            log_add(found.rest_lse[g], ranking.lse[static_cast<std::size_t>(g) * pages + page]);
       }
       continue;
     }
-    found += table().count(page);
+    tokens += table().count(page);
     for (std::uint32_t rest = table().mask(page); rest != 0; rest &= rest - 1) {
-      candidates.slots.push_back(page * s + std::countr_zero(rest));
+      found.slots.push_back(page * s + std::countr_zero(rest));
     }
   }
-  std::sort(candidates.slots.begin(), candidates.slots.end());
+  std::sort(found.slots.begin(), found.slots.end());
 }
 
 bool PositionalIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
@@ -165,34 +161,19 @@ bool PositionalIndex::choose_pages(const SelectRequest& request, Selection& sele
   return true;
 }
 
-int PositionalIndex::choose_page(const float* key, const float* coordinates) {
-  (void)key, (void)coordinates;
+int PositionalIndex::choose_page(const float* key) {
+  (void)key;
   return order_.empty() || table().full(order_.back()) ? -1 : order_.back();
 }
 
-// choose_page() never names a full page; should a caller split one all the same, the later tokens
-// move.
-std::uint32_t PositionalIndex::split_mask(int page) const {
-  const int half = table().page_size() / 2;
-  return table().mask(page) & (~0u << half);
-}
-
-void PositionalIndex::token_added(int page, int slot, const float* key, const float* coordinates) {
-  (void)slot, (void)key, (void)coordinates;
+void PositionalIndex::token_added(int page, int slot, const float* key) {
+  (void)slot, (void)key;
   refresh(page);
 }
 
 void PositionalIndex::page_opened(int page) {
   rows_.resize(static_cast<std::size_t>(table().page_count()) * row_size());
   order_.push_back(page);
-}
-
-void PositionalIndex::page_split(int page, int other, std::uint32_t moved) {
-  (void)moved;
-  rows_.resize(static_cast<std::size_t>(table().page_count()) * row_size());
-  order_.insert(std::find(order_.begin(), order_.end(), page) + 1, other);
-  refresh(page);
-  refresh(other);
 }
 
 void PositionalIndex::tokens_removed(int page, int node) {
@@ -205,12 +186,12 @@ void PositionalIndex::tokens_removed(int page, int node) {
 }
 
 std::size_t PositionalIndex::memory_bytes() const {
-  return PagedIndex::memory_bytes() + rows_.capacity() * sizeof(float) +
+  return GrowingIndex::memory_bytes() + rows_.capacity() * sizeof(float) +
          order_.capacity() * sizeof(int);
 }
 
 void PositionalIndex::check_integrity() const {
-  PagedIndex::check_integrity();
+  GrowingIndex::check_integrity();
   if (!whole()) return;
   const int width = row_size();
   std::vector<float> row(width);
@@ -233,10 +214,6 @@ void PositionalIndex::check_integrity() const {
   }
   if (tokens != size())
     throw IntegrityError(message("ordered pages hold ", tokens, " of ", size(), " tokens"));
-}
-
-std::unique_ptr<SemanticIndex> make_positional_index(const IndexContext& context) {
-  return std::make_unique<PositionalIndex>(context);
 }
 
 }  // namespace icecache

@@ -14,27 +14,25 @@
 #include <memory>
 #include <vector>
 
-#include "index/paged_index.h"
+#include "index/growing_index.h"
 
 namespace icecache {
 
-class PositionalIndex final : public PagedIndex {
+class PositionalIndex final : public GrowingIndex {
  public:
   explicit PositionalIndex(const IndexContext& context);
-  std::unique_ptr<SemanticIndex> fork() const override;
+  std::unique_ptr<GrowingIndex> fork() const override;
+  Finding finding() const override { return Finding::kByItself; }
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
   Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void built(const float* keys, const float* coordinates, const Arrangement& arrangement) override;
-  void find(const SelectRequest& request, SketchScores* scores,
-            Candidates& candidates) const override;
-  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
-  int choose_page(const float* key, const float* coordinates) override;
-  std::uint32_t split_mask(int page) const override;
-  void token_added(int page, int slot, const float* key, const float* coordinates) override;
-  void page_split(int page, int other, std::uint32_t moved) override;
+  void built(const Arrangement& arrangement) override;
+  int choose_page(const float* key) override;
+  void token_added(int page, int slot, const float* key) override;
   void page_opened(int page) override;
   void tokens_removed(int page, int node) override;
 
@@ -58,7 +56,5 @@ class PositionalIndex final : public PagedIndex {
   std::vector<float> rows_;  // [P, row_size()]
   std::vector<int> order_;   // pages in use, in order of position
 };
-
-std::unique_ptr<SemanticIndex> make_positional_index(const IndexContext& context);
 
 }  // namespace icecache

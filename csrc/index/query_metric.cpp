@@ -11,9 +11,9 @@
 namespace icecache {
 namespace {
 
-// Directions that no query was seen in keep this share of the mean variance, so that a new kind of
-// query still finds its keys.
-constexpr double kFloor = 1e-4;
+// All directions get this share of the mean variance, so that a new kind of query still finds its
+// keys.
+constexpr double kFloor = 0.03;
 
 // What unit coordinates need so that these and the matrices are numbers of ordinary size: all are
 // compared with each other alone. `largest`: of the keys.
@@ -47,15 +47,13 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
 
   // root = U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
   std::vector<double> root(static_cast<std::size_t>(d) * d, 0.0), inverse(root);
-  if (queries.count() > 0) {
-    std::vector<double> second = queries.second();
-    for (double& x : second) x /= static_cast<double>(queries.count());
-    const SymmetricEigen eigen = symmetric_eigen(second, d);
+  if (!queries.empty()) {
+    const SymmetricEigen eigen = symmetric_eigen(queries.second(), d);
     double trace = 0.0;
     for (double x : eigen.values) trace += std::max(0.0, x);
     const double floor = std::max(kFloor * trace / d, 1e-30);
     for (int j = 0; j < d; ++j) {
-      const double scale = std::sqrt(std::max(eigen.values[j], floor));
+      const double scale = std::sqrt(std::max(eigen.values[j], 0.0) + floor);
       for (int i = 0; i < d; ++i) {
         root[i * d + j] = eigen.vectors[i * d + j] * scale;
         inverse[i * d + j] = eigen.vectors[i * d + j] / scale;

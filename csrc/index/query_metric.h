@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "icecache/semantic_index.h"
+#include "icecache/index_types.h"
 
 namespace icecache {
 

@@ -54,11 +54,9 @@ void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
   }
 }
 
-std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int group,
-                          std::span<const std::uint32_t> masks, SketchScores& out) const {
+void Sketch::prepare(const QueryMetric& metric, const float* queries, int group,
+                     Query& query) const {
   const simd::Kernels& kernels = simd::kernels();
-  const int pages = static_cast<int>(masks.size());
-  out.resize(group, pages, page_size_);
   float projected[kMaxGroup * kMaxHeadDim];
   kernels.matmul(queries, metric.from_query.data(), projected, group, metric.head_dim, rank_);
   float largest = 0.0f;
@@ -71,38 +69,45 @@ std::int64_t Sketch::scan(const QueryMetric& metric, const float* queries, int g
   // Of a query's level: a power of two of a score's unit, so that a shift makes scores of sums.
   constexpr float kLevels = 127.0f;
   const float octaves = std::ceil(std::log2(largest / (kLevels * simd::kScoreUnit)));
-  const int level = static_cast<int>(std::clamp(octaves, -100.0f, 100.0f));
-  const float scale = std::ldexp(simd::kScoreUnit, level);
-  std::int8_t rounded[kMaxGroup * kMaxHeadDim];
+  query.level = static_cast<int>(std::clamp(octaves, -100.0f, 100.0f));
+  const float scale = std::ldexp(simd::kScoreUnit, query.level);
+  query.rounded.resize(static_cast<std::size_t>(group) * rank_);
   const int codes = (1 << bits_) - 1;
-  std::int32_t base[kMaxGroup];
-  int reach = 0;  // of a sum, whatever the codes
+  query.reach = 0;  // of a sum, whatever the codes
   for (int g = 0; g < group; ++g) {
     int above = 0, below = 0;
     float bias = kernels.dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
     for (int j = 0; j < rank_; ++j) {
       const float exact = projected[g * rank_ + j];
       const auto q = static_cast<std::int8_t>(std::lrintf(exact / scale));
-      rounded[g * rank_ + j] = q;
+      query.rounded[g * rank_ + j] = q;
       (q > 0 ? above : below) += q * codes;
       // Rounding the query moves no score at the keys' mean, to which coordinates are relative.
       const float zero = -low_[j] / step_[j];
       const float mean = std::clamp(zero, 0.0f, static_cast<float>(codes));
       bias += (exact - scale * q) * mean - exact * zero;
     }
-    reach = std::max(reach, above - below);
-    base[g] = -below;
-    out.bias[g] = bias + scale * static_cast<float>(below);
+    query.reach = std::max(query.reach, above - below);
+    query.base[g] = -below;
+    query.bias[g] = bias + scale * static_cast<float>(below);
   }
-  int shift = std::clamp(-level, 0, 30);  // beyond, all scores are alike
-  while (reach >> shift >= simd::kMaxScore) ++shift;
-  for (int g = 0; g < group; ++g) base[g] += (1 << shift) / 2;  // shifting rounds down
-  const int coarse = std::max(level + shift, 0);
-  out.unit = std::ldexp(simd::kScoreUnit, coarse);
-  out.coarse = std::min(coarse, simd::kMaxCoarse);
-  kernels.sketch_scan({codes_.data(), masks.data(), rounded, base, out.scores(), out.max(),
-                       out.mass(), out.stride(), pages, group, rank_, page_size_, bits_, shift,
-                       out.coarse});
+  int shift = std::clamp(-query.level, 0, 30);  // beyond, all scores are alike
+  while (query.reach >> shift >= simd::kMaxScore) ++shift;
+  query.octave = std::max(query.level + shift, 0);
+}
+
+std::int64_t Sketch::scan(const Query& query, std::span<const std::uint32_t> masks, int part,
+                          SketchScores& out) const {
+  const int pages = static_cast<int>(masks.size()), group = out.group();
+  const int shift = std::clamp(out.octave() - query.level, 0, 30);
+  std::int32_t base[kMaxGroup];
+  for (int g = 0; g < group; ++g) {
+    base[g] = query.base[g] + (1 << shift) / 2;  // shifting rounds down
+    out.bias(part)[g] = query.bias[g];
+  }
+  simd::kernels().sketch_scan({codes_.data(), masks.data(), query.rounded.data(), base,
+                               out.scores(part), out.max(part), out.mass(part), out.stride(), pages,
+                               group, rank_, page_size_, bits_, shift, out.coarse()});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

@@ -27,12 +27,23 @@ class Sketch {
   // Copies the codes of one slot.
   void copy(int to_page, int to_slot, int from_page, int from_slot);
 
-  // Scores of all tokens, those that `masks` [P] has, for queries [G, D] (scaled): near q.k. The
-  // queries are quantised too, to 7 or 8 bits on a scale common to the group; that adds a tenth at
-  // most to the error that 4 bits a coordinate make. Returns the bytes read.
-  std::int64_t scan(const QueryMetric& metric, const float* queries, int group,
-                    std::span<const std::uint32_t> masks, SketchScores& out) const;
+  // Queries [G, D] (scaled) as a scan takes them: in its directions, and quantised to 7 or 8 bits
+  // on a scale common to the group; that adds a tenth at most to the error that 4 bits a coordinate
+  // make.
+  struct Query {
+    std::vector<std::int8_t> rounded;  // [G, R]
+    std::int32_t base[kMaxGroup];      // such that no score is below 0
+    float bias[kMaxGroup];             // nats of a score of 0
+    int level = 0, reach = 0;          // its unit is 2^level; the largest sum
+    int octave = 0;                    // of SketchScores, at least
+  };
+  void prepare(const QueryMetric& metric, const float* queries, int group, Query& query) const;
+  // Scores of all tokens, those that `masks` [P] has: near q.k. Part `part` of `out` becomes these,
+  // in out's unit, of at least query.octave. Returns the bytes read.
+  std::int64_t scan(const Query& query, std::span<const std::uint32_t> masks, int part,
+                    SketchScores& out) const;
 
+  int page_size() const { return page_size_; }
   std::size_t memory_bytes() const { return codes_.capacity(); }
 
  private:

@@ -10,27 +10,63 @@
 
 namespace icecache {
 
-void SketchScores::resize(int group, int pages, int page_size) {
+void SketchScores::resize(int group, int page_size, std::span<const int> pages, int octave) {
   group_ = group;
-  pages_ = pages;
   page_size_ = page_size;
+  octave_ = octave;
   mass_columns_ = simd::mass_stride(group);
-  const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
-  stride_ = (slots + simd::kScoreSlots - 1) / simd::kScoreSlots * simd::kScoreSlots;
+  parts_.resize(pages.size());
+  int next = 0;
+  for (std::size_t p = 0; p < pages.size(); ++p) {
+    const std::int64_t slots = static_cast<std::int64_t>(pages[p]) * page_size;
+    parts_[p].first_page = next;
+    parts_[p].pages = pages[p];
+    parts_[p].slots = (slots + simd::kScoreSlots - 1) / simd::kScoreSlots * simd::kScoreSlots;
+    next += page_room(pages[p], page_size);
+  }
+  stride_ = static_cast<std::int64_t>(next) * page_size;
   scores_.resize(static_cast<std::size_t>(group) * stride_);
   mass_.resize(static_cast<std::size_t>(stride_ / page_size) * mass_columns_);
 }
 
+int SketchScores::page_room(int pages, int page_size) {
+  const int together = simd::kRankBlock / page_size;
+  return (pages + together - 1) / together * together;
+}
+
+int SketchScores::coarse() const {
+  return std::min(octave_, simd::kMaxCoarse);
+}
+
+float SketchScores::unit() const {
+  return std::ldexp(simd::kScoreUnit, octave_);
+}
+
+float SketchScores::log_max(int part, int g) const {
+  const Part& p = parts_[part];
+  return p.max[g] == simd::kNoScore ? -INFINITY : p.bias[g] + unit() * p.max[g];
+}
+
 float SketchScores::log_max(int g) const {
-  return max_[g] == simd::kNoScore ? -INFINITY : bias[g] + unit * max_[g];
+  float max = -INFINITY;
+  for (int part = 0; part < static_cast<int>(parts_.size()); ++part) {
+    max = std::max(max, log_max(part, g));
+  }
+  return max;
 }
 
 void SketchScores::log_totals(float* out) const {
+  std::fill_n(out, group_, -INFINITY);
   float sum[kMaxGroup + 3];
-  for (int first = 0; first < mass_columns_; first += 4) {
-    simd::store_four(sum + first, simd::sum_rows(mass_.data() + first, pages_, mass_columns_));
+  for (int part = 0; part < static_cast<int>(parts_.size()); ++part) {
+    for (int first = 0; first < mass_columns_; first += 4) {
+      simd::store_four(sum + first, simd::sum_rows(page_mass(part, 0) + first, parts_[part].pages,
+                                                   mass_columns_));
+    }
+    for (int g = 0; g < group_; ++g) {
+      if (sum[g] > 0.0f) out[g] = log_add(out[g], log_max(part, g) + std::log(sum[g]));
+    }
   }
-  for (int g = 0; g < group_; ++g) out[g] = log_max(g) + std::log(sum[g]);
 }
 
 float SketchScores::log_total(int g) const {
@@ -39,39 +75,54 @@ float SketchScores::log_total(int g) const {
   return totals[g];
 }
 
-void SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
+float SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
   float totals[kMaxGroup];
   log_totals(totals);
-  // In units above the bias; only how the heads differ matters. A head without any weight has no
-  // total.
-  float above[kMaxGroup], least = INFINITY;
-  for (int g = 0; g < group_; ++g) {
-    above[g] = (log_add(totals[g], near_lse[g]) - bias[g]) / unit;
-    if (std::isfinite(above[g])) least = std::min(least, above[g]);
-  }
-  std::int16_t offset[kMaxGroup];
-  for (int g = 0; g < group_; ++g) {
-    const float units = std::isfinite(above[g]) ? above[g] - least : 0.0f;
-    offset[g] = static_cast<std::int16_t>(std::min<float>(units, simd::kMaxScore));
+  // In units; only how heads and parts differ matters. A head without any weight has no total.
+  const auto above = [&](const Part& part, int g) {
+    return (log_add(totals[g], near_lse[g]) - part.bias[g]) / unit();
+  };
+  float least = INFINITY;
+  for (const Part& part : parts_) {
+    for (int g = 0; g < group_; ++g) {
+      if (const float units = above(part, g); std::isfinite(units)) least = std::min(least, units);
+    }
   }
   rank_.resize(stride_);
-  block_max_.resize((stride_ + simd::kRankBlock - 1) / simd::kRankBlock * simd::kRankLanes);
-  simd::kernels().score_rank(
-      {scores_.data(), offset, rank_.data(), block_max_.data(), stride_, stride_, group_});
-  // A free slot ranks by the head of the least offset, below any token there.
-  const std::int16_t free = simd::kNoScore - *std::min_element(offset, offset + group_);
-  top_k(rank_, block_max_, free, k, slots);
+  block_max_.resize(stride_ / simd::kRankBlock * simd::kRankLanes);
+  for (int p = 0; p < static_cast<int>(parts_.size()); ++p) {
+    std::int16_t offset[kMaxGroup];
+    for (int g = 0; g < group_; ++g) {
+      const float units = above(parts_[p], g);
+      offset[g] = static_cast<std::int16_t>(
+          std::isfinite(units) ? std::min<float>(units - least, simd::kMaxScore) : 0.0f);
+    }
+    const std::int64_t first = first_slot(p), slots_of_part = parts_[p].slots;
+    simd::kernels().score_rank({scores_.data() + first, offset, rank_.data() + first,
+                                block_max_.data() + first / simd::kRankBlock * simd::kRankLanes,
+                                stride_, slots_of_part, group_});
+    const std::int64_t end = p + 1 < static_cast<int>(parts_.size()) ? first_slot(p + 1) : stride_;
+    std::fill(rank_.begin() + first + slots_of_part, rank_.begin() + end, simd::kNoScore);
+  }
+  // Free slots rank there or below, tokens above.
+  top_k(rank_, block_max_, simd::kNoScore, k, slots);
+  if (slots.empty() || static_cast<std::int64_t>(slots.size()) < k) return -INFINITY;
+  std::int16_t last = rank_[slots.front()];
+  for (const std::int32_t slot : slots) last = std::min(last, rank_[slot]);
+  return unit() * (static_cast<float>(last) - least);
 }
 
 void SketchScores::exclude(std::span<const std::int32_t> slots) {
+  std::size_t part = 0;
   for (std::size_t begin = 0, end = 0; begin < slots.size(); begin = end) {
     const int together = slots[begin] / simd::kScoreSlots, first = together * simd::kScoreSlots;
     for (; end < slots.size() && slots[end] / simd::kScoreSlots == together; ++end) {
       for (int g = 0; g < group_; ++g) scores_[g * stride_ + slots[end]] = simd::kNoScore;
     }
-    simd::kernels().score_mass({scores_.data() + first, max_,
+    while (part + 1 < parts_.size() && first_slot(static_cast<int>(part) + 1) <= first) ++part;
+    simd::kernels().score_mass({scores_.data() + first, parts_[part].max,
                                 mass_.data() + first / page_size_ * mass_columns_, stride_,
-                                simd::kScoreSlots, coarse, group_, page_size_});
+                                simd::kScoreSlots, coarse(), group_, page_size_});
   }
 }
 

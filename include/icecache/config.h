@@ -24,13 +24,18 @@ namespace icecache {
   X(text, index, "tree", "", "tree, dci (the paper's), positional, faiss")                        \
   X(text, select, "token", "", "what the budget is spent on: token or page")                      \
   X(text, tail, "on", "", "on: tokens that are not selected take part through summaries; off")    \
-  X(int, sketch_rank, 32, "dims", "directions kept in the sketch of a key; a multiple of 8")      \
+  X(int, sketch_rank, 0, "dims",                                                                  \
+    "directions kept in the sketch of a key, a multiple of 8; 0: 32, or 64 where the head "       \
+    "dimension is above 64")                                                                      \
   X(int, sketch_bits, 4, "bits", "bits of one sketch coordinate: 4 or 8")                         \
   X(int, candidates, 0, "tokens",                                                                 \
     "tokens found by sketch and rescored with their exact keys; 0: twice as many as the budget "  \
     "picks, from 320 (with mass_target 512) to 512, or as many as it picks")                      \
   X(int, far_node_tokens, 0, "tokens",                                                            \
     "tokens that share one far-field summary; 0: 32 at budgets up to 128, else 64")               \
+  X(int, segment_tokens, 0, "tokens",                                                             \
+    "decoded tokens that are sealed together into a segment of the index, and until then "        \
+    "attended exactly beside token_budget; 0: 512")                                               \
   X(text, dense_layers, "", "", "layers that always attend in full, e.g. \"0,1\"")                \
   X(int, dense_tokens, 0, "tokens",                                                               \
     "sequences of up to this many tokens attend in full; 0: token_budget. On a CPU that is as "   \

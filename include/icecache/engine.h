@@ -9,8 +9,8 @@
 // Failure: a call that throws leaves every sequence as it was before the call, and can be done
 // again. Where memory runs out in the background, the next call that waits for the work does it
 // again; without memory once more, the tokens are attended exactly until a later call indexes them.
-// Where memory runs out while a decode step inserts into an index, that head attends exactly until
-// its index is built anew.
+// Where memory runs out while a decode step inserts into an index that grows by itself (dci), that
+// head attends exactly until its index is built anew.
 // Destruction: background work that is under way ends first; what has not begun is dropped.
 // fork(): the child may use an engine that no other thread was in, and whose background work was
 // done, when the process forked. Calls on others throw Error there, and their memory stays taken.
@@ -27,7 +27,7 @@
 #include <vector>
 
 #include "icecache/config.h"
-#include "icecache/semantic_index.h"
+#include "icecache/index_types.h"
 #include "icecache/types.h"
 
 namespace icecache {
@@ -39,6 +39,10 @@ struct HeadStats {
   std::int64_t dense_steps = 0;      // decode queries that attended to everything
   std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
   std::int64_t pages_selected = 0;
+  // Steps with more candidates than at first, lest a main token of a head be missed; and those
+  // where one may have been all the same.
+  std::int64_t widened_steps = 0, doubtful_steps = 0;
+  std::int64_t seals = 0, merges = 0;  // segments built of decoded tokens, of other segments
   std::int64_t hits = 0, misses = 0;  // device page cache; both 0 where pages are attended in place
   std::int64_t bytes_read = 0;        // sketches, summaries, candidates, attended K and V
   std::int64_t bytes_moved = 0;       // host to device
@@ -82,7 +86,8 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   SeqId new_sequence();
-  // A sequence with the same tokens; pages are shared until one side writes.
+  // A sequence with the same tokens. They share all segments and pages until one side writes, and
+  // whatever either appends, the segments up to there.
   SeqId fork(SeqId sequence);
   // Keeps the first `length` tokens of every layer. Throws InvalidArgument if length exceeds the
   // number of tokens.

@@ -158,6 +158,8 @@ TEST(ConfigResolved, KeepsGivenValues) {
   Config config;
   config.window_tokens = 48;
   config.far_node_tokens = 96;
+  config.segment_tokens = 100;
+  config.sketch_rank = 48;
   config.candidates = 300;
   config.num_threads = 3;
   config.index_threads = 1;
@@ -190,8 +192,12 @@ TEST(ConfigResolved, CandidatesCoverThePicks) {
   EXPECT_EQ(massive.resolved(smollm2()).candidates, 512);
 }
 
-TEST(ConfigResolved, SketchRankIsClippedToHeadDim) {
+TEST(ConfigResolved, SketchRankFollowsTheHeadDimension) {
   CacheShape shape = smollm2();
+  shape.head_dim = 128;
+  EXPECT_EQ(Config{}.resolved(shape).sketch_rank, 64);
+  shape.head_dim = 256;
+  EXPECT_EQ(Config{}.resolved(shape).sketch_rank, 64);
   shape.head_dim = 24;
   EXPECT_EQ(Config{}.resolved(shape).sketch_rank, 24);
   EXPECT_EQ(Config{}.resolved(smollm2()).sketch_rank, 32);
@@ -228,8 +234,8 @@ TEST(ConfigResolved, RefusesValuesOutsideTheirList) {
   for (const char* bits : {"0", "2", "16"}) {
     EXPECT_MENTIONS(refusal(with("sketch_bits", bits)), "sketch_bits must be 4 or 8");
   }
-  for (const char* rank : {"0", "-8", "12", "264"}) {
-    EXPECT_MENTIONS(refusal(with("sketch_rank", rank)), "sketch_rank must be a multiple of 8");
+  for (const char* rank : {"-8", "12", "264"}) {
+    EXPECT_MENTIONS(refusal(with("sketch_rank", rank)), "sketch_rank must be 0 or a multiple of 8");
   }
   for (const char* target : {"-0.1", "1.0", "2"}) {
     EXPECT_MENTIONS(refusal(with("mass_target", target)), "mass_target");

@@ -1,5 +1,5 @@
-// The indexes of which every test of the contract (icecache/semantic_index.h) is made: each index,
-// unit of picking, far field and dtype.
+// The indexes of which every test of the contract (index/semantic_index.h, index/segment.h,
+// index/selector.h) is made: each index, unit of picking, far field and dtype.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,7 +15,9 @@
 #include <vector>
 
 #include "icecache/engine.h"
-#include "icecache/semantic_index.h"
+#include "icecache/index_types.h"
+#include "index/make_index.h"
+#include "index/selector.h"
 #include "pool_fixture.h"
 
 namespace icecache::testing {
@@ -53,6 +55,82 @@ inline std::string variant_name(const ::testing::TestParamInfo<Variant>& info) {
          std::string(name_of(v.dtype));
 }
 
+// The tokens of a head as HeadCache holds them: two segments and the tokens that follow, or an
+// index that grows.
+class Held {
+ public:
+  explicit Held(const IndexContext& context) : context_(context) {}
+  Held(const Held& other)
+      : context_(other.context_),
+        moments_(other.moments_),
+        segments_(other.segments_),
+        growing_(other.growing_ ? other.growing_->fork() : nullptr) {}
+
+  void build(const TokenBlock& tokens, const QueryMoments& moments) {
+    if (grows(*context_.config)) {
+      growing_ = make_growing_index(context_);
+      return growing_->build(tokens, moments);
+    }
+    const std::size_t row = context_.head_dim * size_of(context_.dtype);
+    const std::int32_t first = std::max(1, tokens.count * 3 / 5);
+    moments_ = moments;
+    for (const auto& [begin, end] : {std::pair{0, first}, std::pair{first, tokens.count}}) {
+      if (begin == end) continue;
+      add_segment({tokens.keys + begin * row, tokens.values + begin * row, end - begin,
+                   tokens.first_position + begin});
+    }
+  }
+  void insert(const TokenBlock& tokens) {
+    if (growing_) return growing_->insert(tokens);
+    add_segment(tokens);
+  }
+  void truncate(std::int32_t position) {
+    if (growing_) growing_->truncate(position);
+    while (!segments_.empty() && segments_.back().first_position() >= position) {
+      segments_.pop_back();
+    }
+    if (segments_.empty() || segments_.back().end_position() <= position) return;
+    segments_.back() = segments_.back().cut(position);
+  }
+  std::vector<Segment> segments() const {
+    std::vector<Segment> all = segments_;
+    if (growing_ && growing_->size() > 0) all.emplace_back(*growing_);
+    return all;
+  }
+  std::int32_t size() const {
+    std::int32_t tokens = 0;
+    for (const Segment& segment : segments()) tokens += segment.size();
+    return tokens;
+  }
+  void gather(std::byte* keys, std::byte* values) const {
+    for (const Segment& segment : segments()) {
+      segment.gather(keys, values);
+      keys += segment.size() * context_.head_dim * size_of(context_.dtype);
+      values += segment.size() * context_.head_dim * size_of(context_.dtype);
+    }
+  }
+  void check_integrity() const {
+    for (const Segment& segment : segments()) segment.check_integrity();
+  }
+  std::size_t node_count() const {
+    std::size_t nodes = 0;
+    for (const Segment& segment : segments()) nodes += segment.index().node_count();
+    return nodes;
+  }
+
+ private:
+  void add_segment(const TokenBlock& tokens) {
+    std::unique_ptr<SemanticIndex> index = make_index(context_);
+    index->build(tokens, moments_);
+    segments_.emplace_back(std::move(index));
+  }
+
+  IndexContext context_;
+  QueryMoments moments_;
+  std::vector<Segment> segments_;
+  std::unique_ptr<GrowingIndex> growing_;
+};
+
 class IndexContract : public ::testing::TestWithParam<Variant> {
  protected:
   void SetUp() override {
@@ -87,8 +165,8 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
 
   // An index of the first `built` tokens at once and the others one call each of 1, 2, 3, ..
   // tokens.
-  std::unique_ptr<SemanticIndex> made(const Tokens& all, int built) {
-    std::unique_ptr<SemanticIndex> index = make_index(pool_->context);
+  std::unique_ptr<Held> made(const Tokens& all, int built) {
+    auto index = std::make_unique<Held>(pool_->context);
     index->build(all.block(0, built, kFirst), moments(all));
     for (int at = built, n = 1; at < all.count(); at += n, ++n) {
       n = std::min(n, all.count() - at);
@@ -104,12 +182,11 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     return moments;
   }
 
-  void expect_holds(const SemanticIndex& index, const Tokens& all, int count) {
+  void expect_holds(const Held& index, const Tokens& all, int count) {
     index.check_integrity();
     ASSERT_EQ(index.size(), count);
-    EXPECT_EQ(index.end_position(), count > 0 ? kFirst + count : 0);
     std::vector<std::int32_t> positions;
-    for (const PageInfo& page : index.pages()) {
+    for (const PageInfo& page : pages(index)) {
       EXPECT_FALSE(page.positions.empty());
       EXPECT_LE(page.positions.size(), kPageSize);
       positions.insert(positions.end(), page.positions.begin(), page.positions.end());
@@ -141,8 +218,18 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     }
   };
 
+  std::vector<PageInfo> pages(const Held& index) {
+    std::vector<PageInfo> pages;
+    segments_.clear();
+    if (index.size() == 0) return pages;
+    ask(index, queries(), 8);
+    selector_.pages(pages);
+    segments_.clear();  // they hold pages
+    return pages;
+  }
+
   // A step without sink and window, as HeadCache::decode makes one.
-  Answer ask(const SemanticIndex& index, const std::vector<float>& queries, int budget) {
+  Answer ask(const Held& index, const std::vector<float>& queries, int budget) {
     const std::vector<float> near(kGroup, -INFINITY);
     SelectRequest request;
     request.queries = queries.data();
@@ -151,9 +238,12 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     request.budget = request.max_budget = budget;
     Answer answer;
     Selection& selection = answer.selection;
-    index.select(request, selection);
+    segments_ = index.segments();
+    std::vector<const Segment*> segments;
+    for (const Segment& segment : segments_) segments.push_back(&segment);
+    selector_.select(pool_->config, segments, request, selection);
     const auto picked = static_cast<std::size_t>(selection.tokens);
-    const std::vector<float> means = node_means(index);
+    const std::vector<float> means = node_means();
     const std::size_t nodes = means.size() / kDim;
     EXPECT_EQ(selection.logits.size(), kGroup * picked);
     EXPECT_EQ(selection.far_weights.size(), kGroup * nodes);
@@ -187,10 +277,17 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     return answer;
   }
 
-  std::vector<float> node_means(const SemanticIndex& index) const {
-    const std::span<const std::byte> raw = index.far_values();
-    std::vector<float> means(raw.size() / size_of(GetParam().dtype));
-    simd::kernels().to_float(raw.data(), GetParam().dtype, means.data(), means.size());
+  // Of the segments that were asked last.
+  std::vector<float> node_means() const {
+    std::vector<float> means;
+    for (const Segment& segment : segments_) {
+      if (!segment.index().has_far_field()) continue;
+      for (int node = 0; node < segment.index().node_count(); ++node) {
+        means.resize(means.size() + kDim);
+        simd::kernels().to_float(segment.node_mean(node), GetParam().dtype,
+                                 means.data() + means.size() - kDim, kDim);
+      }
+    }
     return means;
   }
 
@@ -229,6 +326,8 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
 
   static constexpr int kFirst = 4;  // position of the first token; 0..3 would be sinks
   std::unique_ptr<PoolFixture> pool_;
+  std::vector<Segment> segments_;
+  Selector selector_;
 };
 
 }  // namespace icecache::testing

@@ -1,4 +1,4 @@
-// What every SemanticIndex promises of a selection: tokens within the budget, exact logits, and the
+// What every index promises of a selection: tokens within the budget, exact logits, and the
 // rest seen through its nodes. Instantiated with the other tests of the contract.
 #include <set>
 
@@ -9,7 +9,7 @@ namespace {
 
 TEST_P(IndexContract, PicksLiveTokensWithinTheBudget) {
   const Tokens all = tokens(420);
-  const std::unique_ptr<SemanticIndex> index = made(all, 300);
+  const std::unique_ptr<Held> index = made(all, 300);
   index->truncate(kFirst + 400);
   for (const int budget : {0, 1, 7, 8, 50, 160}) {
     const Answer answer = ask(*index, queries(), budget);
@@ -28,7 +28,7 @@ TEST_P(IndexContract, PicksLiveTokensWithinTheBudget) {
     }
     EXPECT_EQ(slots, selection.tokens);
     std::vector<std::int32_t> positions;
-    index->selected_positions(selection, positions);
+    selector_.selected_positions(selection, positions);
     EXPECT_EQ(static_cast<int>(positions.size()), selection.tokens);
     EXPECT_EQ(std::set<std::int32_t>(positions.begin(), positions.end()).size(), positions.size());
     for (const std::int32_t position : positions) {
@@ -40,7 +40,7 @@ TEST_P(IndexContract, PicksLiveTokensWithinTheBudget) {
 
 TEST_P(IndexContract, TheWholeIndexIsFullAttention) {
   const Tokens all = tokens(150);
-  const std::unique_ptr<SemanticIndex> index = made(all, 100);
+  const std::unique_ptr<Held> index = made(all, 100);
   const std::vector<float> q = queries();
   const Answer answer = ask(*index, q, 150);
   ASSERT_EQ(answer.selection.tokens, 150);
@@ -63,7 +63,7 @@ TEST_P(IndexContract, TheWholeIndexIsFullAttention) {
 // weighs; that is near what they weigh.
 TEST_P(IndexContract, TheRestIsSeenThroughItsNodes) {
   const Tokens all = tokens(420);
-  const std::unique_ptr<SemanticIndex> index = made(all, 300);
+  const std::unique_ptr<Held> index = made(all, 300);
   index->truncate(kFirst + 400);
   const double rounding = GetParam().dtype == DType::kFloat32    ? 0.0
                           : GetParam().dtype == DType::kBFloat16 ? 0x1p-8
@@ -72,13 +72,13 @@ TEST_P(IndexContract, TheRestIsSeenThroughItsNodes) {
     const std::vector<float> q = queries(budget);
     const Answer answer = ask(*index, q, budget);
     std::vector<FarNodeInfo> nodes;
-    index->far_nodes(answer.selection, nodes);
+    selector_.far_nodes(answer.selection, nodes);
     ASSERT_EQ(nodes.empty(), GetParam().tail == std::string("off"));
     std::vector<std::int32_t> picked;
-    index->selected_positions(answer.selection, picked);
+    selector_.selected_positions(answer.selection, picked);
     std::vector<std::vector<int>> left(nodes.size());
     std::vector<int> members(nodes.size(), 0);
-    for (const PageInfo& page : index->pages()) {
+    for (const PageInfo& page : pages(*index)) {
       for (const std::int32_t position : page.positions) {
         if (nodes.empty()) continue;
         ++members[page.node];

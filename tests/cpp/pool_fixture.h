@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
+#include "icecache/index_types.h"
 #include "icecache/page_pool.h"
-#include "icecache/semantic_index.h"
 #include "simd/kernels.h"
 
 namespace icecache::testing {

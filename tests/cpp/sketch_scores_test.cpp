@@ -22,11 +22,11 @@ struct Form {
 // What Sketch::scan leaves beside scores, maxima, unit and bias.
 void weigh(SketchScores& scores, int pages, int page_size) {
   for (int g = 0; g < scores.group(); ++g) {
-    std::int16_t* row = scores.scores() + g * scores.stride();
+    std::int16_t* row = scores.scores(0) + g * scores.stride();
     std::fill(row + pages * page_size, row + scores.stride(), kNoScore);
   }
-  simd::kernels().score_mass({scores.scores(), scores.max(), scores.mass(), scores.stride(),
-                              scores.stride(), scores.coarse, scores.group(), page_size});
+  simd::kernels().score_mass({scores.scores(0), scores.max(0), scores.mass(0), scores.stride(),
+                              scores.stride(), scores.coarse(), scores.group(), page_size});
 }
 
 class SketchScoresForms : public ::testing::TestWithParam<Form> {
@@ -35,18 +35,17 @@ class SketchScoresForms : public ::testing::TestWithParam<Form> {
   void fill(double spread_in_nats, unsigned seed = 1) {
     const auto [group, pages, page_size] = GetParam();
     std::mt19937 random(seed);
-    scores_.resize(group, pages, page_size);
-    scores_.unit = simd::kScoreUnit;
-    std::normal_distribution<double> normal(7000.0, spread_in_nats / scores_.unit);
+    scores_.resize(group, page_size, std::vector{pages}, 0);
+    std::normal_distribution<double> normal(7000.0, spread_in_nats / scores_.unit());
     used_.assign(slots(), 0);
     for (int i = 0; i < slots(); ++i) used_[i] = random() % 10 != 0 && i / page_size != 3;
     for (int g = 0; g < group; ++g) {
-      scores_.bias[g] = static_cast<float>(3 * g - 5);
-      scores_.max()[g] = kNoScore;
+      scores_.bias(0)[g] = static_cast<float>(3 * g - 5);
+      scores_.max(0)[g] = kNoScore;
       for (int i = 0; i < slots(); ++i) {
         const double x = std::clamp(normal(random), 0.0, 14000.0);
         score(g, i) = used_[i] != 0 ? static_cast<std::int16_t>(x) : kNoScore;
-        scores_.max()[g] = std::max(scores_.max()[g], score(g, i));
+        scores_.max(0)[g] = std::max(scores_.max(0)[g], score(g, i));
       }
     }
     weigh(scores_, pages, page_size);
@@ -57,9 +56,9 @@ class SketchScoresForms : public ::testing::TestWithParam<Form> {
   }
 
   int slots() const { return GetParam().pages * GetParam().page_size; }
-  std::int16_t& score(int g, int slot) { return scores_.scores()[g * scores_.stride() + slot]; }
+  std::int16_t& score(int g, int slot) { return scores_.scores(0)[g * scores_.stride() + slot]; }
   double logit(int g, int slot) {
-    return scores_.bias[g] + static_cast<double>(scores_.unit) * score(g, slot);
+    return scores_.bias(0)[g] + static_cast<double>(scores_.unit()) * score(g, slot);
   }
   int best(int g) {
     int slot = 0;
@@ -98,8 +97,8 @@ class SketchScoresForms : public ::testing::TestWithParam<Form> {
       const double log_max = scores_.log_max(g);
       for (int p = 0; p < pages; ++p) {
         const double exact = std::exp(log_sum(g, p * page_size, (p + 1) * page_size) - log_max);
-        EXPECT_LE(scores_.page_mass(p)[g], 1.022 * exact) << "head " << g << ", page " << p;
-        EXPECT_GE(scores_.page_mass(p)[g], 0.958 * exact) << "head " << g << ", page " << p;
+        EXPECT_LE(scores_.page_mass(0, p)[g], 1.022 * exact) << "head " << g << ", page " << p;
+        EXPECT_GE(scores_.page_mass(0, p)[g], 0.958 * exact) << "head " << g << ", page " << p;
       }
     }
   }
@@ -145,7 +144,7 @@ TEST_P(SketchScoresForms, TopIsTheLargestMassOfAnyHead) {
   const auto tokens = [&] { return std::count(used_.begin(), used_.end(), 1); };
   for (const double spread : {0.5, 3.0}) {
     fill(spread);
-    const double slack = 2.0 * scores_.unit + 1e-4;  // offsets are whole units, cut off
+    const double slack = 2.0 * scores_.unit() + 1e-4;  // offsets are whole units, cut off
     const std::vector<double> mass = log_masses();
     for (const std::int64_t k : {std::int64_t{0}, std::int64_t{1}, std::int64_t{7}, tokens() / 3,
                                  tokens() - 1, tokens(), tokens() + 9}) {
@@ -176,7 +175,7 @@ TEST_P(SketchScoresForms, ExcludedSlotsWeighNothing) {
   fill(1.0);
   std::vector<float> before;
   for (int p = 0; p < pages; ++p) {
-    before.insert(before.end(), scores_.page_mass(p), scores_.page_mass(p) + group);
+    before.insert(before.end(), scores_.page_mass(0, p), scores_.page_mass(0, p) + group);
   }
   std::vector<std::int32_t> slots_out;
   for (int i = 0; i < slots(); ++i) {
@@ -190,7 +189,7 @@ TEST_P(SketchScoresForms, ExcludedSlotsWeighNothing) {
       const double log_max = scores_.log_max(g);
       double total = 0.0;
       for (int p = 0; p < pages; ++p) {
-        const float mass = scores_.page_mass(p)[g];
+        const float mass = scores_.page_mass(0, p)[g];
         double exact = 0.0;
         for (int i = p * page_size; i < (p + 1) * page_size; ++i) {
           if (used_[i] != 0) exact += std::exp(logit(g, i) - log_max);
@@ -230,17 +229,15 @@ class SketchScoresTest : public ::testing::Test {
  protected:
   void fill(int group, const std::vector<int>& values) {
     const int pages = static_cast<int>(values.size()) / group / 16;
-    scores_.resize(group, pages, 16);
-    scores_.coarse = 1;
-    scores_.unit = 2.0f * simd::kScoreUnit;
+    scores_.resize(group, 16, std::vector{pages}, 1);
     for (int g = 0; g < group; ++g) {
-      scores_.max()[g] = kNoScore;
-      scores_.bias[g] = -kBase * scores_.unit;
+      scores_.max(0)[g] = kNoScore;
+      scores_.bias(0)[g] = -kBase * scores_.unit();
       for (std::size_t i = 0; i < values.size() / group; ++i) {
         const int value = values[g * values.size() / group + i];
         const auto score = static_cast<std::int16_t>(value == kNoScore ? value : kBase + value);
-        scores_.scores()[g * scores_.stride() + i] = score;
-        scores_.max()[g] = std::max(scores_.max()[g], score);
+        scores_.scores(0)[g * scores_.stride() + i] = score;
+        scores_.max(0)[g] = std::max(scores_.max(0)[g], score);
       }
     }
     weigh(scores_, pages, 16);
@@ -290,13 +287,13 @@ TEST_F(SketchScoresTest, NoTokens) {
   for (int g = 0; g < 2; ++g) {
     EXPECT_EQ(scores_.log_max(g), -INFINITY);
     EXPECT_EQ(log_total(g), -INFINITY);
-    for (int p = 0; p < 2; ++p) EXPECT_EQ(scores_.page_mass(p)[g], 0.0f);
+    for (int p = 0; p < 2; ++p) EXPECT_EQ(scores_.page_mass(0, p)[g], 0.0f);
   }
   for (const float near : {-INFINITY, 0.0f}) {
     EXPECT_TRUE(top({near, near}, 5).empty()) << near;
   }
-  scores_.resize(2, 0, 16);
-  scores_.max()[0] = scores_.max()[1] = kNoScore;
+  scores_.resize(2, 16, std::vector{0}, 0);
+  scores_.max(0)[0] = scores_.max(0)[1] = kNoScore;
   EXPECT_EQ(log_total(0), -INFINITY);
   EXPECT_TRUE(top({0.0f, 0.0f}, 5).empty());
 }
@@ -305,7 +302,7 @@ TEST_F(SketchScoresTest, NoTokens) {
 TEST_F(SketchScoresTest, ASmallerStepForgetsTheLargerOne) {
   fill(4, std::vector<int>(4 * 160, 500));
   fill(1, std::vector<int>(16, 7));
-  EXPECT_NEAR(log_total(0), 7 * scores_.unit + std::log(16.0), 0.042);
+  EXPECT_NEAR(log_total(0), 7 * scores_.unit() + std::log(16.0), 0.042);
   EXPECT_EQ(top({0.0f}, 100).size(), 16u);
 }
 

@@ -15,6 +15,16 @@ struct Form {
   int rank, bits, page_size;
 };
 
+// A scan of one sketch alone.
+std::int64_t scan(const Sketch& sketch, const QueryMetric& metric, const float* queries, int group,
+                  const std::vector<std::uint32_t>& masks, SketchScores& scores) {
+  Sketch::Query query;
+  sketch.prepare(metric, queries, group, query);
+  scores.resize(group, sketch.page_size(), std::vector{static_cast<int>(masks.size())},
+                query.octave);
+  return sketch.scan(query, masks, 0, scores);
+}
+
 class SketchForms : public ::testing::TestWithParam<Form> {
  protected:
   static constexpr int kPages = 5, kDim = 64, kGroup = 5;
@@ -103,7 +113,7 @@ TEST_P(SketchForms, ScoresAreWithinHalfAStepOfCodesAndQuery) {
   const auto [rank, bits, page_size] = GetParam();
   const std::vector<std::uint32_t> masks(kPages, full_);
   SketchScores scores;
-  const std::int64_t bytes = filled().scan(metric_, queries_.data(), kGroup, masks, scores);
+  const std::int64_t bytes = scan(filled(), metric_, queries_.data(), kGroup, masks, scores);
   const int slots = kPages * page_size;
   EXPECT_EQ(bytes, slots * rank * bits / 8);
   EXPECT_EQ(scores.group(), kGroup);
@@ -113,9 +123,9 @@ TEST_P(SketchForms, ScoresAreWithinHalfAStepOfCodesAndQuery) {
     for (int i = 0; i < slots; ++i) {
       const Exact want = exact(g, coordinates(i / page_size, i % page_size));
       const double score =
-          scores.bias[g] + double{scores.unit} * scores.scores()[g * scores.stride() + i];
+          scores.bias(0)[g] + double{scores.unit()} * scores.scores(0)[g * scores.stride() + i];
       // A unit: what shifting cuts off, which is half of that at most once it is centred.
-      ASSERT_NEAR(score, want.score, want.of_codes + want.of_query + 0.5 * scores.unit + 1e-3)
+      ASSERT_NEAR(score, want.score, want.of_codes + want.of_query + 0.5 * scores.unit() + 1e-3)
           << "head " << g << ", slot " << i;
       square += std::pow(score - want.score, 2) / slots;
       allowed += std::pow(want.of_codes + want.of_query, 2) / slots;
@@ -123,7 +133,7 @@ TEST_P(SketchForms, ScoresAreWithinHalfAStepOfCodesAndQuery) {
       largest = std::max(largest, score);
     }
     // Errors of the directions are independent: they nearly cancel.
-    EXPECT_LT(std::sqrt(square), 0.4 * std::sqrt(allowed) + 0.5 * scores.unit) << "head " << g;
+    EXPECT_LT(std::sqrt(square), 0.4 * std::sqrt(allowed) + 0.5 * scores.unit()) << "head " << g;
     EXPECT_LT(std::abs(mean), 4.0 * std::sqrt(square / slots) + 0.25 * std::sqrt(square))
         << "head " << g;
     EXPECT_NEAR(scores.log_max(g), largest, 1e-3) << "head " << g;
@@ -136,20 +146,20 @@ TEST_P(SketchForms, FreeSlotsHaveNoScore) {
   const std::vector<std::uint32_t> all(kPages, full_);
   std::vector<std::uint32_t> masks{full_ & 0x5a5a5a5au, 0u, full_, 1u, full_ & ~1u};
   SketchScores everything, scores;
-  sketch.scan(metric_, queries_.data(), kGroup, all, everything);
-  sketch.scan(metric_, queries_.data(), kGroup, masks, scores);
+  scan(sketch, metric_, queries_.data(), kGroup, all, everything);
+  scan(sketch, metric_, queries_.data(), kGroup, masks, scores);
   ASSERT_EQ(scores.stride(), everything.stride());
-  EXPECT_EQ(scores.unit, everything.unit);
+  EXPECT_EQ(scores.unit(), everything.unit());
   for (int g = 0; g < kGroup; ++g) {
-    EXPECT_EQ(scores.bias[g], everything.bias[g]);
+    EXPECT_EQ(scores.bias(0)[g], everything.bias(0)[g]);
     std::int16_t best = simd::kNoScore;
-    for (std::int64_t i = 0; i < scores.stride(); ++i) {
-      const bool used = i < kPages * page_size && (masks[i / page_size] >> i % page_size & 1u) != 0;
+    for (std::int64_t i = 0; i < kPages * page_size; ++i) {
+      const bool used = (masks[i / page_size] >> i % page_size & 1u) != 0;
       const std::int64_t at = g * scores.stride() + i;
-      ASSERT_EQ(scores.scores()[at], used ? everything.scores()[at] : simd::kNoScore) << i;
-      best = std::max(best, scores.scores()[at]);
+      ASSERT_EQ(scores.scores(0)[at], used ? everything.scores(0)[at] : simd::kNoScore) << i;
+      best = std::max(best, scores.scores(0)[at]);
     }
-    EXPECT_EQ(scores.max()[g], best);
+    EXPECT_EQ(scores.max(0)[g], best);
   }
 }
 
@@ -159,10 +169,10 @@ TEST_P(SketchForms, ScoresStayBelowTheLargest) {
   const std::vector<std::uint32_t> masks(kPages, full_);
   for (const float* queries : {queries_.data(), huge.data()}) {
     SketchScores scores;
-    filled().scan(metric_, queries, kGroup, masks, scores);
+    scan(filled(), metric_, queries, kGroup, masks, scores);
     for (int g = 0; g < kGroup; ++g) {
       for (int i = 0; i < kPages * GetParam().page_size; ++i) {
-        const std::int16_t score = scores.scores()[g * scores.stride() + i];
+        const std::int16_t score = scores.scores(0)[g * scores.stride() + i];
         ASSERT_GE(score, 0);
         ASSERT_LE(score, simd::kMaxScore);
       }
@@ -190,9 +200,9 @@ TEST_P(SketchForms, CopyMovesOneSlotAndClampsOutliers) {
   sketch.write(1, 2, high.data());
   sketch.write(1, 3, low.data());
   SketchScores scores;
-  sketch.scan(metric_, queries_.data(), kGroup, std::vector{full_, full_}, scores);
+  scan(sketch, metric_, queries_.data(), kGroup, std::vector{full_, full_}, scores);
   for (int g = 0; g < kGroup; ++g) {
-    const std::int16_t* row = scores.scores() + g * scores.stride();
+    const std::int16_t* row = scores.scores(0) + g * scores.stride();
     EXPECT_EQ(row[2 * page_size - 1], row[2]);
     EXPECT_EQ(row[page_size], row[page_size + 2]) << "clamped to the highest";
     EXPECT_EQ(row[page_size + 1], row[page_size + 3]) << "clamped to the lowest";
@@ -221,9 +231,10 @@ TEST(Sketch, ConstantCoordinatesStayFinite) {
   sketch.resize(1);
   for (int s = 0; s < 16; ++s) sketch.write(0, s, same.data() + s * 8);
   SketchScores scores;
-  sketch.scan(metric, query.data(), 1, std::vector{0xffffu}, scores);
+  scan(sketch, metric, query.data(), 1, std::vector{0xffffu}, scores);
   for (int i = 0; i < 16; ++i) {
-    EXPECT_NEAR(scores.bias[0] + scores.unit * scores.scores()[i], 8.0f + 8 * 0.8f * 2.5f, 1e-3f);
+    EXPECT_NEAR(scores.bias(0)[0] + scores.unit() * scores.scores(0)[i], 8.0f + 8 * 0.8f * 2.5f,
+                1e-3f);
   }
 }
 
@@ -241,11 +252,11 @@ TEST(Sketch, QueriesOfZeroScoreNothing) {
   sketch.resize(1);
   for (int s = 0; s < 16; ++s) sketch.write(0, s, coordinates.data() + s * 8);
   SketchScores scores;
-  sketch.scan(metric, zeros.data(), 2, std::vector{0xffffu}, scores);
+  scan(sketch, metric, zeros.data(), 2, std::vector{0xffffu}, scores);
   for (int g = 0; g < 2; ++g) {
     for (int i = 0; i < 16; ++i) {
-      EXPECT_NEAR(scores.bias[g] + scores.unit * scores.scores()[g * scores.stride() + i], 0.0f,
-                  1e-6f);
+      EXPECT_NEAR(scores.bias(0)[g] + scores.unit() * scores.scores(0)[g * scores.stride() + i],
+                  0.0f, 1e-6f);
     }
   }
 }
@@ -279,20 +290,20 @@ TEST(Sketch, WhatIsLeftOfAPageIsWhatItsOtherTokensWeigh) {
     sketch.write(token / kPageSize, token % kPageSize, coordinates.data() + token * kRank);
   }
   SketchScores scores;
-  sketch.scan(metric, query.data(), 2, std::vector<std::uint32_t>(kPages, 0xffffu), scores);
+  scan(sketch, metric, query.data(), 2, std::vector<std::uint32_t>(kPages, 0xffffu), scores);
   std::vector<std::int32_t> best(kPages);
   for (int page = 0; page < kPages; ++page) best[page] = page * kPageSize;
   scores.exclude(best);
   for (int g = 0; g < 2; ++g) {
-    const std::int16_t* of_head = scores.scores() + g * scores.stride();
+    const std::int16_t* of_head = scores.scores(0) + g * scores.stride();
     for (int page = 0; page < kPages; ++page) {
       double exact = 0.0;
       for (int slot = 1; slot < kPageSize; ++slot) {
         exact +=
-            std::exp(double{scores.unit} * (of_head[page * kPageSize + slot] - scores.max()[g]));
+            std::exp(double{scores.unit()} * (of_head[page * kPageSize + slot] - scores.max(0)[g]));
       }
-      EXPECT_LE(scores.page_mass(page)[g], 1.022 * exact) << page;
-      EXPECT_GE(scores.page_mass(page)[g], 0.958 * exact) << page;
+      EXPECT_LE(scores.page_mass(0, page)[g], 1.022 * exact) << page;
+      EXPECT_GE(scores.page_mass(0, page)[g], 0.958 * exact) << page;
     }
   }
 }

@@ -8,8 +8,8 @@
 // Exceptions, until an index is no longer inserted into: where a fault hits "insert", the head may
 // attend exactly, or with another arrangement of its pages, from then on; all else holds. The same
 // is true of a step of several tokens within the budget, which inserts between them. Where the
-// fault hits "rebuild", the old index goes on. Where pages run out in "update", the tokens stay in
-// the tail until the next call that brings queries.
+// fault hits "build", decoding goes on without the segment. Where pages run out in "update", the
+// tokens stay in the tail until the next call that brings queries.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -133,7 +133,7 @@ class Fault : public testing::TestWithParam<Case> {
     if (!end.empty()) return end;
     if (report_->failure[0] != 0) return report_->failure;
     const std::string_view place = report_->place;
-    const bool excepted = place == "insert" || place == "rebuild" ||
+    const bool excepted = place == "insert" || place == "build" ||
                           (place == "update" && kind == Kind::kPages) ||
                           report_->several_tokens_threw;
     if (report_->outputs != static_cast<std::int64_t>(expected_.size())) return "outputs missing";
@@ -187,7 +187,7 @@ TEST_P(Fault, ChangesNothing) {
     }
   }
   std::printf(
-      "%s: %lld allocations, %lld cases, %lld faults, %lld of them in insert, rebuild, "
+      "%s: %lld allocations, %lld cases, %lld faults, %lld of them in insert, build, "
       "update or a step of several tokens; %lld not as promised\n",
       that.name, static_cast<long long>(all), static_cast<long long>(cases),
       static_cast<long long>(fired), static_cast<long long>(excepted),

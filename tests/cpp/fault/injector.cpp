@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "core/head_cache.h"
-#include "core/index_rebuild.h"
+#include "core/segment_build.h"
 #include "icecache/error.h"
 #include "icecache/page_pool.h"
-#include "index/paged_index.h"
+#include "index/growing_index.h"
 
 namespace icecache::fault {
 namespace {
@@ -207,17 +207,17 @@ void PagePool::allocate(std::size_t count, const PageOwner& owner, std::vector<P
   real(this, count, owner, out);
 }
 
-void PagedIndex::insert(const TokenBlock& tokens) {
-  static const auto real = fault::original<void (*)(PagedIndex*, const TokenBlock&)>(
-      "_ZN8icecache10PagedIndex6insertERKNS_10TokenBlockE");
+void GrowingIndex::insert(const TokenBlock& tokens) {
+  static const auto real = fault::original<void (*)(GrowingIndex*, const TokenBlock&)>(
+      "_ZN8icecache12GrowingIndex6insertERKNS_10TokenBlockE");
   const Place place("insert");
   real(this, tokens);
 }
 
-void IndexRebuild::run() {
+void SegmentBuild::run() {
   static const auto real =
-      fault::original<void (*)(IndexRebuild*)>("_ZN8icecache12IndexRebuild3runEv");
-  const Place place("rebuild");
+      fault::original<void (*)(SegmentBuild*)>("_ZN8icecache12SegmentBuild3runEv");
+  const Place place("build");
   real(this);
 }
 

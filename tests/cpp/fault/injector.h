@@ -18,7 +18,7 @@ std::int64_t count();
 bool fired();
 // Where it happened; null: in none of these.
 //  "insert": while tokens were added to an index
-//  "rebuild": while an index was built anew behind decoding
+//  "build": while a segment was built behind decoding
 //  "update": while the background indexed a prompt
 const char* place();
 // Blocks from operator new that were not deleted.

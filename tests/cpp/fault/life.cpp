@@ -40,6 +40,7 @@ Life::Life(const LifeOptions& options) : options_(options) {
   shape_.num_kv_heads = kHeads;
   shape_.head_dim = kDim;
   config_.index = options.index;
+  config_.segment_tokens = 8;
   config_.device = options.device;
   config_.faiss_search = options.faiss_search;
   config_.page_size = 8;
@@ -265,7 +266,7 @@ void Life::script() {
   look(a);
   step({b}, 20);
   release(b);
-  // Until the first index has doubled and another one has taken over.
+  // Until segments have been sealed and merged.
   for (int i = 0; i < 40; ++i) step({a, c}, 1);
   attempt("reset_stats", [&] { engine_->reset_stats(); });
   check_decoding({a, c});

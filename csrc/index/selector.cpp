@@ -1,0 +1,234 @@
+#include "index/selector.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "index/log_sum.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+// A token with that share of a head's attention must not be missed.
+constexpr float kMainShare = 0.1f;
+// Of thousands of scores about one is wrong by as many standard deviations.
+constexpr float kDeviations = 3.5f;
+// Times `candidates`, for a step in doubt.
+constexpr std::int64_t kMostWidening = 4;
+
+}  // namespace
+
+void Selector::number(std::span<const Segment* const> segments) {
+  parts_.clear();
+  int page = 0;
+  nodes_ = 0;
+  for (const Segment* segment : segments) {
+    parts_.push_back({segment, page, nodes_});
+    page += SketchScores::page_room(parts_.back().pages(), page_size_);
+    nodes_ += segment->index().node_count();
+  }
+}
+
+const Selector::Part& Selector::part_of_page(int page) const {
+  const auto after =
+      std::upper_bound(parts_.begin(), parts_.end(), page,
+                       [](int number, const Part& part) { return number < part.first_page; });
+  return *(after - 1);
+}
+
+std::uint32_t Selector::mask(int page) const {
+  const Part& part = part_of_page(page);
+  return part.segment->masks()[page - part.first_page];
+}
+
+void Selector::add_all(const Part& part) {
+  const std::span<const std::uint32_t> masks = part.segment->masks();
+  for (int page = 0; page < part.pages(); ++page) {
+    for (std::uint32_t slots = masks[page]; slots != 0; slots &= slots - 1) {
+      candidates_.slots.push_back((part.first_page + page) * page_size_ + std::countr_zero(slots));
+    }
+  }
+}
+
+std::int64_t Selector::wanted_candidates(const SelectRequest& request) const {
+  const bool few_at_first = finds_by_scores_ && config_->select == "token";
+  return std::max<std::int64_t>(config_->candidates,
+                                few_at_first ? request.budget : request.max_budget);
+}
+
+void Selector::scan(const SelectRequest& request) {
+  pages_.clear();
+  int octave = 0;
+  for (Part& part : parts_) {
+    const SemanticIndex& index = part.segment->index();
+    if (!index.has_sketches()) continue;
+    part.scores = static_cast<int>(pages_.size());
+    pages_.push_back(part.pages());
+    if (queries_.size() < pages_.size()) queries_.resize(pages_.size());
+    Sketch::Query& query = queries_[part.scores];
+    index.sketch().prepare(index.space().metric, request.queries, group_, query);
+    octave = std::max(octave, query.octave);
+  }
+  has_scores_ = !pages_.empty();
+  if (!has_scores_) return;
+  scores_.resize(group_, page_size_, pages_, octave);
+  for (const Part& part : parts_) {
+    if (part.scores < 0) continue;
+    candidates_.bytes += part.segment->index().sketch().scan(
+        queries_[part.scores], part.segment->masks(), part.scores, scores_);
+  }
+}
+
+void Selector::find(const SelectRequest& request) {
+  const std::int64_t wanted = wanted_candidates(request);
+  std::int64_t total = 0;
+  for (const Part& part : parts_) total += part.segment->size();
+  if (total <= wanted) {
+    for (const Part& part : parts_) add_all(part);
+    return;
+  }
+  scan(request);
+  if (finds_by_scores_) cut_ = scores_.top(request.near_lse, wanted, candidates_.slots);
+  for (const Part& part : parts_) {
+    const SemanticIndex& index = part.segment->index();
+    if (index.finding() != SemanticIndex::Finding::kByItself) continue;
+    found_.slots.clear();
+    found_.rest_lse.assign(group_, -INFINITY);
+    found_.bytes = 0;
+    index.find(request, wanted + index.size() - part.segment->size(), found_);  // some are cut
+    candidates_.bytes += found_.bytes;
+    const std::span<const std::uint32_t> masks = part.segment->masks();
+    for (const std::int32_t slot : found_.slots) {
+      if ((masks[index.table().page_of(slot)] >> index.table().place_of(slot) & 1u) == 0) continue;
+      candidates_.slots.push_back(part.first_page * page_size_ + slot);
+    }
+    for (int g = 0; g < group_; ++g) {
+      candidates_.rest_lse[g] = log_add(candidates_.rest_lse[g], found_.rest_lse[g]);
+    }
+  }
+}
+
+std::int64_t Selector::rescore(const SelectRequest& request) {
+  Candidates& c = candidates_;
+  const auto count = static_cast<std::int64_t>(c.size());
+  const PageTable& any = parts_.front().table();
+  rows_.resize(count);
+  for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t slot) {
+    rows_[i] = part.table().key(any.page_of(slot), any.place_of(slot));
+  });
+  c.logits.resize(count * group_);
+  simd::kernels().row_logits({rows_.data(), any.dtype(), count, group_, any.head_dim()},
+                             request.queries, c.logits.data(), count);
+  c.weights.assign(count * group_, 0.0f);
+  c.max.resize(group_);
+  c.sum.resize(group_);
+  for (int g = 0; g < group_; ++g) {
+    const float* logits = c.logits.data() + g * count;
+    simd::kernels().softmax_stats(logits, count, &c.max[g], &c.sum[g]);
+    if (c.sum[g] == 0.0f) continue;
+    simd::kernels().add_exp(logits, c.max[g], c.weights.data() + g * count, count);
+  }
+  return count * static_cast<std::int64_t>(any.head_dim() * size_of(any.dtype()));
+}
+
+bool Selector::find_more(const SelectRequest& request, std::int64_t most) {
+  const auto count = static_cast<std::int64_t>(candidates_.size());
+  const std::int64_t wanted = std::min(most, 2 * count) - count;
+  if (!has_scores_ || wanted <= 0) return false;
+  float known[kMaxGroup];
+  for (int g = 0; g < group_; ++g) known[g] = log_add(request.near_lse[g], candidates_.lse(g));
+  cut_ = scores_.top(known, wanted, more_);
+  if (more_.empty()) return false;
+  all_.resize(candidates_.size() + more_.size());
+  std::merge(candidates_.slots.begin(), candidates_.slots.end(), more_.begin(), more_.end(),
+             all_.begin());
+  candidates_.slots.swap(all_);
+  // Of all candidates the new ones alone: the others' keys are at hand.
+  candidates_.bytes += rescore(request) * static_cast<std::int64_t>(more_.size()) /
+                       static_cast<std::int64_t>(candidates_.size());
+  return true;
+}
+
+float Selector::score_error() const {
+  const Candidates& c = candidates_;
+  const auto count = static_cast<std::int64_t>(c.size());
+  float sum[kMaxGroup] = {}, square[kMaxGroup] = {};
+  std::int64_t scored = 0;
+  for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t) {
+    if (part.scores < 0) return;
+    ++scored;
+    for (int g = 0; g < group_; ++g) {
+      const float error = c.logits[g * count + static_cast<std::int64_t>(i)] -
+                          scores_.log_weight(part.scores, g, c.slots[i]);
+      sum[g] += error;
+      square[g] += error * error;
+    }
+  });
+  float largest = 0.0f;
+  for (int g = 0; g < group_ && scored > 0; ++g) {
+    const float mean = sum[g] / static_cast<float>(scored);
+    largest = std::max(largest, square[g] / static_cast<float>(scored) - mean * mean);
+  }
+  return std::sqrt(largest);
+}
+
+void Selector::widen(const SelectRequest& request, Selection& selection) {
+  selection.is_widened = selection.is_doubtful = false;
+  if (!finds_by_scores_ || !has_scores_) return;
+  const float reach = kDeviations * score_error();
+  const std::int64_t most = kMostWidening * config_->candidates;
+  while (cut_ + reach > std::log(kMainShare)) {
+    scores_.exclude(candidates_.slots);
+    if (!find_more(request, most)) {
+      selection.is_doubtful = static_cast<std::int64_t>(candidates_.size()) >= most;
+      return;
+    }
+    selection.is_widened = true;
+  }
+}
+
+void Selector::select(const Config& config, std::span<const Segment* const> segments,
+                      const SelectRequest& request, Selection& selection) {
+  config_ = &config;
+  group_ = request.group;
+  page_size_ = static_cast<int>(config.page_size);
+  number(segments);
+  has_far_field_ = segments.front()->index().has_far_field();
+  finds_by_scores_ = std::any_of(segments.begin(), segments.end(), [](const Segment* segment) {
+    return segment->index().finding() == SemanticIndex::Finding::kByScores;
+  });
+  has_scores_ = false;
+  cut_ = -INFINITY;
+  Candidates& c = candidates_;
+  c.slots.clear();
+  c.rest_lse.assign(group_, -INFINITY);
+  c.bytes = 0;
+  if (segments.size() == 1 && segments.front()->index().choose_pages(request, selection)) {
+    scan(request);
+    for (const PagePick& pick : selection.picks) {
+      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+        c.slots.push_back(pick.local_page * page_size_ + std::countr_zero(slots));
+      }
+    }
+    c.rest_lse = selection.rest_lse;
+    c.bytes += selection.bytes_scanned;
+    c.picked.assign(c.size(), 1);
+    rescore(request);  // of what is attended anyway: read once
+  } else {
+    find(request);
+    c.bytes += rescore(request);
+    widen(request, selection);
+    do {
+      if (has_scores_) scores_.exclude(candidates_.slots);
+      if (has_scores_ && request.mass_target > 0.0) scores_.log_totals(c.rest_lse.data());
+    } while (pick(request) && find_more(request, request.max_budget));
+  }
+  // Whole pages brought more candidates.
+  if (has_scores_ && config.select == "page") scores_.exclude(candidates_.slots);
+  take_picked(selection);
+  weigh_rest(selection);
+  selection.bytes_scanned = c.bytes;
+}
+
+}  // namespace icecache

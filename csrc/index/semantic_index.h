@@ -1,0 +1,123 @@
+// SemanticIndex: tokens of one (sequence, layer, KV head) at consecutive positions, stored in pages
+// of similar keys, with what tells a query which of them it needs and what the others weigh.
+//
+// An index is built once, and then only read: any number of sequences share it (Segment). One that
+// can grow says so (GrowingIndex). An implementation says how tokens are arranged into pages and
+// how candidates are found; what a step picks of them is the Selector's to say.
+//
+// Invariants (check_integrity)
+//  1. Every token given to it is in exactly one page.
+//  2. A summary equals the sum over its members to rounding, after any sequence of calls.
+//  3. Deterministic: the same calls give bitwise the same.
+//  4. Any finite keys and values are accepted: equal keys, zero keys, huge norms.
+// After a build() that threw for want of pages or memory, the index can only be destroyed.
+//
+// Threads: const methods any number, others one caller; different indexes are independent.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "icecache/index_types.h"
+#include "index/far_field.h"
+#include "index/page_table.h"
+#include "index/sketch.h"
+#include "index/token_space.h"
+
+namespace icecache {
+
+class SemanticIndex {
+ public:
+  explicit SemanticIndex(const IndexContext& context);
+  virtual ~SemanticIndex() = default;
+  SemanticIndex& operator=(const SemanticIndex&) = delete;
+
+  // Tokens per far-field node as built.
+  static std::size_t node_tokens(const Config& config) {
+    return static_cast<std::size_t>(std::max(config.far_node_tokens, config.page_size));
+  }
+
+  // Fills an empty index; at least one token.
+  void build(const TokenBlock& tokens, const QueryMoments& queries);
+
+  std::int32_t size() const { return table_.size(); }
+  // Positions of the tokens are from the one to below the other; equal where there are none.
+  std::int32_t first_position() const { return first_position_; }
+  std::int32_t end_position() const { return end_position_; }
+  // Bytes of sketches, summaries and tables (not of pages).
+  virtual std::size_t memory_bytes() const;
+  virtual void check_integrity() const;
+
+  const PageTable& table() const { return table_; }
+  // Far-field node of a page.
+  int node_of(int page) const { return node_of_page_[page]; }
+  std::span<const int> nodes_of_pages() const { return node_of_page_; }
+  int node_count() const { return node_count_; }
+  // Whether keys are sketched: where the far field needs to know what tokens weigh.
+  virtual bool has_sketches() const { return has_far_field_; }
+  bool has_far_field() const { return has_far_field_; }
+  const Sketch& sketch() const { return sketch_; }
+  const TokenSpace& space() const { return space_; }
+  const FarField& far_field() const { return far_; }
+
+  // How a query's candidates are found: those with the best sketch scores, or those that find()
+  // names.
+  enum class Finding : std::uint8_t { kByScores, kByItself };
+  virtual Finding finding() const = 0;
+  struct Found {
+    std::vector<std::int32_t> slots;  // slot ids, ascending, each once
+    // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.
+    std::vector<float> rest_lse;
+    std::int64_t bytes = 0;  // read to find them
+  };
+  // Candidates beside which there are more tokens than `wanted`; about that many. `found` comes
+  // empty, with rest_lse -inf.
+  virtual void find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
+    (void)request, (void)wanted, (void)found;
+  }
+  // Indexes that rank whole pages by themselves fill picks, tokens, rest_lse and bytes_scanned, and
+  // return true; then there are no candidates.
+  virtual bool choose_pages(const SelectRequest& request, Selection& selection) const {
+    (void)request, (void)selection;
+    return false;
+  }
+
+ protected:
+  SemanticIndex(const SemanticIndex&) = default;
+
+  // Rows of the block in page order; page p holds order[bounds[p]..bounds[p + 1]), 1..S of them,
+  // and belongs to far-field node nodes[p]; nodes are numbered from 0 without gaps.
+  struct Arrangement {
+    std::vector<std::int32_t> order, bounds, nodes;
+  };
+  // keys: [N, D] fp32; coordinates: [N, width] in space(), null without sketches. Called once,
+  // before the pages are taken.
+  virtual Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) = 0;
+  // Called once, when page p of the arrangement is local page p. What only an index that grows
+  // needs is given back here.
+  virtual void built(const Arrangement& arrangement);
+
+  const Config& config() const { return *context_.config; }
+  const IndexContext& context() const { return context_; }
+  // Pages per far-field node as built.
+  int node_pages() const;
+  // Pages of each node.
+  std::vector<std::vector<int>> pages_by_node() const;
+
+  // What a GrowingIndex changes.
+  IndexContext context_;
+  PageTable table_;
+  TokenSpace space_;
+  Sketch sketch_;
+  FarField far_;
+  const bool has_far_field_;
+  std::int32_t first_position_ = 0, end_position_ = 0;
+  int node_count_ = 0;
+  std::vector<int> node_of_page_;  // [P]
+};
+
+}  // namespace icecache
