@@ -65,7 +65,7 @@ class Head {
 
     PagePool::Options options;
     options.page_bytes = 2 * config_.page_size * row_bytes_;
-    options.capacity_bytes = 2 * (n / config_.page_size + 1) * options.page_bytes;
+    options.capacity_bytes = std::size_t{64} << 30;  // taken as it is needed
     pool_ = std::make_unique<PagePool>(options);
     context_.pool = pool_.get();
     context_.owner = {0, 0, 0};

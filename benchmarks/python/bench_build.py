@@ -1,4 +1,4 @@
-"""What an index costs: its build per 32k x 128 head, and the insert of one token.
+"""What an index costs: its build, of a prompt (32k tokens) and of what is sealed (512).
 
 A build is everything between the last append and an index ready to answer: reading the keys, the
 query metric, tree, sketch, summaries and the copy into pages. `build_ms_*` is the time that one
@@ -93,15 +93,6 @@ class FilledEngine:
         self.engine.observe(self.sequences, 0, shown)
         self.engine.synchronize()
 
-    def step(self, position: int) -> None:
-        """One decode step, and the insert that it leaves to the index threads."""
-        dim, dtype = self.case.head_dim, self.case.dtype
-        new = synthetic(self.heads, 1, dim, position, 0)[None].to(dtype)
-        query = synthetic(self.heads * GROUP, 1, dim, position, 100)[None].to(dtype)
-        self.engine.append(self.sequences, 0, new, new)
-        self.engine.attend(self.sequences, 0, query)
-        self.engine.synchronize()
-
     def index_seconds(self) -> float:
         """Mean over heads since the last reset."""
         stats = [self.engine.stats(0, head) for head in range(self.heads)]
@@ -123,18 +114,6 @@ def build_results(case: BuildCase, heads: int, repeats: int) -> Iterator[Result]
     yield Result(f"build_wall_ms_{tail}", 1e3 * median(wall), "ms", params)
 
 
-def insert_result(case: BuildCase, steps: int) -> Result:
-    """Index time per token and head over decode steps at `case.length`."""
-    filled = FilledEngine(case, heads=2)
-    filled.build()
-    filled.step(case.length)
-    filled.engine.reset_stats()
-    for step in range(1, steps + 1):
-        filled.step(case.length + step)
-    cost = 1e6 * filled.index_seconds() / steps
-    return Result(f"insert_us{case.suffix}", cost, "us", {**case.params(), "n": steps})
-
-
 def rival_results(case: BuildCase) -> Iterator[Result]:
     """FAISS's builds of one head."""
     rows = synthetic(1, case.length, case.head_dim, 0, 0)[0].numpy()
@@ -154,14 +133,12 @@ def rival_results(case: BuildCase) -> Iterator[Result]:
 def main(
     lengths: Annotated[
         str, typer.Option(help="Tokens of the sequence, comma-separated.")
-    ] = "4096,8192,32768,131072",
+    ] = "512,4096,8192,32768,131072",
     heads: Annotated[int, typer.Option(min=1, help="KV heads built together.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Builds of each case.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Timed inserts.")] = 256,
-    insert_length: Annotated[int, typer.Option(help="Tokens before the inserts.")] = 32768,
     json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
 ) -> None:
-    """Time builds and inserts of the index beside FAISS; takes several minutes."""
+    """Time builds of the index beside FAISS; takes several minutes."""
     shapes = [
         BuildCase(length, head_dim, dtype)
         for length, head_dim, dtype in product(
@@ -170,22 +147,14 @@ def main(
     ]
     plain = [case for case in shapes if case.suffix == ""]
     builds = shapes + [replace(case, threads=2) for case in plain]
-    inserts = [
-        BuildCase(insert_length, head_dim, dtype)
-        for head_dim, dtype in product((128, 64), (torch.bfloat16, torch.float32))
-    ]
     rivals = [replace(case, threads=threads) for case in plain for threads in (1, 2)]
     results: list[Result] = []
     console = Console()
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(builds) + len(inserts) + len(rivals))
+        task = bar.add_task("", total=len(builds) + len(rivals))
         for case in builds:
             bar.update(task, description=f"build {size(case.length)}{case.suffix}")
             results += build_results(case, heads, repeats)
-            bar.advance(task)
-        for case in inserts:
-            bar.update(task, description=f"insert{case.suffix}")
-            results.append(insert_result(case, steps))
             bar.advance(task)
         for case in rivals:
             bar.update(task, description=f"FAISS {size(case.length)}{case.suffix}")
