@@ -256,14 +256,12 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   step.segments.clear();
   for (const Segment& segment : segments_) step.segments.push_back(&segment);
   std::optional<Segment> growing;
-  if (growing_ && growing_->size() > 0) step.segments.push_back(&growing.emplace(*growing_));
+  if (growing_) step.segments.push_back(&growing.emplace(*growing_));
   step.selector.select(config, step.segments, request, step.selection);
   stats.select_seconds += seconds_since(select_start);
 
-  std::int64_t nodes = 0;  // that far weights are of
-  for (const Segment* segment : step.segments) {
-    nodes += segment->index().has_far_field() ? segment->index().node_count() : 0;
-  }
+  // Far-field nodes that have weights.
+  const auto nodes = static_cast<std::int64_t>(step.selection.far_weights.size()) / group;
   weigh(nodes, step);
   add_values(nodes, step, out, stats);
   if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);

@@ -98,6 +98,7 @@ class HeadCache {
   // Work for a background thread: tokens to be sealed, or segments to be merged.
   enum class Work : std::uint8_t { kSeal, kMerge };
   static constexpr Work kWorks[] = {Work::kSeal, Work::kMerge};
+  static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
   // Tokens of the segment that is due to be built; 0 where none is due, or one is under way.
   std::int32_t due_work(Work work) const;
   // It takes over when `ready_after` more tokens are there: before the next decode() from there on
@@ -132,14 +133,15 @@ class HeadCache {
 
   struct Step;
 
-  static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
   // Of a segment that is sealed, at least.
   std::int32_t seal_tokens() const {
     return static_cast<std::int32_t>(context_.config->segment_tokens);
   }
-  bool has_index() const { return !segments_.empty() || (growing_ && growing_->size() > 0); }
-  // Segments from this one on are merged with `more` tokens that follow.
+  bool has_index() const { return !segments_.empty() || growing_ != nullptr; }
+  // Of the first `end` segments, those from this one on are merged with `more` tokens that follow;
+  // of all, with the last one.
   std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
+  std::size_t first_to_merge() const;
   PageLayout layout() const;
   // Query t sees the first seen + t tokens of the picks.
   void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
@@ -156,8 +158,12 @@ class HeadCache {
   std::int32_t next_window_start() const { return window_start(length()); }
   // How many tokens of the tail lie before that window, and are to join the index.
   std::int32_t due_tokens() const;
-  // Builds an index of the segments from `first` on or the growing index, and the due tokens.
-  void build(std::size_t first, std::int32_t due);
+  // Throws OutOfPages where there are certainly too few pages for an index of so many tokens: where
+  // they are scarce, every step tries to build.
+  void require_pages(std::int32_t tokens) const;
+  // Makes a segment of the due tokens and the last segments; the growing index anew, with them.
+  void build_segment(std::int32_t due);
+  void build_growing(std::int32_t due);
   // Moves tokens from the tail into the growing index.
   void insert(std::int32_t due);
   void use_builds(HeadStats& stats) noexcept;

@@ -51,41 +51,42 @@ std::size_t HeadCache::first_to_merge(std::size_t end, std::int32_t more) const 
   return end;
 }
 
-void HeadCache::build(std::size_t first, std::int32_t due) {
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
-  std::int32_t count = due + (growing_ ? growing_->size() : 0);
-  for (std::size_t i = first; i < segments_.size(); ++i) count += segments_[i].size();
-  // Asked first: where pages are scarce, every step tries again.
+std::size_t HeadCache::first_to_merge() const {
+  if (segments_.empty()) return 0;
+  return first_to_merge(segments_.size() - 1, segments_.back().size());
+}
+
+void HeadCache::require_pages(std::int32_t tokens) const {
   const auto page_size = static_cast<std::int32_t>(context_.config->page_size);
-  const auto least = static_cast<std::size_t>((count + page_size - 1) / page_size);
+  const auto least = static_cast<std::size_t>((tokens + page_size - 1) / page_size);
   if (least > context_.pool->free_pages()) {
-    throw OutOfPages(message("an index of ", count, " tokens needs ", least, " pages, ",
+    throw OutOfPages(message("an index of ", tokens, " tokens needs ", least, " pages, ",
                              context_.pool->free_pages(), " are free"));
   }
+}
+
+void HeadCache::build_segment(std::int32_t due) {
+  const auto first = static_cast<std::ptrdiff_t>(first_to_merge(segments_.size(), due));
+  const SegmentBuild build(context_, {segments_.begin() + first, segments_.end()}, tail_, due,
+                           moments_, length());
+  require_pages(build.end_position() - build.first_position());
+  segments_.reserve(segments_.size() + 3);
+  Segment segment(build.build());
+  segments_.erase(segments_.begin() + first, segments_.end());
+  segments_.push_back(std::move(segment));
+  tail_.pop_front(due);
+}
+
+void HeadCache::build_growing(std::int32_t due) {
+  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  const std::int32_t before = growing_ ? growing_->size() : 0, count = before + due;
+  require_pages(count);
   std::vector<std::byte> keys(count * row), values(count * row);
-  std::size_t at = 0;
-  for (std::size_t i = first; i < segments_.size(); ++i) {
-    segments_[i].gather(keys.data() + at, values.data() + at);
-    at += segments_[i].size() * row;
-  }
-  if (growing_) {
-    growing_->table().gather(keys.data() + at, values.data() + at);
-    at += growing_->size() * row;
-  }
-  tail_.gather(due, keys.data() + at, values.data() + at);
-  const TokenBlock tokens{keys.data(), values.data(), count, tail_.first_position() + due - count};
-  if (grows(*context_.config)) {
-    std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
-    fresh->build(tokens, moments_);
-    growing_ = std::move(fresh);
-  } else {
-    segments_.reserve(segments_.size() + 3);
-    std::unique_ptr<SemanticIndex> fresh = make_index(context_);
-    fresh->build(tokens, moments_);
-    Segment segment(std::move(fresh));
-    segments_.erase(segments_.begin() + static_cast<std::ptrdiff_t>(first), segments_.end());
-    segments_.push_back(std::move(segment));
-  }
+  if (growing_) growing_->table().gather(keys.data(), values.data());
+  tail_.gather(due, keys.data() + before * row, values.data() + before * row);
+  std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
+  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments_);
+  growing_ = std::move(fresh);
   tail_.pop_front(due);
 }
 
@@ -113,7 +114,7 @@ void HeadCache::update_index(HeadStats& stats) {
   const simd::FlushSubnormals flush;
   try {
     if (build_is_due()) {
-      build(first_to_merge(segments_.size(), due), due);
+      grows(*context_.config) ? build_growing(due) : build_segment(due);
     } else if (growing_) {
       insert(due);
     }
@@ -131,11 +132,9 @@ std::int32_t HeadCache::due_work(Work work) const {
     const std::int32_t due = due_tokens() / size * size;
     return has_index() && due >= seal_tokens() ? due : 0;
   }
-  if (segments_.size() < 2) return 0;
-  const std::size_t last = segments_.size() - 1;
-  const std::size_t first = first_to_merge(last, segments_[last].size());
-  if (first == last) return 0;
-  return segments_[last].end_position() - segments_[first].first_position();
+  const std::size_t first = first_to_merge();
+  if (first + 1 >= segments_.size()) return 0;
+  return segments_.back().end_position() - segments_[first].first_position();
 }
 
 std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t ready_after) {
@@ -144,13 +143,12 @@ std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t read
   segments_.reserve(segments_.size() + 2);
   const std::int32_t ready_at = length() + ready_after;
   if (work == Work::kSeal) {
-    return std::make_shared<SegmentBuild>(context_, tail_, tokens, moments_, ready_at);
+    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens, moments_,
+                                          ready_at);
   }
-  const std::size_t last = segments_.size() - 1;
-  const auto first = static_cast<std::ptrdiff_t>(first_to_merge(last, segments_[last].size()));
-  return std::make_shared<SegmentBuild>(
-      context_, std::vector<Segment>(segments_.begin() + first, segments_.end()), moments_,
-      ready_at);
+  const auto first = segments_.begin() + static_cast<std::ptrdiff_t>(first_to_merge());
+  return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(first, segments_.end()),
+                                        std::nullopt, 0, moments_, ready_at);
 }
 
 void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {

@@ -38,7 +38,7 @@ struct LayerCache {
     return std::all_of(heads.begin(), heads.end(),
                        [](const auto& head) { return head.is_short(); });
   }
-  JobGroup& group_of(HeadCache::Work work) { return builds[static_cast<std::size_t>(work)]; }
+  JobGroup& group_of(HeadCache::Work work) { return builds[HeadCache::at(work)]; }
   // True where decoding would use the result of background work.
   bool build_is_ready(HeadCache::Work work) const {
     return std::any_of(heads.begin(), heads.end(),

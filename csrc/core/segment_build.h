@@ -1,8 +1,9 @@
-// SegmentBuild: a segment that is made on a background thread while decoding goes on without it: of
-// decoded tokens that are sealed, or of segments that are merged.
+// SegmentBuild: how a segment is made: of decoded tokens that are sealed, of segments that are
+// merged, or of both.
 //
-// Decoding never waits for it and its results do not depend on timing: the segment takes over at a
-// length that is fixed when the work starts, which is so far away that the work is long done.
+// On a background thread, decoding goes on without it and never waits for it, and its results do
+// not depend on timing: the segment takes over at a length that is fixed when the work starts,
+// which is so far away that the work is long done.
 //
 // Threads: run() on a background thread, once; afterwards (the caller has waited) the owner alone.
 #pragma once
@@ -19,14 +20,16 @@ namespace icecache {
 
 class SegmentBuild {
  public:
-  // Seals the first `count` tokens of a run. Takes over when the sequence has `ready_at` tokens.
-  SegmentBuild(const IndexContext& context, const PageRun& run, std::int32_t count,
-               const QueryMoments& queries, std::int32_t ready_at);
-  // Merges segments that follow one another.
+  // Merges `sources`, which follow one another, and the first `run_tokens` tokens of `run`, which
+  // follow them; there may be no sources, and no run. Takes over when the sequence has `ready_at`
+  // tokens.
   SegmentBuild(const IndexContext& context, std::vector<Segment> sources,
-               const QueryMoments& queries, std::int32_t ready_at);
+               std::optional<PageRun> run, std::int32_t run_tokens, const QueryMoments& queries,
+               std::int32_t ready_at);
 
-  // Builds. Without pages or memory there is no segment, and result() is null.
+  // The segment's index. Throws OutOfPages and std::bad_alloc, and then has changed nothing.
+  std::shared_ptr<const SemanticIndex> build() const;
+  // Builds and lets go of what it was made from. Without pages or memory result() is null.
   void run();
 
   std::int32_t first_position() const { return first_position_; }
@@ -41,11 +44,11 @@ class SegmentBuild {
 
  private:
   IndexContext context_;
-  std::optional<PageRun> run_;
   std::vector<Segment> sources_;
+  std::optional<PageRun> run_;
   QueryMoments queries_;
   std::size_t source_count_;
-  std::int32_t first_position_, count_, ready_at_;
+  std::int32_t run_tokens_, first_position_, count_, ready_at_;
   std::shared_ptr<const SemanticIndex> result_;
 };
 

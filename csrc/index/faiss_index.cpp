@@ -23,7 +23,7 @@ class FaissIndex final : public TreeIndex {
   std::size_t memory_bytes() const override {
     return TreeIndex::memory_bytes() + (search_ ? search_->memory_bytes() : 0);
   }
-  Finding finding() const override { return search_ ? Finding::kByItself : Finding::kByScores; }
+  bool finds_by_scores() const override { return !search_; }
   void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
 
  protected:

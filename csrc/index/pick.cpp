@@ -123,7 +123,7 @@ void Selector::complete_pages(const SelectRequest& request) {
   }
   c.slots.swap(slots_);
   c.picked.swap(marked_);
-  c.bytes += rescore(request);
+  rescore(request);
 }
 
 void Selector::take_picked(Selection& selection) {

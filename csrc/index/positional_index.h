@@ -22,7 +22,7 @@ class PositionalIndex final : public GrowingIndex {
  public:
   explicit PositionalIndex(const IndexContext& context);
   std::unique_ptr<GrowingIndex> fork() const override;
-  Finding finding() const override { return Finding::kByItself; }
+  bool finds_by_scores() const override { return false; }
   void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
   bool choose_pages(const SelectRequest& request, Selection& selection) const override;
   std::size_t memory_bytes() const override;

@@ -24,7 +24,7 @@ void Selector::number(std::span<const Segment* const> segments) {
   int page = 0;
   nodes_ = 0;
   for (const Segment* segment : segments) {
-    parts_.push_back({segment, page, nodes_});
+    parts_.push_back({segment, static_cast<int>(parts_.size()), page, nodes_});
     page += SketchScores::page_room(parts_.back().pages(), page_size_);
     nodes_ += segment->index().node_count();
   }
@@ -58,25 +58,22 @@ std::int64_t Selector::wanted_candidates(const SelectRequest& request) const {
 }
 
 void Selector::scan(const SelectRequest& request) {
+  has_scores_ = parts_.front().segment->index().has_sketches();
+  if (!has_scores_) return;
   pages_.clear();
+  if (queries_.size() < parts_.size()) queries_.resize(parts_.size());
   int octave = 0;
-  for (Part& part : parts_) {
+  for (const Part& part : parts_) {
     const SemanticIndex& index = part.segment->index();
-    if (!index.has_sketches()) continue;
-    part.scores = static_cast<int>(pages_.size());
     pages_.push_back(part.pages());
-    if (queries_.size() < pages_.size()) queries_.resize(pages_.size());
-    Sketch::Query& query = queries_[part.scores];
+    Sketch::Query& query = queries_[part.number];
     index.sketch().prepare(index.space().metric, request.queries, group_, query);
     octave = std::max(octave, query.octave);
   }
-  has_scores_ = !pages_.empty();
-  if (!has_scores_) return;
   scores_.resize(group_, page_size_, pages_, octave);
   for (const Part& part : parts_) {
-    if (part.scores < 0) continue;
     candidates_.bytes += part.segment->index().sketch().scan(
-        queries_[part.scores], part.segment->masks(), part.scores, scores_);
+        queries_[part.number], part.segment->masks(), part.number, scores_);
   }
 }
 
@@ -89,10 +86,12 @@ void Selector::find(const SelectRequest& request) {
     return;
   }
   scan(request);
-  if (finds_by_scores_) cut_ = scores_.top(request.near_lse, wanted, candidates_.slots);
+  if (finds_by_scores_) {
+    cut_ = scores_.top(request.near_lse, wanted, -INFINITY, candidates_.slots);
+    return;
+  }
   for (const Part& part : parts_) {
     const SemanticIndex& index = part.segment->index();
-    if (index.finding() != SemanticIndex::Finding::kByItself) continue;
     found_.slots.clear();
     found_.rest_lse.assign(group_, -INFINITY);
     found_.bytes = 0;
@@ -109,17 +108,28 @@ void Selector::find(const SelectRequest& request) {
   }
 }
 
-std::int64_t Selector::rescore(const SelectRequest& request) {
-  Candidates& c = candidates_;
-  const auto count = static_cast<std::int64_t>(c.size());
+void Selector::score(const SelectRequest& request, std::span<const std::int32_t> slots,
+                     std::vector<float>& logits) {
+  const auto count = static_cast<std::int64_t>(slots.size());
   const PageTable& any = parts_.front().table();
   rows_.resize(count);
-  for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t slot) {
+  for_each(slots, [&](const Part& part, std::size_t i, std::int32_t slot) {
     rows_[i] = part.table().key(any.page_of(slot), any.place_of(slot));
   });
-  c.logits.resize(count * group_);
+  logits.resize(count * group_);
   simd::kernels().row_logits({rows_.data(), any.dtype(), count, group_, any.head_dim()},
-                             request.queries, c.logits.data(), count);
+                             request.queries, logits.data(), count);
+  candidates_.bytes += count * static_cast<std::int64_t>(any.head_dim() * size_of(any.dtype()));
+}
+
+void Selector::rescore(const SelectRequest& request) {
+  score(request, candidates_.slots, candidates_.logits);
+  weigh_candidates();
+}
+
+void Selector::weigh_candidates() {
+  Candidates& c = candidates_;
+  const auto count = static_cast<std::int64_t>(c.size());
   c.weights.assign(count * group_, 0.0f);
   c.max.resize(group_);
   c.sum.resize(group_);
@@ -129,24 +139,31 @@ std::int64_t Selector::rescore(const SelectRequest& request) {
     if (c.sum[g] == 0.0f) continue;
     simd::kernels().add_exp(logits, c.max[g], c.weights.data() + g * count, count);
   }
-  return count * static_cast<std::int64_t>(any.head_dim() * size_of(any.dtype()));
 }
 
-bool Selector::find_more(const SelectRequest& request, std::int64_t most) {
-  const auto count = static_cast<std::int64_t>(candidates_.size());
-  const std::int64_t wanted = std::min(most, 2 * count) - count;
-  if (!has_scores_ || wanted <= 0) return false;
+bool Selector::find_more(const SelectRequest& request, std::int64_t count, float least) {
+  if (!has_scores_ || count <= 0) return false;
+  Candidates& c = candidates_;
   float known[kMaxGroup];
-  for (int g = 0; g < group_; ++g) known[g] = log_add(request.near_lse[g], candidates_.lse(g));
-  cut_ = scores_.top(known, wanted, more_);
+  for (int g = 0; g < group_; ++g) known[g] = log_add(request.near_lse[g], c.lse(g));
+  cut_ = scores_.top(known, count, least, more_);
   if (more_.empty()) return false;
-  all_.resize(candidates_.size() + more_.size());
-  std::merge(candidates_.slots.begin(), candidates_.slots.end(), more_.begin(), more_.end(),
-             all_.begin());
-  candidates_.slots.swap(all_);
-  // Of all candidates the new ones alone: the others' keys are at hand.
-  candidates_.bytes += rescore(request) * static_cast<std::int64_t>(more_.size()) /
-                       static_cast<std::int64_t>(candidates_.size());
+  scores_.exclude(more_);
+  score(request, more_, more_logits_);
+  const std::size_t before = c.size(), added = more_.size(), after = before + added;
+  all_.resize(after);
+  all_logits_.resize(after * group_);
+  for (std::size_t i = 0, a = 0, b = 0; i < after; ++i) {
+    const bool is_new = a == before || (b < added && more_[b] < c.slots[a]);
+    all_[i] = is_new ? more_[b] : c.slots[a];
+    for (int g = 0; g < group_; ++g) {
+      all_logits_[g * after + i] = is_new ? more_logits_[g * added + b] : c.logits[g * before + a];
+    }
+    ++(is_new ? b : a);
+  }
+  c.slots.swap(all_);
+  c.logits.swap(all_logits_);
+  weigh_candidates();
   return true;
 }
 
@@ -154,38 +171,29 @@ float Selector::score_error() const {
   const Candidates& c = candidates_;
   const auto count = static_cast<std::int64_t>(c.size());
   float sum[kMaxGroup] = {}, square[kMaxGroup] = {};
-  std::int64_t scored = 0;
   for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t) {
-    if (part.scores < 0) return;
-    ++scored;
     for (int g = 0; g < group_; ++g) {
       const float error = c.logits[g * count + static_cast<std::int64_t>(i)] -
-                          scores_.log_weight(part.scores, g, c.slots[i]);
+                          scores_.log_weight(part.number, g, c.slots[i]);
       sum[g] += error;
       square[g] += error * error;
     }
   });
   float largest = 0.0f;
-  for (int g = 0; g < group_ && scored > 0; ++g) {
-    const float mean = sum[g] / static_cast<float>(scored);
-    largest = std::max(largest, square[g] / static_cast<float>(scored) - mean * mean);
+  for (int g = 0; g < group_ && count > 0; ++g) {
+    const float mean = sum[g] / static_cast<float>(count);
+    largest = std::max(largest, square[g] / static_cast<float>(count) - mean * mean);
   }
   return std::sqrt(largest);
 }
 
-void Selector::widen(const SelectRequest& request, Selection& selection) {
-  selection.is_widened = selection.is_doubtful = false;
-  if (!finds_by_scores_ || !has_scores_) return;
-  const float reach = kDeviations * score_error();
+void Selector::widen(const SelectRequest& request, float error, Selection& selection) {
+  const float least = std::log(kMainShare) - kDeviations * error;
+  if (!(cut_ > least)) return;
   const std::int64_t most = kMostWidening * config_->candidates;
-  while (cut_ + reach > std::log(kMainShare)) {
-    scores_.exclude(candidates_.slots);
-    if (!find_more(request, most)) {
-      selection.is_doubtful = static_cast<std::int64_t>(candidates_.size()) >= most;
-      return;
-    }
-    selection.is_widened = true;
-  }
+  selection.is_widened =
+      find_more(request, most - static_cast<std::int64_t>(candidates_.size()), least);
+  selection.is_doubtful = cut_ > least;
 }
 
 void Selector::select(const Config& config, std::span<const Segment* const> segments,
@@ -195,10 +203,9 @@ void Selector::select(const Config& config, std::span<const Segment* const> segm
   page_size_ = static_cast<int>(config.page_size);
   number(segments);
   has_far_field_ = segments.front()->index().has_far_field();
-  finds_by_scores_ = std::any_of(segments.begin(), segments.end(), [](const Segment* segment) {
-    return segment->index().finding() == SemanticIndex::Finding::kByScores;
-  });
+  finds_by_scores_ = segments.front()->index().finds_by_scores();
   has_scores_ = false;
+  selection.is_widened = selection.is_doubtful = false;
   cut_ = -INFINITY;
   Candidates& c = candidates_;
   c.slots.clear();
@@ -217,12 +224,17 @@ void Selector::select(const Config& config, std::span<const Segment* const> segm
     rescore(request);  // of what is attended anyway: read once
   } else {
     find(request);
-    c.bytes += rescore(request);
-    widen(request, selection);
+    rescore(request);
+    const float error = finds_by_scores_ && has_scores_ ? score_error() : 0.0f;
+    if (has_scores_) scores_.exclude(c.slots);
+    widen(request, error, selection);
+    std::int64_t left = 0;
     do {
-      if (has_scores_) scores_.exclude(candidates_.slots);
       if (has_scores_ && request.mass_target > 0.0) scores_.log_totals(c.rest_lse.data());
-    } while (pick(request) && find_more(request, request.max_budget));
+      left = request.max_budget - static_cast<std::int64_t>(c.size());
+    } while (pick(request) &&
+             find_more(request, std::min<std::int64_t>(left, static_cast<std::int64_t>(c.size())),
+                       -INFINITY));
   }
   // Whole pages brought more candidates.
   if (has_scores_ && config.select == "page") scores_.exclude(candidates_.slots);

@@ -21,9 +21,9 @@ namespace icecache {
 
 class Selector {
  public:
-  // Picks tokens of `segments`, which are in order of position, for one step of the group, whose
-  // queries are finite. Pages (PagePick::local_page) and far-field nodes are numbered over all
-  // segments in order. An index that chooses pages by itself must be the only one.
+  // Picks tokens of `segments`, which are of one kind and in order of position, for one step of the
+  // group, whose queries are finite. Pages (PagePick::local_page) and far-field nodes are numbered
+  // over all segments in order. An index that chooses pages by itself must be the only one.
   void select(const Config& config, std::span<const Segment* const> segments,
               const SelectRequest& request, Selection& selection);
 
@@ -36,8 +36,7 @@ class Selector {
  private:
   struct Part {
     const Segment* segment;
-    int first_page, first_node;
-    int scores = -1;  // part of scores_, -1: not scanned
+    int number, first_page, first_node;
     int pages() const { return static_cast<int>(segment->masks().size()); }
     const PageTable& table() const { return segment->index().table(); }
   };
@@ -71,20 +70,26 @@ class Selector {
   std::uint32_t mask(int page) const;
   void add_all(const Part& part);
 
-  // Scores of the segments that have sketches.
+  // Scores of all segments, where they have sketches.
   void scan(const SelectRequest& request);
   void find(const SelectRequest& request);
   // Tokens that get an exact score at first; at least the budget, and where no more can follow,
   // what mass_target may pick.
   std::int64_t wanted_candidates(const SelectRequest& request) const;
-  // Exact logits of the candidates, and what they weigh. Returns the bytes read.
-  std::int64_t rescore(const SelectRequest& request);
-  // Twice as many candidates as there are, at most `most`; false: there are no more.
-  bool find_more(const SelectRequest& request, std::int64_t most);
-  // More candidates until none of the others can have kMainShare of a head's attention.
-  void widen(const SelectRequest& request, Selection& selection);
+  // Exact logits of some slots [G, slots]; counts the bytes read.
+  void score(const SelectRequest& request, std::span<const std::int32_t> slots,
+             std::vector<float>& logits);
+  // Exact logits of the candidates, and what they weigh.
+  void rescore(const SelectRequest& request);
+  void weigh_candidates();
+  // Up to `count` candidates more, of those whose log share is above `least`; false: there are
+  // none.
+  bool find_more(const SelectRequest& request, std::int64_t count, float least);
+  // More candidates, so that none of the others can have kMainShare of a head's attention, as far
+  // as scores tell that are `error` nats from logits.
+  void widen(const SelectRequest& request, float error, Selection& selection);
   // How far scores are from logits: the largest over the heads of the candidates' standard
-  // deviation, in nats.
+  // deviation, in nats. Before they are excluded.
   float score_error() const;
   // Fills `picked` within the budget; picking whole pages adds their tokens to the candidates.
   // Returns whether all candidates are picked and mass_target asks for more.
@@ -114,7 +119,7 @@ class Selector {
   std::vector<std::int32_t> more_, all_, ranking_, taken_, slots_, left_;
   std::vector<char> marked_;
   std::vector<int> pages_;
-  std::vector<float> mass_, node_mass_;
+  std::vector<float> more_logits_, all_logits_, mass_, node_mass_;
 };
 
 }  // namespace icecache

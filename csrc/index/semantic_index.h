@@ -64,10 +64,8 @@ class SemanticIndex {
   const TokenSpace& space() const { return space_; }
   const FarField& far_field() const { return far_; }
 
-  // How a query's candidates are found: those with the best sketch scores, or those that find()
-  // names.
-  enum class Finding : std::uint8_t { kByScores, kByItself };
-  virtual Finding finding() const = 0;
+  // Whether a query's candidates are those with the best sketch scores; else find() names them.
+  virtual bool finds_by_scores() const = 0;
   struct Found {
     std::vector<std::int32_t> slots;  // slot ids, ascending, each once
     // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "index/log_sum.h"
 #include "index/top_k.h"
@@ -14,6 +15,7 @@ void SketchScores::resize(int group, int page_size, std::span<const int> pages, 
   group_ = group;
   page_size_ = page_size;
   octave_ = octave;
+  unit_ = std::ldexp(simd::kScoreUnit, octave);
   mass_columns_ = simd::mass_stride(group);
   parts_.resize(pages.size());
   int next = 0;
@@ -36,10 +38,6 @@ int SketchScores::page_room(int pages, int page_size) {
 
 int SketchScores::coarse() const {
   return std::min(octave_, simd::kMaxCoarse);
-}
-
-float SketchScores::unit() const {
-  return std::ldexp(simd::kScoreUnit, octave_);
 }
 
 float SketchScores::log_max(int part, int g) const {
@@ -75,7 +73,8 @@ float SketchScores::log_total(int g) const {
   return totals[g];
 }
 
-float SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots) {
+float SketchScores::top(const float* near_lse, std::int64_t k, float least_share,
+                        std::vector<std::int32_t>& slots) {
   float totals[kMaxGroup];
   log_totals(totals);
   // In units; only how heads and parts differ matters. A head without any weight has no total.
@@ -104,9 +103,14 @@ float SketchScores::top(const float* near_lse, std::int64_t k, std::vector<std::
     const std::int64_t end = p + 1 < static_cast<int>(parts_.size()) ? first_slot(p + 1) : stride_;
     std::fill(rank_.begin() + first + slots_of_part, rank_.begin() + end, simd::kNoScore);
   }
-  // Free slots rank there or below, tokens above.
-  top_k(rank_, block_max_, simd::kNoScore, k, slots);
-  if (slots.empty() || static_cast<std::int64_t>(slots.size()) < k) return -INFINITY;
+  // Free slots rank at kNoScore or below, tokens above.
+  std::int16_t floor = simd::kNoScore;
+  if (least_share > -INFINITY) {
+    floor = static_cast<std::int16_t>(std::clamp<float>(
+        std::floor(least_share / unit() + least), floor, std::numeric_limits<std::int16_t>::max()));
+  }
+  top_k(rank_, block_max_, floor, k, slots);
+  if (static_cast<std::int64_t>(slots.size()) < k) return least_share;
   std::int16_t last = rank_[slots.front()];
   for (const std::int32_t slot : slots) last = std::min(last, rank_[slot]);
   return unit() * (static_cast<float>(last) - least);

@@ -30,7 +30,7 @@ class SketchScores {
   int octave() const { return octave_; }
   // What the kernels know of it.
   int coarse() const;
-  float unit() const;
+  float unit() const { return unit_; }
   // What Sketch::scan writes: [G, stride()], [G], [P, mass_stride(G)], nats of a score of 0 [G].
   std::int16_t* scores(int part) { return scores_.data() + first_slot(part); }
   std::int16_t* max(int part) { return parts_[part].max; }
@@ -53,9 +53,10 @@ class SketchScores {
   // The k slots of most mass, ascending, all where there are fewer. A token's mass is what it
   // weighs in the head of the group that sees it best, beside near_lse and all other tokens; the
   // sum over the group would rank alike (it is at most G times as large) and cost an exponential a
-  // score. Equal masses: the lower slots. Returns the logarithm of the largest such share that a
-  // token beside them may have, by its score; -inf where there is none.
-  float top(const float* near_lse, std::int64_t k, std::vector<std::int32_t>& slots);
+  // score. Equal masses: the lower slots. Leaves out those whose share has a logarithm of `least`
+  // or below. Returns the logarithm of the largest share that a token beside them may have, by its
+  // score; -inf where there is none.
+  float top(const float* near_lse, std::int64_t k, float least, std::vector<std::int32_t>& slots);
   // What a slot's score says of its logit: log weight of head g.
   float log_weight(int part, int g, std::int32_t slot) const {
     return parts_[part].bias[g] + unit() * scores_[g * stride_ + slot];
@@ -75,6 +76,7 @@ class SketchScores {
   }
 
   int group_ = 0, page_size_ = 0, mass_columns_ = 0, octave_ = 0;
+  float unit_ = 0.0f;  // nats
   std::int64_t stride_ = 0;
   std::vector<Part> parts_;
   std::vector<std::int16_t> scores_, rank_, block_max_;

@@ -9,7 +9,7 @@ namespace icecache {
 class TreeIndex : public SemanticIndex {
  public:
   using SemanticIndex::SemanticIndex;
-  Finding finding() const override { return Finding::kByScores; }
+  bool finds_by_scores() const override { return true; }
   bool has_sketches() const override { return true; }
 
  protected:

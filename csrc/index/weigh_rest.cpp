@@ -44,14 +44,14 @@ void Selector::weigh_nodes(std::vector<float>& shift) {
     of_candidates[g] = std::exp(c.max[g] - max);
     shift[g] = max;
   }
-  for (const Part& part : parts_) {
-    if (part.scores < 0) continue;
+  for (std::size_t p = 0; has_scores_ && p < parts_.size(); ++p) {
+    const Part& part = parts_[p];
     float of_scan[kMaxGroup + 3] = {};
     for (int g = 0; g < group_; ++g)
-      of_scan[g] = std::exp(scores_.log_max(part.scores, g) - shift[g]);
+      of_scan[g] = std::exp(scores_.log_max(part.number, g) - shift[g]);
     float* const mass = node_mass_.data() + static_cast<std::size_t>(part.first_node) * columns;
     for (int first = 0; first < columns; first += 4) {
-      add_page_masses(scores_.page_mass(part.scores, 0) + first,
+      add_page_masses(scores_.page_mass(part.number, 0) + first,
                       part.segment->index().nodes_of_pages(), columns, of_scan + first,
                       mass + first);
     }

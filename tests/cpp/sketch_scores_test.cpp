@@ -149,7 +149,7 @@ TEST_P(SketchScoresForms, TopIsTheLargestMassOfAnyHead) {
     for (const std::int64_t k : {std::int64_t{0}, std::int64_t{1}, std::int64_t{7}, tokens() / 3,
                                  tokens() - 1, tokens(), tokens() + 9}) {
       std::vector<std::int32_t> top{1, 2};
-      scores_.top(near_.data(), k, top);
+      scores_.top(near_.data(), k, -INFINITY, top);
       ASSERT_EQ(static_cast<std::int64_t>(top.size()), std::min<std::int64_t>(k, tokens()));
       EXPECT_TRUE(std::is_sorted(top.begin(), top.end()));
       std::vector<char> chosen(slots(), 0);
@@ -249,7 +249,7 @@ class SketchScoresTest : public ::testing::Test {
   }
   std::vector<std::int32_t> top(std::vector<float> near, int k) {
     std::vector<std::int32_t> slots;
-    scores_.top(near.data(), k, slots);
+    scores_.top(near.data(), k, -INFINITY, slots);
     return slots;
   }
   SketchScores scores_;
