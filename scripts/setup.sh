@@ -132,6 +132,9 @@ else
     install_venv "$base" || exit 1
     say "making .venv with $("$base" --version)"
     "$base" -m venv --clear $shared_packages .venv
+    # The pip that Pythons bring takes minutes of CPU time to look through an index; a newer one seconds.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip ||
+      say "pip stays at the version that Python brought, and takes longer"
   fi
 fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||

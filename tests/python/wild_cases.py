@@ -19,6 +19,7 @@ from wild_values import EXTREMES, GOOD_NUMBERS, METHODS, NO_NUMBERS, Errors
 class Case:
     name: str
     run: Callable[[], None]  # raises where something does not hold
+    leaves_all: bool = False  # where it does not raise, everything is as it was before
 
 
 def refuses(
@@ -31,7 +32,7 @@ def refuses(
             return
         raise AssertionError("accepted what is invalid")
 
-    return Case(name, run)
+    return Case(name, run, leaves_all=True)
 
 
 def engine_cases() -> Iterator[Case]:
@@ -49,6 +50,7 @@ def engine_cases() -> Iterator[Case]:
                 yield Case(
                     f"Engine.{method}({parameter}={value.name})",
                     partial(wild.run_method, method, parameter, value),
+                    leaves_all=bool(value.errors),
                 )
 
 
@@ -364,6 +366,7 @@ def operator_cases() -> Iterator[Case]:
                 yield Case(
                     f"torch.ops.icecache.{operator}({parameter}={form})",
                     partial(run_operator, operator, parameter, change, is_valid),
+                    leaves_all=not is_valid,
                 )
     assert device.KIND == "cuda"  # the import registered the operator
     step = torch.ops.icecache.device_step
