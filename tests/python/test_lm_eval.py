@@ -246,10 +246,19 @@ def test_a_task_is_asked_and_scored_as_in_our_own_benchmark(
     assert results["config"]["icecache_version"] == icecache.__version__
 
 
+# As no_catalogue, for a process of its own.
+WITHOUT_CATALOGUE = """
+import functools, runpy
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+runpy.run_module("icecache.bench.lm_eval_model", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_command(folder: str, tmp_path: Path) -> None:
     task, out = write_task(tmp_path), tmp_path / "out"
-    command = [sys.executable, "-m", "icecache.bench.lm_eval_model", "--model", "icecache"]
+    command = [sys.executable, "-c", WITHOUT_CATALOGUE, "--model", "icecache"]
     command += ["--model_args", f"pretrained={folder},token_budget={BUDGET},index=tree"]
     command += ["--tasks", str(task), "--limit", "1", "--output_path", str(out)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
