@@ -82,10 +82,8 @@ test-cpp: build-test
 test-python: build-test
 	$(IN_TREE) $(TWO_AT_ONCE) $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Most of the time goes to the start of processes one after another: three tests keep two cores busy.
 test-vllm: setup-vllm
-	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm \
-	  -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm $(ARGS)
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror

@@ -1,30 +1,34 @@
-"""Scenarios on a real engine, each in a process of its own (drive.py)."""
+"""Scenarios on a real engine, each in a process of its own (drive.py).
+
+All tests run in one pytest process: an engine uses the cores anyway, and each further process of
+pytest would spend fifteen seconds of CPU time on importing vLLM.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import json
 import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import drive
 import icecache.models
 import models
 import pytest
 
 pytest.importorskip("vllm", reason="make test-vllm makes an environment with vLLM")
 
-# One process with its engine, little memory, no word beside errors, no question to a hub.
+# One process with its engine, no word beside errors, no question to a hub.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
 }
-DRIVE = Path(__file__).with_name("drive.py")
 
 Run = Callable[..., dict[str, Any]]
 
@@ -34,43 +38,63 @@ class EngineFailed(AssertionError):
 
 
 class Driver:
-    """A process that runs scenarios, with the environment that it began with."""
+    """A process that runs scenarios (drive.py)."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(DRIVE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, **environment},
-        )
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.process = os.fork()
+        if self.process == 0:
+            ours.close()
+            status = 1
+            try:
+                os.environ.update(ENVIRONMENT)
+                with theirs.makefile("rw") as lines:
+                    drive.attend(lines)
+                status = 0
+            finally:
+                os._exit(status)  # the rest of pytest is the parent's
+        theirs.close()
+        self.lines = ours.makefile("rw")
+        ours.close()  # once the lines are closed, too
 
-    def run(self, scenario: str, spec: dict[str, Any], output: Path) -> str:
+    def run(
+        self, scenario: str, spec: dict[str, Any], environment: dict[str, str], output: Path
+    ) -> str:
         """What the scenario said."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(
-            json.dumps([scenario, spec, output], default=str), file=self.process.stdin, flush=True
-        )
-        for line in self.process.stdout:
-            if line == "over\n":
-                return output.read_text()
-        raise EngineFailed(f"the process that runs scenarios ended: {self.process.wait()}")
+        given = json.dumps([scenario, spec, environment, output], default=str)
+        print(given, file=self.lines, flush=True)
+        if self.lines.readline() != "over\n":
+            raise EngineFailed(f"the process that runs scenarios ended: {self.end()}")
+        return output.read_text()
+
+    def end(self) -> int:
+        """The status of the process, which ends for want of lines."""
+        self.lines.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+# vLLM takes many seconds to import: once for the tests in this process and for the scenarios, whose
+# process is made while no test has loaded a plugin. Some variables are read at the import.
+with pytest.MonkeyPatch.context() as _patch:
+    for _name, _value in ENVIRONMENT.items():
+        _patch.setenv(_name, _value)
+    for _name in drive.MODULES:
+        with contextlib.suppress(ModuleNotFoundError):  # other versions have other modules
+            importlib.import_module(_name)
+DRIVER = Driver()
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """run(scenario, environment={...}, model=..., icecache={...} or None, llm={...}, ...)."""
-    drivers: dict[str, Driver] = {}
     folder = tmp_path_factory.mktemp("scenarios")
 
     def run(
         scenario: str, environment: dict[str, str] | None = None, **spec: Any
     ) -> dict[str, Any]:
         spec.setdefault("icecache", None)
-        key = json.dumps(environment)
-        if key not in drivers:
-            drivers[key] = Driver(environment or {})
-        said = drivers[key].run(scenario, spec, folder / f"{next(numbers)}.txt")
+        output = folder / f"{next(numbers)}.txt"
+        said = DRIVER.run(scenario, spec, environment or {}, output)
         for line in said.splitlines():
             if line.startswith("RESULT "):
                 return dict(json.loads(line.removeprefix("RESULT ")))
@@ -78,8 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
     numbers = itertools.count()
     yield run
-    for driver in drivers.values():
-        driver.process.communicate()
+    assert DRIVER.end() == 0
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,46 @@
 """Runs scenarios on a real vLLM engine, each in its own process, as lines of its input name them.
 
-    ["SCENARIO", {"model": FOLDER, "icecache": {...} | null, "llm": {...}, ...}, OUTPUT]
+    ["SCENARIO", {"model": FOLDER, "icecache": {...} | null, "llm": {...}, ...},
+     ENVIRONMENT, OUTPUT]
 
-What a scenario says goes to the file OUTPUT, last its result as JSON; then a line tells that it is
-over. "emulated": true puts the cache on the emulator of a CUDA device.
+ENVIRONMENT holds variables for this scenario alone. What a scenario says goes to the file OUTPUT,
+last its result as JSON; then a line tells that it is over. "emulated": true puts the cache on the
+emulator of a CUDA device.
 
-vLLM keeps a process's first connector for ever, and takes many seconds to import: hence a fork of
-this process for each.
+vLLM keeps a process's first connector for ever, and takes many seconds to import: conftest.py forks
+a process that has imported it and loaded no plugin, and that forks another for each scenario.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from models import NAN_TOKEN, SIDE, VOCABULARY
 
 LONGEST = 600  # seconds that a scenario may take
+# What engines import when they are made, most of the time that one takes.
+MODULES = (
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.gemma3",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.warmup.kernel_warmup",
+    "vllm.models.deepseek_v4",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.gpu.warmup",
+)
 
 
 def make(spec: dict[str, Any]) -> Any:
@@ -40,7 +57,7 @@ def make(spec: dict[str, Any]) -> Any:
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "seed": 0,
-        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 64 << 20,  # is filled with zeros
         "skip_tokenizer_init": True,
     }
     if spec["icecache"] is not None:
@@ -115,7 +132,14 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def ranks(spec: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens of spec["prompts"] where workers are processes of their own."""
+    """Greedy tokens of spec["prompts"] where workers are processes of their own.
+
+    vLLM starts those anew on a CPU; with "forked": true they have its modules from this process.
+    """
+    if spec.get("forked"):
+        from vllm.v1.executor import multiproc_executor
+
+        multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
     return {"tokens": answers(make(spec), spec["prompts"], spec["tokens"])}
 
 
@@ -298,8 +322,13 @@ def emulate() -> None:
     emulate_device(pytest.MonkeyPatch())
 
 
-def run(scenario: str, given: dict[str, Any]) -> None:
+def run(scenario: str, given: dict[str, Any], environment: dict[str, str]) -> None:
     """Prints the result."""
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # OpenMP was loaded without it
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if given.get("emulated"):
         emulate()
     result = SCENARIOS[scenario](given)
@@ -307,26 +336,27 @@ def run(scenario: str, given: dict[str, Any]) -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def main() -> None:
-    import vllm.entrypoints.llm  # noqa: F401
-
-    for line in sys.stdin:
-        scenario, given, output = json.loads(line)
+def attend(lines: TextIO) -> None:
+    """Runs what `lines` name, one after another, until the other end closes them."""
+    gc.collect()
+    gc.freeze()  # vLLM collects often: the objects of what it imports are left alone
+    for line in lines:
+        scenario, given, environment, output = json.loads(line)
         child = os.fork()
         if child == 0:
             signal.alarm(LONGEST)
             with open(os.devnull, "rb") as nothing, open(output, "wb") as file:
                 for number, of in enumerate((nothing, file, file)):
                     os.dup2(of.fileno(), number)
+            # pytest has put files of its own in their place.
+            sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+            for handler in logging.getLogger("vllm").handlers:
+                handler.setStream(sys.stderr)  # type: ignore[attr-defined]
             try:
-                run(scenario, given)
+                run(scenario, given, environment)
             except BaseException:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(0)  # vLLM's threads would keep the process for seconds
         os.waitpid(child, 0)
-        print("over", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        print("over", file=lines, flush=True)

@@ -85,8 +85,9 @@ def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
     two = {**SMALL, "tensor_parallel_size": 2, "max_num_batched_tokens": 64}
     # Two processes on the same cores: bound to them all, as they would on a machine with more.
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    for settings in ({"exact": True}, {"token_budget": 1024}):
-        got = run("ranks", **given, llm=two, icecache={**memory, **settings}, environment=bound)
+    for settings, forked in (({"exact": True}, False), ({"token_budget": 1024}, True)):
+        ours = {"icecache": {**memory, **settings}, "forked": forked}
+        got = run("ranks", **given, llm=two, **ours, environment=bound)
         assert got["tokens"] == one
 
 
