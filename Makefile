@@ -1,10 +1,11 @@
 # make demo | test: the two commands. Everything they need is made on the way (scripts/setup.sh).
 # Variables: JOBS, ARGS (passed on), ICECACHE_CUDA, ICECACHE_FAISS (AUTO, ON, OFF), ICECACHE_WERROR,
-# ICECACHE_PYTHON, ICECACHE_VLLM, ICECACHE_WHEEL (scripts/setup_vllm.sh).
+# ICECACHE_UNITY (CMakeLists.txt), ICECACHE_PYTHON, ICECACHE_VLLM, ICECACHE_WHEEL (scripts/setup_vllm.sh).
 JOBS ?= $(shell nproc)
 ICECACHE_CUDA ?= AUTO
 ICECACHE_FAISS ?= AUTO
 ICECACHE_WERROR ?= OFF
+ICECACHE_UNITY ?= OFF
 ARGS ?=
 , := ,
 
@@ -20,7 +21,7 @@ define cmake_build
 	@$(TOOLS) cmake --build $(1) -j $(JOBS)
 endef
 RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAISS=$(ICECACHE_FAISS) \
-  -DICECACHE_WERROR=$(ICECACHE_WERROR) -DPython_EXECUTABLE=$(PYTHON)
+  -DICECACHE_WERROR=$(ICECACHE_WERROR) -DICECACHE_UNITY=$(ICECACHE_UNITY) -DPython_EXECUTABLE=$(PYTHON)
 # Warnings of the optimiser are not reliable in instrumented code. OpenMP, which FAISS brings, is not
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-Og -g1" -DICECACHE_BINDINGS=OFF \

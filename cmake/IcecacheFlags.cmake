@@ -16,32 +16,25 @@ if(ICECACHE_SANITIZE)
                         "got '${ICECACHE_SANITIZE}'")
   endif()
   string(REPLACE ",undefined" "" memory_sanitizer "${ICECACHE_SANITIZE}")
+  if(ICECACHE_SANITIZE MATCHES "address")
+    # Accesses are checked by calls, which compile faster; for what runs little.
+    set(icecache_checked_by_calls --param=asan-instrumentation-with-call-threshold=0)
+  endif()
   set(sanitize -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_compile_options(
     icecache_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${ICECACHE_SANITIZE};${sanitize}>)
   target_compile_options(
-    icecache_test_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${memory_sanitizer};${sanitize}>)
+    icecache_test_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${memory_sanitizer};${sanitize};${icecache_checked_by_calls}>)
   foreach(flags icecache_flags icecache_test_flags)
     target_link_options(${flags} INTERFACE -fsanitize=${ICECACHE_SANITIZE})
   endforeach()
 endif()
 
-# Headers that cost most of the time of small sources, compiled once for `target`. Only for builds that
-# are checks: in one without, a source that lacks an #include must not compile. Sources with flags of
-# their own are left out. (-fpch-preprocess: for ccache.)
-function(icecache_precompile target)
-  target_precompile_headers(
-    ${target} PRIVATE <algorithm> <array> <atomic> <cmath> <condition_variable> <cstdint> <functional>
-    <memory> <mutex> <numeric> <optional> <span> <stdexcept> <string> <string_view> <thread>
-    <unordered_map> <utility> <vector>)
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fpch-preprocess>)
-  get_target_property(sources ${target} SOURCES)
-  foreach(source IN LISTS sources)
-    get_source_file_property(options "${source}" COMPILE_OPTIONS)
-    if(options)
-      set_property(SOURCE "${source}" PROPERTY SKIP_PRECOMPILE_HEADERS ON)
-    endif()
-  endforeach()
+# Compiles the sources of `target` several at a time, which takes half the time. Only for builds that are
+# checks: in one without, a source that lacks an #include must not compile. Sources with flags of their
+# own are compiled alone.
+function(icecache_compile_together target)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 12)
 endfunction()
 
 # Puts the Python package's libraries where PYTHONPATH=python finds them. They find each other through

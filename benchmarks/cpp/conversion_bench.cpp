@@ -10,7 +10,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::conversion_bench {
 namespace {
 
 constexpr std::int64_t kElements = 65536;
@@ -66,4 +66,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::conversion_bench

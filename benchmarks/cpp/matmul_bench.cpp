@@ -7,7 +7,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::matmul_bench {
 namespace {
 
 void matmul(benchmark::State& state) {
@@ -29,4 +29,4 @@ BENCHMARK(matmul)
     ->Unit(benchmark::kMicrosecond);
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::matmul_bench

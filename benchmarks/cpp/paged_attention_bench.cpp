@@ -11,7 +11,7 @@
 #include "registry.h"
 #include "roof.h"
 
-namespace icecache::bench {
+namespace icecache::bench::paged_attention_bench {
 namespace {
 
 constexpr int kGroup = 4;
@@ -98,4 +98,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::paged_attention_bench

@@ -11,7 +11,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::rows_bench {
 namespace {
 
 constexpr int kGroup = 4;
@@ -106,4 +106,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::rows_bench

@@ -10,7 +10,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::sketch_scan_bench {
 namespace {
 
 constexpr int kGroup = 4, kRank = 32, kBits = 4, kPageSize = 16;
@@ -99,4 +99,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::sketch_scan_bench

@@ -8,7 +8,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::softmax_bench {
 namespace {
 
 constexpr int kShort = 2048, kLong = 32768;
@@ -40,4 +40,4 @@ void add_exp(benchmark::State& state) {
 BENCHMARK(add_exp)->Arg(kShort)->Arg(kLong);
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::softmax_bench

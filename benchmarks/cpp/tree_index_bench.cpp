@@ -18,7 +18,7 @@
 #include "roof.h"
 #include "simd/kernels.h"
 
-namespace icecache::bench {
+namespace icecache::bench::tree_index_bench {
 namespace {
 
 constexpr int kGroup = 4, kBudget = 220;  // 256 less sinks and window
@@ -166,4 +166,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
-}  // namespace icecache::bench
+}  // namespace icecache::bench::tree_index_bench

@@ -11,7 +11,7 @@ namespace icecache {
 namespace {
 
 // Query tokens of one task in exact attention.
-constexpr int kBlock = 64;
+constexpr int kQueryBlock = 64;
 // Steps of decoding from one whose queries shape the metric to the next.
 constexpr std::int32_t kObserveEvery = 8;
 // All layers build a segment, one after the other, within this share of its tokens.
@@ -62,7 +62,7 @@ class Engine::Impl::AttendCall {
   // True where the step itself does all that is due, and nothing is left to index threads.
   bool is_alone(std::size_t b) const {
     return decodes(b) &&
-           (caches_[b]->sparse() || (caches_[b]->is_short() && queries_[b].tokens <= kBlock));
+           (caches_[b]->sparse() || (caches_[b]->is_short() && queries_[b].tokens <= kQueryBlock));
   }
   void run(Task& task);
   void observe(Task& task, std::int32_t first, float* scaled) const;
@@ -92,9 +92,9 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
         if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
         continue;
       }
-      for (std::int64_t first = 0; first < tokens; first += kBlock) {
+      for (std::int64_t first = 0; first < tokens; first += kQueryBlock) {
         tasks_.push_back(
-            {b, h, first, std::min<std::int64_t>(kBlock, tokens - first), false, is_alone(b)});
+            {b, h, first, std::min<std::int64_t>(kQueryBlock, tokens - first), false, is_alone(b)});
       }
     }
   }

@@ -21,7 +21,7 @@ double largest_logit(float query, const Magnitudes& held, int head_dim) {
   return static_cast<double>(query) * held.key * head_dim;
 }
 
-float largest_of(const float* x, std::ptrdiff_t n) {
+float largest_element(const float* x, std::ptrdiff_t n) {
   return simd::kernels().largest(x, DType::kFloat32, static_cast<std::size_t>(n));
 }
 
@@ -42,10 +42,10 @@ ExactAttention::ExactAttention(const float* queries, int tokens, int group,
                                const PageLayout& layout, const Magnitudes& held, float* out)
     : block_{queries, tokens, group}, layout_(layout), out_(out) {
   const int rows = tokens * group, d = layout.head_dim;
-  float largest = largest_of(queries, static_cast<std::ptrdiff_t>(rows) * d);
+  float largest = largest_element(queries, static_cast<std::ptrdiff_t>(rows) * d);
   if (std::isinf(largest)) {
     set_aside_bad_rows();
-    largest = largest_of(block_.queries, static_cast<std::ptrdiff_t>(rows) * d);
+    largest = largest_element(block_.queries, static_cast<std::ptrdiff_t>(rows) * d);
   }
   if (needs_double(largest, held, d)) {
     wide_.emplace(rows, d);
@@ -63,7 +63,7 @@ void ExactAttention::set_aside_bad_rows() {
   finite_.assign(block_.queries, block_.queries + rows * d);
   for (int r = 0; r < rows; ++r) {
     float* row = finite_.data() + static_cast<std::ptrdiff_t>(r) * d;
-    if (std::isfinite(largest_of(row, d))) continue;
+    if (std::isfinite(largest_element(row, d))) continue;
     bad_.push_back(r);
     std::fill_n(row, d, 0.0f);
   }

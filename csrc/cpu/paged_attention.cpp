@@ -14,7 +14,7 @@ namespace {
 // the transposition of a block's keys serves all of them.
 constexpr int kRowsTogether = 192;
 
-struct TokenBlock {
+struct RowPointers {
   const void* keys[simd::kMaxBlock];
   const void* values[simd::kMaxBlock];
   int count = 0;
@@ -30,7 +30,7 @@ class Tokens {
         slots_(pages.empty() ? 0 : pages.front().slots) {}
 
   // Empty at the end.
-  void next(TokenBlock& block) {
+  void next(RowPointers& block) {
     block.count = 0;
     while (block.count < simd::kMaxBlock && page_ < pages_.size()) {
       if (slots_ == 0) {
@@ -67,8 +67,8 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
   args.dtype = layout.dtype;
   args.head_dim = layout.head_dim;
   thread_local std::vector<int> seen;
-  TokenBlock blocks[2];
-  TokenBlock *now = &blocks[0], *later = &blocks[1];
+  RowPointers blocks[2];
+  RowPointers *now = &blocks[0], *later = &blocks[1];
   tokens.next(*now);
   for (std::int64_t first = 0; now->count > 0; first += simd::kMaxBlock, std::swap(now, later)) {
     tokens.next(*later);

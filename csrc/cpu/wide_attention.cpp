@@ -9,13 +9,13 @@
 namespace icecache {
 namespace {
 
-constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kNoLogit = -std::numeric_limits<double>::infinity();
 
 }  // namespace
 
 WideAttention::WideAttention(int rows, int head_dim)
     : head_dim_(head_dim),
-      max_(static_cast<std::size_t>(rows), kMinusInfinity),
+      max_(static_cast<std::size_t>(rows), kNoLogit),
       sum_(static_cast<std::size_t>(rows), 0.0),
       out_(static_cast<std::size_t>(rows) * head_dim, 0.0) {}
 
@@ -70,7 +70,7 @@ void WideAttention::finish(float* out) const {
 }
 
 double WideAttention::lse(int row) const {
-  return sum_[row] > 0.0 ? max_[row] + std::log(sum_[row]) : kMinusInfinity;
+  return sum_[row] > 0.0 ? max_[row] + std::log(sum_[row]) : kNoLogit;
 }
 
 }  // namespace icecache

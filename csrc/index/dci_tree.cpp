@@ -14,7 +14,7 @@ namespace icecache {
 namespace {
 
 // Keys compared with a level by one matrix product.
-constexpr std::int32_t kBlock = 256;
+constexpr std::int32_t kRowBlock = 256;
 
 double squared_norm(const float* x, int d) {
   double sum = 0.0;
@@ -95,17 +95,17 @@ std::vector<int> DciTree::nearest(const Level& level, const float* keys, const d
                                   const std::int32_t* tokens, std::int32_t n) const {
   const int d = head_dim_, m = level.size();
   std::vector<float> columns(static_cast<std::size_t>(d + 1) * m);
-  std::vector<float> rows(static_cast<std::size_t>(kBlock) * (d + 1));
+  std::vector<float> rows(static_cast<std::size_t>(kRowBlock) * (d + 1));
   std::vector<std::int32_t> held(m, 0);
   for (int j = 0; j < m; ++j) {
     normalise(level.keys.data() + static_cast<std::size_t>(j) * d, d, rows.data());
     for (int i = 0; i < d; ++i) columns[static_cast<std::size_t>(i) * m + j] = rows[i];
     columns[static_cast<std::size_t>(d) * m + j] = static_cast<float>(lift(level.squares[j]));
   }
-  std::vector<float> products(static_cast<std::size_t>(kBlock) * m);
+  std::vector<float> products(static_cast<std::size_t>(kRowBlock) * m);
   std::vector<int> result(n);
-  for (std::int32_t begin = 0; begin < n; begin += kBlock) {
-    const std::int32_t count = std::min(kBlock, n - begin);
+  for (std::int32_t begin = 0; begin < n; begin += kRowBlock) {
+    const std::int32_t count = std::min(kRowBlock, n - begin);
     for (std::int32_t t = 0; t < count; ++t) {
       float* row = rows.data() + static_cast<std::size_t>(t) * (d + 1);
       normalise(keys + static_cast<std::size_t>(begin + t) * d, d, row);

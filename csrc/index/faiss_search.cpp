@@ -39,7 +39,7 @@ auto guarded(Call&& call) {
   }
 }
 
-constexpr int kIterations = 10;
+constexpr int kCellIterations = 10;
 constexpr int kHnswNeighbours = 32;
 
 }  // namespace
@@ -137,7 +137,7 @@ std::vector<std::int32_t> faiss_cells(const float* keys, std::int64_t count, int
   if (exponent != 0) scale_by(scaled.data(), count * head_dim, -exponent);
   return guarded([&] {
     faiss::ClusteringParameters parameters;
-    parameters.niter = kIterations;
+    parameters.niter = kCellIterations;
     parameters.seed = static_cast<int>(seed) + 1;
     parameters.min_points_per_centroid = 1;  // fewer is what FAISS warns about on stderr
     faiss::Clustering clustering(head_dim, static_cast<int>(cells), parameters);

@@ -11,7 +11,7 @@ namespace {
 // Of a row's largest element times 2^-exponent: sums of kBlock squares stay far below the largest
 // float, and ordinary rows have the exponent 0.
 constexpr float kLargestElement = 0x1p50f;
-constexpr std::size_t kRowsTogether = 16;  // that room is made for
+constexpr std::size_t kRowsReserved = 16;  // that room is made for
 constexpr double kManyRows = 64;           // so that the sum of all counts as half
 
 std::size_t triangle(int d) {
@@ -98,7 +98,7 @@ void QueryMoments::add_recent(const float* query) {
   Blocks& blocks = *blocks_;
   if (blocks.current.upper.empty()) {
     const std::size_t row_bytes = blocks.head_dim * size_of(dtype_), at = blocks.rows.size();
-    if (at == blocks.rows.capacity()) blocks.rows.reserve(at + kRowsTogether * row_bytes);
+    if (at == blocks.rows.capacity()) blocks.rows.reserve(at + kRowsReserved * row_bytes);
     blocks.rows.resize(at + row_bytes);
     simd::kernels().from_float(query, blocks.rows.data() + at, dtype_, blocks.head_dim);
     if (blocks.rows.size() >= triangle(blocks.head_dim) * sizeof(float)) blocks.add_rows(dtype_);

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-namespace icecache {
+namespace icecache::attention_state_test {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -122,4 +122,4 @@ TEST(AttentionStateTest, FarApartMaximaDoNotOverflow) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::attention_state_test

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <random>
 
-namespace icecache {
+namespace icecache::bisect_test {
 namespace {
 
 std::vector<float> normal_rows(int n, int rank, unsigned seed) {
@@ -111,4 +111,4 @@ TEST(UpperHalf, SplitsInTwoAlongTheSpread) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::bisect_test

@@ -7,7 +7,7 @@
 #include <set>
 #include <vector>
 
-namespace icecache {
+namespace icecache::checksum_test {
 namespace {
 
 TEST(Checksum, DependsOnEveryByteTheOrderAndTheLength) {
@@ -37,4 +37,4 @@ TEST(Checksum, DoesNotDependOnAlignment) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::checksum_test

@@ -11,7 +11,7 @@
 #include "icecache/error.h"
 #include "refusal.h"
 
-namespace icecache {
+namespace icecache::config_test {
 namespace {
 
 CacheShape smollm2() {
@@ -337,4 +337,4 @@ TEST(ConfigResolved, RefusesShapesThatAreNotSupported) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::config_test

@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-namespace icecache {
+namespace icecache::emulated_device_test {
 namespace {
 
 constexpr std::size_t kBytes = 4096;
@@ -91,4 +91,4 @@ TEST(EmulatedDevice, EndsWithCopiesThatNobodyWaitedFor) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::emulated_device_test

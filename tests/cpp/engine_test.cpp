@@ -11,7 +11,7 @@
 #include "engine_oracle.h"
 #include "icecache/error.h"
 
-namespace icecache {
+namespace icecache::engine_test {
 namespace {
 
 constexpr int kLayers = 2, kQueryHeads = 4, kHeads = 2, kDim = 32;
@@ -405,4 +405,4 @@ TEST(Engine, EmulatedDeviceGivesTheSameAnswers) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::engine_test

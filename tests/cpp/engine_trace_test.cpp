@@ -11,7 +11,7 @@
 #include "icecache/error.h"
 #include "index/make_index.h"
 
-namespace icecache {
+namespace icecache::engine_trace_test {
 namespace {
 
 using testing::OracleHead;
@@ -344,4 +344,4 @@ INSTANTIATE_TEST_SUITE_P(
     setup_name);
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::engine_trace_test

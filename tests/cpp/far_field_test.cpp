@@ -11,7 +11,7 @@
 #include "icecache/error.h"
 #include "pool_fixture.h"
 
-namespace icecache {
+namespace icecache::far_field_test {
 namespace {
 
 using testing::clustered_tokens;
@@ -192,4 +192,4 @@ TEST_P(FarFieldTest, RoundingIsAccepted) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::far_field_test

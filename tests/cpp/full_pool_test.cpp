@@ -8,7 +8,7 @@
 #include "icecache/engine.h"
 #include "icecache/error.h"
 
-namespace icecache {
+namespace icecache::full_pool_test {
 namespace {
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -126,8 +126,8 @@ class Trial {
   int refused_ = 0;
 };
 
-class FullPool : public testing::TestWithParam<const char*> {};
-INSTANTIATE_TEST_SUITE_P(Index, FullPool, testing::Values("tree", "dci", "positional"));
+class FullPool : public ::testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Index, FullPool, ::testing::Values("tree", "dci", "positional"));
 
 TEST_P(FullPool, TimingDoesNotShow) {
   int refusing = 0, roomy = 0;
@@ -147,4 +147,4 @@ TEST_P(FullPool, TimingDoesNotShow) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::full_pool_test

@@ -4,7 +4,7 @@
 
 #include "icecache/error.h"
 
-namespace icecache::testing {
+namespace icecache::testing::index_contract_test {
 namespace {
 
 TEST_P(IndexContract, EveryTokenIsHeldOnceThroughBuildInsertAndTruncate) {
@@ -99,4 +99,4 @@ TEST_P(IndexContract, RunningOutOfPagesLosesNothing) {
 INSTANTIATE_TEST_SUITE_P(All, IndexContract, ::testing::ValuesIn(variants()), variant_name);
 
 }  // namespace
-}  // namespace icecache::testing
+}  // namespace icecache::testing::index_contract_test

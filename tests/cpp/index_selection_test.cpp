@@ -4,7 +4,7 @@
 
 #include "index_contract.h"
 
-namespace icecache::testing {
+namespace icecache::testing::index_selection_test {
 namespace {
 
 TEST_P(IndexContract, PicksLiveTokensWithinTheBudget) {
@@ -133,4 +133,4 @@ TEST_P(IndexContract, TheRestIsSeenThroughItsNodes) {
 }
 
 }  // namespace
-}  // namespace icecache::testing
+}  // namespace icecache::testing::index_selection_test

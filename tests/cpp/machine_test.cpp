@@ -8,11 +8,11 @@
 #include <fstream>
 #include <string>
 
-namespace icecache {
+namespace icecache::machine_test {
 namespace {
 
 // Folders and files as the operating system would show them.
-class ControlGroups : public testing::Test {
+class ControlGroups : public ::testing::Test {
  protected:
   void SetUp() override {
     root_ =
@@ -90,4 +90,4 @@ TEST(UsableCores, IsAtLeastOneAndAtMostTheMachine) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::machine_test

@@ -21,7 +21,7 @@
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
-namespace icecache {
+namespace icecache::numbers_test {
 namespace {
 
 using testing::OracleHead;
@@ -416,4 +416,4 @@ INSTANTIATE_TEST_SUITE_P(All, Numbers, ::testing::ValuesIn(cases()), [](const au
 });
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::numbers_test

@@ -10,7 +10,7 @@
 #include "index/make_index.h"
 #include "pool_fixture.h"
 
-namespace icecache::testing {
+namespace icecache::testing::page_bound_test {
 namespace {
 
 constexpr int kDim = 32, kBuilt = 512, kInserted = 3000, kFirst = 4;
@@ -119,4 +119,4 @@ TEST(PageBoundTest, IsOneForATreeAndMoreWhereCellsOpenPages) {
 }
 
 }  // namespace
-}  // namespace icecache::testing
+}  // namespace icecache::testing::page_bound_test

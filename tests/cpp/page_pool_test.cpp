@@ -13,7 +13,7 @@
 #include "icecache/error.h"
 #include "refusal.h"
 
-namespace icecache {
+namespace icecache::page_pool_test {
 namespace {
 
 using testing::refusal;
@@ -414,4 +414,4 @@ TEST(PagePool, TheLastOfManyReleasesFreesThePageOnce) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::page_pool_test

@@ -8,7 +8,7 @@
 #include "icecache/error.h"
 #include "pool_fixture.h"
 
-namespace icecache {
+namespace icecache::page_run_test {
 namespace {
 
 constexpr int kDim = 8, kPage = 8;
@@ -138,4 +138,4 @@ TEST_F(PageRunTest, RunningOutOfPagesChangesNothing) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::page_run_test

@@ -7,7 +7,7 @@
 #include "icecache/error.h"
 #include "pool_fixture.h"
 
-namespace icecache {
+namespace icecache::page_table_test {
 namespace {
 
 using testing::clustered_tokens;
@@ -152,4 +152,4 @@ TEST_F(PageTableTest, PicksCarryTheEpochOfTheContent) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::page_table_test

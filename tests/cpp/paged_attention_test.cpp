@@ -12,7 +12,7 @@
 #include "cpu/reference.h"
 #include "simd/kernels.h"
 
-namespace icecache {
+namespace icecache::paged_attention_test {
 namespace {
 
 // N tokens in order of position from slot `offset` on; slots not in use are 0xff bytes (NaN).
@@ -204,4 +204,4 @@ TEST(PagedAttentionTest, PartsMergeToTheWhole) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::paged_attention_test

@@ -13,7 +13,7 @@
 
 #include "core/thread_pool.h"
 
-namespace icecache {
+namespace icecache::parallel_test {
 namespace {
 
 std::atomic<int> lent{0};  // most bodies that one loop asked for
@@ -92,4 +92,4 @@ TEST(LentThreadsBound, NumThreadsBoundsWhatIsAskedFor) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::parallel_test

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <random>
 
-namespace icecache {
+namespace icecache::query_metric_test {
 namespace {
 
 std::vector<float> normal_rows(std::int64_t n, int d, unsigned seed) {
@@ -262,4 +262,4 @@ TEST(QueryMoments, WeighTheLastBlockAndTheRestAsMuchAsAll) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::query_metric_test

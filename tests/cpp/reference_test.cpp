@@ -7,7 +7,7 @@
 #include <limits>
 #include <random>
 
-namespace icecache::reference {
+namespace icecache::reference::reference_test {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -182,4 +182,4 @@ TEST(ReferenceTest, FarFieldSurvivesHugeWeights) {
 }
 
 }  // namespace
-}  // namespace icecache::reference
+}  // namespace icecache::reference::reference_test

@@ -11,7 +11,7 @@
 #include "icecache/error.h"
 #include "refusal.h"
 
-namespace icecache {
+namespace icecache::residency_test {
 namespace {
 
 using testing::refusal;
@@ -224,4 +224,4 @@ TEST_F(ResidencyTest, ThreadsReadWhatTheyAskedFor) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::residency_test

@@ -11,7 +11,7 @@
 #include "index/make_index.h"
 #include "pool_fixture.h"
 
-namespace icecache {
+namespace icecache::segment_build_test {
 namespace {
 
 using testing::clustered_tokens;
@@ -223,4 +223,4 @@ TEST(EngineStep, IsAllOrNothing) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::segment_build_test

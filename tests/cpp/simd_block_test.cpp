@@ -5,7 +5,7 @@
 #include "simd/kernels.h"
 #include "simd_levels.h"
 
-namespace icecache::simd {
+namespace icecache::simd::simd_block_test {
 namespace {
 
 class SimdBlockTest : public SimdLevel {
@@ -109,9 +109,9 @@ class SimdBlockTest : public SimdLevel {
   }
 
   static std::string describe(const Case& c) {
-    return testing::PrintToString(c.rows) + " rows, D " + testing::PrintToString(c.dim) + ", S " +
-           testing::PrintToString(c.page_size) + ", " + name_of(c.dtype) + ", slots " +
-           testing::PrintToString(c.slots);
+    return ::testing::PrintToString(c.rows) + " rows, D " + ::testing::PrintToString(c.dim) +
+           ", S " + ::testing::PrintToString(c.page_size) + ", " + name_of(c.dtype) + ", slots " +
+           ::testing::PrintToString(c.slots);
   }
 
   static std::uint64_t all(int page_size) {
@@ -235,4 +235,4 @@ TEST_P(SimdBlockTest, HugeLogitsDoNotOverflow) {
 }
 
 }  // namespace
-}  // namespace icecache::simd
+}  // namespace icecache::simd::simd_block_test

@@ -13,7 +13,7 @@
 
 namespace icecache::simd {
 
-class SimdLevel : public testing::TestWithParam<const char*> {
+class SimdLevel : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     const std::string name = GetParam();
@@ -41,10 +41,10 @@ class SimdLevel : public testing::TestWithParam<const char*> {
 
 // Names of all levels, for INSTANTIATE_TEST_SUITE_P.
 inline auto all_levels() {
-  return testing::Values("scalar", "avx2", "avx512", "avx512vnni");
+  return ::testing::Values("scalar", "avx2", "avx512", "avx512vnni");
 }
 
-inline std::string level_name(const testing::TestParamInfo<const char*>& info) {
+inline std::string level_name(const ::testing::TestParamInfo<const char*>& info) {
   return info.param;
 }
 

@@ -4,7 +4,7 @@
 #include "simd/kernels.h"
 #include "simd_levels.h"
 
-namespace icecache::simd {
+namespace icecache::simd::simd_rows_test {
 namespace {
 
 class SimdRowsTest : public SimdLevel {
@@ -77,9 +77,9 @@ class SimdRowsTest : public SimdLevel {
     ASSERT_EQ(out.back(), 77.0f) << "wrote past the end";
   }
 
-  static testing::Message describe(const Case& c, int g, std::int64_t i) {
-    return testing::Message() << "G " << c.group << ", D " << c.dim << ", " << c.count << " rows, "
-                              << name_of(c.dtype) << ", query " << g << ", at " << i;
+  static ::testing::Message describe(const Case& c, int g, std::int64_t i) {
+    return ::testing::Message() << "G " << c.group << ", D " << c.dim << ", " << c.count
+                                << " rows, " << name_of(c.dtype) << ", query " << g << ", at " << i;
   }
 
   std::vector<std::byte> bytes_;
@@ -127,4 +127,4 @@ TEST_P(SimdRowsTest, LogitsDoNotDependOnTheNeighbours) {
 }
 
 }  // namespace
-}  // namespace icecache::simd
+}  // namespace icecache::simd::simd_rows_test

@@ -5,7 +5,7 @@
 #include "simd/kernels.h"
 #include "simd_levels.h"
 
-namespace icecache::simd {
+namespace icecache::simd::simd_scan_test {
 namespace {
 
 constexpr std::int16_t kUntouched = 12345;
@@ -121,8 +121,8 @@ class SimdScanTest : public SimdLevel {
     args.coarse = coarse_;
     k().sketch_scan(args);
     const auto where = [&] {
-      return testing::Message() << c.bits << " bits, R " << c.rank << ", S " << c.page_size
-                                << ", G " << group << ", P " << c.pages << ", shift " << shift_;
+      return ::testing::Message() << c.bits << " bits, R " << c.rank << ", S " << c.page_size
+                                  << ", G " << group << ", P " << c.pages << ", shift " << shift_;
     };
     for (int g = 0; g < group; ++g) {
       std::int16_t best = kNoScore;
@@ -266,4 +266,4 @@ TEST_P(SimdScanTest, NoTokenIsNoScore) {
 }
 
 }  // namespace
-}  // namespace icecache::simd
+}  // namespace icecache::simd::simd_scan_test

@@ -5,7 +5,7 @@
 #include "simd/kernels.h"
 #include "simd_levels.h"
 
-namespace icecache::simd {
+namespace icecache::simd::simd_score_test {
 namespace {
 
 // What kernels.h promises of a term, with rounding.
@@ -77,9 +77,9 @@ class SimdScoreTest : public SimdLevel {
     }
   }
 
-  testing::Message where(int coarse, std::int64_t page, int g) const {
-    return testing::Message() << "coarse " << coarse << ", G " << group_ << ", S " << page_size_
-                              << ", P " << pages_ << ", page " << page << ", query " << g;
+  ::testing::Message where(int coarse, std::int64_t page, int g) const {
+    return ::testing::Message() << "coarse " << coarse << ", G " << group_ << ", S " << page_size_
+                                << ", P " << pages_ << ", page " << page << ", query " << g;
   }
 
   int group_ = 0, page_size_ = 0;
@@ -203,4 +203,4 @@ TEST_P(SimdScoreTest, Rank) {
 }
 
 }  // namespace
-}  // namespace icecache::simd
+}  // namespace icecache::simd::simd_score_test

@@ -8,7 +8,7 @@
 #include "icecache/error.h"
 #include "simd_levels.h"
 
-namespace icecache::simd {
+namespace icecache::simd::simd_test {
 namespace {
 
 const std::size_t kLengths[] = {0, 1, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 100, 257, 1025};
@@ -298,4 +298,4 @@ TEST(SimdDispatchTest, KernelsFollowTheEnvironment) {
 }
 
 }  // namespace
-}  // namespace icecache::simd
+}  // namespace icecache::simd::simd_test

@@ -10,7 +10,7 @@
 
 #include "simd/kernels.h"
 
-namespace icecache {
+namespace icecache::sketch_scores_test {
 namespace {
 
 using simd::kNoScore;
@@ -307,4 +307,4 @@ TEST_F(SketchScoresTest, ASmallerStepForgetsTheLargerOne) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::sketch_scores_test

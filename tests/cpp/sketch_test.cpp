@@ -8,7 +8,7 @@
 
 #include "simd/kernels.h"
 
-namespace icecache {
+namespace icecache::sketch_test {
 namespace {
 
 struct Form {
@@ -309,4 +309,4 @@ TEST(Sketch, WhatIsLeftOfAPageIsWhatItsOtherTokensWeigh) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::sketch_test

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <random>
 
-namespace icecache {
+namespace icecache::symmetric_eigen_test {
 namespace {
 
 std::vector<double> random_symmetric(int n, unsigned seed) {
@@ -94,4 +94,4 @@ TEST(SymmetricEigen, ReadsOnlyTheLowerTriangle) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::symmetric_eigen_test

@@ -6,7 +6,7 @@
 #include <set>
 #include <vector>
 
-namespace icecache {
+namespace icecache::tensor_overlap_test {
 namespace {
 
 constexpr std::int64_t kDim = 4;
@@ -83,4 +83,4 @@ TEST_F(TensorOverlapTest, AgreesWithCountingElements) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::tensor_overlap_test

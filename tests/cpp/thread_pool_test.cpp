@@ -17,7 +17,7 @@
 
 #include "icecache/error.h"
 
-namespace icecache {
+namespace icecache::thread_pool_test {
 namespace {
 
 using std::chrono::microseconds;
@@ -50,8 +50,8 @@ TEST(ThreadPool, RefusesImpossibleThreadCounts) {
 
 // ---- parallel_for
 
-class ParallelFor : public testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(Threads, ParallelFor, testing::Values(1, 2, 3, 8));
+class ParallelFor : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Threads, ParallelFor, ::testing::Values(1, 2, 3, 8));
 
 TEST_P(ParallelFor, RunsEveryItemOnceForAnyCount) {
   ThreadPool pool(GetParam(), 0);
@@ -176,8 +176,8 @@ TEST(ParallelForHelpers, CostLessThanTenMicrosecondsForTenSmallItems) {
 
 // ---- Background jobs
 
-class Background : public testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(Workers, Background, testing::Values(0, 1, 4));
+class Background : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Workers, Background, ::testing::Values(0, 1, 4));
 
 TEST_P(Background, WaitReturnsWhenAllJobsOfTheGroupAreDone) {
   ThreadPool pool(1, GetParam());
@@ -449,4 +449,4 @@ TEST(ThreadPoolFork, ForksWhileOtherThreadsUseThePool) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::thread_pool_test

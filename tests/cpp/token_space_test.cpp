@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-namespace icecache {
+namespace icecache::token_space_test {
 namespace {
 
 constexpr int kDim = 24, kRank = 8, kValues = 16;
@@ -99,4 +99,4 @@ TEST(TokenSpaceTest, ValuesThatAreNoNumbersOrDoNotVaryLieAtZero) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::token_space_test

@@ -9,7 +9,7 @@
 
 #include "simd/kernels.h"
 
-namespace icecache {
+namespace icecache::top_k_test {
 namespace {
 
 using Ranks = std::vector<std::int16_t>;
@@ -132,4 +132,4 @@ TEST(KthLargest, AgreesWithSorting) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::top_k_test

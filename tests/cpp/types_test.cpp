@@ -8,7 +8,7 @@
 
 #include "icecache/error.h"
 
-namespace icecache {
+namespace icecache::types_test {
 namespace {
 
 CacheShape small_shape() {
@@ -110,4 +110,4 @@ TEST(TensorView, AddressesByStridesInElements) {
 }
 
 }  // namespace
-}  // namespace icecache
+}  // namespace icecache::types_test

@@ -126,7 +126,7 @@ void PrintTo(const Case& that, std::ostream* out) {
   *out << that.name;
 }
 
-class Fault : public testing::TestWithParam<Case> {
+class Fault : public ::testing::TestWithParam<Case> {
  protected:
   // Where `nth` failed: what was not as promised.
   std::string broken(const std::string& end, Kind kind) const {
@@ -209,17 +209,17 @@ LifeOptions options_of(const char* index, const char* device = "cpu", int thread
 
 INSTANTIATE_TEST_SUITE_P(
     Of, Fault,
-    testing::Values(Case{"MemoryTree", options_of("tree"), Kind::kMemory},
-                    Case{"MemoryDci", options_of("dci"), Kind::kMemory},
-                    Case{"MemoryPositional", options_of("positional"), Kind::kMemory},
-                    Case{"MemoryFaiss", options_of("faiss"), Kind::kMemory},
-                    Case{"MemoryDevice", options_of("tree", "emulated"), Kind::kMemory},
-                    Case{"MemoryManyThreads", options_of("tree", "cpu", 3, 3), Kind::kMemory},
-                    Case{"PagesTree", options_of("tree"), Kind::kPages},
-                    Case{"PagesDci", options_of("dci"), Kind::kPages},
-                    Case{"PagesPositional", options_of("positional"), Kind::kPages},
-                    Case{"PagesFaiss", options_of("faiss"), Kind::kPages},
-                    Case{"Threads", options_of("tree", "emulated", 3, 3), Kind::kThreads}),
+    ::testing::Values(Case{"MemoryTree", options_of("tree"), Kind::kMemory},
+                      Case{"MemoryDci", options_of("dci"), Kind::kMemory},
+                      Case{"MemoryPositional", options_of("positional"), Kind::kMemory},
+                      Case{"MemoryFaiss", options_of("faiss"), Kind::kMemory},
+                      Case{"MemoryDevice", options_of("tree", "emulated"), Kind::kMemory},
+                      Case{"MemoryManyThreads", options_of("tree", "cpu", 3, 3), Kind::kMemory},
+                      Case{"PagesTree", options_of("tree"), Kind::kPages},
+                      Case{"PagesDci", options_of("dci"), Kind::kPages},
+                      Case{"PagesPositional", options_of("positional"), Kind::kPages},
+                      Case{"PagesFaiss", options_of("faiss"), Kind::kPages},
+                      Case{"Threads", options_of("tree", "emulated", 3, 3), Kind::kThreads}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace
