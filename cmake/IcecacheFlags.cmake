@@ -23,8 +23,8 @@ if(ICECACHE_SANITIZE)
   set(sanitize -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_compile_options(
     icecache_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${ICECACHE_SANITIZE};${sanitize}>)
-  target_compile_options(
-    icecache_test_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${memory_sanitizer};${sanitize};${icecache_checked_by_calls}>)
+  set(sanitize_memory -fsanitize=${memory_sanitizer} ${sanitize} ${icecache_checked_by_calls})
+  target_compile_options(icecache_test_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${sanitize_memory}>)
   foreach(flags icecache_flags icecache_test_flags)
     target_link_options(${flags} INTERFACE -fsanitize=${ICECACHE_SANITIZE})
   endforeach()

@@ -117,10 +117,10 @@ endif()
 
 if(ICECACHE_SANITIZE)
   icecache_compile_together(icecache)
-  # The file defines macros for the headers it includes. Accesses that miss their object are those that
-  # the address sanitizer finds.
-  set_property(SOURCE csrc/simd/kernels_scalar.cpp APPEND PROPERTY COMPILE_OPTIONS ${icecache_checked_by_calls}
-               -fno-sanitize=null,object-size)
+  # It defines macros for the headers it includes, and has flags of its own, which leave to the address
+  # sanitizer what that finds, too.
+  set_property(SOURCE csrc/simd/kernels_scalar.cpp APPEND
+               PROPERTY COMPILE_OPTIONS -fno-sanitize=null,object-size ${icecache_checked_by_calls})
 endif()
 
 message(STATUS "icecache ${PROJECT_VERSION}: CUDA ${icecache_with_cuda}, FAISS ${icecache_with_faiss}")

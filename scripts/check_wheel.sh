@@ -8,8 +8,10 @@ python=$(cat build/python)
 PATH="$(dirname "$python"):$PATH"
 # The compiler of `make build`, where Python names the one that it was built with.
 export CC=${CC:-cc} CXX=${CXX:-c++}
-rm -rf "$folder"
-wheel() { "$python" -m pip wheel . --quiet --no-build-isolation --no-deps -C build-dir="$folder/build" "$@"; }
+# As deep as build/release: ccache finds objects of the same sources by their relative paths.
+build=$folder-build
+rm -rf "$folder" "$build"
+wheel() { "$python" -m pip wheel . --quiet --no-build-isolation --no-deps -C build-dir="$build" "$@"; }
 wheel --wheel-dir "$folder"
 "$python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/*.whl
 cd "$folder"

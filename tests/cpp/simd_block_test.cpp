@@ -131,7 +131,7 @@ class SimdBlockTest : public SimdLevel {
 INSTANTIATE_TEST_SUITE_P(Levels, SimdBlockTest, all_levels(), level_name);
 
 TEST_P(SimdBlockTest, EveryHeadDimPageSizeGroupAndType) {
-  for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {
+  for (const int dim : all_dims()) {
     for (const int page_size : {8, 16, 32, 64}) {
       for (const int group : {1, 3, 4, 8, 16}) {
         for (const DType dtype : kDTypes) {

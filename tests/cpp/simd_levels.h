@@ -44,6 +44,18 @@ inline auto all_levels() {
   return ::testing::Values("scalar", "avx2", "avx512", "avx512vnni");
 }
 
+// Head dims, or ranks, of tests that meet all; under a sanitizer those that differ in what is left
+// of vectors of 4 to 16 numbers, and the largest.
+inline std::vector<int> all_dims() {
+#ifdef __SANITIZE_ADDRESS__
+  return {8, 16, 24, 64, 104, 128, kMaxHeadDim};
+#else
+  std::vector<int> dims;
+  for (int dim = 8; dim <= kMaxHeadDim; dim += 8) dims.push_back(dim);
+  return dims;
+#endif
+}
+
 inline std::string level_name(const ::testing::TestParamInfo<const char*>& info) {
   return info.param;
 }

@@ -89,7 +89,7 @@ class SimdRowsTest : public SimdLevel {
 INSTANTIATE_TEST_SUITE_P(Levels, SimdRowsTest, all_levels(), level_name);
 
 TEST_P(SimdRowsTest, EveryHeadDimGroupCountAndType) {
-  for (int dim = 8; dim <= kMaxHeadDim; dim += 8) {
+  for (const int dim : all_dims()) {
     for (const std::int64_t count : {0, 1, 2, 3, 64, 65, 130}) {
       // Every group at some head dim and count, all of them at the usual ones.
       const bool usual = dim == 64 || dim == 128;

@@ -165,7 +165,7 @@ INSTANTIATE_TEST_SUITE_P(Levels, SimdScanTest, all_levels(), level_name);
 
 TEST_P(SimdScanTest, EveryRankPageSizeAndGroup) {
   for (const int bits : {4, 8}) {
-    for (int rank = 8; rank <= kMaxHeadDim; rank += 8) {
+    for (const int rank : all_dims()) {
       for (const int page_size : {8, 16, 32}) {
         for (const std::int64_t pages : {0, 1, 2, 3, 65}) {
           const Case c{bits, rank, page_size, pages};
@@ -235,7 +235,7 @@ TEST_P(SimdScanTest, VeryManyPages) {
 // The largest sums that there are: partial sums of 16 bits must not wrap or saturate.
 TEST_P(SimdScanTest, LargestCodesAndQueries) {
   for (const int bits : {4, 8}) {
-    for (int rank = 8; rank <= kMaxHeadDim; rank += 8) {
+    for (const int rank : all_dims()) {
       for (const int page_size : {8, 16, 32}) {
         const Case c{bits, rank, page_size, 2};
         make(c);
