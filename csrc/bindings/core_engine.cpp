@@ -70,12 +70,21 @@ TensorForm form_of(Self self, const char* name, Use use = Use::kRead) {
 std::vector<Phase> phases_of(py::handle values) {
   std::vector<Phase> phases;
   for (const std::int64_t phase : integers("phases", values)) {
-    if (phase < 0 || phase > 2) {
-      throw InvalidArgument(message("phases must be 0, 1 or 2, got ", phase));
+    if (phase < 0 || phase > 3) {
+      throw InvalidArgument(message("phases must be from 0 to 3, got ", phase));
     }
     phases.push_back(static_cast<Phase>(phase));
   }
   return phases;
+}
+
+// One phase for all of `sequences`.
+std::vector<Phase> phases_of(py::handle value, std::size_t sequences) {
+  const int phase = narrow_integer("phase", value);
+  if (phase < 0 || phase > 3) {
+    throw InvalidArgument(message("phase must be from 0 to 3, got ", phase));
+  }
+  return std::vector<Phase>(sequences, static_cast<Phase>(phase));
 }
 
 // Runs a call that appends `tokens`. Signals that came meanwhile are handled before its result
@@ -108,9 +117,11 @@ void append(Self self, py::handle seqs, py::handle layer_number, py::handle keys
 }
 
 // New tensors of the form of the queries.
-py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handle queries) {
+py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
+                  py::handle phase) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
+  const std::vector<Phase> phases = phases_of(phase, ids.size());
   const bool is_batch = is_tensor(queries);
   const auto given = is_batch ? py::reinterpret_borrow<py::object>(queries)
                               : py::reinterpret_steal<py::object>(PySequence_List(queries.ptr()));
@@ -128,15 +139,16 @@ py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handl
   const Rows out = batch_or_list_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
   {
     const Unlocked unlocked;
-    self->attend(ids, layer, q.views, out.views);
+    self->attend(ids, layer, q.views, out.views, phases);
   }
   return result;
 }
 
 py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
-                py::handle keys, py::handle values) {
+                py::handle keys, py::handle values, py::handle phase) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
+  const std::vector<Phase> phases = phases_of(phase, ids.size());
   const Rows q = batch_rows(form_of(self, "queries"), queries, ids.size());
   const Rows k = batch_rows(form_of(self, "keys"), keys, ids.size());
   const Rows v = batch_rows(form_of(self, "values"), values, ids.size());
@@ -148,7 +160,7 @@ py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle 
   py::object result = new_like(queries);
   const Rows out = batch_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
   append_or_not(self, ids, layer, k.views,
-                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views); });
+                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views, phases); });
   return result;
 }
 

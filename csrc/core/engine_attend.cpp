@@ -50,14 +50,21 @@ class Engine::Impl::AttendCall {
     std::int64_t first, tokens;
     bool sparse, alone;
     HeadStats stats = {};
-    std::optional<QueryMoments> moments = {};  // those of the head become these
+    std::optional<HeadCache::Observed> observed = {};  // the head has these then
     StepTrace trace = {};
   };
 
   Phase phase_of(std::size_t b) const { return phases_.empty() ? Phase::kAuto : phases_[b]; }
   // True where a sequence's tokens come from decoding, not from a prompt.
   bool decodes(std::size_t b) const {
-    return phase_of(b) == Phase::kAuto && queries_[b].tokens <= engine_.config.decode_tokens;
+    const std::int64_t tokens = queries_[b].tokens;
+    return phase_of(b) == Phase::kVerify
+               ? tokens <= kBlock
+               : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
+  }
+  // True where a head of a sequence answers within the token budget.
+  bool is_sparse(std::size_t b, int head) const {
+    return decodes(b) && phase_of(b) == Phase::kAuto && caches_[b]->heads[head].sparse();
   }
   // True where the step itself does all that is due, and nothing is left to index threads.
   bool is_alone(std::size_t b) const {
@@ -88,7 +95,7 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
       if (cache.build_is_ready(work)) engine_.threads.wait(cache.group_of(work));
     }
     for (int h = 0; h < engine_.shape.num_kv_heads; ++h) {
-      if (decodes(b) && cache.heads[h].sparse()) {
+      if (is_sparse(b, h)) {
         if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
         continue;
       }
@@ -103,7 +110,7 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
 void Engine::Impl::AttendCall::compute() {
   std::size_t pages = 0;
   for (const Task& task : tasks_) {
-    if (!task.sparse) continue;
+    if (!task.alone) continue;
     pages += caches_[task.item]->heads[task.head].pages_for_decode();
   }
   if (engine_.has_pages(pages)) {
@@ -134,6 +141,7 @@ void Engine::Impl::AttendCall::run(Task& task) {
       head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace);
     }
   } else {
+    if (task.alone && head.sparse()) head.insert_due(first, task.stats);
     head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, result.data(),
                       task.stats);
     if (decodes(task.item)) task.stats.dense_steps = task.tokens;
@@ -153,12 +161,14 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
   const float scale = engine_.shape.softmax_scale();
   HeadCache& head = caches_[task.item]->heads[task.head];
   std::int64_t count = 0;  // rows that shape the metric, moved to the front
+  std::int32_t last = 0;   // position of the last of them
   for (std::int64_t t = 0; t < task.tokens; ++t) {
-    if (task.sparse && (first + t) % kObserveEvery != 0) continue;
+    if (head.sparse() && (first + t) % kObserveEvery != 0) continue;
     for (int x = 0; x < group * d; ++x) scaled[count * d + x] = scaled[t * group * d + x] / scale;
     count += group;
+    last = first + static_cast<std::int32_t>(t);
   }
-  if (count > 0) task.moments = head.observed(scaled, count);
+  if (count > 0) task.observed = {head.observed(scaled, count), last};
 }
 
 void Engine::Impl::AttendCall::prepare() {
@@ -166,7 +176,7 @@ void Engine::Impl::AttendCall::prepare() {
     if (!is_alone(b)) {
       follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, queries_[b], phase_of(b)));
     } else if (caches_[b]->sparse()) {
-      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_));
+      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, queries_[b].tokens));
     }
   }
 }
@@ -175,7 +185,7 @@ void Engine::Impl::AttendCall::commit() noexcept {
   for (Task& task : tasks_) {
     HeadCache& head = caches_[task.item]->heads[task.head];
     engine_.collect(layer_, task.head, task.stats);
-    if (task.moments) head.set_moments(std::move(*task.moments));
+    if (task.observed) head.set_observed(std::move(*task.observed));
     if (task.sparse && engine_.config.telemetry == "trace") head.set_trace(std::move(task.trace));
   }
   for (FollowUp& work : follow_ups_) engine_.start(std::move(work));
@@ -217,7 +227,15 @@ Engine::Impl::FollowUp Engine::Impl::prepare_update(LayerCache& layer, int numbe
   return work;
 }
 
-Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int number) {
+bool Engine::Impl::has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn,
+                            int number) const {
+  const std::int64_t last = length / turn, first = (length - new_tokens + 1) / turn;
+  const std::int64_t since = (last - number) % shape.num_layers;  // turns from the layer's own
+  return last >= number && last - since >= first;
+}
+
+Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int number,
+                                                    std::int64_t new_tokens) {
   FollowUp follow;
   follow.layer = &layer;
   follow.number = number;
@@ -226,7 +244,7 @@ Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int numbe
     const std::int32_t tokens = layer.heads.front().due_work(work);
     if (tokens == 0) continue;
     const std::int32_t turn = std::max(kShortestTurn, tokens / (kBuildShare * shape.num_layers));
-    if (length / turn % shape.num_layers != number) continue;
+    if (!has_turn(length, new_tokens, turn, number)) continue;
     std::size_t pages = 0;
     std::vector<FollowUp::Build> builds;
     for (std::size_t h = 0; h < layer.heads.size(); ++h) {

@@ -27,6 +27,7 @@ struct Engine::Impl {
   LayerCache& layer_of(SeqId id, int layer);  // settled
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
+  void check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const;
   void check_layer(int layer) const;
   void check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
                     std::span<const TensorView> values) const;
@@ -94,9 +95,11 @@ struct Engine::Impl {
   // background.
   FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
                           Phase phase = Phase::kAuto);
-  // After a decode step within the budget: segments that are due to be built go to the background.
-  // Layers take their turns, so that few hold tokens twice at a time.
-  FollowUp prepare_builds(LayerCache& layer, int number);
+  // After decoding `new_tokens` tokens of an indexed sequence: segments that are due to be built go
+  // to the background. Layers take their turns, so that few hold tokens twice at a time.
+  FollowUp prepare_builds(LayerCache& layer, int number, std::int64_t new_tokens);
+  // True where one of the last `new_tokens` tokens of `length` fell into a turn of layer `number`.
+  bool has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn, int number) const;
   void start(FollowUp work) noexcept;
 
   const CacheShape shape;

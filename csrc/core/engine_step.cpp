@@ -63,6 +63,15 @@ void Engine::Impl::check_outputs(
   }
 }
 
+void Engine::Impl::check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const {
+  if (!phases.empty()) check_call(ids, phases.size(), "phases");
+  for (const Phase phase : phases) {
+    if (phase > Phase::kVerify) {
+      throw InvalidArgument(message("phases must be from 0 to 3, got ", static_cast<int>(phase)));
+    }
+  }
+}
+
 void Engine::Impl::check_call(std::span<const SeqId> ids, std::size_t views,
                               std::string_view name) const {
   if (ids.size() != views) {
@@ -87,12 +96,13 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
 }
 
 void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
-                    std::span<const TensorView> outputs) {
+                    std::span<const TensorView> outputs, std::span<const Phase> phases) {
   const std::lock_guard lock(impl_->mutex);
   impl_->check_layer(layer);
   impl_->check_attend(ids, queries, outputs);
+  impl_->check_phases(ids, phases);
   Impl::check_outputs(outputs, {{"queries", queries}});
-  impl_->attend(ids, layer, queries, outputs);
+  impl_->attend(ids, layer, queries, outputs, phases);
 }
 
 void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
@@ -101,12 +111,7 @@ void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorV
   const std::lock_guard lock(impl_->mutex);
   impl_->check_layer(layer);
   impl_->check_attend(ids, queries, outputs);
-  if (!phases.empty()) impl_->check_call(ids, phases.size(), "phases");
-  for (const Phase phase : phases) {
-    if (phase > Phase::kPromptEnd) {
-      throw InvalidArgument(message("phases must be 0, 1 or 2, got ", static_cast<int>(phase)));
-    }
-  }
+  impl_->check_phases(ids, phases);
   impl_->check_append(ids, keys, values);
   for (std::size_t b = 0; b < ids.size(); ++b) {
     if (queries[b].tokens == keys[b].tokens) continue;

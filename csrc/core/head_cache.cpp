@@ -38,6 +38,7 @@ HeadCache::HeadCache(const HeadCache& other)
       growing_(other.growing_ ? other.growing_->fork() : nullptr),
       next_build_{other.next_build_[0], other.next_build_[1]},
       moments_(other.moments_),
+      observed_(other.observed_),
       held_(other.held_) {
   segments_.reserve(other.segments_.size() + 2);
   segments_ = other.segments_;
@@ -64,6 +65,7 @@ void HeadCache::append(const TensorView& keys, const TensorView& values, std::in
     sink_.truncate(before);
     throw;
   }
+  keep_observed();
   held_.key = std::max(held_.key, largest_in(keys, head));
   held_.value = std::max(held_.value, largest_in(values, head));
 }
@@ -89,6 +91,7 @@ void HeadCache::truncate(Truncation&& truncation, bool seen) noexcept {
   for (std::shared_ptr<SegmentBuild>& build : builds_) {
     if (build != nullptr && length < build->end_position()) build = nullptr;
   }
+  if (observed_ && length <= observed_->position) observed_.reset();
   if (seen) trace_ = {};
 }
 

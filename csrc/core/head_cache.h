@@ -74,16 +74,32 @@ class HeadCache {
   // REQUIRES: sparse().
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
               StepTrace& trace);
-  // Pages that decode() takes at most.
+  // The first part of decode() for a query at `position`: takes over what background threads have
+  // built, and moves tokens from the tail into an index that grows.
+  void insert_due(std::int32_t position, HeadStats& stats);
+  // Pages that insert_due() takes at most.
   std::size_t pages_for_decode() const;
   void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
 
   // The moments with n queries more, of which [counting_queries(n).size(), D], unscaled, are given:
-  // see QueryMoments. The metric of the next build is made from them once set_moments() lets the
-  // head have them.
+  // see QueryMoments. The metric of the next build is made from them once set_moments() or
+  // set_observed() lets the head have them.
   QueryMoments observed(const float* queries, std::int64_t n) const;
-  void set_moments(QueryMoments moments) noexcept { moments_ = std::move(moments); }
-  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments_.counting(n); }
+  void set_moments(QueryMoments moments) noexcept {
+    moments_ = std::move(moments);
+    observed_.reset();
+  }
+  // Moments with the queries of tokens up to `position`. Until the next append(), truncate() to
+  // that position or below takes them back.
+  struct Observed {
+    QueryMoments moments;
+    std::int32_t position;
+  };
+  void set_observed(Observed observed) noexcept {
+    keep_observed();
+    observed_.emplace(std::move(observed));
+  }
+  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments().counting(n); }
   // Moves the tokens below the window of the next step from the tail into a segment, if they are
   // enough, or the growing index, however long that takes. Without a change where the sequence fits
   // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
@@ -120,7 +136,7 @@ class HeadCache {
   void gather(std::byte* keys, std::byte* values) const;
   // Bytes of indexes that are not among `counted`, where they then are.
   std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
-  std::size_t query_bytes() const { return moments_.memory_bytes(); }
+  std::size_t query_bytes() const { return moments().memory_bytes(); }
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
   std::int32_t indexed_tokens() const;
   const StepTrace& trace() const { return trace_; }
@@ -137,6 +153,10 @@ class HeadCache {
   std::int32_t seal_tokens() const {
     return static_cast<std::int32_t>(context_.config->segment_tokens);
   }
+  const QueryMoments& moments() const { return observed_ ? observed_->moments : moments_; }
+  void keep_observed() noexcept {
+    if (observed_) set_moments(std::move(observed_->moments));
+  }
   bool has_index() const { return !segments_.empty() || growing_ != nullptr; }
   // Of the first `end` segments, those from this one on are merged with `more` tokens that follow;
   // of all, with the last one.
@@ -147,7 +167,6 @@ class HeadCache {
   void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
                     HeadStats& stats) const;
   // The parts of decode().
-  void insert_due(std::int32_t position, HeadStats& stats);
   void score_near(const float* queries, std::int32_t position, Step& step, HeadStats& stats) const;
   void weigh(std::int64_t nodes, Step& step) const;
   void add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const;
@@ -188,6 +207,7 @@ class HeadCache {
   std::shared_ptr<SegmentBuild> builds_[2];
   std::int32_t next_build_[2] = {};
   QueryMoments moments_;
+  std::optional<Observed> observed_;
   Magnitudes held_;  // of all keys and values that were ever here
   StepTrace trace_;
 };

@@ -12,7 +12,7 @@
 namespace icecache {
 
 QueryMoments HeadCache::observed(const float* queries, std::int64_t n) const {
-  QueryMoments moments = moments_;
+  QueryMoments moments = this->moments();
   if (!dense_) moments.observe_counting(queries, n, context_.head_dim);
   return moments;
 }
@@ -68,7 +68,7 @@ void HeadCache::require_pages(std::int32_t tokens) const {
 void HeadCache::build_segment(std::int32_t due) {
   const auto first = static_cast<std::ptrdiff_t>(first_to_merge(segments_.size(), due));
   const SegmentBuild build(context_, {segments_.begin() + first, segments_.end()}, tail_, due,
-                           moments_, length());
+                           moments(), length());
   require_pages(build.end_position() - build.first_position());
   segments_.reserve(segments_.size() + 3);
   Segment segment(build.build());
@@ -85,7 +85,7 @@ void HeadCache::build_growing(std::int32_t due) {
   if (growing_) growing_->table().gather(keys.data(), values.data());
   tail_.gather(due, keys.data() + before * row, values.data() + before * row);
   std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
-  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments_);
+  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments());
   growing_ = std::move(fresh);
   tail_.pop_front(due);
 }
@@ -143,12 +143,12 @@ std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t read
   segments_.reserve(segments_.size() + 2);
   const std::int32_t ready_at = length() + ready_after;
   if (work == Work::kSeal) {
-    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens, moments_,
-                                          ready_at);
+    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens,
+                                          moments(), ready_at);
   }
   const auto first = segments_.begin() + static_cast<std::ptrdiff_t>(first_to_merge());
   return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(first, segments_.end()),
-                                        std::nullopt, 0, moments_, ready_at);
+                                        std::nullopt, 0, moments(), ready_at);
 }
 
 void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {

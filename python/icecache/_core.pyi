@@ -147,7 +147,9 @@ class Engine:
         self, seqs: Ids, layer: SupportsIndex, keys: Tensors, values: Tensors, /
     ) -> None: ...
     # A tensor for a tensor, a list for a list.
-    def attend(self, seqs: Ids, layer: SupportsIndex, queries: Tensors, /) -> Any: ...
+    def attend(
+        self, seqs: Ids, layer: SupportsIndex, queries: Tensors, phase: SupportsIndex, /
+    ) -> Any: ...
     def step(
         self,
         seqs: Ids,
@@ -155,6 +157,7 @@ class Engine:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        phase: SupportsIndex,
         /,
     ) -> torch.Tensor: ...
     def step_packed(

@@ -31,11 +31,14 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 
 
 class Phase(IntEnum):
-    """How Engine.step_packed() treats the tokens of one sequence."""
+    """How Engine.attend(), step() and step_packed() treat the tokens of a sequence."""
 
     AUTO = 0  # as append() and attend() do
     PREFILL = 1  # a chunk of a prompt, more of it to come: exact, and nothing is indexed
     PROMPT_END = 2  # the last chunk of a prompt: exact, then indexed behind the caller
+    # Drafted tokens that are checked: exact, and else as decoding, whatever their number. Those
+    # that truncate() takes back before more are appended leave nothing in index or metric.
+    VERIFY = 3
 
 
 def core_settings(
@@ -138,13 +141,16 @@ class Engine:
         """Appends T tokens to each sequence: keys, values [B, Hkv, T, D] or B of [Hkv, T_b, D]."""
         self._engine.append(seqs, layer, keys, values)
 
-    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors) -> Any:
+    def attend(
+        self, seqs: Sequence[int], layer: int, queries: Tensors, phase: Phase = Phase.AUTO
+    ) -> Any:
         """Causal attention of the last T tokens of each sequence, which were appended before.
 
         Queries [B, Hq, T, D] or B of [Hq, T_b, D]; the result has the same form. Within the token
-        budget where T <= decode_tokens and the sequence has outgrown the budget, exact else.
+        budget where T <= decode_tokens and the sequence has outgrown the budget, exact else; with
+        another `phase`, exact.
         """
-        return self._engine.attend(seqs, layer, queries)
+        return self._engine.attend(seqs, layer, queries, phase)
 
     def step(
         self,
@@ -153,6 +159,7 @@ class Engine:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        phase: Phase = Phase.AUTO,
     ) -> torch.Tensor:
         """append() and then attend() for the same T tokens of each sequence, in one call.
 
@@ -160,7 +167,7 @@ class Engine:
         decode step calls: for one token it takes less time than the two calls. Both are done or
         neither.
         """
-        return self._engine.step(seqs, layer, queries, keys, values)
+        return self._engine.step(seqs, layer, queries, keys, values, phase)
 
     def step_packed(
         self,

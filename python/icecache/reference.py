@@ -137,8 +137,8 @@ class ReferenceEngine:
             sequence.keys[layer] = torch.cat([sequence.keys[layer], key], 1)
             sequence.values[layer] = torch.cat([sequence.values[layer], value], 1)
 
-    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors) -> Any:
-        """Causal attention of the last T tokens; the result has the form of `queries`."""
+    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors, phase: int = 0) -> Any:
+        """Causal attention of the last T tokens, exact in every phase; in the form of `queries`."""
         rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
         outputs = []
         for seq, query in zip(seqs, rows, strict=True):
@@ -158,11 +158,17 @@ class ReferenceEngine:
         return outputs
 
     def step(
-        self, seqs: Sequence[int], layer: int, queries: Tensors, keys: Tensors, values: Tensors
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: Tensors,
+        keys: Tensors,
+        values: Tensors,
+        phase: int = 0,
     ) -> Any:
         """append() and attend() of the same tokens."""
         self.append(seqs, layer, keys, values)
-        return self.attend(seqs, layer, queries)
+        return self.attend(seqs, layer, queries, phase)
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
         """Checks the form; exact attention needs no metric."""

@@ -38,9 +38,17 @@ class FailingEngine(CountingEngine):
             raise icecache.OutOfPages("host_memory: the page pool is full")
         super().append(seqs, layer, keys, values)
 
-    def step(self, seqs: Any, layer: int, queries: Any, keys: Any, values: Any) -> torch.Tensor:
+    def step(
+        self,
+        seqs: Any,
+        layer: int,
+        queries: Any,
+        keys: Any,
+        values: Any,
+        phase: icecache.Phase = icecache.Phase.AUTO,
+    ) -> torch.Tensor:
         self.append(seqs, layer, keys, values)
-        result: torch.Tensor = self.attend(seqs, layer, queries)
+        result: torch.Tensor = self.attend(seqs, layer, queries, phase)
         return result
 
 

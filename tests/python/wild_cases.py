@@ -254,7 +254,7 @@ def configured(name: str, value: str) -> None:
         config.set(field, text)
     engine = _core.Engine(1, 2, 1, 64, "float32", 0.0, config)
     rows, queries = torch.ones(1, 1, 3, 64), torch.ones(1, 2, 3, 64)
-    out = engine.step([engine.new_sequence()], 0, queries, rows, rows)
+    out = engine.step([engine.new_sequence()], 0, queries, rows, rows, 0)
     torch.testing.assert_close(out, queries)
 
 
@@ -270,8 +270,8 @@ def finds_enough() -> None:
         generator = torch.Generator().manual_seed(1)
         rows = torch.randn(1, 1, 1000, 64, generator=generator)
         engine.new_sequence()
-        engine.step([0], 0, rows, rows, rows)
-        engine.step([0], 0, *[torch.zeros(1, 1, 1, 64)] * 3)
+        engine.step([0], 0, rows, rows, rows, 0)
+        engine.step([0], 0, *[torch.zeros(1, 1, 1, 64)] * 3, 0)
         picked.append(engine.stats(0, 0).tokens_selected)
     assert picked[0] == picked[1] > 64, picked
 

@@ -67,11 +67,13 @@ class World:
         tensors = {"queries": queries, "keys": keys, "values": values}
         step = {"seqs": [0, 1], "layer": 1, **tensors}
         if method == "step":
-            return step
+            return {**step, "phase": 0}
         if method == "append":
             del step["queries"]
             return step
-        if method in ("attend", "observe"):
+        if method == "attend":
+            return {"seqs": [0, 1], "layer": 1, "queries": queries, "phase": 3}
+        if method == "observe":
             return {"seqs": [0, 1], "layer": 1, "queries": queries}
         if method == "step_packed":
             packed = {
@@ -113,7 +115,7 @@ def the_world() -> World:
     return World()
 
 
-GOOD_NUMBERS = {"seq": 0, "layer": 1, "length": 5, "kv_head": 1}
+GOOD_NUMBERS = {"seq": 0, "layer": 1, "length": 5, "kv_head": 1, "phase": 0}
 METHODS: dict[str, list[str]] = {
     "new_sequence": [],
     "fork": ["seq"],
@@ -121,8 +123,8 @@ METHODS: dict[str, list[str]] = {
     "release": ["seq"],
     "length": ["seq", "layer"],
     "append": ["seqs", "layer", "keys", "values"],
-    "attend": ["seqs", "layer", "queries"],
-    "step": ["seqs", "layer", "queries", "keys", "values"],
+    "attend": ["seqs", "layer", "queries", "phase"],
+    "step": ["seqs", "layer", "queries", "keys", "values", "phase"],
     "step_packed": [
         "seqs",
         "layer",
@@ -235,7 +237,7 @@ def lists(name: str) -> Iterator[Wild]:
         yield constant([0, 0], INVALID, "twice the same")
         yield constant([0, 2], INVALID, "a released one")
     if name == "phases":
-        yield constant([0, 3], INVALID)
+        yield constant([0, 4], INVALID)
         yield constant([0, 256], INVALID)
     for kind in (tuple, iter, numpy.array, torch.tensor):
         yield Wild(f"valid {kind.__name__}", kind)

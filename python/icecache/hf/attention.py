@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from icecache import InvalidArgument
+from icecache.engine import Phase
 from icecache.hf.cache import IceLayer
 from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import AttentionShape, EngineLike
@@ -118,16 +119,17 @@ class _Call:
         self.chunk = chunk
         self.scale = scale
         self.has_sinks = has_sinks
+        self.phase = Phase.VERIFY if layer.cache.is_exact else Phase.AUTO
 
     def batch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """All rows at once: no padding in the chunk, and all rows empty before it or none."""
         sequences = self.rows.sequences
         is_first = self.chunk.earlier[0] == 0
         if not is_first:
-            return self.engine.step(sequences, self.layer, query, key, value)
+            return self.engine.step(sequences, self.layer, query, key, value, self.phase)
         if self.has_sinks:
             self.engine.append(sequences, self.layer, *with_sink_token(key, value))
-            result: torch.Tensor = self.engine.attend(sequences, self.layer, query)
+            result: torch.Tensor = self.engine.attend(sequences, self.layer, query, self.phase)
             return result
         self.engine.append(sequences, self.layer, key, value)
         output = self._stock(query, key, value)
@@ -186,7 +188,7 @@ class _Call:
         output: torch.Tensor,
         columns: list[torch.Tensor],
     ) -> None:
-        results = self.engine.attend(self._sequences(rows), self.layer, queries)
+        results = self.engine.attend(self._sequences(rows), self.layer, queries, self.phase)
         for row, result in zip(rows, results, strict=True):
             output[row][:, columns[row]] = result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from transformers.cache_utils import (
 
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineFactory, EngineHandle
-from icecache.hf.forward_call import ForwardCall
+from icecache.hf.forward_call import ForwardCall, replaces_tensors
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
@@ -105,6 +106,14 @@ def _refusal_of_access(verb: str) -> InvalidArgument:
     )
 
 
+@dataclass(frozen=True)
+class Savepoint:
+    """A state of an IceCache that it can go back to."""
+
+    columns: int  # of the rows
+    stock: dict[int, dict[str, Any]]  # what stock layers hold, by layer
+
+
 class IceCache(Cache):
     """KV cache of a model that runs IceCache attention, for its `cache` argument.
 
@@ -143,6 +152,7 @@ class IceCache(Cache):
         self.handle = handle
         self.rows = Rows()
         self.call = ForwardCall()
+        self.is_exact = handle.is_lossless  # every call attends to all tokens
         self.failed: str | None = None
         self._seen_before = 0  # columns of the rows before the call in progress
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text_config)
@@ -290,6 +300,33 @@ class IceCache(Cache):
         self.call.forget()
         for layer in self.ice_layers:
             layer.seen += tokens_to_remove
+
+    def savepoint(self) -> Savepoint:
+        """The state between two forward calls, for `restore`. Takes no memory worth mentioning.
+
+        Raises InvalidArgument for models with recurrent layers, which overwrite their state.
+        """
+        self.check_usable()
+        stock = {}
+        for index, layer in self._stock_layers().items():
+            if not replaces_tensors(layer):
+                raise InvalidArgument(
+                    f"{CACHE}: layer {index} overwrites its state with every token, and cannot "
+                    "take tokens back; enable the model without lossless=True"
+                )
+            stock[index] = dict(layer.__dict__)
+        return Savepoint(self.rows.seen, stock)
+
+    def restore(self, savepoint: Savepoint) -> None:
+        """Takes back what came after `savepoint`; nothing may have been taken back before it."""
+        self.check_usable()
+        removed = self.rows.seen - savepoint.columns
+        self.rows.crop(removed)
+        self.call.forget()
+        for layer in self.ice_layers:
+            layer.seen -= removed
+        for index, state in savepoint.stock.items():
+            self.layers[index].__dict__ = dict(state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, next to each other."""

@@ -10,6 +10,7 @@ import torch
 
 from icecache import InvalidArgument
 from icecache.device import DeviceCache, rebuild_is_due
+from icecache.engine import Phase
 
 _NEW_TOKENS = 32768  # room behind a prompt where max_tokens is not given
 # In place of sequences: a slot has none; what a fork copies is no longer what it was.
@@ -194,7 +195,9 @@ class DeviceEngine:
             batch.cache.prefill(layer, query, key, value, sequence=slot)
             batch.lengths[layer][slot] = batch.built[layer][slot] = key.shape[1]
 
-    def attend(self, seqs: Sequence[int], layer: int, queries: Any) -> Any:
+    def attend(
+        self, seqs: Sequence[int], layer: int, queries: Any, phase: Phase = Phase.AUTO
+    ) -> Any:
         self._refuse_chunks(len(queries))
 
     def step(
@@ -204,6 +207,7 @@ class DeviceEngine:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        phase: Phase = Phase.AUTO,
     ) -> torch.Tensor:
         """Queries [A, Hq, T, D], keys and values [A, Hkv, T, D] of sequences of one batch."""
         if any(seq in self._forks for seq in seqs):

@@ -11,6 +11,7 @@ import torch
 
 import icecache
 from icecache import InvalidArgument
+from icecache.engine import Phase
 from icecache.hf.support import CACHE
 
 _HEAD_DIMS = range(8, 257, 8)  # the engine's; refused here with what to do instead
@@ -24,9 +25,15 @@ class EngineLike(Protocol):
     def truncate(self, seq: int, length: int) -> None: ...
     def release(self, seq: int) -> None: ...
     def append(self, seqs: Sequence[int], layer: int, keys: Any, values: Any) -> None: ...
-    def attend(self, seqs: Sequence[int], layer: int, queries: Any) -> Any: ...
+    def attend(self, seqs: Sequence[int], layer: int, queries: Any, phase: Phase = ...) -> Any: ...
     def step(
-        self, seqs: Sequence[int], layer: int, queries: Any, keys: Any, values: Any
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: Any,
+        keys: Any,
+        values: Any,
+        phase: Phase = ...,
     ) -> torch.Tensor: ...
     def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None: ...
     def stats(self, layer: int, kv_head: int) -> Any: ...
@@ -69,6 +76,7 @@ class EngineHandle:
         """
         self.model_layers = tuple(model_layers)
         self.is_enabled = False  # icecache.enable set it: the model is known to ask for IceCache
+        self.is_lossless = False  # so did it: attention is exact, but for drafts
         self._fields = dict(config_fields)
         if "dense_layers" in self._fields:
             self._fields["dense_layers"] = self._engine_layers(self._fields["dense_layers"])

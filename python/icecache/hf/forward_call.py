@@ -12,6 +12,11 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 _DUMMY_LAYERS: Any = getattr(cache_utils, "DummyLayer", ())
 
 
+def replaces_tensors(stock: Any) -> bool:
+    """Whether a stock layer makes new tensors with every call, and leaves the earlier ones."""
+    return isinstance(stock, DynamicLayer) and not isinstance(stock, LinearAttentionCacheLayerMixin)
+
+
 class ForwardCall:
     """Layers that the latest forward call of a cache has reached, and what stock ones held before.
 
@@ -45,10 +50,7 @@ class ForwardCall:
         """Notes an access that is about to be made; `stock` is the layer if it is a stock one."""
         self._accesses.add((layer, access))
         if stock is not None and layer not in self._reached:
-            replaces_tensors = isinstance(stock, DynamicLayer) and not isinstance(
-                stock, LinearAttentionCacheLayerMixin
-            )
-            self._before[layer] = dict(stock.__dict__) if replaces_tensors else None
+            self._before[layer] = dict(stock.__dict__) if replaces_tensors(stock) else None
         self._reached.add(layer)
 
     def put_back(self, layers: Sequence[Any]) -> bool:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icecache.hf.engine_handle import EngineHandle
+
+
+@dataclass
+class LosslessStats:
+    """Counters since `enable`; a token counts once for each row of the batch.
+
+    `kept` of the `drafted` tokens were what full attention chose. Seconds are of wall time.
+    """
+
+    drafted: int = 0
+    kept: int = 0
+    verifications: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -13,11 +27,12 @@ class ModelStats:
     """Counters since the engine was made, over all sequences.
 
     `layers[model_layer][kv_head]` is the engine's HeadStats; layers that stay stock are absent.
-    `memory` is the engine's MemoryStats.
+    `memory` is the engine's MemoryStats. `lossless` counts drafts, where the model was enabled so.
     """
 
     layers: dict[int, list[Any]]
     memory: Any
+    lossless: LosslessStats | None = None
 
     def total(self, field: str) -> float:
         """Sum of a HeadStats field (say "steps" or "bytes_read") over layers and KV heads."""
@@ -31,7 +46,7 @@ class ModelStats:
         )
 
 
-def collect(handle: EngineHandle) -> ModelStats | None:
+def collect(handle: EngineHandle, lossless: LosslessStats | None = None) -> ModelStats | None:
     """The counters of the engine behind `handle`; None before it was made."""
     engine, shape = handle.engine, handle.shape
     if engine is None or shape is None:
@@ -42,4 +57,5 @@ def collect(handle: EngineHandle) -> ModelStats | None:
             for layer, model_layer in enumerate(handle.model_layers)
         },
         memory=engine.memory(),
+        lossless=None if lossless is None else replace(lossless),
     )

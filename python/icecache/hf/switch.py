@@ -17,6 +17,7 @@ from icecache.hf.cache import IceCache
 from icecache.hf.device_engine import DeviceEngine
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
+from icecache.hf.lossless import Lossless
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.placement import compute_device, wrapped_model
 from icecache.hf.support import (
@@ -45,6 +46,7 @@ class _Enabled:
     attention: str | dict[str, str]
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     methods: tuple[str, ...]
+    lossless: Lossless | None
 
 
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
@@ -56,6 +58,8 @@ def enable(
     *,
     engine_class: EngineFactory | None = None,
     max_tokens: int | None = None,
+    lossless: bool = False,
+    draft_tokens: int = 16,
     **config_fields: Any,
 ) -> ModelT:
     """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
@@ -68,10 +72,15 @@ def enable(
     afresh with the new settings. Raises InvalidArgument for models and settings that are not
     supported; the model is then as it was.
 
+    With `lossless`, attention is exact, and `generate` writes what it would write with full
+    attention, greedy or sampled: steps within the token budget draft up to `draft_tokens` tokens,
+    as many as pay, and one exact call verifies them. Not on a CUDA device.
+
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
     `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
-    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, config_fields)
+    drafts = Lossless(draft_tokens) if lossless else None
+    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, drafts, config_fields)
     return model
 
 
@@ -80,11 +89,17 @@ def _enable(
     token_budget: int,
     engine_class: EngineFactory | None,
     max_tokens: int | None,
+    lossless: Lossless | None,
     config_fields: dict[str, Any],
 ) -> None:
     check_model(model)
     place = compute_device(model)
     on_device = place.type == device.KIND
+    if lossless is not None and on_device:
+        raise InvalidArgument(
+            f"lossless: expected a model on the CPU, got one on {place}: the exact call would read "
+            "all keys and values from host memory, which is not built yet. Leave it out there"
+        )
     if max_tokens is not None and (not on_device or max_tokens < 1):
         raise InvalidArgument(
             "max_tokens: expected a positive number, for a model on a CUDA device, got "
@@ -121,10 +136,13 @@ def _enable(
         for name in _CONTINUOUS_BATCHING
         if hasattr(model, name)
     }
+    if lossless is not None:
+        methods["generate"] = functools.partial(_generate, weakref.ref(model), lossless)
     for name, method in methods.items():
         model.__dict__[name] = method
     handle.is_enabled = True
-    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods))
+    handle.is_lossless = lossless is not None
+    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), lossless)
 
 
 def disable(model: Any) -> None:
@@ -147,7 +165,9 @@ def stats(model: Any) -> ModelStats:
     """What the engine of an enabled model did since `enable`. Raises InvalidArgument else."""
     model = wrapped_model(model)
     state = _enabled.get(model) if isinstance(model, PreTrainedModel) else None
-    found = None if state is None else collect(state.handle)
+    found = None
+    if state is not None:
+        found = collect(state.handle, None if state.lossless is None else state.lossless.stats)
     if found is None:
         raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
     return found
@@ -162,9 +182,7 @@ def _prepare_cache(
     **kwargs: Any,
 ) -> None:
     """Stands in for the model's own step of `generate` that makes the cache."""
-    model = model_ref()
-    if model is None:  # the bound method outlived its model
-        raise InvalidArgument("model: it is gone")
+    model = _alive(model_ref)
     check_generation(generation_config)
     check_forward(model, {})
     cache = model_kwargs.get(CACHE)
@@ -176,6 +194,21 @@ def _prepare_cache(
         if generation_config.is_assistant:
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
         model_kwargs[CACHE] = cache
+
+
+def _generate(
+    model_ref: weakref.ref[PreTrainedModel], lossless: Lossless, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands in for the model's `generate`."""
+    model: Any = _alive(model_ref)
+    return lossless.generate(functools.partial(type(model).generate, model), *args, **kwargs)
+
+
+def _alive(model_ref: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
+    model = model_ref()
+    if model is None:  # the bound method outlived its model
+        raise InvalidArgument("model: it is gone")
+    return model
 
 
 def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> NoReturn:
