@@ -95,6 +95,7 @@ class Lossless:
         cache = kwargs.get(CACHE)
         if not isinstance(cache, IceCache):
             raise InvalidArgument("use_cache: expected true with lossless=True, got false")
+        cache.is_exact = True  # also one that the caller made
         loop = _Loop(model, cache, logits_processor, generation_config, self)
         loop_of: Any = type(model)
         try:

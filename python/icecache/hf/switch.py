@@ -113,6 +113,9 @@ def _enable(
         {"token_budget": token_budget, **config_fields},
         engine_class,
     )
+    handle.is_lossless = lossless is not None
+    if lossless is not None:
+        IceCache(model.config, handle=handle).savepoint()  # refuses layers that take no tokens back
     handle.bind(_expected_shape(model))  # refuses settings now and not at the first token
     disable(model)
 
@@ -141,7 +144,6 @@ def _enable(
     for name, method in methods.items():
         model.__dict__[name] = method
     handle.is_enabled = True
-    handle.is_lossless = lossless is not None
     _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), lossless)
 
 
