@@ -59,7 +59,7 @@ class Engine::Impl::AttendCall {
   bool decodes(std::size_t b) const {
     const std::int64_t tokens = queries_[b].tokens;
     return phase_of(b) == Phase::kVerify
-               ? tokens <= kBlock
+               ? tokens <= kQueryBlock
                : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
   }
   // True where a head of a sequence answers within the token budget.

@@ -118,8 +118,9 @@ def make() -> Engine:
     return engine
 
 
-def step(engine: Engine, seqs: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return engine.step(seqs, 0, q, k, v)
+def step(engine: Engine, seqs: Any, *rows: torch.Tensor) -> torch.Tensor:
+    queries, keys, values = rows
+    return engine.step(seqs, 0, queries, keys, values)
 
 
 def given() -> list[torch.Tensor]:
