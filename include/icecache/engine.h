@@ -106,13 +106,15 @@ class Engine {
 
   // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands
   // at position length - T + t. Within the token budget where the sequence is indexed and T <=
-  // decode_tokens, exact else. `phases`: one per sequence, or none for kAuto. Throws InvalidArgument
-  // where rows of outputs share memory with one another or with an input; so does step().
+  // decode_tokens, exact else. `phases`: one per sequence, or none for kAuto. Throws
+  // InvalidArgument where rows of outputs share memory with one another or with an input; so does
+  // step().
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
               std::span<const TensorView> outputs, std::span<const Phase> phases = {});
 
-  // append() and then attend() for the same tokens, in one call: both or neither. A prompt in chunks of kPrefill and one of kPromptEnd has the index
-  // that it would have in one chunk, however it is cut.
+  // append() and then attend() for the same tokens, in one call: both or neither. A prompt in
+  // chunks of kPrefill and one of kPromptEnd has the index that it would have in one chunk, however
+  // it is cut.
   void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
             std::span<const TensorView> values, std::span<const TensorView> queries,
             std::span<const TensorView> outputs, std::span<const Phase> phases = {});
