@@ -12,6 +12,7 @@ import bench_build
 import bench_fork
 import bench_generate
 import bench_kernels
+import bench_lossless
 import bench_row_cache
 import bench_search
 import hf_models
@@ -97,6 +98,27 @@ def test_bounds_of_forks() -> None:
     ]
     large = [Result(one.name, one.value, one.unit, {**params, "length": 2047}) for one in more[:2]]
     assert list(bench_fork.broken_bounds(large)) == []
+
+
+def test_lossless(tmp_path: Path) -> None:
+    path = tmp_path / "lossless.json"
+    given = ["--lengths", "640", "--prompts", "1", "--steps", "12", "--budgets", "64"]
+    result = run(bench_lossless.main, *given, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    found = written(path)
+    assert found["lossless_equal_64_640"]["value"] == 1
+    assert 0 <= found["lossless_kept_64_640"]["value"] <= 1
+    for rival in ("dynamic", "contiguous"):
+        assert found[f"lossless_speedup_{rival}_64_640"]["value"] > 0
+
+
+def test_texts_are_equal_but_for_ties() -> None:
+    def said(tokens: list[int], gap: float = 1.0) -> bench_lossless.Answer:
+        return bench_lossless.Answer(tokens, 0.1, [gap] * len(tokens))
+
+    assert bench_lossless.equal_tokens(said([1, 2, 3]), said([1, 2, 3])) is None
+    assert bench_lossless.equal_tokens(said([1, 2, 3]), said([1, 5, 3])) == 1
+    assert bench_lossless.equal_tokens(said([1, 2, 3]), said([1, 5, 3], gap=1e-5)) is None
 
 
 def test_searches(tmp_path: Path) -> None:
