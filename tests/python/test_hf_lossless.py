@@ -268,6 +268,41 @@ def test_refused_ahead_of_the_first_token() -> None:
         enable(hf_models.build("llama"), draft_tokens=0)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "cohere2"])
+def test_refreshed_tokens_are_exact(architecture: str) -> None:
+    """Behind a refresh the cache is that of full attention over the text as it was written."""
+    model = hf_models.model(architecture)
+    icecache.enable(model, **SCARCE, refresh_every=8)
+    try:
+        ours = write(model, max_new_tokens=25, return_dict_in_generate=True, output_logits=True)
+        refreshed = icecache.stats(model).total("dense_steps")
+        plain = icecache.enable(model, **SCARCE).generate(
+            hf_models.prompt(), max_new_tokens=25, do_sample=False, eos_token_id=None
+        )
+    finally:
+        icecache.disable(model)
+    assert refreshed > 0
+    with torch.inference_mode():
+        exact = model(ours.sequences).logits[0, hf_models.PROMPT - 1 :]
+    off = [(got - want).abs().max() for got, want in zip(ours.logits, exact, strict=False)]
+    assert max(off[1:8]) > 0.1, "the budget is not scarce"
+    for n in (8, 16, 24):  # the calls that refreshed
+        assert off[n] < 2e-3
+    assert plain.shape == ours.sequences.shape
+
+
+def test_refresh_takes_what_loops_take(llama: Model) -> None:
+    with pytest.raises(InvalidArgument, match="at least 2"):
+        icecache.enable(llama, refresh_every=1)
+    with pytest.raises(InvalidArgument, match="nothing to refresh"):
+        icecache.enable(llama, refresh_every=8, lossless=True)
+    icecache.enable(llama, **SCARCE, refresh_every=8)
+    with pytest.raises(InvalidArgument, match="greedy decoding or sampling with refresh_every"):
+        write(llama, num_beams=2)
+    batch = llama.generate(**hf_models.padded(3), max_new_tokens=20, do_sample=True)
+    assert batch.shape[0] == 3
+
+
 def test_disable_gives_generate_back(llama: Model) -> None:
     enable(llama)
     assert "generate" in llama.__dict__

@@ -312,7 +312,7 @@ class IceCache(Cache):
             if not replaces_tensors(layer):
                 raise InvalidArgument(
                     f"{CACHE}: layer {index} overwrites its state with every token, and cannot "
-                    "take tokens back; enable the model without lossless=True"
+                    "take tokens back; enable the model without lossless and refresh_every"
                 )
             stock[index] = dict(layer.__dict__)
         return Savepoint(self.rows.seen, stock)

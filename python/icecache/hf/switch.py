@@ -20,6 +20,7 @@ from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.lossless import Lossless
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.placement import compute_device, wrapped_model
+from icecache.hf.refresh import Refresh
 from icecache.hf.support import (
     CACHE,
     check_forward,
@@ -46,7 +47,7 @@ class _Enabled:
     attention: str | dict[str, str]
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     methods: tuple[str, ...]
-    lossless: Lossless | None
+    decoding: Lossless | Refresh | None
 
 
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
@@ -60,6 +61,7 @@ def enable(
     max_tokens: int | None = None,
     lossless: bool = False,
     draft_tokens: int = 16,
+    refresh_every: int = 0,
     **config_fields: Any,
 ) -> ModelT:
     """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
@@ -74,13 +76,23 @@ def enable(
 
     With `lossless`, attention is exact, and `generate` writes what it would write with full
     attention, greedy or sampled: steps within the token budget draft up to `draft_tokens` tokens,
-    as many as pay, and one exact call verifies them. Not on a CUDA device.
+    as many as pay, and one exact call verifies them. With `refresh_every` n, `generate` computes
+    every n tokens once more, exactly, so that what the budget costs does not add up; the text stays
+    as it is. Neither is there on a CUDA device, or for models with recurrent layers.
 
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
     `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
-    drafts = Lossless(draft_tokens) if lossless else None
-    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, drafts, config_fields)
+    if lossless and refresh_every:
+        raise InvalidArgument(
+            f"refresh_every: nothing to refresh with lossless=True, got {refresh_every}"
+        )
+    decoding: Lossless | Refresh | None = None
+    if lossless:
+        decoding = Lossless(draft_tokens)
+    elif refresh_every:
+        decoding = Refresh(refresh_every)
+    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, decoding, config_fields)
     return model
 
 
@@ -89,16 +101,17 @@ def _enable(
     token_budget: int,
     engine_class: EngineFactory | None,
     max_tokens: int | None,
-    lossless: Lossless | None,
+    decoding: Lossless | Refresh | None,
     config_fields: dict[str, Any],
 ) -> None:
     check_model(model)
     place = compute_device(model)
     on_device = place.type == device.KIND
-    if lossless is not None and on_device:
+    if decoding is not None and on_device:
         raise InvalidArgument(
-            f"lossless: expected a model on the CPU, got one on {place}: the exact call would read "
-            "all keys and values from host memory, which is not built yet. Leave it out there"
+            f"lossless, refresh_every: expected a model on the CPU, got one on {place}: the exact "
+            "call would read all keys and values from host memory, which is not built yet. Leave "
+            "them out there"
         )
     if max_tokens is not None and (not on_device or max_tokens < 1):
         raise InvalidArgument(
@@ -113,8 +126,8 @@ def _enable(
         {"token_budget": token_budget, **config_fields},
         engine_class,
     )
-    handle.is_lossless = lossless is not None
-    if lossless is not None:
+    handle.is_lossless = isinstance(decoding, Lossless)
+    if decoding is not None:
         IceCache(model.config, handle=handle).savepoint()  # refuses layers that take no tokens back
     handle.bind(_expected_shape(model))  # refuses settings now and not at the first token
     disable(model)
@@ -139,12 +152,12 @@ def _enable(
         for name in _CONTINUOUS_BATCHING
         if hasattr(model, name)
     }
-    if lossless is not None:
-        methods["generate"] = functools.partial(_generate, weakref.ref(model), lossless)
+    if decoding is not None:
+        methods["generate"] = functools.partial(_generate, weakref.ref(model), decoding)
     for name, method in methods.items():
         model.__dict__[name] = method
     handle.is_enabled = True
-    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), lossless)
+    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), decoding)
 
 
 def disable(model: Any) -> None:
@@ -169,7 +182,8 @@ def stats(model: Any) -> ModelStats:
     state = _enabled.get(model) if isinstance(model, PreTrainedModel) else None
     found = None
     if state is not None:
-        found = collect(state.handle, None if state.lossless is None else state.lossless.stats)
+        lossless = state.decoding.stats if isinstance(state.decoding, Lossless) else None
+        found = collect(state.handle, lossless)
     if found is None:
         raise InvalidArgument("model: IceCache is not enabled on it; call icecache.enable(model)")
     return found
@@ -199,11 +213,14 @@ def _prepare_cache(
 
 
 def _generate(
-    model_ref: weakref.ref[PreTrainedModel], lossless: Lossless, *args: Any, **kwargs: Any
+    model_ref: weakref.ref[PreTrainedModel],
+    decoding: Lossless | Refresh,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Stands in for the model's `generate`."""
     model: Any = _alive(model_ref)
-    return lossless.generate(functools.partial(type(model).generate, model), *args, **kwargs)
+    return decoding.generate(functools.partial(type(model).generate, model), *args, **kwargs)
 
 
 def _alive(model_ref: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
