@@ -281,6 +281,16 @@ def test_generate_gives_the_tokens_of_the_stock_model(tiny: Path) -> None:
     assert "attention" not in stock.stderr
 
 
+def test_generate_without_loss(tiny: Path, tmp_path: Path) -> None:
+    path = str(document(tmp_path, 400))
+    arguments = ("generate", str(tiny), "-f", path, "-p", "So?", "-n", "20")
+    small = ("--set", "page_size=8", "--set", "sink_tokens=1", "--set", "window_tokens=4")
+    result = run(*arguments, "--lossless", "--token-budget", "16", *small)
+    assert result.exit_code == 0, result.stderr
+    assert "tokens drafted" in result.stderr
+    assert result.stdout == run(*arguments, "--full").stdout
+
+
 def test_generate_reports_what_a_budget_left_out(tiny: Path, tmp_path: Path) -> None:
     path = str(document(tmp_path, 400))
     settings = ("--set", "index=dci", "--set", "page_size=8")

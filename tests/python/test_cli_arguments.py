@@ -170,6 +170,7 @@ def wild_data() -> Iterator[Case]:
 def contradictions() -> Iterator[Case]:
     generate = ["generate", "m", "-p", "x"]
     yield ["generate", "m"], ["--prompt", "neither"]
+    yield [*generate, "--full", "--lossless"], ["--full", "--lossless"]
     yield [*generate, "--full", "--token-budget", "64"], ["--full", "--token-budget 64"]
     yield [*generate, "--full", "--set", "page_size=8"], ["--full", "page_size=8"]
     yield [*generate, "--token-budget", "30"], ["token_budget", "got 30"]

@@ -53,6 +53,10 @@ def generate(
     full: Annotated[
         bool, typer.Option("--full", help="The model's stock attention, for comparison.")
     ] = False,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="Full attention's own text: the budget drafts only."),
+    ] = False,
     settings: Settings = None,
     dtype: Annotated[DType, typer.Option(help="Number format of weights and cache.")] = DType.auto,
 ) -> None:
@@ -69,6 +73,7 @@ def generate(
     if not prompt and prompt_file is None:
         raise InvalidArgument("--prompt or --prompt-file is needed, got neither")
     given = [] if token_budget is None else [f"--token-budget {token_budget}"]
+    given += ["--lossless"] if lossless else []
     given += [f"--set {setting}" for setting in settings or ()]
     if full and given:
         raise InvalidArgument(
@@ -89,7 +94,7 @@ def generate(
 
     loaded, tokenizer = load_model(folder, dtype.value)
     if not full:
-        icecache.enable(loaded, **fields)
+        icecache.enable(loaded, lossless=lossless, **fields)
     runner: Any = loaded
     streamer = TimedStreamer(tokenizer)
     # The output keeps the cache alive: its memory is reported below.
@@ -127,8 +132,15 @@ def _report(stats: ModelStats) -> str:
     steps = stats.total("steps")
     if not steps:
         return f"attention was full: the sequence fits the token budget; {held}"
+    drafts = ""
+    if stats.lossless is not None and stats.lossless.drafted:
+        share = stats.lossless.kept / stats.lossless.drafted
+        drafts = (
+            f"{stats.lossless.drafted} tokens drafted, {share:.0%} of them kept, in "
+            f"{stats.lossless.verifications} verifications; in drafts, "
+        )
     read = stats.total("bytes_read") / (steps + stats.total("dense_steps"))
     return (
-        f"attention mass attended exactly: {stats.total('mass') / steps:.1%} on average, "
+        f"{drafts}attention mass attended exactly: {stats.total('mass') / steps:.1%} on average, "
         f"{stats.worst_mass:.1%} at worst; {read / 1024:.0f} KiB read per KV head and step; {held}"
     )
