@@ -100,7 +100,7 @@ def test_a_budget_for_everything_has_every_draft_kept(llama: Model) -> None:
 
 
 def test_samples_agree_as_often_as_drafts_do(llama: Model) -> None:
-    """The draft throws the loop's dice: with a draft that is full attention's, none is lost."""
+    """A draft uses the loop's random numbers: where it has full attention's logits, all is kept."""
     expected = write(llama, do_sample=True, temperature=2.0, num_return_sequences=3)
     enable(llama, token_budget=256, window_tokens=64, candidates=256)
     got = write(llama, do_sample=True, temperature=2.0, num_return_sequences=3)

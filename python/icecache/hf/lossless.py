@@ -4,9 +4,9 @@ The next token of a step within the budget is nearly always full attention's. So
 drafts k tokens, one exact call over them tells what full attention says behind each, and
 transformers' own decoding loop chooses from that. As long as it chooses what was drafted, the
 answer to its next call is at hand; where it chooses otherwise, what was drafted is taken back. So
-texts, scores, stopping and streaming are those of full attention, by construction. A draft throws
-the dice that the loop will throw: sampled texts agree as often as greedy ones, and are those that
-full attention samples from the same seed.
+texts, scores, stopping and streaming are those of full attention, by construction. A draft samples
+with the random numbers that the loop will use: so drafts of sampled texts are kept, too, and the
+text is the one that full attention samples from the same seed.
 
 Speculative decoding with the model itself as the draft model: Leviathan et al. 2023; drafts from a
 sparse KV cache: MagicDec (Chen et al. 2024), TriForce (Sun et al. 2024).
