@@ -66,8 +66,15 @@ def write(model: Model, **settings: Any) -> Any:
     return model.generate(ids, **given)
 
 
-@pytest.mark.parametrize("mode", SERVED)
-@pytest.mark.parametrize("architecture", CONFIGS)
+# Models that differ in how they take tokens back: all layers are the engine's, some have a sliding
+# window, there are sinks. The others differ in nothing that matters here.
+APART = ("llama", "cohere2", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mode"),
+    [(name, mode) for name in CONFIGS for mode in SERVED if name in APART or mode == SERVED[1]],
+)
 def test_tokens_and_logits_are_those_of_full_attention(architecture: str, mode: str) -> None:
     model = hf_models.model(architecture)
     expected = MODES[mode](model, architecture, lambda: DynamicCache(config=model.config))
