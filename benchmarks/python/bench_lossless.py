@@ -51,7 +51,7 @@ TIE = 1e-4  # between two logits, in which rounding may choose
 class Answer:
     tokens: list[int]
     seconds: float  # a token, the first left out
-    gaps: list[float]  # between the two best logits, where they were asked for
+    gaps: list[float]  # between the two best logits of each token
     kept: float = 0.0  # of the drafted tokens
     drafted: float = 0.0  # tokens of a draft, on average
 

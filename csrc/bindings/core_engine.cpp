@@ -67,24 +67,24 @@ TensorForm form_of(Self self, const char* name, Use use = Use::kRead) {
   return form;
 }
 
+Phase phase_of(const char* name, std::int64_t number) {
+  if (number < 0 || number > static_cast<int>(Phase::kVerify)) {
+    throw InvalidArgument(message(name, " must be from 0 to 3, got ", number));
+  }
+  return static_cast<Phase>(number);
+}
+
 std::vector<Phase> phases_of(py::handle values) {
   std::vector<Phase> phases;
-  for (const std::int64_t phase : integers("phases", values)) {
-    if (phase < 0 || phase > 3) {
-      throw InvalidArgument(message("phases must be from 0 to 3, got ", phase));
-    }
-    phases.push_back(static_cast<Phase>(phase));
+  for (const std::int64_t number : integers("phases", values)) {
+    phases.push_back(phase_of("phases", number));
   }
   return phases;
 }
 
 // One phase for all of `sequences`.
 std::vector<Phase> phases_of(py::handle value, std::size_t sequences) {
-  const int phase = narrow_integer("phase", value);
-  if (phase < 0 || phase > 3) {
-    throw InvalidArgument(message("phase must be from 0 to 3, got ", phase));
-  }
-  return std::vector<Phase>(sequences, static_cast<Phase>(phase));
+  return std::vector<Phase>(sequences, phase_of("phase", narrow_integer("phase", value)));
 }
 
 // Runs a call that appends `tokens`. Signals that came meanwhile are handled before its result

@@ -95,8 +95,9 @@ struct Engine::Impl {
   // background.
   FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
                           Phase phase = Phase::kAuto);
-  // After decoding `new_tokens` tokens of an indexed sequence: segments that are due to be built go
-  // to the background. Layers take their turns, so that few hold tokens twice at a time.
+  // After decoding `new_tokens` tokens of an indexed sequence: starts building the segments that
+  // are due, in the background. While a layer builds a segment, it holds the tokens of it twice; so
+  // layers take turns.
   FollowUp prepare_builds(LayerCache& layer, int number, std::int64_t new_tokens);
   // True where one of the last `new_tokens` tokens of `length` fell into a turn of layer `number`.
   bool has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn, int number) const;

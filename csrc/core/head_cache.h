@@ -74,8 +74,8 @@ class HeadCache {
   // REQUIRES: sparse().
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
               StepTrace& trace);
-  // The first part of decode() for a query at `position`: takes over what background threads have
-  // built, and moves tokens from the tail into an index that grows.
+  // What comes first in a step whose query is at `position`: segments that background threads have
+  // built take their place, and an index that grows takes in the tokens that have left the window.
   void insert_due(std::int32_t position, HeadStats& stats);
   // Pages that insert_due() takes at most.
   std::size_t pages_for_decode() const;
@@ -136,7 +136,9 @@ class HeadCache {
   void gather(std::byte* keys, std::byte* values) const;
   // Bytes of indexes that are not among `counted`, where they then are.
   std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
-  std::size_t query_bytes() const { return moments().memory_bytes(); }
+  std::size_t query_bytes() const {
+    return moments_.memory_bytes() + (observed_ ? observed_->moments.memory_bytes() : 0);
+  }
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
   std::int32_t indexed_tokens() const;
   const StepTrace& trace() const { return trace_; }

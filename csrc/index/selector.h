@@ -70,7 +70,7 @@ class Selector {
   std::uint32_t mask(int page) const;
   void add_all(const Part& part);
 
-  // Scores of all segments, where they have sketches.
+  // Scans the sketches of all segments for scores, if the index keeps sketches.
   void scan(const SelectRequest& request);
   void find(const SelectRequest& request);
   // Tokens that get an exact score at first; at least the budget, and where no more can follow,
@@ -85,8 +85,8 @@ class Selector {
   // Up to `count` candidates more, of those whose log share is above `least`; false: there are
   // none.
   bool find_more(const SelectRequest& request, std::int64_t count, float least);
-  // More candidates, so that none of the others can have kMainShare of a head's attention, as far
-  // as scores tell that are `error` nats from logits.
+  // Adds the tokens that may have kMainShare of a head's attention and are no candidates yet. A
+  // token may have it if its score says so once it is off by kDeviations times `error` nats.
   void widen(const SelectRequest& request, float error, Selection& selection);
   // How far scores are from logits: the largest over the heads of the candidates' standard
   // deviation, in nats. Before they are excluded.

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kDim = 32, kHeads = 2, kQueryHeads = 4, kPrompt = 400;
 
-// An engine with one sequence of kPrompt tokens, and rows that are the same for every one of it.
+// An engine with one sequence, of kPrompt tokens at first. Token t has the same keys, values and
+// queries in each Sequence, so that two of them can be compared.
 class Sequence {
  public:
   explicit Sequence(bool exact = false, const char* index = "tree")

@@ -296,10 +296,7 @@ class IceCache(Cache):
         except BaseException:
             stock_crop.put_back(self.layers)
             raise
-        self.rows.crop(-tokens_to_remove)
-        self.call.forget()
-        for layer in self.ice_layers:
-            layer.seen += tokens_to_remove
+        self._drop_columns(-tokens_to_remove)
 
     def savepoint(self) -> Savepoint:
         """The state between two forward calls, for `restore`. Takes no memory worth mentioning.
@@ -320,11 +317,7 @@ class IceCache(Cache):
     def restore(self, savepoint: Savepoint) -> None:
         """Takes back what came after `savepoint`; nothing may have been taken back before it."""
         self.check_usable()
-        removed = self.rows.seen - savepoint.columns
-        self.rows.crop(removed)
-        self.call.forget()
-        for layer in self.ice_layers:
-            layer.seen -= removed
+        self._drop_columns(self.rows.seen - savepoint.columns)
         for index, state in savepoint.stock.items():
             self.layers[index].__dict__ = dict(state)
 
@@ -366,6 +359,13 @@ class IceCache(Cache):
         other = self.__class__.__new__(self.__class__)
         other.__dict__.update(self.__dict__)
         return other
+
+    def _drop_columns(self, count: int) -> None:
+        """Removes the last `count` columns from all layers whose tokens are in the engine."""
+        self.rows.crop(count)
+        self.call.forget()
+        for layer in self.ice_layers:
+            layer.seen -= count
 
     def _arrange(self, order: Sequence[int]) -> None:
         self.check_usable()

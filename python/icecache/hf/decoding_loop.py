@@ -7,6 +7,7 @@ for the model in it, and says what the logits behind the newest token are.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from icecache.hf.cache import IceCache
 from icecache.hf.support import CACHE
 
 
-class DecodingLoop:
+class DecodingLoop(ABC):
     """Stands for the model in the loop: the model, but for its calls."""
 
     def __init__(self, model: PreTrainedModel, cache: IceCache) -> None:
@@ -37,11 +38,11 @@ class DecodingLoop:
         self.ids, self.arguments = input_ids, arguments
         return {}
 
+    @abstractmethod
     def __call__(self, **_: Any) -> Any:
         """The model's outputs, with logits `[B, 1, V]` behind the newest token."""
-        raise NotImplementedError
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 (most loops have nothing to do then)
         """The loop is over, or was interrupted."""
 
     def feed(
@@ -59,52 +60,61 @@ class DecodingLoop:
         return self.model(**inputs, return_dict=True)
 
 
-# Called with model, cache, processors of logits, and the generation config.
-LoopFactory = Callable[[PreTrainedModel, IceCache, LogitsProcessorList, Any], DecodingLoop]
+class Decoding(ABC):
+    """A setting of `icecache.enable` that gives `generate` of one model another DecodingLoop."""
 
+    setting: str  # what the user asked for it by
 
-def generate_with(
-    make_loop: LoopFactory, setting: str, generate: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Calls `generate`, a model's own method, with that loop.
-
-    Raises InvalidArgument for what the loop cannot do; `setting` is what the user asked for it by.
-    """
-    arguments = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
-    if arguments.get("custom_generate") is not None:
-        raise InvalidArgument(
-            f"custom_generate: it replaces the decoding that {setting} brings; leave it out, or "
-            f"enable the model without {setting}"
-        )
-
-    # transformers keeps the streamer from loops of others, and gives what is named here.
-    def decode(
+    @abstractmethod
+    def make_loop(
+        self,
         model: PreTrainedModel,
-        input_ids: torch.Tensor,
+        cache: IceCache,
         logits_processor: LogitsProcessorList,
         generation_config: Any,
-        tokenizer: Any = None,
-        **given: Any,
-    ) -> Any:
-        _check(generation_config, arguments.get("assistant_model"), setting)
-        cache = given.get(CACHE)
-        if not isinstance(cache, IceCache):
-            raise InvalidArgument(f"use_cache: expected true with {setting}, got false")
-        loop = make_loop(model, cache, logits_processor, generation_config)
-        loop_of: Any = type(model)
-        try:
-            return loop_of._sample(
-                loop,
-                input_ids,
-                logits_processor=logits_processor,
-                generation_config=generation_config,
-                streamer=arguments.get("streamer"),
-                **given,
-            )
-        finally:
-            loop.end()
+    ) -> DecodingLoop:
+        """The loop of one call of `generate`."""
 
-    return generate(*args, **kwargs, custom_generate=decode)
+    def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for `generate`, a model's own method.
+
+        Raises InvalidArgument for what the loop cannot do.
+        """
+        arguments = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
+        if arguments.get("custom_generate") is not None:
+            raise InvalidArgument(
+                f"custom_generate: it replaces the decoding that {self.setting} brings; leave it "
+                f"out, or enable the model without {self.setting}"
+            )
+
+        # transformers keeps the streamer from loops of others, and gives what is named here.
+        def decode(
+            model: PreTrainedModel,
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            generation_config: Any,
+            tokenizer: Any = None,
+            **given: Any,
+        ) -> Any:
+            _check(generation_config, arguments.get("assistant_model"), self.setting)
+            cache = given.get(CACHE)
+            if not isinstance(cache, IceCache):
+                raise InvalidArgument(f"use_cache: expected true with {self.setting}, got false")
+            loop = self.make_loop(model, cache, logits_processor, generation_config)
+            loop_of: Any = type(model)
+            try:
+                return loop_of._sample(
+                    loop,
+                    input_ids,
+                    logits_processor=logits_processor,
+                    generation_config=generation_config,
+                    streamer=arguments.get("streamer"),
+                    **given,
+                )
+            finally:
+                loop.end()
+
+        return generate(*args, **kwargs, custom_generate=decode)
 
 
 def _check(generation_config: Any, assistant_model: Any, setting: str) -> None:

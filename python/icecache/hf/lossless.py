@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from icecache import InvalidArgument
 from icecache.hf.cache import IceCache, Savepoint
-from icecache.hf.decoding_loop import DecodingLoop, generate_with
+from icecache.hf.decoding_loop import Decoding, DecodingLoop
 from icecache.hf.draft_length import DraftLength
 from icecache.hf.model_stats import LosslessStats
 from icecache.hf.support import CACHE
@@ -37,8 +36,10 @@ _STATEFUL = (
 )
 
 
-class Lossless:
+class Lossless(Decoding):
     """Gives `generate` of one model lossless decoding."""
+
+    setting = "lossless=True"
 
     def __init__(self, draft_tokens: int) -> None:
         """At most `draft_tokens` at a time. Raises InvalidArgument for less than 1."""
@@ -47,11 +48,7 @@ class Lossless:
         self.stats = LosslessStats()
         self.length = DraftLength(draft_tokens)
 
-    def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the `generate` of a model."""
-        return generate_with(self._loop, "lossless=True", generate, *args, **kwargs)
-
-    def _loop(
+    def make_loop(
         self,
         model: PreTrainedModel,
         cache: IceCache,

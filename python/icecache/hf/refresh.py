@@ -7,18 +7,19 @@ as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from icecache import InvalidArgument
 from icecache.hf.cache import IceCache, Savepoint
-from icecache.hf.decoding_loop import DecodingLoop, generate_with
+from icecache.hf.decoding_loop import Decoding, DecodingLoop
 
 
-class Refresh:
+class Refresh(Decoding):
     """Gives `generate` of one model a refresh after every `every` tokens."""
+
+    setting = "refresh_every"
 
     def __init__(self, every: int) -> None:
         """Raises InvalidArgument for less than 2."""
@@ -28,11 +29,7 @@ class Refresh:
             )
         self.every = every
 
-    def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the `generate` of a model."""
-        return generate_with(self._loop, "refresh_every", generate, *args, **kwargs)
-
-    def _loop(
+    def make_loop(
         self,
         model: PreTrainedModel,
         cache: IceCache,

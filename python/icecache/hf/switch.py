@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from icecache import InvalidArgument, device
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
+from icecache.hf.decoding_loop import Decoding
 from icecache.hf.device_engine import DeviceEngine
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
@@ -47,7 +48,7 @@ class _Enabled:
     attention: str | dict[str, str]
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     methods: tuple[str, ...]
-    decoding: Lossless | Refresh | None
+    decoding: Decoding | None
 
 
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
@@ -87,7 +88,7 @@ def enable(
         raise InvalidArgument(
             f"refresh_every: nothing to refresh with lossless=True, got {refresh_every}"
         )
-    decoding: Lossless | Refresh | None = None
+    decoding: Decoding | None = None
     if lossless:
         decoding = Lossless(draft_tokens)
     elif refresh_every:
@@ -101,7 +102,7 @@ def _enable(
     token_budget: int,
     engine_class: EngineFactory | None,
     max_tokens: int | None,
-    decoding: Lossless | Refresh | None,
+    decoding: Decoding | None,
     config_fields: dict[str, Any],
 ) -> None:
     check_model(model)
@@ -214,7 +215,7 @@ def _prepare_cache(
 
 def _generate(
     model_ref: weakref.ref[PreTrainedModel],
-    decoding: Lossless | Refresh,
+    decoding: Decoding,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
