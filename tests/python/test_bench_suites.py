@@ -362,8 +362,8 @@ def bench(*arguments: str) -> Any:
 @pytest.mark.slow
 def test_a_suite_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    given = ["passkey", "--lengths", "700", "--samples", "1", "--limit", "2", "--budget", "64"]
-    given += ["--method", "full,icecache,streaming", "--out", str(out)]
+    given = ["passkey", "--lengths", "500", "--samples", "1", "--limit", "1", "--budget", "64"]
+    given += ["--method", "full,icecache,streaming", "--workers", "1", "--out", str(out)]
     first = bench(*given, "--json", str(tmp_path / "results.json"))
     assert first.exit_code == 0, first.output
     names = {one["name"] for one in json.loads((tmp_path / "results.json").read_text())["results"]}
@@ -386,7 +386,7 @@ def test_longbench_files_are_longbenchs(shared_dir: Path, tmp_path: Path) -> Non
     done = bench(
         "longbench",
         *("--data-dir", str(shared_dir / "data" / "longbench_mini"), "--task", "trec,lcc"),
-        *("--limit", "2", "--max-length", "600", "--budget", "64", "--max-new-tokens", "4"),
+        *("--limit", "1", "--max-length", "600", "--budget", "64", "--max-new-tokens", "4"),
         *("--workers", "1"),
         *("--method", "full,icecache", "--out", str(out)),
     )

@@ -102,14 +102,14 @@ def test_bounds_of_forks() -> None:
 
 def test_lossless(tmp_path: Path) -> None:
     path = tmp_path / "lossless.json"
-    given = ["--lengths", "640", "--prompts", "1", "--steps", "12", "--budgets", "64"]
+    given = ["--lengths", "512", "--prompts", "1", "--steps", "8", "--budgets", "64"]
     result = run(bench_lossless.main, *given, "--json", str(path))
     assert result.exit_code == 0, result.output
     found = written(path)
-    assert found["lossless_equal_64_640"]["value"] == 1
-    assert 0 <= found["lossless_kept_64_640"]["value"] <= 1
+    assert found["lossless_equal_64_512"]["value"] == 1
+    assert 0 <= found["lossless_kept_64_512"]["value"] <= 1
     for rival in ("dynamic", "contiguous"):
-        assert found[f"lossless_speedup_{rival}_64_640"]["value"] > 0
+        assert found[f"lossless_speedup_{rival}_64_512"]["value"] > 0
 
 
 def test_texts_are_equal_but_for_ties() -> None:
@@ -214,7 +214,9 @@ def test_a_contiguous_cache_gives_the_logits_of_the_stock_one() -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_smollm2_end_to_end(tmp_path: Path) -> None:
+def test_smollm2_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_generate, "PROMPTS", 1)
+    monkeypatch.setattr(bench_generate, "TURN", 2)
     path = tmp_path / "generate.json"
     arguments = ["--lengths", "512", "--batch-lengths", "", "--steps", "8", "--json", str(path)]
     result = run(bench_generate.main, *arguments)

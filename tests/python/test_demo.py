@@ -14,6 +14,7 @@ import icecache
 import pytest
 import torch
 from icecache.bench.decoder import Decoder
+from icecache.bench.quality import decode_freely
 from icecache.cli import app
 from icecache.demo.document import make_document
 from icecache.demo.methods import compared
@@ -133,6 +134,24 @@ def test_rows_compare_with_full_attention(
         assert row.tokens_per_second > 0
         assert row.bytes_per_step > 0 and row.device_bytes > 0
     assert ours.bytes_per_step < full.bytes_per_step
+
+
+def test_answers_are_what_each_method_writes_by_itself(model: LlamaForCausalLM) -> None:
+    tokenizer, decoder = CharTokenizer(), Decoder(model)
+    document = make_document(tokenizer, None, 700, seed=1)
+    methods, agreed = compared((2000, 64), 64), []
+
+    def check(number: int, question: Question) -> None:
+        for method in methods:
+            session = method.open(decoder, question.prefill)
+            tokens = decode_freely(decoder, question.prefill, [session])[0]
+            written[method.name, method.budget].append(tokenizer.decode(tokens).strip())
+            agreed.append(torch.equal(tokens[:-1], question.prefill.continuation[:STEPS]))
+
+    written: dict[tuple[str, int], list[str]] = {(one.name, one.budget): [] for one in methods}
+    rows = run_demo(decoder, tokenizer, document, methods, lambda *_: None, check)
+    assert {(row.name, row.budget): row.answers for row in rows[1:]} == written
+    assert {True, False} == set(agreed)
 
 
 def test_traces_hold_what_was_attended(

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
-TOKENS = 1500  # of the prompt, its last ones: a third of it
+TOKENS = 800  # of the prompt, its last ones
 
 
 def shortened(*given: Any) -> list[Prompt]:
@@ -32,7 +32,7 @@ def results(
 ) -> Callable[..., dict[str, float]]:
     """results(main, argument, ...): a benchmark on one short prompt and few steps, by name."""
     for benchmark in (bench_quality, bench_mass_target):
-        monkeypatch.setattr(benchmark, "STEPS", 6)
+        monkeypatch.setattr(benchmark, "STEPS", 4)
         monkeypatch.setattr(benchmark, "quality_prompts", shortened)
 
     def run(main: Callable[..., None], *arguments: str) -> dict[str, float]:

@@ -24,10 +24,15 @@ MAX_MODEL_LEN = 4096
 class Server:
     """A running server."""
 
-    url: str
+    host: str
+    port: int
     model: str
     process: subprocess.Popen[bytes]
     log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
@@ -43,27 +48,28 @@ class Server:
 
 @contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+    host = "127.0.0.1"
     with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+        one.bind((host, 0))
         port = one.getsockname()[1]
     command = [sys.executable, "-m", "icecache", "serve", str(model), *options]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", host, "--port", str(port)]
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    server = Server(host, port, str(model), process, log)
     try:
-        url = f"http://127.0.0.1:{port}"
         for _ in range(420):  # a start takes half a minute, on a busy machine many times that
             assert process.poll() is None, log.read_text()[-6000:]
             try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
+                urllib.request.urlopen(f"{server.url}/health", timeout=5)
                 break
             except OSError:
                 time.sleep(1)
         else:
             pytest.fail(log.read_text()[-6000:])
-        yield Server(url, str(model), process, log)
+        yield server
     finally:
         process.terminate()
         try:

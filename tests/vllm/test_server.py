@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 BUDGET = 128
 OPTIONS = ("--token-budget", str(BUDGET), "--set", f"dense_tokens={BUDGET}", "--host-memory", "1G")
 SHARED_MEMORY = Path("/dev/shm")
+CHARACTERS = 5000  # of a text with a needle
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +138,8 @@ def test_needles_are_answered_as_by_the_transformers_front_end(
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     start = "The special magic number for amber-falcon mentioned in the text is"
     prompts = []
-    for number in range(3):
-        question, _ = needle(number, 5500)
+    for number in range(2):
+        question, _ = needle(number, CHARACTERS)
         text = tokenizer.apply_chat_template(
             ask(question), tokenize=False, add_generation_prompt=True
         )
@@ -150,14 +152,14 @@ def test_needles_are_answered_as_by_the_transformers_front_end(
         want.append(tokenizer.decode(tokens[0, len(prompt) :]))
         given: Any = {"model": server.model, "max_tokens": 10, "temperature": 0}
         got.append(server.client().completions.create(prompt=prompt, **given).choices[0].text)
-    found = [[needle(n, 5500)[1] in text for n, text in enumerate(texts)] for texts in (want, got)]
+    found = [
+        [needle(n, CHARACTERS)[1] in text for n, text in enumerate(texts)] for texts in (want, got)
+    ]
     assert found[0] == found[1], (want, got)
-    assert sum(found[0]) >= 2
+    assert all(found[0])
 
 
-def test_a_killed_engine_leaves_nothing_behind(
-    server: Server, shared_before: set[Path], smollm2: Path, tmp_path: Path
-) -> None:
+def test_a_killed_engine_leaves_nothing_behind(server: Server, shared_before: set[Path]) -> None:
     """The last test: the server is gone behind it."""
     stream = server.client().completions.create(
         model=server.model, prompt=manual(4000), max_tokens=500, stream=True
@@ -173,9 +175,9 @@ def test_a_killed_engine_leaves_nothing_behind(
             break
         time.sleep(1)
     assert not left
-    with serving(smollm2, tmp_path / "log", *OPTIONS) as second:
-        given: Any = {"model": second.model, "prompt": "Hi", "max_tokens": 3}
-        assert second.client().completions.create(**given).usage.completion_tokens == 3
+    with socket.socket() as again:  # a second server could listen there at once
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind((server.host, server.port))
 
 
 def in_use() -> set[Path]:

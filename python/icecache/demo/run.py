@@ -128,15 +128,18 @@ def _run_method(
     start = time.perf_counter()
     logits = teacher_forced(decoder, question.prefill, [session])[0]
     seconds = time.perf_counter() - start
-    truth = question.prefill.logits
-    row.kl += float(kl_divergence(truth, logits).mean())
-    row.agreement += float((truth.argmax(-1) == logits.argmax(-1)).float().mean())
+    expected, chosen = question.prefill.logits.argmax(-1), logits.argmax(-1)
+    row.kl += float(kl_divergence(question.prefill.logits, logits).mean())
+    row.agreement += float((expected == chosen).float().mean())
     if isinstance(session, EngineSession):
         # Without a far field an index estimates only what it has searched.
         if session.engine.config.tail == "on":
             row.mass = (row.mass or 0.0) + session.mass()
         row.bytes_per_step += session.bytes_read() / question.prefill.steps
-    tokens = decode_freely(decoder, question.prefill, [free])[0]
+    if torch.equal(expected[:-1], chosen[:-1]):  # its own answer is the one it was led along
+        tokens = torch.cat([question.prefill.continuation[:1], chosen])
+    else:
+        tokens = decode_freely(decoder, question.prefill, [free])[0]
     _note_answer(row, tokenizer.decode(tokens, skip_special_tokens=True), question.needle)
     free.close()
     if isinstance(session, EngineSession):
