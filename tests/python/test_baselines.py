@@ -44,6 +44,14 @@ def test_a_budget_above_the_length_is_full_attention(method: Method, length: int
     assert session.mass() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_lossless_is_full_attention_at_any_budget() -> None:
+    prefill, tokens = random_prefill(), random_tokens()
+    truth = decode(FullSession(prefill, 0, SCALE), tokens)
+    session = open_by_name("icecache-lossless", prefill, BUDGET)
+    torch.testing.assert_close(decode(session, tokens), truth, atol=1e-5, rtol=1e-5)
+    assert session.mass() == 1.0
+
+
 def test_full_attention_is_torchs() -> None:
     prefill, tokens = random_prefill(), random_tokens(2)
     output = decode(FullSession(prefill, 0, SCALE), tokens)
@@ -80,7 +88,7 @@ def test_the_budget_is_kept_at_every_step(method: Method, budget: int) -> None:
                 assert bool(attended[..., near_tokens(LENGTH + step + 1, 16)].all())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "icecache"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("icecache")])
 @pytest.mark.parametrize("length", [1, SINK, SINK + 1, 21, 22, 37])
 def test_prompts_shorter_than_what_is_always_attended(name: str, length: int) -> None:
     prefill, tokens = random_prefill(length), random_tokens(40)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from icecache import Engine
+from icecache import Engine, Phase
 from icecache.bench.decoder import Decoder
 from icecache.bench.prefill import Prefill
 from icecache.hf.engine_handle import EngineHandle
@@ -23,6 +23,8 @@ class EngineSession:
 
     A learned sink of the model is a token in front of the prompt, as in icecache.hf.
     """
+
+    _phase = Phase.AUTO  # of every step
 
     def __init__(
         self, decoder: Decoder, prefill: Prefill, budget: int, fields: Mapping[str, Any]
@@ -59,7 +61,7 @@ class EngineSession:
     ) -> torch.Tensor:
         self.engine.append([self.sequence], layer, *self._tokens(keys[None], values[None]))
         output: torch.Tensor = self.engine.attend(
-            [self.sequence], layer, self._queries(layer, queries[None])
+            [self.sequence], layer, self._queries(layer, queries[None]), self._phase
         )
         return output[0] if self._sinks is None else narrow(output[0])
 
@@ -110,3 +112,13 @@ class EngineSession:
         if self._sinks is None:
             return queries
         return widen_queries(queries, self._sinks[layer], self._scale)
+
+
+class LosslessSession(EngineSession):
+    """What lossless decoding answers with: each step verified, over the same pages and index."""
+
+    _phase = Phase.VERIFY
+
+    def mass(self) -> float:
+        """All of it, at every step."""
+        return 1.0

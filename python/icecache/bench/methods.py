@@ -16,7 +16,7 @@ from icecache.bench.baselines.pqcache import PQCacheSession
 from icecache.bench.baselines.retroinfer import RetroInferSession
 from icecache.bench.baselines.snapkv import SnapKVSession
 from icecache.bench.decoder import Decoder
-from icecache.bench.engine_session import EngineSession
+from icecache.bench.engine_session import EngineSession, LosslessSession
 from icecache.bench.names import unknown
 from icecache.bench.oracles import FullSession, RecentSession, TopSession
 from icecache.bench.prefill import Prefill
@@ -37,6 +37,7 @@ class Method:
     label: str
     session: OpenSession | None = None
     engine_fields: Mapping[str, Any] | None = None
+    engine_session: type[EngineSession] = EngineSession
 
     def open(self, decoder: Decoder, prefill: Prefill, budget: int) -> Session:
         """Raises InvalidArgument where the budget is below what the method always attends to.
@@ -45,7 +46,7 @@ class Method:
         """
         if self.session is not None:
             return self.session(prefill, budget, decoder.scale)
-        return EngineSession(decoder, prefill, budget, self.engine_fields or {})
+        return self.engine_session(decoder, prefill, budget, self.engine_fields or {})
 
     def with_fields(self, fields: Mapping[str, Any]) -> Method:
         """The same with other engine fields; sessions in torch have none and stay as they are."""
@@ -67,6 +68,9 @@ METHODS: tuple[Method, ...] = (
     Method("paper", "paper", engine_fields={"index": "dci", **_PAGES}),
     Method("quest", "quest", engine_fields={"index": "positional", **_PAGES}),
     Method("streaming", "streaming", RecentSession),
+    Method(
+        "icecache-lossless", "icecache, lossless", engine_fields={}, engine_session=LosslessSession
+    ),
     Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
     Method("paper_reuse", "paper, layer reuse", LayerReuseSession),
     Method("h2o", "h2o", H2OSession),

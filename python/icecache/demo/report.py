@@ -39,7 +39,9 @@ def write_report(
     data = {
         "facts": asdict(facts),
         "document": {"name": document.name, "tokens": tokens},
-        "rows": [_finite(asdict(row)) for row in rows],
+        "rows": [
+            _finite({**asdict(row), "tokens_per_second": row.tokens_per_second}) for row in rows
+        ],
         "questions": [trace.to_dict() for trace in traces],
     }
     # A "<" in the document's text could end the page's script, or, by "<!--<script>", keep its end

@@ -16,6 +16,7 @@ from icecache.bench.prefill import Prefill, finish
 from icecache.bench.quality import decode_freely, kl_divergence, teacher_forced
 from icecache.bench.runs import OwnRun
 from icecache.demo.document import Document, Needle
+from icecache.demo.lossless import LosslessModel
 from icecache.demo.methods import Method
 
 STEPS = 24  # decoded tokens per question
@@ -35,10 +36,15 @@ class Row:
     found: list[bool] = field(default_factory=list)
     agreement: float = 1.0  # share of steps with full attention's most likely token
     kl: float = 0.0  # KL(full || method), mean over steps, nats
-    tokens_per_second: float = 0.0  # batch 1, the whole model
+    tokens: int = 0  # decoded, of batch 1 by the whole model
+    seconds: float = 0.0  # of them
     bytes_per_step: float = 0.0  # of keys, values, sketches and summaries
     device_bytes: float = 0.0  # held where attention runs
     mass: float | None = None  # share of attention attended exactly; None where nobody estimates it
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -75,26 +81,35 @@ def run_demo(
             "model: its attention has learned sinks, which the report of the demo does not show; "
             "expected a model without"
         )
-    total = 1 + len(document.needles) * (1 + len(methods))
+    lossless_budget = methods[0].budget
+    total = 2 + len(document.needles) * (2 + len(methods))
     progress("prefill with full attention", 0, total)
     full = OwnRun(decoder)
     full.run(document.tokens)
+    progress("prefill for lossless decoding", 1, total)
+    lossless = _lossless_model(decoder, document, lossless_budget)
     end = tokenizer.eos_token_id
-    rows = [Row("full attention", None, "every token", mass=1.0)]
-    rows += [Row(method.name, method.budget, method.note) for method in methods]
-    done = 1
-    seconds = [0.0] * len(rows)
+    first = Row("full attention", None, "every token", mass=1.0)
+    exact = Row("IceCache lossless", lossless_budget, "the budget drafts, exact attention verifies")
+    rows = [Row(method.name, method.budget, method.note) for method in methods]
+    every = [first, *([exact] if lossless else []), *rows]
+    for row in every[1:]:
+        row.agreement = 0.0
+    done = 2
     for number, needle in enumerate(document.needles):
         progress(f"question {number + 1}: full attention", done, total)
         question = answer_in_full(decoder, full, needle, document.tokens, end)
         text = tokenizer.decode(question.prefill.continuation, skip_special_tokens=True)
-        _note_answer(rows[0], text, needle)
-        seconds[0] += question.seconds
-        done += 1
-        for index, method in enumerate(methods, 1):
-            label = f"question {number + 1}: {method.name} at {method.budget}"
-            progress(label, done, total)
-            seconds[index] += _run_method(decoder, tokenizer, question, method, rows[index])
+        _note_answer(first, text, needle)
+        first.seconds += question.seconds
+        first.tokens += STEPS
+        progress(f"question {number + 1}: lossless", done + 1, total)
+        if lossless is not None:
+            _run_lossless(lossless, tokenizer, question, exact)
+        done += 2
+        for method, row in zip(methods, rows, strict=True):
+            progress(f"question {number + 1}: {method.name} at {method.budget}", done, total)
+            _run_method(decoder, tokenizer, question, method, row)
             done += 1
         if on_question is not None:
             on_question(number, question)
@@ -103,40 +118,59 @@ def run_demo(
     questions = len(document.needles)
     cell = 2 * decoder.head_dim * decoder.dtype.itemsize * decoder.num_kv_heads * decoder.num_layers
     length = document.tokens.shape[0] + document.longest_question
-    rows[0].bytes_per_step = rows[0].device_bytes = float(cell * length)
-    for row, spent in zip(rows, seconds, strict=True):
-        row.tokens_per_second = questions * STEPS / spent
-    for row, method in zip(rows[1:], methods, strict=True):
+    first.bytes_per_step = first.device_bytes = exact.device_bytes = float(cell * length)
+    for row in every[1:]:
         row.agreement /= questions
         row.kl /= questions
         row.bytes_per_step /= questions
-        if row.mass is not None:
+        if row.mass is not None and row is not exact:
             row.mass /= questions
+    for row, method in zip(rows, methods, strict=True):
         if method.engine is None:
             row.bytes_per_step = row.device_bytes = float(cell * method.budget)
-    return rows
+    return every
+
+
+def _lossless_model(decoder: Decoder, document: Document, budget: int) -> LosslessModel | None:
+    """None for a model that cannot take tokens back."""
+    try:
+        return LosslessModel(decoder, document.tokens, budget)
+    except InvalidArgument:
+        return None
+
+
+def _run_lossless(model: LosslessModel, tokenizer: Any, question: Question, row: Row) -> None:
+    """Adds one question to `row`."""
+    prefill = question.prefill
+    made = model.answer(prefill)
+    _compare(row, prefill.logits, made.logits)
+    row.seconds += made.seconds
+    row.tokens += len(made.tokens)
+    row.bytes_per_step += made.bytes_read / len(made.tokens)
+    row.mass = 1.0
+    text = tokenizer.decode(made.tokens, skip_special_tokens=True)
+    _note_answer(row, text, question.needle)
 
 
 def _run_method(
     decoder: Decoder, tokenizer: Any, question: Question, method: Method, row: Row
-) -> float:
-    """Adds one question to `row`; returns the seconds of its decode steps."""
-    if not row.found:
-        row.agreement = 0.0
+) -> None:
+    """Adds one question to `row`."""
     session = method.open(decoder, question.prefill)
     free = session.fork()
     start = time.perf_counter()
     logits = teacher_forced(decoder, question.prefill, [session])[0]
-    seconds = time.perf_counter() - start
-    expected, chosen = question.prefill.logits.argmax(-1), logits.argmax(-1)
-    row.kl += float(kl_divergence(question.prefill.logits, logits).mean())
-    row.agreement += float((expected == chosen).float().mean())
+    row.seconds += time.perf_counter() - start
+    row.tokens += STEPS
+    _compare(row, question.prefill.logits, logits)
     if isinstance(session, EngineSession):
         # Without a far field an index estimates only what it has searched.
         if session.engine.config.tail == "on":
             row.mass = (row.mass or 0.0) + session.mass()
         row.bytes_per_step += session.bytes_read() / question.prefill.steps
-    if torch.equal(expected[:-1], chosen[:-1]):  # its own answer is the one it was led along
+    chosen = logits.argmax(-1)
+    if torch.equal(chosen[:-1], question.prefill.continuation[1:-1]):
+        # It was led along what it would have written.
         tokens = torch.cat([question.prefill.continuation[:1], chosen])
     else:
         tokens = decode_freely(decoder, question.prefill, [free])[0]
@@ -145,7 +179,12 @@ def _run_method(
     if isinstance(session, EngineSession):
         row.device_bytes = max(row.device_bytes, float(session.engine.memory().device_bytes))
     session.close()
-    return seconds
+
+
+def _compare(row: Row, truth: torch.Tensor, logits: torch.Tensor) -> None:
+    """Adds how near `logits` are to those of full attention, both [T, V]."""
+    row.kl += float(kl_divergence(truth, logits).mean())
+    row.agreement += float((truth.argmax(-1) == logits.argmax(-1)).float().mean())
 
 
 def _note_answer(row: Row, text: str, needle: Needle) -> None:
