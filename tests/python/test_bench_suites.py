@@ -386,7 +386,7 @@ def test_longbench_files_are_longbenchs(shared_dir: Path, tmp_path: Path) -> Non
     done = bench(
         "longbench",
         *("--data-dir", str(shared_dir / "data" / "longbench_mini"), "--task", "trec,lcc"),
-        *("--limit", "1", "--max-length", "600", "--budget", "64", "--max-new-tokens", "4"),
+        *("--limit", "2", "--max-length", "600", "--budget", "64", "--max-new-tokens", "4"),
         *("--workers", "1"),
         *("--method", "full,icecache", "--out", str(out)),
     )
