@@ -29,12 +29,8 @@ void bind_stats(py::module_& module) {
                         "steps where one may have been missed all the same")
           .def_readonly("seals", &HeadStats::seals, "segments built of decoded tokens")
           .def_readonly("merges", &HeadStats::merges, "segments built of other segments")
-          .def_readonly("hits", &HeadStats::hits,
-                        "device page cache; 0 where pages are attended in place")
-          .def_readonly("misses", &HeadStats::misses)
           .def_readonly("bytes_read", &HeadStats::bytes_read,
                         "sketches, summaries, candidates, attended K and V")
-          .def_readonly("bytes_moved", &HeadStats::bytes_moved, "host to device")
           .def_readonly(
               "mass", &HeadStats::mass,
               "sum over steps of the share of attention mass that was attended exactly, mean "
@@ -46,8 +42,7 @@ void bind_stats(py::module_& module) {
           .def_readonly("index_seconds", &HeadStats::index_seconds)
           .def("__repr__", [](const py::object& self) {
             return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
-                            "widened_steps", "doubtful_steps", "seals", "merges", "hits", "misses",
-                            "bytes_read", "bytes_moved", "mass", "worst_mass", "select_seconds",
+                            "widened_steps", "doubtful_steps", "seals", "merges", "bytes_read", "mass", "worst_mass", "select_seconds",
                             "attend_seconds", "index_seconds");
           }));
 

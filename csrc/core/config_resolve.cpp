@@ -217,13 +217,6 @@ void resolve_memory(Config& config, const CacheShape& shape) {
       (config.select == "page" ? pages_of(picked, size) : picked) * shape.num_kv_heads;
   require("device_pages", config.device_pages, 0, kMaxPages);
   if (config.device_pages == 0) config.device_pages = std::min(4 * step_pages, kMaxPages);
-  if (config.device != "cpu" && config.device_pages < step_pages) {
-    throw InvalidArgument(
-        message("device_pages must be at least what one step of one layer may "
-                "pick, ",
-                step_pages / shape.num_kv_heads, " pages x ", shape.num_kv_heads,
-                " KV heads = ", step_pages, ", got ", config.device_pages));
-  }
 }
 
 }  // namespace

@@ -8,7 +8,6 @@ namespace {
 constexpr std::string_view kIndex[] = {"tree", "dci", "positional", "faiss"};
 constexpr std::string_view kSelect[] = {"token", "page"};
 constexpr std::string_view kTail[] = {"on", "off"};
-constexpr std::string_view kDevice[] = {"cpu", "emulated", "cuda"};
 constexpr std::string_view kIntegrity[] = {"off", "sampled", "always"};
 constexpr std::string_view kTelemetry[] = {"off", "on", "trace"};
 constexpr std::string_view kPositionalBound[] = {"quest", "mean"};
@@ -22,7 +21,6 @@ constexpr Choices kChoices[] = {
     {"index", kIndex},
     {"select", kSelect},
     {"tail", kTail},
-    {"device", kDevice},
     {"integrity", kIntegrity},
     {"telemetry", kTelemetry},
     {"positional_bound", kPositionalBound},

@@ -6,7 +6,6 @@
 #include <set>
 #include <utility>
 
-#include "core/emulated_device.h"
 #include "core/engine_impl.h"
 #include "core/tensor_overlap.h"
 #include "icecache/error.h"
@@ -30,20 +29,6 @@ PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
   return options;
 }
 
-std::unique_ptr<DeviceMemory> make_device(const Config& config) {
-  if (config.device == "emulated") return make_emulated_device();
-  if (config.device == "cuda") {
-    throw InvalidArgument(
-        "device=cuda: an Engine attends on the CPU; DeviceCache is the cache of a model on a GPU");
-  }
-  return nullptr;
-}
-
-// More than all pages would never be used.
-std::size_t device_slots(const PagePool& pool, const Config& config) {
-  return std::min(static_cast<std::size_t>(config.device_pages), pool.capacity_pages());
-}
-
 const CacheShape& validated(const CacheShape& shape) {
   shape.validate();
   return shape;
@@ -56,7 +41,6 @@ Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
       config(user_config.resolved(shape)),
       mutex(threads),
       pool(pool_options(shape, config)),
-      residency(pool, make_device(config), device_slots(pool, config)),
       stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
       threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
 
@@ -158,10 +142,7 @@ void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
   total.doubtful_steps += add.doubtful_steps;
   total.seals += add.seals;
   total.merges += add.merges;
-  total.hits += add.hits;
-  total.misses += add.misses;
   total.bytes_read += add.bytes_read;
-  total.bytes_moved += add.bytes_moved;
   total.mass += add.mass;
   total.worst_mass = std::min(total.worst_mass, add.worst_mass);
   total.select_seconds += add.select_seconds;
@@ -193,8 +174,7 @@ SeqId Engine::new_sequence() {
       context.group = impl_->shape.group();
       context.dtype = impl_->shape.dtype;
       context.scale = impl_->shape.softmax_scale();
-      layer.heads.emplace_back(context, impl_->residency,
-                               impl_->config.exact || impl_->config.is_dense_layer(l));
+      layer.heads.emplace_back(context, impl_->config.exact || impl_->config.is_dense_layer(l));
     }
     layer.job_stats.resize(layer.heads.size());
     cache.layers.push_back(std::move(layer));
@@ -347,7 +327,6 @@ void Engine::check_integrity() const {
     }
   }
   impl_->pool.check_integrity();
-  impl_->residency.check_integrity();
 }
 
 const CacheShape& Engine::shape() const {

@@ -13,7 +13,6 @@
 
 #include "core/call_mutex.h"
 #include "core/layer_cache.h"
-#include "core/residency.h"
 #include "core/thread_pool.h"
 #include "icecache/engine.h"
 
@@ -107,7 +106,6 @@ struct Engine::Impl {
   const Config config;  // resolved
   CallMutex mutex;      // guards everything below but what jobs own
   PagePool pool;
-  Residency residency;
   std::map<SeqId, SequenceCache> sequences;
   SeqId next_sequence = 0;
   std::vector<HeadStats> stats;                // [num_layers, Hkv]

@@ -23,25 +23,10 @@ int token_count(std::span<const PagePick> picks) {
 
 }  // namespace
 
-template <typename Body>
-void HeadCache::with_pages(std::span<const PagePick> picks, HeadStats& stats,
-                           const Body& body) const {
-  if (context_.config->integrity != "off") {
-    for (const PagePick& pick : picks) {
-      context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
-    }
-  }
-  std::int64_t first = 0;
-  for (std::size_t begin = 0; begin < picks.size();) {
-    const std::span<const PagePick> batch =
-        picks.subspan(begin, std::min(residency_->capacity(), picks.size() - begin));
-    const Residency::Lease lease = residency_->acquire(batch);
-    body(lease, batch, first);
-    for (const PagePick& pick : batch) first += std::popcount(pick.slots);
-    stats.hits += lease.hits;
-    stats.misses += lease.misses;
-    stats.bytes_moved += lease.bytes_moved;
-    begin += batch.size();
+void HeadCache::verify(std::span<const PagePick> picks) const {
+  if (context_.config->integrity == "off") return;
+  for (const PagePick& pick : picks) {
+    context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
   }
 }
 
@@ -53,16 +38,11 @@ void HeadCache::attend_picks(std::span<const PagePick> picks, std::int64_t seen,
                              ExactAttention& attention, HeadStats& stats) const {
   const auto row_bytes = static_cast<std::int64_t>(context_.head_dim * size_of(context_.dtype));
   thread_local std::vector<PageSlots> pages;
-  with_pages(picks, stats, [&](const auto& lease, std::span<const PagePick> batch, std::int64_t) {
-    pages.clear();
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-      pages.push_back({lease.page(i), batch[i].slots});
-    }
-    const std::int64_t tokens = token_count(batch);
-    attention.attend(pages, seen);
-    stats.bytes_read += 2 * row_bytes * tokens;
-    if (seen != QueryBlock::kAll) seen -= tokens;
-  });
+  verify(picks);
+  pages.clear();
+  for (const PagePick& pick : picks) pages.push_back({context_.pool->data(pick.page), pick.slots});
+  attention.attend(pages, seen);
+  stats.bytes_read += 2 * row_bytes * token_count(picks);
 }
 
 void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
@@ -118,15 +98,19 @@ struct HeadCache::Step {
   WeightSum near_sum[kMaxGroup];
   float near_lse[kMaxGroup], exact_lse[kMaxGroup], exact[kMaxGroup], total[kMaxGroup];
 
-  void add_rows(const std::byte* page, std::uint32_t slots, std::size_t row_bytes) {
-    for (; slots != 0; slots &= slots - 1) {
-      rows.push_back(page + std::countr_zero(slots) * row_bytes);
+  // The rows become those of all picks; `offset`: of the first slot's row in its page.
+  void set_rows(const PagePool& pool, std::size_t offset, std::size_t row_bytes) {
+    rows.clear();
+    for (const PagePick& pick : picks) {
+      const std::byte* page = pool.data(pick.page) + offset;
+      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+        rows.push_back(page + std::countr_zero(slots) * row_bytes);
+      }
     }
   }
 };
 
-void HeadCache::score_near(const float* queries, std::int32_t position, Step& step,
-                           HeadStats& stats) const {
+void HeadCache::score_near(const float* queries, std::int32_t position, Step& step) const {
   const int group = context_.group, d = context_.head_dim;
   const std::size_t row_bytes = d * size_of(context_.dtype);
   const std::size_t half = context_.config->page_size * row_bytes;
@@ -135,19 +119,13 @@ void HeadCache::score_near(const float* queries, std::int32_t position, Step& st
   tail_.picks(position + 1, step.picks);
   const std::int64_t near = step.near = token_count(step.picks);
   step.logits.resize(near * group);
-  with_pages(step.picks, stats,
-             [&](const auto& lease, std::span<const PagePick> batch, std::int64_t first) {
-               step.rows.clear();
-               for (std::size_t i = 0; i < batch.size(); ++i) {
-                 step.add_rows(lease.page(i), batch[i].slots, row_bytes);
-               }
-               for (const void* row : step.rows) {  // its value, attended soon
-                 simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
-               }
-               simd::kernels().row_logits({step.rows.data(), context_.dtype,
-                                           static_cast<std::int64_t>(step.rows.size()), group, d},
-                                          queries, step.logits.data() + first, near);
-             });
+  verify(step.picks);
+  step.set_rows(*context_.pool, 0, row_bytes);
+  for (const void* row : step.rows) {  // its value, attended soon
+    simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
+  }
+  simd::kernels().row_logits({step.rows.data(), context_.dtype, near, group, d}, queries,
+                             step.logits.data(), near);
   for (int g = 0; g < group; ++g) {
     step.near_sum[g] = weight_sum(step.logits.data() + g * near, near);
     step.near_lse[g] = step.near_sum[g].log();
@@ -191,16 +169,10 @@ void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats
   const std::int64_t known = step.near + step.selection.tokens;
   std::fill_n(out, group * d, 0.0f);
   step.picks.insert(step.picks.end(), step.selection.picks.begin(), step.selection.picks.end());
-  with_pages(step.picks, stats,
-             [&](const auto& lease, std::span<const PagePick> batch, std::int64_t first) {
-               step.rows.clear();
-               for (std::size_t i = 0; i < batch.size(); ++i) {
-                 step.add_rows(lease.page(i) + half, batch[i].slots, row_bytes);
-               }
-               kernels.add_rows({step.rows.data(), context_.dtype,
-                                 static_cast<std::int64_t>(step.rows.size()), group, d},
-                                step.weights.data() + first, known, out);
-             });
+  verify(step.picks);
+  step.set_rows(*context_.pool, half, row_bytes);
+  kernels.add_rows({step.rows.data(), context_.dtype, known, group, d}, step.weights.data(), known,
+                   out);
   stats.bytes_read += step.selection.bytes_scanned +
                       (step.near + known) * static_cast<std::int64_t>(row_bytes) +
                       nodes * static_cast<std::int64_t>(row_bytes);
@@ -238,7 +210,7 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   const simd::FlushSubnormals flush;
   thread_local Step step_of_thread;
   Step& step = step_of_thread;
-  score_near(queries, position, step, stats);
+  score_near(queries, position, step);
   // Those that wait to be sealed are attended besides.
   const std::int64_t waiting =
       growing_ ? 0 : std::clamp(window_start(position) - tail_.first_position(), 0, tail_.count());

@@ -21,9 +21,8 @@ float largest_in(const TensorView& view, std::int64_t head) {
 
 }  // namespace
 
-HeadCache::HeadCache(const IndexContext& context, Residency& residency, bool dense)
+HeadCache::HeadCache(const IndexContext& context, bool dense)
     : context_(context),
-      residency_(&residency),
       dense_(dense),
       sink_(context, 0),
       tail_(context, static_cast<std::int32_t>(context.config->sink_tokens)),
@@ -31,7 +30,6 @@ HeadCache::HeadCache(const IndexContext& context, Residency& residency, bool den
 
 HeadCache::HeadCache(const HeadCache& other)
     : context_(other.context_),
-      residency_(other.residency_),
       dense_(other.dense_),
       sink_(other.sink_),
       tail_(other.tail_),

@@ -25,7 +25,6 @@
 #include <vector>
 
 #include "core/page_run.h"
-#include "core/residency.h"
 #include "core/segment_build.h"
 #include "cpu/exact_attention.h"
 #include "icecache/engine.h"
@@ -37,7 +36,7 @@ namespace icecache {
 class HeadCache {
  public:
   // `dense`: the layer always attends in full and builds no index.
-  HeadCache(const IndexContext& context, Residency& residency, bool dense);
+  HeadCache(const IndexContext& context, bool dense);
   HeadCache(const HeadCache& other);  // fork
   HeadCache(HeadCache&&) noexcept = default;
 
@@ -169,7 +168,7 @@ class HeadCache {
   void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
                     HeadStats& stats) const;
   // The parts of decode().
-  void score_near(const float* queries, std::int32_t position, Step& step, HeadStats& stats) const;
+  void score_near(const float* queries, std::int32_t position, Step& step) const;
   void weigh(std::int64_t nodes, Step& step) const;
   void add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const;
   void count_step(const Step& step, bool any_far, std::chrono::steady_clock::time_point start,
@@ -190,15 +189,12 @@ class HeadCache {
   void use_builds(HeadStats& stats) noexcept;
   // True where an insertion failed half-way: until the index is built anew, everything is attended.
   bool is_broken() const { return growing_ != nullptr && !growing_->whole(); }
-  // Calls body(lease, picks, first) for the picks in batches that the device has room for; `first`:
-  // tokens before the batch.
-  template <typename Body>
-  void with_pages(std::span<const PagePick> picks, HeadStats& stats, const Body& body) const;
+  // Throws IntegrityError where a page is not what it was when it was picked.
+  void verify(std::span<const PagePick> picks) const;
   StepTrace traced(const SelectRequest& request, const Selection& selection, std::int32_t position,
                    const float* near_lse, const Selector& selector) const;
 
   IndexContext context_;
-  Residency* residency_;
   bool dense_;
   PageRun sink_;
   PageRun tail_;

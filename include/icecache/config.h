@@ -50,9 +50,6 @@ namespace icecache {
   X(int, host_memory, 0, "bytes", "bound of the page pool; 0: half of the machine's memory")      \
   X(int, device_pages, 0, "pages",                                                                \
     "page slots on the device; 0: four times what one step of one layer selects")                 \
-  X(text, device, "cpu", "",                                                                      \
-    "cpu: pages are attended in place; emulated: the device has memory "                          \
-    "of its own (tests the residency path without a GPU). A GPU is served by DeviceCache")        \
   X(int, num_threads, 0, "threads", "threads of one attend call, caller included; 0: all cores")  \
   X(int, index_threads, 0, "threads", "threads that build and update indexes; 0: as num_threads") \
   X(text, integrity, "off", "", "page headers verified before use: off, sampled or always")       \

@@ -43,9 +43,7 @@ struct HeadStats {
   // where one may have been all the same.
   std::int64_t widened_steps = 0, doubtful_steps = 0;
   std::int64_t seals = 0, merges = 0;  // segments built of decoded tokens, of other segments
-  std::int64_t hits = 0, misses = 0;  // device page cache; both 0 where pages are attended in place
   std::int64_t bytes_read = 0;        // sketches, summaries, candidates, attended K and V
-  std::int64_t bytes_moved = 0;       // host to device
   double mass = 0.0;  // sum over steps of the exactly attended share, mean over the group
   double worst_mass = 1.0;
   double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;

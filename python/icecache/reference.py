@@ -30,7 +30,6 @@ class ReferenceHeadStats:
     steps: int = 0
     dense_steps: int = 0
     bytes_read: int = 0
-    bytes_moved: int = 0
     tokens_selected: int = 0
     mass: float = 0.0
     worst_mass: float = 1.0

@@ -322,14 +322,6 @@ TEST(ConfigResolved, RefusesBudgetsWhoseBytesExceedAnyMachine) {
   EXPECT_MENTIONS(refusal(with("token_budget", "9223372036854775807")), "token_budget");
 }
 
-TEST(ConfigResolved, RefusesFewerDeviceSlotsThanOneStepWhereThereIsADevice) {
-  Config config;
-  config.device_pages = 659;
-  EXPECT_EQ(refusal(config), "");
-  config.device = "emulated";
-  EXPECT_MENTIONS(refusal(config), "220 pages x 3 KV heads = 660, got 659");
-}
-
 TEST(ConfigResolved, RefusesShapesThatAreNotSupported) {
   CacheShape shape = smollm2();
   shape.head_dim = 60;

@@ -382,27 +382,5 @@ TEST(Engine, ASequenceThatOutgrowsThePoolIsRefusedAndOthersGoOn) {
   engine.check_integrity();
 }
 
-TEST(Engine, EmulatedDeviceGivesTheSameAnswers) {
-  std::vector<float> in_place;
-  for (const char* device : {"cpu", "emulated"}) {
-    Config config = small_config();
-    config.device = device;
-    Engine engine(small_shape(), config);
-    Feeder feeder(engine, 11);
-    const SeqId id = engine.new_sequence();
-    feeder.append(id, 700);
-    std::vector<float> all;
-    for (int step = 0; step < 30; ++step) {
-      const std::vector<float> out = feeder.step(id);
-      all.insert(all.end(), out.begin(), out.end());
-    }
-    if (in_place.empty()) in_place = all;
-    EXPECT_EQ(all, in_place);
-    const HeadStats stats = engine.stats(0, 0);
-    EXPECT_EQ(stats.misses > 0, std::string(device) == "emulated");
-    EXPECT_EQ(stats.hits > 0, std::string(device) == "emulated");
-  }
-}
-
 }  // namespace
 }  // namespace icecache::engine_test

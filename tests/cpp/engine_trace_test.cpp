@@ -22,7 +22,6 @@ struct Setup {
   const char* index;
   const char* select;
   const char* tail;
-  const char* device;
   int layers, q_heads, kv_heads, head_dim, page_size;
   int memory_pages;  // per layer and KV head
 };
@@ -31,7 +30,7 @@ std::string setup_name(const ::testing::TestParamInfo<Setup>& info) {
   return info.param.name;
 }
 
-constexpr int kSetups = 10;
+constexpr int kSetups = 9;
 
 // How far log weights that sketches of 4 bits tell may be from what the tokens weigh, in nats: of
 // one node, and of all tokens that were not picked. Measured over 40 seeds: at most 0.035 and 0.018
@@ -78,7 +77,6 @@ class Trace {
     config.index = setup.index;
     config.select = setup.select;
     config.tail = setup.tail;
-    config.device = setup.device;
     config.page_size = setup.page_size;
     config.token_budget = 3 * setup.page_size + 8;
     config.sink_tokens = 5;
@@ -330,17 +328,15 @@ TEST_P(EngineTrace, EveryAttendAgreesWithTheOracle) {
 INSTANTIATE_TEST_SUITE_P(
     AllIndexes, EngineTrace,
     ::testing::Values(
-        Setup{"tree_token", "tree", "token", "on", "cpu", 2, 4, 2, 16, 8, 40},
-        Setup{"tree_page", "tree", "page", "on", "cpu", 1, 6, 2, 24, 16, 24},
-        Setup{"tree_no_tail", "tree", "token", "off", "cpu", 1, 3, 1, 8, 8, 40},
-        Setup{"tree_emulated_device", "tree", "page", "on", "emulated", 1, 4, 2, 16, 8, 40},
-        Setup{"dci_page", "dci", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
-        Setup{"dci_far_field", "dci", "token", "on", "cpu", 1, 8, 1, 16, 16, 50},
-        Setup{"faiss_sketch", "faiss", "token", "on", "cpu", 1, 4, 2, 16, 8, 60},
-        Setup{"faiss_flat", "faiss", "page", "off", "cpu", 1, 4, 2, 16, 8, 60},
-        Setup{"positional_page", "positional", "page", "off", "cpu", 2, 2, 2, 16, 8, 40},
-        Setup{"positional_far_field", "positional", "token", "on", "emulated", 1, 4, 2, 32, 32,
-              40}),
+        Setup{"tree_token", "tree", "token", "on", 2, 4, 2, 16, 8, 40},
+        Setup{"tree_page", "tree", "page", "on", 1, 6, 2, 24, 16, 24},
+        Setup{"tree_no_tail", "tree", "token", "off", 1, 3, 1, 8, 8, 40},
+        Setup{"dci_page", "dci", "page", "off", 1, 4, 2, 16, 8, 60},
+        Setup{"dci_far_field", "dci", "token", "on", 1, 8, 1, 16, 16, 50},
+        Setup{"faiss_sketch", "faiss", "token", "on", 1, 4, 2, 16, 8, 60},
+        Setup{"faiss_flat", "faiss", "page", "off", 1, 4, 2, 16, 8, 60},
+        Setup{"positional_page", "positional", "page", "off", 2, 2, 2, 16, 8, 40},
+        Setup{"positional_far_field", "positional", "token", "on", 1, 4, 2, 32, 32, 40}),
     setup_name);
 
 }  // namespace

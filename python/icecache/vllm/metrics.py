@@ -22,7 +22,9 @@ class Metric:
     name: str
     help: str
     is_gauge: bool = False  # else a counter: a worker reports what was added
-    of_heads: str = ""  # the field of HeadStats whose sum over layers and KV heads it is
+    # The field of an engine's statistics whose sum over layers and KV heads it is; engines that do
+    # not have it, since they need not move pages or do not estimate, count nothing.
+    of_heads: str = ""
 
 
 METRICS = (
@@ -132,7 +134,7 @@ def sums(store: Store) -> dict[str, float]:
     """Every counter since the start."""
     parts = store.engine.all_stats()
     total: dict[str, float] = {
-        metric.name: sum(getattr(part, metric.of_heads) for part in parts)
+        metric.name: sum(getattr(part, metric.of_heads, 0) for part in parts)
         for metric in METRICS
         if metric.of_heads
     }

@@ -196,11 +196,9 @@ TEST_P(Fault, ChangesNothing) {
   EXPECT_GT(fired, cases * 9 / 10) << "the cases must reach their faults";
 }
 
-LifeOptions options_of(const char* index, const char* device = "cpu", int threads = 1,
-                       int index_threads = 1) {
+LifeOptions options_of(const char* index, int threads = 1, int index_threads = 1) {
   LifeOptions options;
   options.index = index;
-  options.device = device;
   options.num_threads = threads;
   options.index_threads = index_threads;
   if (options.index == "faiss") options.faiss_search = "flat";
@@ -213,13 +211,12 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"MemoryDci", options_of("dci"), Kind::kMemory},
                       Case{"MemoryPositional", options_of("positional"), Kind::kMemory},
                       Case{"MemoryFaiss", options_of("faiss"), Kind::kMemory},
-                      Case{"MemoryDevice", options_of("tree", "emulated"), Kind::kMemory},
-                      Case{"MemoryManyThreads", options_of("tree", "cpu", 3, 3), Kind::kMemory},
+                      Case{"MemoryManyThreads", options_of("tree", 3, 3), Kind::kMemory},
                       Case{"PagesTree", options_of("tree"), Kind::kPages},
                       Case{"PagesDci", options_of("dci"), Kind::kPages},
                       Case{"PagesPositional", options_of("positional"), Kind::kPages},
                       Case{"PagesFaiss", options_of("faiss"), Kind::kPages},
-                      Case{"Threads", options_of("tree", "emulated", 3, 3), Kind::kThreads}),
+                      Case{"Threads", options_of("tree", 3, 3), Kind::kThreads}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -41,7 +41,6 @@ Life::Life(const LifeOptions& options) : options_(options) {
   shape_.head_dim = kDim;
   config_.index = options.index;
   config_.segment_tokens = 8;
-  config_.device = options.device;
   config_.faiss_search = options.faiss_search;
   config_.page_size = 8;
   config_.token_budget = 24;
@@ -54,7 +53,6 @@ Life::Life(const LifeOptions& options) : options_(options) {
   config_.telemetry = "trace";
   config_.integrity = "always";
   config_.dci_promotion = 0.1;
-  if (options.device == "emulated") config_.device_pages = 24;
 }
 
 // Values in [-1, 1) by splitmix64; neighbours in a sequence are somewhat alike.

@@ -13,7 +13,7 @@
 namespace icecache::fault {
 
 struct LifeOptions {
-  std::string index = "tree", device = "cpu", faiss_search = "sketch";
+  std::string index = "tree", faiss_search = "sketch";
   int num_threads = 1, index_threads = 1;
   // After a call that threw: checks the sequences at once (true), or does the call again at once,
   // while background work may be pending (false).
