@@ -1,14 +1,16 @@
 # libicecache.so: everything below the bindings.
 find_package(Threads REQUIRED)
 
-file(GLOB icecache_sources CONFIGURE_DEPENDS csrc/core/*.cpp csrc/index/*.cpp csrc/simd/*.cpp
-     csrc/cpu/*.cpp)
-list(FILTER icecache_sources EXCLUDE REGEX "/(no_faiss|faiss_[a-z_]*|no_device_cache|device_[a-z_]*)\\.cpp$")
+foreach(layer config threads pages index compared host simd cpu)
+  list(APPEND layers csrc/${layer}/*.cpp)
+endforeach()
+file(GLOB icecache_sources CONFIGURE_DEPENDS ${layers})
+list(FILTER icecache_sources EXCLUDE REGEX "/(no_)?faiss[a-z_]*\\.cpp$")
 
 add_library(icecache SHARED ${icecache_sources})
 target_include_directories(icecache PUBLIC include csrc)
 # Seen by this source alone: builds that differ in them share all other objects.
-set(build_info csrc/core/build_info.cpp)
+set(build_info csrc/host/build_info.cpp)
 set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS
                                                   ICECACHE_VERSION="${PROJECT_VERSION}")
 target_compile_options(icecache PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fno-semantic-interposition>)
@@ -42,7 +44,8 @@ endif()
 
 # CUDA: the real device layer, or stubs with the same symbols that say what is missing. Wheels get
 # every architecture; a build for development this machine's, or the two that differ most.
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/core/device_*.cpp)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/device/*.cpp)
+list(FILTER cuda_sources EXCLUDE REGEX "/no_device_cache\\.cpp$")
 set(icecache_with_cuda OFF)
 if(NOT ICECACHE_CUDA STREQUAL "OFF")
   include(CheckLanguage)
@@ -81,7 +84,7 @@ if(icecache_with_cuda)
   target_sources(icecache PRIVATE ${cuda_sources})
   target_link_libraries(icecache PRIVATE CUDA::cudart_static)
 else()
-  target_sources(icecache PRIVATE csrc/cuda/no_cuda.cpp csrc/core/no_device_cache.cpp)
+  target_sources(icecache PRIVATE csrc/cuda/no_cuda.cpp csrc/device/no_device_cache.cpp)
 endif()
 
 # FAISS: Debian's library is static, and refers to targets of OpenMP that must exist before.
@@ -107,19 +110,19 @@ if(ICECACHE_FAISS STREQUAL "ON" AND NOT icecache_with_faiss)
                       "apt-get install libfaiss-dev libopenblas-dev")
 endif()
 if(icecache_with_faiss)
-  file(GLOB faiss_sources CONFIGURE_DEPENDS csrc/index/faiss_*.cpp)
+  file(GLOB faiss_sources CONFIGURE_DEPENDS csrc/compared/faiss_*.cpp)
   target_sources(icecache PRIVATE ${faiss_sources})
   target_link_libraries(icecache PRIVATE faiss)
   set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS ICECACHE_HAVE_FAISS)
 else()
-  target_sources(icecache PRIVATE csrc/index/no_faiss.cpp)
+  target_sources(icecache PRIVATE csrc/compared/no_faiss.cpp)
 endif()
 
 if(ICECACHE_SANITIZE)
   icecache_compile_together(icecache)
   # Tests of faults stand between these and their callers (tests/cpp/fault/injector.cpp), which a compiler
   # that sees both would not let them.
-  set_property(SOURCE csrc/core/head_update.cpp csrc/core/page_pool.cpp csrc/core/segment_build.cpp
+  set_property(SOURCE csrc/host/head_update.cpp csrc/pages/page_pool.cpp csrc/host/segment_build.cpp
                       csrc/index/growing_index.cpp PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)
   # It defines macros for the headers it includes, and has flags of its own, which leave to the address
   # sanitizer what that finds, too.

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "icecache/page_pool.h"
 #include "icecache/types.h"
+#include "pages/page_pool.h"
 
 namespace icecache::bench {
 

@@ -9,11 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "host/make_index.h"
 #include "icecache/config.h"
-#include "icecache/page_pool.h"
-#include "index/make_index.h"
 #include "index/selector.h"
 #include "operands.h"
+#include "pages/page_pool.h"
 #include "registry.h"
 #include "roof.h"
 #include "simd/kernels.h"
@@ -107,7 +107,7 @@ class Head {
   std::vector<std::byte> keys_, values_;
   Config config_;
   std::unique_ptr<PagePool> pool_;
-  IndexContext context_;
+  HeadContext context_;
   QueryMoments moments_;
   std::vector<float> queries_;
 };

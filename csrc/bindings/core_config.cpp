@@ -4,7 +4,7 @@
 
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
-#include "index/page_bound.h"
+#include "host/page_bound.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
-#include "core/machine.h"
+#include "config/machine.h"
 #include "icecache/engine.h"
 
 namespace py = pybind11;
@@ -42,8 +42,9 @@ void bind_stats(py::module_& module) {
           .def_readonly("index_seconds", &HeadStats::index_seconds)
           .def("__repr__", [](const py::object& self) {
             return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
-                            "widened_steps", "doubtful_steps", "seals", "merges", "bytes_read", "mass", "worst_mass", "select_seconds",
-                            "attend_seconds", "index_seconds");
+                            "widened_steps", "doubtful_steps", "seals", "merges", "bytes_read",
+                            "mass", "worst_mass", "select_seconds", "attend_seconds",
+                            "index_seconds");
           }));
 
   forbid_new(

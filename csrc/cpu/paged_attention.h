@@ -11,8 +11,8 @@
 #include <limits>
 #include <span>
 
-#include "icecache/attention_state.h"
 #include "icecache/types.h"
+#include "simd/attention_state.h"
 
 namespace icecache {
 

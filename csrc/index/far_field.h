@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-#include "index/page_table.h"
+#include "pages/page_table.h"
 
 namespace icecache {
 

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "icecache/index_types.h"
+#include "index/query_moments.h"
 
 namespace icecache {
 

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <utility>
 
-#include "icecache/index_types.h"
+#include "index/query_moments.h"
 #include "simd/kernels.h"
 
 namespace icecache {

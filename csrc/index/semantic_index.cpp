@@ -7,7 +7,7 @@
 
 namespace icecache {
 
-SemanticIndex::SemanticIndex(const IndexContext& context)
+SemanticIndex::SemanticIndex(const HeadContext& context)
     : context_(context),
       table_(context),
       sketch_(static_cast<int>(context.config->sketch_rank),

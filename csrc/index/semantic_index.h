@@ -22,17 +22,19 @@
 #include <span>
 #include <vector>
 
-#include "icecache/index_types.h"
+#include "icecache/step_trace.h"
 #include "index/far_field.h"
-#include "index/page_table.h"
+#include "index/query_moments.h"
+#include "index/selection.h"
 #include "index/sketch.h"
 #include "index/token_space.h"
+#include "pages/page_table.h"
 
 namespace icecache {
 
 class SemanticIndex {
  public:
-  explicit SemanticIndex(const IndexContext& context);
+  explicit SemanticIndex(const HeadContext& context);
   virtual ~SemanticIndex() = default;
   SemanticIndex& operator=(const SemanticIndex&) = delete;
 
@@ -100,14 +102,14 @@ class SemanticIndex {
   virtual void built(const Arrangement& arrangement);
 
   const Config& config() const { return *context_.config; }
-  const IndexContext& context() const { return context_; }
+  const HeadContext& context() const { return context_; }
   // Pages per far-field node as built.
   int node_pages() const;
   // Pages of each node.
   std::vector<std::vector<int>> pages_by_node() const;
 
   // What a GrowingIndex changes.
-  IndexContext context_;
+  HeadContext context_;
   PageTable table_;
   TokenSpace space_;
   Sketch sketch_;

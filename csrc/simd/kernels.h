@@ -13,8 +13,8 @@
 #include <string_view>
 #include <vector>
 
-#include "icecache/attention_state.h"
 #include "icecache/types.h"
+#include "simd/attention_state.h"
 
 namespace icecache::simd {
 

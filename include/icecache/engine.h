@@ -27,7 +27,7 @@
 #include <vector>
 
 #include "icecache/config.h"
-#include "icecache/index_types.h"
+#include "icecache/step_trace.h"
 #include "icecache/types.h"
 
 namespace icecache {
@@ -43,7 +43,7 @@ struct HeadStats {
   // where one may have been all the same.
   std::int64_t widened_steps = 0, doubtful_steps = 0;
   std::int64_t seals = 0, merges = 0;  // segments built of decoded tokens, of other segments
-  std::int64_t bytes_read = 0;        // sketches, summaries, candidates, attended K and V
+  std::int64_t bytes_read = 0;         // sketches, summaries, candidates, attended K and V
   double mass = 0.0;  // sum over steps of the exactly attended share, mean over the group
   double worst_mass = 1.0;
   double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;
@@ -56,16 +56,6 @@ struct MemoryStats {
   std::int64_t query_bytes = 0;   // recent queries, and sums of them, that shape the metric
   std::int64_t device_bytes = 0;  // what the device holds (or would hold) for these sequences
   std::int64_t sequences = 0;
-};
-
-// What one decode step looked at, recorded with telemetry = "trace"; one per layer and KV head.
-struct StepTrace {
-  std::vector<std::int32_t> sink, window, selected;  // positions
-  std::vector<PageInfo> pages;                       // the whole map of pages
-  std::vector<FarNodeInfo> far_nodes;                // indexed by PageInfo::node
-  // Log weights as floats: shares made of them are off by a factor of exp(|lse| / 2^24).
-  std::vector<float> near_lse;   // [G] log weight attended exactly
-  std::vector<float> total_lse;  // [G] with the rest
 };
 
 // How a call of Engine::step treats the tokens of one sequence.

@@ -1,4 +1,4 @@
-#include "icecache/attention_state.h"
+#include "simd/attention_state.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "core/checksum.h"
+#include "pages/checksum.h"
 
 #include <gtest/gtest.h>
 

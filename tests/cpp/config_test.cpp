@@ -6,8 +6,8 @@
 #include <set>
 #include <string>
 
-#include "core/config_values.h"
-#include "core/machine.h"
+#include "config/config_values.h"
+#include "config/machine.h"
 #include "icecache/error.h"
 #include "refusal.h"
 

@@ -8,8 +8,8 @@
 #include <string>
 
 #include "engine_oracle.h"
+#include "host/make_index.h"
 #include "icecache/error.h"
-#include "index/make_index.h"
 
 namespace icecache::engine_trace_test {
 namespace {
@@ -327,16 +327,16 @@ TEST_P(EngineTrace, EveryAttendAgreesWithTheOracle) {
 
 INSTANTIATE_TEST_SUITE_P(
     AllIndexes, EngineTrace,
-    ::testing::Values(
-        Setup{"tree_token", "tree", "token", "on", 2, 4, 2, 16, 8, 40},
-        Setup{"tree_page", "tree", "page", "on", 1, 6, 2, 24, 16, 24},
-        Setup{"tree_no_tail", "tree", "token", "off", 1, 3, 1, 8, 8, 40},
-        Setup{"dci_page", "dci", "page", "off", 1, 4, 2, 16, 8, 60},
-        Setup{"dci_far_field", "dci", "token", "on", 1, 8, 1, 16, 16, 50},
-        Setup{"faiss_sketch", "faiss", "token", "on", 1, 4, 2, 16, 8, 60},
-        Setup{"faiss_flat", "faiss", "page", "off", 1, 4, 2, 16, 8, 60},
-        Setup{"positional_page", "positional", "page", "off", 2, 2, 2, 16, 8, 40},
-        Setup{"positional_far_field", "positional", "token", "on", 1, 4, 2, 32, 32, 40}),
+    ::testing::Values(Setup{"tree_token", "tree", "token", "on", 2, 4, 2, 16, 8, 40},
+                      Setup{"tree_page", "tree", "page", "on", 1, 6, 2, 24, 16, 24},
+                      Setup{"tree_no_tail", "tree", "token", "off", 1, 3, 1, 8, 8, 40},
+                      Setup{"dci_page", "dci", "page", "off", 1, 4, 2, 16, 8, 60},
+                      Setup{"dci_far_field", "dci", "token", "on", 1, 8, 1, 16, 16, 50},
+                      Setup{"faiss_sketch", "faiss", "token", "on", 1, 4, 2, 16, 8, 60},
+                      Setup{"faiss_flat", "faiss", "page", "off", 1, 4, 2, 16, 8, 60},
+                      Setup{"positional_page", "positional", "page", "off", 2, 2, 2, 16, 8, 40},
+                      Setup{"positional_far_field", "positional", "token", "on", 1, 4, 2, 32, 32,
+                            40}),
     setup_name);
 
 }  // namespace

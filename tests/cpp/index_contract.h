@@ -14,9 +14,10 @@
 #include <string>
 #include <vector>
 
+#include "host/make_index.h"
 #include "icecache/engine.h"
-#include "icecache/index_types.h"
-#include "index/make_index.h"
+#include "index/query_moments.h"
+#include "index/selection.h"
 #include "index/selector.h"
 #include "pool_fixture.h"
 
@@ -59,7 +60,7 @@ inline std::string variant_name(const ::testing::TestParamInfo<Variant>& info) {
 // index that grows.
 class Held {
  public:
-  explicit Held(const IndexContext& context) : context_(context) {}
+  explicit Held(const HeadContext& context) : context_(context) {}
   Held(const Held& other)
       : context_(other.context_),
         moments_(other.moments_),
@@ -125,7 +126,7 @@ class Held {
     segments_.emplace_back(std::move(index));
   }
 
-  IndexContext context_;
+  HeadContext context_;
   QueryMoments moments_;
   std::vector<Segment> segments_;
   std::unique_ptr<GrowingIndex> growing_;

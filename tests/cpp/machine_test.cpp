@@ -1,5 +1,5 @@
 // Cores that a process may use, as control groups tell.
-#include "core/machine.h"
+#include "config/machine.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

@@ -1,13 +1,13 @@
 // How many pages an index takes for its tokens after long decoding.
-#include "index/page_bound.h"
+#include "host/page_bound.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <random>
 
+#include "host/make_index.h"
 #include "icecache/engine.h"
-#include "index/make_index.h"
 #include "pool_fixture.h"
 
 namespace icecache::testing::page_bound_test {

@@ -1,4 +1,4 @@
-#include "icecache/page_pool.h"
+#include "pages/page_pool.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "core/page_run.h"
+#include "pages/page_run.h"
 
 #include <gtest/gtest.h>
 

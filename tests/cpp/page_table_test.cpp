@@ -1,4 +1,4 @@
-#include "index/page_table.h"
+#include "pages/page_table.h"
 
 #include <gtest/gtest.h>
 

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/reference.h"
+#include "reference.h"
 #include "simd/kernels.h"
 
 namespace icecache::paged_attention_test {

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "core/thread_pool.h"
+#include "threads/thread_pool.h"
 
 namespace icecache::parallel_test {
 namespace {

@@ -8,8 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "icecache/index_types.h"
-#include "icecache/page_pool.h"
+#include "index/query_moments.h"
+#include "index/selection.h"
+#include "pages/page_pool.h"
 #include "simd/kernels.h"
 
 namespace icecache::testing {
@@ -81,7 +82,7 @@ class PoolFixture {
 
   Config config;
   std::unique_ptr<PagePool> pool;
-  IndexContext context;
+  HeadContext context;
 };
 
 }  // namespace icecache::testing

@@ -1,5 +1,5 @@
 // The reference against cases with a known answer and against its own algebra.
-#include "cpu/reference.h"
+#include "reference.h"
 
 #include <gtest/gtest.h>
 

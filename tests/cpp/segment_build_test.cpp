@@ -1,14 +1,14 @@
 // Segments that are built behind decoding: nothing is lost, and no timing shows in the answers.
-#include "core/segment_build.h"
+#include "host/segment_build.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <random>
 
+#include "host/make_index.h"
 #include "icecache/engine.h"
 #include "icecache/error.h"
-#include "index/make_index.h"
 #include "pool_fixture.h"
 
 namespace icecache::segment_build_test {

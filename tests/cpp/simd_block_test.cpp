@@ -1,7 +1,7 @@
 // attend_block against softmax attention in double.
 #include <algorithm>
 
-#include "icecache/attention_state.h"
+#include "simd/attention_state.h"
 #include "simd/kernels.h"
 #include "simd_levels.h"
 

@@ -1,4 +1,4 @@
-#include "core/tensor_overlap.h"
+#include "host/tensor_overlap.h"
 
 #include <gtest/gtest.h>
 

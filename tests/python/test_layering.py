@@ -1,7 +1,8 @@
 """Dependencies only look down.
 
-front ends -> python API -> bindings -> core -> {index, cpu, cuda, simd} -> include. Read from the
-sources, so that an include or an import against the layers fails here and not at a later port.
+front ends -> python API -> bindings -> {host, device} -> compared -> index -> pages ->
+{threads, cuda, cpu, simd} -> config -> include. Read from the sources, so that an include or an
+import against the layers fails here and not at a later port.
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # --- C++: the layers of our own headers that a file of each layer may include.
-CPP_LAYERS = {
-    "include": {"include"},
-    "simd": {"include", "simd"},
-    "index": {"include", "simd", "index"},
-    "cpu": {"include", "simd", "cpu"},
-    "cuda": {"include", "cuda"},
-    "core": {"include", "simd", "index", "cpu", "cuda", "core"},
-    "bindings": {"include", "simd", "index", "cpu", "cuda", "core", "bindings"},
+# A layer sees itself, include, and what is named.
+_SEEN = {
+    "include": "",
+    "config": "",
+    "simd": "",
+    "cpu": "simd",
+    "cuda": "",
+    "threads": "config",
+    "pages": "simd cuda",
+    "index": "simd pages",
+    "compared": "simd pages index",
+    "host": "config simd cpu cuda threads pages index compared",
+    "device": "config simd cuda threads pages index",
+    "bindings": "config simd cpu cuda threads pages index compared host device",
 }
+CPP_LAYERS = {layer: {"include", layer, *seen.split()} for layer, seen in _SEEN.items()}
 # Foreign headers, and the only files (by path under the repository) that may include them.
 FOREIGN = {
     r"(torch|ATen|c10)/.*": r"csrc/bindings/ops_[^/]*",
     r"pybind11/.*|Python\.h": r"csrc/bindings/core_[^/]*",
     r"(cuda|cub|thrust|cooperative_groups|nv_).*|.*_fp8\.h": r"csrc/cuda/[^/]*",
     r"\w*intrin\.h|arm_neon\.h|arm_sve\.h": r"csrc/simd/.*",
-    r"faiss/.*": r"csrc/index/faiss_[^/]*|csrc/core/build_info\.cpp",  # the latter for its version
+    r"faiss/.*": r"csrc/compared/faiss_[^/]*|csrc/host/build_info\.cpp",  # the latter for its version
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
@@ -164,16 +172,19 @@ def test_python_imports_look_down() -> None:
 @pytest.mark.parametrize(
     ("path", "include"),
     [
-        ("include/icecache/a.h", '"core/engine.h"'),
+        ("include/icecache/a.h", '"host/engine_impl.h"'),
         ("include/icecache/a.h", "<torch/torch.h>"),
         ("include/icecache/a.h", "<immintrin.h>"),
         ("csrc/simd/a.cpp", '"cuda/cuda_info.h"'),
         ("csrc/index/a.cpp", '"cuda/cuda_info.h"'),
-        ("csrc/index/a.cpp", '"core/thread_pool.h"'),
+        ("csrc/index/a.cpp", '"threads/thread_pool.h"'),
+        ("csrc/index/a.cpp", '"compared/dci_index.h"'),
+        ("csrc/host/a.cpp", '"device/device_shape.h"'),
+        ("csrc/device/a.cpp", '"host/engine_impl.h"'),
         ("csrc/index/a.cpp", "<faiss/Index.h>"),
         ("csrc/cuda/a.cpp", '"index/tree.h"'),
-        ("csrc/core/a.cpp", "<cuda_runtime.h>"),
-        ("csrc/core/a.cpp", '"engine.h"'),
+        ("csrc/device/a.cpp", "<cuda_runtime.h>"),
+        ("csrc/host/a.cpp", '"engine.h"'),
         ("csrc/bindings/core_a.cpp", "<torch/csrc/stable/library.h>"),
         ("csrc/bindings/ops_a.cpp", "<Python.h>"),
     ],

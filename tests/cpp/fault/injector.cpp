@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "core/head_cache.h"
-#include "core/segment_build.h"
+#include "host/head_cache.h"
+#include "host/segment_build.h"
 #include "icecache/error.h"
-#include "icecache/page_pool.h"
 #include "index/growing_index.h"
+#include "pages/page_pool.h"
 
 namespace icecache::fault {
 namespace {

@@ -1,0 +1,339 @@
+#include "icecache/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "host/engine_impl.h"
+#include "host/tensor_overlap.h"
+#include "icecache/error.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+Integrity parse_integrity(const std::string& text) {
+  if (text == "always") return Integrity::kAlways;
+  return text == "sampled" ? Integrity::kSampled : Integrity::kOff;
+}
+
+PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
+  PagePool::Options options;
+  options.page_bytes =
+      2 * static_cast<std::size_t>(config.page_size) * shape.head_dim * size_of(shape.dtype);
+  options.capacity_bytes = static_cast<std::size_t>(config.host_memory);
+  options.integrity = parse_integrity(config.integrity);
+  options.poison_freed = config.integrity == "always";
+  return options;
+}
+
+const CacheShape& validated(const CacheShape& shape) {
+  shape.validate();
+  return shape;
+}
+
+}  // namespace
+
+Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
+    : shape(validated(cache_shape)),
+      config(user_config.resolved(shape)),
+      mutex(threads),
+      pool(pool_options(shape, config)),
+      stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
+      threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
+
+SequenceCache& Engine::Impl::sequence(SeqId id) {
+  const auto found = sequences.find(id);
+  if (found == sequences.end()) {
+    throw InvalidArgument(message("sequence must be one of this engine's ", sequences.size(),
+                                  " live sequences, got ", id));
+  }
+  return found->second;
+}
+
+LayerCache& Engine::Impl::layer_of(SeqId id, int layer) {
+  check_layer(layer);
+  LayerCache& cache = sequence(id).layers[layer];
+  settle(cache, layer);
+  return cache;
+}
+
+void Engine::Impl::finish(LayerCache& layer, int number) noexcept {
+  threads.finish(layer.jobs);
+  if (const auto update = std::exchange(layer.update, nullptr); update != nullptr) {
+    try {
+      update->run_failed();
+    } catch (...) {
+      layer.error = std::current_exception();
+    }
+  }
+  for (std::size_t h = 0; h < layer.job_stats.size(); ++h) {
+    collect(number, static_cast<int>(h), layer.job_stats[h]);
+    layer.job_stats[h] = {};
+  }
+}
+
+void Engine::Impl::settle(LayerCache& layer, int number) {
+  finish(layer, number);
+  if (layer.error) std::rethrow_exception(std::exchange(layer.error, nullptr));
+  threads.wait(layer.jobs);
+}
+
+void Engine::Impl::settle(SequenceCache& sequence) {
+  for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
+    settle(sequence.layers[l], static_cast<int>(l));
+  }
+}
+
+void Engine::Impl::rest(SequenceCache& sequence) noexcept {
+  for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
+    finish(sequence.layers[l], static_cast<int>(l));
+    for (JobGroup& builds : sequence.layers[l].builds) threads.finish(builds);
+  }
+}
+
+void Engine::Impl::rest() noexcept {
+  for (auto& [id, sequence] : sequences) rest(sequence);
+}
+
+bool Engine::Impl::drop_builds_for(std::size_t pages) {
+  std::size_t room = pool.free_pages();
+  const auto for_each_head = [this](const auto& body) {
+    for (auto& [id, sequence] : sequences) {
+      for (LayerCache& layer : sequence.layers) {
+        for (HeadCache& head : layer.heads) body(head);
+      }
+    }
+  };
+  for_each_head([&](const HeadCache& head) { room += head.build_pages(); });
+  if (pages > room) return false;
+  for_each_head([](HeadCache& head) { head.drop_builds(); });
+  return true;
+}
+
+bool Engine::Impl::has_pages(std::size_t pages) {
+  if (pages == 0 || pages + promised_pages.load() <= pool.free_pages()) return true;
+  if (promised_pages.load() == 0) return false;
+  rest();
+  return pages + promised_pages.load() <= pool.free_pages();  // of work that has not started
+}
+
+Engine::Impl::Promise Engine::Impl::promise(std::size_t pages) {
+  struct Kept {
+    Kept(std::atomic<std::size_t>& all, std::size_t pages) : total(all), count(pages) {
+      total.fetch_add(count);
+    }
+    ~Kept() { total.fetch_sub(count); }
+    std::atomic<std::size_t>& total;
+    const std::size_t count;
+  };
+  return std::make_shared<const Kept>(promised_pages, pages);
+}
+
+void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
+  HeadStats& total = stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head];
+  total.steps += add.steps;
+  total.dense_steps += add.dense_steps;
+  total.tokens_selected += add.tokens_selected;
+  total.pages_selected += add.pages_selected;
+  total.widened_steps += add.widened_steps;
+  total.doubtful_steps += add.doubtful_steps;
+  total.seals += add.seals;
+  total.merges += add.merges;
+  total.bytes_read += add.bytes_read;
+  total.mass += add.mass;
+  total.worst_mass = std::min(total.worst_mass, add.worst_mass);
+  total.select_seconds += add.select_seconds;
+  total.attend_seconds += add.attend_seconds;
+  total.index_seconds += add.index_seconds;
+}
+
+Engine::Engine(const CacheShape& shape, const Config& config)
+    : impl_(std::make_unique<Impl>(shape, config)) {}
+
+Engine::~Engine() {
+  // What another thread was about to change when the process forked cannot be taken apart.
+  if (impl_->mutex.is_lost()) [[maybe_unused]]
+    const Impl* leaked = impl_.release();
+}
+
+SeqId Engine::new_sequence() {
+  const std::lock_guard lock(impl_->mutex);
+  const SeqId id = impl_->next_sequence;
+  SequenceCache cache;
+  for (int l = 0; l < impl_->shape.num_layers; ++l) {
+    LayerCache layer;
+    for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
+      HeadContext context;
+      context.pool = &impl_->pool;
+      context.owner = {id, l, h};
+      context.config = &impl_->config;
+      context.head_dim = impl_->shape.head_dim;
+      context.group = impl_->shape.group();
+      context.dtype = impl_->shape.dtype;
+      context.scale = impl_->shape.softmax_scale();
+      layer.heads.emplace_back(context, impl_->config.exact || impl_->config.is_dense_layer(l));
+    }
+    layer.job_stats.resize(layer.heads.size());
+    cache.layers.push_back(std::move(layer));
+  }
+  impl_->sequences.emplace(id, std::move(cache));
+  ++impl_->next_sequence;
+  return id;
+}
+
+SeqId Engine::fork(SeqId sequence) {
+  const std::lock_guard lock(impl_->mutex);
+  SequenceCache& source = impl_->sequence(sequence);
+  impl_->settle(source);
+  const SeqId id = impl_->next_sequence;
+  impl_->sequences.emplace(id, source);
+  ++impl_->next_sequence;
+  return id;
+}
+
+void Engine::Impl::truncate(std::span<const Kept> layers) {
+  std::vector<HeadCache::Truncation> truncations;
+  for (const auto& [layer, length] : layers) {
+    for (const HeadCache& head : layer->heads) truncations.push_back(head.prepare_truncate(length));
+  }
+  auto next = truncations.begin();
+  for (const auto& [layer, length] : layers) {
+    for (HeadCache& head : layer->heads) head.truncate(std::move(*next++), true);
+  }
+}
+
+void Engine::truncate(SeqId sequence, std::int64_t length) {
+  const std::lock_guard lock(impl_->mutex);
+  SequenceCache& cache = impl_->sequence(sequence);
+  impl_->settle(cache);
+  std::int64_t longest = 0;
+  for (const LayerCache& layer : cache.layers) {
+    longest = std::max<std::int64_t>(longest, layer.length());
+  }
+  if (length < 0 || length > longest) {
+    throw InvalidArgument(message("length must be from 0 to ", longest, " (the tokens of sequence ",
+                                  sequence, "), got ", length));
+  }
+  std::vector<Impl::Kept> kept;
+  for (LayerCache& layer : cache.layers)
+    kept.push_back({&layer, static_cast<std::int32_t>(length)});
+  Impl::truncate(kept);
+}
+
+void Engine::release(SeqId sequence) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->rest(impl_->sequence(sequence));
+  impl_->sequences.erase(sequence);
+}
+
+std::int64_t Engine::length(SeqId sequence, int layer) const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->layer_of(sequence, layer).length();
+}
+
+void Engine::synchronize() {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->rest();
+}
+
+void Engine::gather(SeqId sequence, int layer, const TensorView& keys,
+                    const TensorView& values) const {
+  const std::lock_guard lock(impl_->mutex);
+  const LayerCache& cache = impl_->layer_of(sequence, layer);
+  impl_->check_view("keys", keys, impl_->shape.num_kv_heads);
+  impl_->check_view("values", values, impl_->shape.num_kv_heads);
+  for (const TensorView* view : {&keys, &values}) {
+    if (view->tokens != cache.length() || view->token_stride != view->dim) {
+      throw InvalidArgument(message("keys and values must be contiguous rows of ", cache.length(),
+                                    " tokens, got ", view->tokens, " tokens with stride ",
+                                    view->token_stride));
+    }
+  }
+  if (const TensorView written[] = {keys, values}; rows_overlap(written)) {
+    throw InvalidArgument(
+        "keys and values must have memory of their own for every row, got rows "
+        "that share");
+  }
+  for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
+    cache.heads[h].gather(keys.at(h, 0), values.at(h, 0));
+  }
+}
+
+HeadStats Engine::stats(int layer, int kv_head) const {
+  const std::lock_guard lock(impl_->mutex);
+  if (layer < 0 || layer >= impl_->shape.num_layers || kv_head < 0 ||
+      kv_head >= impl_->shape.num_kv_heads) {
+    throw InvalidArgument(message("layer and kv_head must be below ", impl_->shape.num_layers,
+                                  " and ", impl_->shape.num_kv_heads, ", got ", layer, " and ",
+                                  kv_head));
+  }
+  return impl_->stats[static_cast<std::size_t>(layer) * impl_->shape.num_kv_heads + kv_head];
+}
+
+void Engine::reset_stats() {
+  const std::lock_guard lock(impl_->mutex);
+  std::fill(impl_->stats.begin(), impl_->stats.end(), HeadStats{});
+}
+
+MemoryStats Engine::memory() const {
+  const std::lock_guard lock(impl_->mutex);
+  MemoryStats memory;
+  const std::int64_t page_bytes = static_cast<std::int64_t>(impl_->pool.page_bytes());
+  std::int64_t run_pages = 0;
+  std::set<const SemanticIndex*> counted;  // forks share them
+  for (auto& [id, sequence] : impl_->sequences) {
+    impl_->settle(sequence);
+    for (const LayerCache& layer : sequence.layers) {
+      for (const HeadCache& head : layer.heads) {
+        memory.index_bytes += static_cast<std::int64_t>(head.index_bytes(counted));
+        memory.query_bytes += static_cast<std::int64_t>(head.query_bytes());
+        run_pages += static_cast<std::int64_t>(head.run_pages());
+      }
+    }
+  }
+  const std::int64_t used = static_cast<std::int64_t>(impl_->pool.used_pages());
+  memory.pool_bytes = used * page_bytes;
+  memory.pool_capacity = static_cast<std::int64_t>(impl_->pool.capacity_pages()) * page_bytes;
+  const std::int64_t cached =
+      std::clamp<std::int64_t>(used - run_pages, 0, impl_->config.device_pages);
+  memory.device_bytes = memory.index_bytes + (run_pages + cached) * page_bytes;
+  memory.sequences = static_cast<std::int64_t>(impl_->sequences.size());
+  return memory;
+}
+
+std::int64_t Engine::pool_bytes() const {
+  return static_cast<std::int64_t>(impl_->pool.used_pages() * impl_->pool.page_bytes());
+}
+
+StepTrace Engine::trace(SeqId sequence, int layer, int kv_head) const {
+  const std::lock_guard lock(impl_->mutex);
+  const LayerCache& cache = impl_->layer_of(sequence, layer);
+  if (kv_head < 0 || kv_head >= impl_->shape.num_kv_heads) {
+    throw InvalidArgument(
+        message("kv_head must be from 0 to ", impl_->shape.num_kv_heads - 1, ", got ", kv_head));
+  }
+  return cache.heads[kv_head].trace();
+}
+
+void Engine::check_integrity() const {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->rest();
+  for (const auto& [id, sequence] : impl_->sequences) {
+    for (const LayerCache& layer : sequence.layers) {
+      for (const HeadCache& head : layer.heads) head.check_integrity();
+    }
+  }
+  impl_->pool.check_integrity();
+}
+
+const CacheShape& Engine::shape() const {
+  return impl_->shape;
+}
+const Config& Engine::config() const {
+  return impl_->config;
+}
+
+}  // namespace icecache

@@ -1,0 +1,290 @@
+// Attention, and what it leaves to the background.
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "host/engine_impl.h"
+#include "icecache/error.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+// Query tokens of one task in exact attention.
+constexpr int kQueryBlock = 64;
+// Steps of decoding from one whose queries shape the metric to the next.
+constexpr std::int32_t kObserveEvery = 8;
+// All layers build a segment, one after the other, within this share of its tokens.
+constexpr std::int32_t kBuildShare = 8;
+constexpr std::int32_t kShortestTurn = 4;
+// Tokens until a build is tried again for which there were no pages.
+constexpr std::int32_t kPostponed = 64;
+
+}  // namespace
+
+// One call of attend():
+//  1. plan() cuts it into tasks.
+//  2. compute() carries them out on all threads. It writes the outputs, and may move tokens into
+//     the index, which the same step would move again.
+//  3. prepare() makes ready what follows in the background.
+//  4. commit() lets the sequences have what the call learnt: it cannot fail.
+// What throws does so before the fourth, which alone changes what a later call can tell.
+class Engine::Impl::AttendCall {
+ public:
+  AttendCall(Impl& engine, std::span<const SeqId> ids, int layer,
+             std::span<const TensorView> queries, std::span<const TensorView> outputs,
+             std::span<const Phase> phases)
+      : engine_(engine), layer_(layer), queries_(queries), outputs_(outputs), phases_(phases) {
+    for (const SeqId id : ids) caches_.push_back(&engine_.layer_of(id, layer));
+  }
+
+  void plan(std::span<const SeqId> ids);
+  void compute();
+  void prepare();
+  void commit() noexcept;
+
+ private:
+  struct Task {
+    std::size_t item;
+    int head;
+    std::int64_t first, tokens;
+    bool sparse, alone;
+    HeadStats stats = {};
+    std::optional<HeadCache::Observed> observed = {};  // the head has these then
+    StepTrace trace = {};
+  };
+
+  Phase phase_of(std::size_t b) const { return phases_.empty() ? Phase::kAuto : phases_[b]; }
+  // True where a sequence's tokens come from decoding, not from a prompt.
+  bool decodes(std::size_t b) const {
+    const std::int64_t tokens = queries_[b].tokens;
+    return phase_of(b) == Phase::kVerify
+               ? tokens <= kQueryBlock
+               : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
+  }
+  // True where a head of a sequence answers within the token budget.
+  bool is_sparse(std::size_t b, int head) const {
+    return decodes(b) && phase_of(b) == Phase::kAuto && caches_[b]->heads[head].sparse();
+  }
+  // True where the step itself does all that is due, and nothing is left to index threads.
+  bool is_alone(std::size_t b) const {
+    return decodes(b) &&
+           (caches_[b]->sparse() || (caches_[b]->is_short() && queries_[b].tokens <= kQueryBlock));
+  }
+  void run(Task& task);
+  void observe(Task& task, std::int32_t first, float* scaled) const;
+
+  Impl& engine_;
+  const int layer_;
+  const std::span<const TensorView> queries_, outputs_;
+  const std::span<const Phase> phases_;
+  std::vector<LayerCache*> caches_;
+  std::vector<Task> tasks_;
+  std::vector<FollowUp> follow_ups_;
+};
+
+void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
+  for (std::size_t b = 0; b < caches_.size(); ++b) {
+    LayerCache& cache = *caches_[b];
+    const std::int64_t tokens = queries_[b].tokens;
+    if (tokens > cache.length()) {
+      throw InvalidArgument(message("queries must be of tokens already appended (", cache.length(),
+                                    " in sequence ", ids[b], "), got ", tokens));
+    }
+    for (const HeadCache::Work work : HeadCache::kWorks) {
+      if (cache.build_is_ready(work)) engine_.threads.wait(cache.group_of(work));
+    }
+    for (int h = 0; h < engine_.shape.num_kv_heads; ++h) {
+      if (is_sparse(b, h)) {
+        if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
+        continue;
+      }
+      for (std::int64_t first = 0; first < tokens; first += kQueryBlock) {
+        tasks_.push_back(
+            {b, h, first, std::min<std::int64_t>(kQueryBlock, tokens - first), false, is_alone(b)});
+      }
+    }
+  }
+}
+
+void Engine::Impl::AttendCall::compute() {
+  std::size_t pages = 0;
+  for (const Task& task : tasks_) {
+    if (!task.alone) continue;
+    pages += caches_[task.item]->heads[task.head].pages_for_decode();
+  }
+  if (engine_.has_pages(pages)) {
+    engine_.threads.parallel_for(static_cast<std::int64_t>(tasks_.size()),
+                                 [this](std::int64_t i, int) { run(tasks_[i]); });
+  } else {
+    // One after another: which head gets the last page does not depend on timing.
+    for (Task& task : tasks_) run(task);
+  }
+}
+
+void Engine::Impl::AttendCall::run(Task& task) {
+  const CacheShape& shape = engine_.shape;
+  const int group = shape.group(), d = shape.head_dim;
+  HeadCache& head = caches_[task.item]->heads[task.head];
+  const TensorView& queries = queries_[task.item];
+  const std::int32_t first = head.length() - static_cast<std::int32_t>(queries.tokens - task.first);
+  const std::size_t rows = static_cast<std::size_t>(task.tokens) * group;
+  thread_local std::vector<float> scaled, result;
+  scaled.resize(rows * d);
+  result.resize(rows * d);
+  load_queries(queries, task.head, group, task.first, task.tokens, shape.softmax_scale(),
+               scaled.data());
+  if (task.sparse) {
+    for (std::int64_t t = 0; t < task.tokens; ++t) {
+      const std::int64_t at = t * group * d;
+      const std::int32_t position = first + static_cast<std::int32_t>(t);
+      head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace);
+    }
+  } else {
+    if (task.alone && head.sparse()) head.insert_due(first, task.stats);
+    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, result.data(),
+                      task.stats);
+    if (decodes(task.item)) task.stats.dense_steps = task.tokens;
+  }
+  if (task.alone) observe(task, first, scaled.data());
+  const TensorView& out = outputs_[task.item];
+  for (std::int64_t t = 0; t < task.tokens; ++t) {
+    for (int g = 0; g < group; ++g) {
+      simd::kernels().from_float(result.data() + (t * group + g) * d,
+                                 out.at(task.head * group + g, task.first + t), out.dtype, d);
+    }
+  }
+}
+
+void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* scaled) const {
+  const int group = engine_.shape.group(), d = engine_.shape.head_dim;
+  const float scale = engine_.shape.softmax_scale();
+  HeadCache& head = caches_[task.item]->heads[task.head];
+  std::int64_t count = 0;  // rows that shape the metric, moved to the front
+  std::int32_t last = 0;   // position of the last of them
+  for (std::int64_t t = 0; t < task.tokens; ++t) {
+    if (head.sparse() && (first + t) % kObserveEvery != 0) continue;
+    for (int x = 0; x < group * d; ++x) scaled[count * d + x] = scaled[t * group * d + x] / scale;
+    count += group;
+    last = first + static_cast<std::int32_t>(t);
+  }
+  if (count > 0) task.observed = {head.observed(scaled, count), last};
+}
+
+void Engine::Impl::AttendCall::prepare() {
+  for (std::size_t b = 0; b < caches_.size(); ++b) {
+    if (!is_alone(b)) {
+      follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, queries_[b], phase_of(b)));
+    } else if (caches_[b]->sparse()) {
+      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, queries_[b].tokens));
+    }
+  }
+}
+
+void Engine::Impl::AttendCall::commit() noexcept {
+  for (Task& task : tasks_) {
+    HeadCache& head = caches_[task.item]->heads[task.head];
+    engine_.collect(layer_, task.head, task.stats);
+    if (task.observed) head.set_observed(std::move(*task.observed));
+    if (task.sparse && engine_.config.telemetry == "trace") head.set_trace(std::move(task.trace));
+  }
+  for (FollowUp& work : follow_ups_) engine_.start(std::move(work));
+}
+
+void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
+                          std::span<const TensorView> queries, std::span<const TensorView> outputs,
+                          std::span<const Phase> phases) {
+  AttendCall call(*this, ids, layer, queries, outputs, phases);
+  call.plan(ids);
+  call.compute();
+  call.prepare();
+  call.commit();
+}
+
+Engine::Impl::FollowUp Engine::Impl::prepare_update(LayerCache& layer, int number,
+                                                    const TensorView& queries, Phase phase) {
+  FollowUp work;
+  work.layer = &layer;
+  work.number = number;
+  if (layer.heads.front().dense() || queries.tokens == 0) return work;
+  const bool indexes = phase != Phase::kPrefill;
+  work.update = std::make_shared<LayerUpdate>(layer.heads, layer.job_stats, queries, indexes);
+  std::size_t pages = 0;
+  for (const HeadCache& head : layer.heads) pages += indexes ? head.pages_for_update() : 0;
+  work.alone = !has_pages(pages);
+  const Promise kept = work.alone ? nullptr : promise(pages);
+  const std::shared_ptr<LayerUpdate>& update = work.update;
+  // Builds take long: one job per head, so that all index threads share them.
+  if (indexes && !work.alone && (layer.build_is_due() || queries.tokens > config.decode_tokens)) {
+    for (int h = 0; h < shape.num_kv_heads; ++h) {
+      work.jobs.add(layer.jobs, [update, kept, h] { update->run(h); });
+    }
+  } else {
+    work.jobs.add(layer.jobs, [update, kept] {
+      for (int h = 0; h < update->heads(); ++h) update->run(h);
+    });
+  }
+  return work;
+}
+
+bool Engine::Impl::has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn,
+                            int number) const {
+  const std::int64_t last = length / turn, first = (length - new_tokens + 1) / turn;
+  const std::int64_t since = (last - number) % shape.num_layers;  // turns from the layer's own
+  return last >= number && last - since >= first;
+}
+
+Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int number,
+                                                    std::int64_t new_tokens) {
+  FollowUp follow;
+  follow.layer = &layer;
+  follow.number = number;
+  const std::int32_t length = layer.length();
+  for (const HeadCache::Work work : HeadCache::kWorks) {
+    const std::int32_t tokens = layer.heads.front().due_work(work);
+    if (tokens == 0) continue;
+    const std::int32_t turn = std::max(kShortestTurn, tokens / (kBuildShare * shape.num_layers));
+    if (!has_turn(length, new_tokens, turn, number)) continue;
+    std::size_t pages = 0;
+    std::vector<FollowUp::Build> builds;
+    for (std::size_t h = 0; h < layer.heads.size(); ++h) {
+      // Until the layer after the next one begins.
+      builds.push_back({work, h, layer.heads[h].make_build(work, 2 * turn)});
+      if (builds.back().build == nullptr)
+        builds.pop_back();
+      else
+        pages += builds.back().build->most_pages();
+    }
+    if (!has_pages(pages)) {
+      follow.postponed.push_back(work);
+      continue;
+    }
+    const Promise kept = promise(pages);
+    for (FollowUp::Build& item : builds) {
+      follow.jobs.add(layer.group_of(work), [build = item.build, kept] { build->run(); });
+      follow.builds.push_back(std::move(item));
+    }
+  }
+  return follow;
+}
+
+void Engine::Impl::start(FollowUp work) noexcept {
+  LayerCache& layer = *work.layer;
+  if (work.alone) rest();
+  if (work.update != nullptr) {
+    // It builds by itself what is due.
+    for (JobGroup& builds : layer.builds) threads.finish(builds);
+    for (HeadCache& head : layer.heads) head.drop_builds();
+    layer.update = std::move(work.update);
+  }
+  for (FollowUp::Build& item : work.builds) {
+    layer.heads[item.head].start_build(item.work, std::move(item.build));
+  }
+  for (const HeadCache::Work kind : work.postponed) {
+    for (HeadCache& head : layer.heads) head.postpone_build(kind, kPostponed);
+  }
+  threads.submit(std::move(work.jobs));
+  if (work.alone) finish(layer, work.number);
+}
+
+}  // namespace icecache

@@ -1,0 +1,116 @@
+// What Engine's translation units share; see include/icecache/engine.h for the contract.
+#pragma once
+
+#include <atomic>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "host/layer_cache.h"
+#include "icecache/engine.h"
+#include "threads/call_mutex.h"
+#include "threads/thread_pool.h"
+
+namespace icecache {
+
+struct Engine::Impl {
+  Impl(const CacheShape& shape, const Config& config);
+
+  // Throw InvalidArgument for ids, layers and views that are not this engine's.
+  SequenceCache& sequence(SeqId id);
+  LayerCache& layer_of(SeqId id, int layer);  // settled
+  void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
+  void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
+  void check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const;
+  void check_layer(int layer) const;
+  void check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
+                    std::span<const TensorView> values) const;
+  // Throws where an output row shares memory with another one, or with a row of an input.
+  static void check_outputs(
+      std::span<const TensorView> outputs,
+      std::initializer_list<std::pair<const char*, std::span<const TensorView>>> inputs);
+
+  // Engine::append and Engine::attend, with the mutex held. REQUIRES: check_append(),
+  // check_attend().
+  void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
+              std::span<const TensorView> values);
+  void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
+              std::span<const TensorView> outputs, std::span<const Phase> phases = {});
+  void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
+                    std::span<const TensorView> outputs) const;
+
+  // Keeps the first tokens of some layers: of all of them, or where it throws, of none.
+  struct Kept {
+    LayerCache* layer;
+    std::int32_t length;
+  };
+  static void truncate(std::span<const Kept> layers);
+
+  class AttendCall;
+
+  // Waits for the background work on a layer, does again what of it had no memory, and takes over
+  // its statistics. finish() keeps what it threw for settle(), which rethrows it once.
+  void finish(LayerCache& layer, int number) noexcept;
+  void settle(LayerCache& layer, int number);
+  void settle(SequenceCache& sequence);
+  void collect(int layer, int head, const HeadStats& add) noexcept;
+
+  // finish() of all layers of a sequence, or of all; waits for builds, too: no other thread takes
+  // pages or writes to them.
+  void rest(SequenceCache& sequence) noexcept;
+  void rest() noexcept;
+  // Where that makes room for so many pages: gives up all builds under way, and with them their
+  // pages. Else changes nothing. REQUIRES: rest().
+  bool drop_builds_for(std::size_t pages);
+
+  // True where so many pages are left beside those that background work may yet take. What depends
+  // on the answer must not depend on timing: where it is false, that work is over.
+  bool has_pages(std::size_t pages);
+  // Keeps pages for background work until the promise is destroyed.
+  using Promise = std::shared_ptr<const void>;
+  Promise promise(std::size_t pages);
+
+  // Background work that has all it needs: start() cannot fail.
+  struct FollowUp {
+    LayerCache* layer = nullptr;
+    int number = 0;  // of the layer
+    std::shared_ptr<LayerUpdate> update;
+    struct Build {
+      HeadCache::Work work;
+      std::size_t head;
+      std::shared_ptr<SegmentBuild> build;
+    };
+    std::vector<Build> builds;
+    std::vector<HeadCache::Work> postponed;  // for want of pages
+    bool alone = false;                      // runs while the caller waits and nothing else does
+    PreparedJobs jobs;
+  };
+  // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
+  // background.
+  FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
+                          Phase phase = Phase::kAuto);
+  // After decoding `new_tokens` tokens of an indexed sequence: starts building the segments that
+  // are due, in the background. While a layer builds a segment, it holds the tokens of it twice; so
+  // layers take turns.
+  FollowUp prepare_builds(LayerCache& layer, int number, std::int64_t new_tokens);
+  // True where one of the last `new_tokens` tokens of `length` fell into a turn of layer `number`.
+  bool has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn, int number) const;
+  void start(FollowUp work) noexcept;
+
+  const CacheShape shape;
+  const Config config;  // resolved
+  CallMutex mutex;      // guards everything below but what jobs own
+  PagePool pool;
+  std::map<SeqId, SequenceCache> sequences;
+  SeqId next_sequence = 0;
+  std::vector<HeadStats> stats;                // [num_layers, Hkv]
+  std::atomic<std::size_t> promised_pages{0};  // also changed by jobs that end
+  ThreadPool threads;  // last, so that it is the first to go: its jobs use the members above
+};
+
+}  // namespace icecache

@@ -1,0 +1,285 @@
+// HeadCache: attention, over everything and within the token budget.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "host/head_cache.h"
+#include "host/seconds.h"
+#include "icecache/error.h"
+#include "index/log_sum.h"
+#include "index/magnitude.h"
+#include "simd/flush_subnormals.h"
+#include "simd/kernels.h"
+#include "simd/prefetch.h"
+
+namespace icecache {
+namespace {
+
+int token_count(std::span<const PagePick> picks) {
+  int tokens = 0;
+  for (const PagePick& pick : picks) tokens += std::popcount(pick.slots);
+  return tokens;
+}
+
+}  // namespace
+
+void HeadCache::verify(std::span<const PagePick> picks) const {
+  if (context_.config->integrity == "off") return;
+  for (const PagePick& pick : picks) {
+    context_.pool->verify(pick.page, pick.epoch, context_.owner.layer, context_.owner.head);
+  }
+}
+
+PageLayout HeadCache::layout() const {
+  return {context_.head_dim, static_cast<int>(context_.config->page_size), context_.dtype};
+}
+
+void HeadCache::attend_picks(std::span<const PagePick> picks, std::int64_t seen,
+                             ExactAttention& attention, HeadStats& stats) const {
+  const auto row_bytes = static_cast<std::int64_t>(context_.head_dim * size_of(context_.dtype));
+  thread_local std::vector<PageSlots> pages;
+  verify(picks);
+  pages.clear();
+  for (const PagePick& pick : picks) pages.push_back({context_.pool->data(pick.page), pick.slots});
+  attention.attend(pages, seen);
+  stats.bytes_read += 2 * row_bytes * token_count(picks);
+}
+
+void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
+                             float* out, HeadStats& stats) const {
+  ExactAttention attention(queries, tokens, context_.group, layout(), held_, out);
+  thread_local std::vector<PagePick> picks;
+  const auto attend_run = [&](const PageRun& run) {
+    picks.clear();
+    run.picks(first_position + tokens, picks);
+    attend_picks(picks, first_position + 1 - run.first_position(), attention, stats);
+  };
+  attend_run(sink_);
+  const auto attend_index = [&](const Segment& segment) {
+    picks.clear();
+    const std::span<const std::uint32_t> masks = segment.masks();
+    for (std::size_t page = 0; page < masks.size(); ++page) {
+      if (masks[page] == 0) continue;
+      picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
+    }
+    attend_picks(picks, QueryBlock::kAll, attention, stats);
+  };
+  for (const Segment& segment : segments_) attend_index(segment);
+  if (growing_) attend_index(Segment(*growing_));
+  attend_run(tail_);
+  attention.finish();
+}
+
+void HeadCache::insert_due(std::int32_t position, HeadStats& stats) {
+  const auto start = std::chrono::steady_clock::now();
+  const simd::FlushSubnormals flush;
+  use_builds(stats);
+  if (!growing_) return;
+  const std::int32_t due = std::min(window_start(position) - tail_.first_position(), tail_.count());
+  if (due < kInsertTogether) return;
+  try {
+    insert(due);
+  } catch (const OutOfPages&) {
+    // They are attended from the tail until a later step finds room.
+  }
+  stats.index_seconds += seconds_since(start);
+}
+
+// What one step works with. Kept between steps of a thread.
+struct HeadCache::Step {
+  std::vector<PagePick> picks;
+  std::vector<const void*> rows;
+  std::vector<float> logits, weights, far_weights;
+  std::vector<const Segment*> segments;
+  Selector selector;
+  Selection selection;
+  std::int64_t near = 0;  // tokens of sink and window
+  // Of sink and window, of all that is attended exactly, of everything.
+  WeightSum near_sum[kMaxGroup];
+  float near_lse[kMaxGroup], exact_lse[kMaxGroup], exact[kMaxGroup], total[kMaxGroup];
+
+  // The rows become those of all picks; `offset`: of the first slot's row in its page.
+  void set_rows(const PagePool& pool, std::size_t offset, std::size_t row_bytes) {
+    rows.clear();
+    for (const PagePick& pick : picks) {
+      const std::byte* page = pool.data(pick.page) + offset;
+      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+        rows.push_back(page + std::countr_zero(slots) * row_bytes);
+      }
+    }
+  }
+};
+
+void HeadCache::score_near(const float* queries, std::int32_t position, Step& step) const {
+  const int group = context_.group, d = context_.head_dim;
+  const std::size_t row_bytes = d * size_of(context_.dtype);
+  const std::size_t half = context_.config->page_size * row_bytes;
+  step.picks.clear();
+  sink_.picks(position + 1, step.picks);
+  tail_.picks(position + 1, step.picks);
+  const std::int64_t near = step.near = token_count(step.picks);
+  step.logits.resize(near * group);
+  verify(step.picks);
+  step.set_rows(*context_.pool, 0, row_bytes);
+  for (const void* row : step.rows) {  // its value, attended soon
+    simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
+  }
+  simd::kernels().row_logits({step.rows.data(), context_.dtype, near, group, d}, queries,
+                             step.logits.data(), near);
+  for (int g = 0; g < group; ++g) {
+    step.near_sum[g] = weight_sum(step.logits.data() + g * near, near);
+    step.near_lse[g] = step.near_sum[g].log();
+  }
+}
+
+// Weights of all rows, over the largest of each head.
+void HeadCache::weigh(std::int64_t nodes, Step& step) const {
+  const simd::Kernels& kernels = simd::kernels();
+  const Selection& selection = step.selection;
+  const std::int64_t near = step.near, picked = selection.tokens, known = near + picked;
+  const int group = context_.group;
+  step.weights.assign(known * group, 0.0f);
+  step.far_weights.assign(nodes * group, 0.0f);
+  for (int g = 0; g < group; ++g) {
+    const float* of_picks = selection.logits.data() + g * picked;
+    const WeightSum pick_sum = weight_sum(of_picks, picked);
+    const bool any_far = selection.far_total[g] > 0.0f;
+    const float exact_max = std::max(step.near_sum[g].max, pick_sum.max);
+    const float scale = any_far ? std::max(exact_max, selection.far_shift[g]) : exact_max;
+    const float far_scale = any_far ? std::exp(selection.far_shift[g] - scale) : 0.0f;
+    float* row = step.weights.data() + g * known;
+    kernels.add_exp(step.logits.data() + g * near, scale, row, near);
+    if (picked > 0) kernels.add_exp(of_picks, scale, row + near, picked);
+    step.exact[g] = step.near_sum[g].over(scale) + pick_sum.over(scale);
+    step.exact_lse[g] = log_add(step.near_lse[g], pick_sum.log());
+    step.total[g] = step.exact[g] + far_scale * selection.far_total[g];
+    if (nodes == 0) continue;
+    // What the nodes' sums count of the picked tokens is taken back.
+    kernels.axpy(-far_scale, selection.far_share.data() + g * picked, row + near, picked);
+    kernels.axpy(far_scale, selection.far_weights.data() + g * nodes,
+                 step.far_weights.data() + g * nodes, nodes);
+  }
+}
+
+void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const {
+  const simd::Kernels& kernels = simd::kernels();
+  const int group = context_.group, d = context_.head_dim;
+  const std::size_t row_bytes = d * size_of(context_.dtype);
+  const std::size_t half = context_.config->page_size * row_bytes;
+  const std::int64_t known = step.near + step.selection.tokens;
+  std::fill_n(out, group * d, 0.0f);
+  step.picks.insert(step.picks.end(), step.selection.picks.begin(), step.selection.picks.end());
+  verify(step.picks);
+  step.set_rows(*context_.pool, half, row_bytes);
+  kernels.add_rows({step.rows.data(), context_.dtype, known, group, d}, step.weights.data(), known,
+                   out);
+  stats.bytes_read += step.selection.bytes_scanned +
+                      (step.near + known) * static_cast<std::int64_t>(row_bytes) +
+                      nodes * static_cast<std::int64_t>(row_bytes);
+  if (nodes > 0) {
+    step.rows.clear();
+    for (const Segment* segment : step.segments) {
+      for (int node = 0; node < segment->index().node_count(); ++node) {
+        step.rows.push_back(segment->node_mean(node));
+      }
+    }
+    kernels.add_rows({step.rows.data(), context_.dtype, nodes, group, d}, step.far_weights.data(),
+                     nodes, out);
+  }
+  for (int g = 0; g < group; ++g) {
+    const float share = 1.0f / step.total[g];
+    for (int i = 0; i < d; ++i) out[g * d + i] *= share;
+  }
+}
+
+// One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
+// values are added up once, with weights that are final.
+void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+                       StepTrace& trace) {
+  const auto start = std::chrono::steady_clock::now();
+  const Config& config = *context_.config;
+  const int group = context_.group;
+  insert_due(position, stats);
+  const float largest = largest_of(queries, static_cast<std::int64_t>(group) * context_.head_dim);
+  if (!can_estimate(largest, held_, context_.head_dim)) {
+    attend_exact(queries, 1, position, out, stats);
+    ++stats.dense_steps;
+    trace = {};
+    return;
+  }
+  const simd::FlushSubnormals flush;
+  thread_local Step step_of_thread;
+  Step& step = step_of_thread;
+  score_near(queries, position, step);
+  // Those that wait to be sealed are attended besides.
+  const std::int64_t waiting =
+      growing_ ? 0 : std::clamp(window_start(position) - tail_.first_position(), 0, tail_.count());
+  const auto left = [&](std::int64_t budget) {
+    return static_cast<int>(std::max<std::int64_t>(0, budget - (step.near - waiting)));
+  };
+  SelectRequest request;
+  request.queries = queries;
+  request.group = group;
+  request.near_lse = step.near_lse;
+  request.budget = left(config.token_budget);
+  request.mass_target = config.mass_target;
+  request.max_budget = config.mass_target > 0.0 ? left(config.max_token_budget) : request.budget;
+  const auto select_start = std::chrono::steady_clock::now();
+  step.segments.clear();
+  for (const Segment& segment : segments_) step.segments.push_back(&segment);
+  std::optional<Segment> growing;
+  if (growing_) step.segments.push_back(&growing.emplace(*growing_));
+  step.selector.select(config, step.segments, request, step.selection);
+  stats.select_seconds += seconds_since(select_start);
+
+  // Far-field nodes that have weights.
+  const auto nodes = static_cast<std::int64_t>(step.selection.far_weights.size()) / group;
+  weigh(nodes, step);
+  add_values(nodes, step, out, stats);
+  if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);
+  if (config.telemetry == "trace") {
+    trace = traced(request, step.selection, position, step.exact_lse, step.selector);
+  }
+}
+
+void HeadCache::count_step(const Step& step, bool any_far,
+                           std::chrono::steady_clock::time_point start, HeadStats& stats) const {
+  const Selection& selection = step.selection;
+  double mass = 0.0;
+  for (int g = 0; g < context_.group; ++g) {
+    const double share = any_far
+                             ? static_cast<double>(step.exact[g]) / step.total[g]
+                             : 1.0 / (1.0 + std::exp(selection.rest_lse[g] - step.exact_lse[g]));
+    mass += share / context_.group;
+    stats.worst_mass = std::min(stats.worst_mass, share);
+  }
+  stats.mass += mass;
+  ++stats.steps;
+  stats.widened_steps += selection.is_widened ? 1 : 0;
+  stats.doubtful_steps += selection.is_doubtful ? 1 : 0;
+  stats.tokens_selected += selection.tokens;
+  stats.pages_selected += static_cast<std::int64_t>(selection.picks.size());
+  stats.attend_seconds += seconds_since(start);
+}
+
+StepTrace HeadCache::traced(const SelectRequest& request, const Selection& selection,
+                            std::int32_t position, const float* near_lse,
+                            const Selector& selector) const {
+  StepTrace trace;
+  const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
+    for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
+      out.push_back(p);
+  };
+  add(sink_, trace.sink);
+  add(tail_, trace.window);
+  selector.pages(trace.pages);
+  selector.selected_positions(selection, trace.selected);
+  selector.far_nodes(selection, trace.far_nodes);
+  for (int g = 0; g < request.group; ++g) {
+    trace.near_lse.push_back(near_lse[g]);
+    trace.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));
+  }
+  return trace;
+}
+
+}  // namespace icecache

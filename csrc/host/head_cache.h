@@ -1,0 +1,213 @@
+// HeadCache: the KV cache of one (sequence, layer, KV head).
+//
+//   position 0 .. sink_tokens | segment | segment | .. | tail run: .. what leaves it, window
+//
+// A segment is built once and shared with forks. Tokens that leave the window stay in the tail, and
+// are attended exactly, until there are hundreds of them, which are sealed into a segment;
+// neighbouring segments of like size are merged: both behind decoding, a log-structured merge tree
+// (O'Neil et al. 1996). An index that grows by itself (grows()) takes the segments' place.
+//
+// Invariants
+//  1. Every token is in exactly one of these; they cover 0..length without a gap.
+//  2. A token is attended from the tail until an index holds it: running out of pages costs time,
+//     never a token.
+//
+// Threads: none of its own. Engine lets either one attend/append or one background update in.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "cpu/exact_attention.h"
+#include "host/segment_build.h"
+#include "icecache/engine.h"
+#include "index/growing_index.h"
+#include "index/selector.h"
+#include "pages/page_run.h"
+
+namespace icecache {
+
+class HeadCache {
+ public:
+  // `dense`: the layer always attends in full and builds no index.
+  HeadCache(const HeadContext& context, bool dense);
+  HeadCache(const HeadCache& other);  // fork
+  HeadCache(HeadCache&&) noexcept = default;
+
+  std::int32_t length() const;
+  std::size_t pages_for(std::int64_t tokens) const;
+  // All rows of `head`; all or nothing.
+  void append(const TensorView& keys, const TensorView& values, std::int64_t head);
+  // What truncate() needs memory for, which then fails no more.
+  struct Truncation {
+    std::int32_t length = 0;
+    std::optional<Segment> cut;  // the last segment that is left
+  };
+  Truncation prepare_truncate(std::int32_t length) const;
+  // Keeps the first tokens. The trace goes, too, unless no step has seen what is taken back.
+  void truncate(Truncation&& truncation, bool seen) noexcept;
+  // Undoes an append() of the same call: no index has been built of what goes.
+  void take_back(std::int32_t length) noexcept { truncate({length, std::nullopt}, false); }
+
+  // True where a query at the end is answered within the token budget.
+  bool sparse() const;
+  // True where there is no index and none is due.
+  bool is_short() const;
+
+  // Exact causal attention of queries [T, G, D] (scaled), query t at position first_position + t;
+  // out [T, G, D] fp32, normalised. Any finite numbers give what exact arithmetic would, to float's
+  // rounding of the logits; a query with NaN or Inf gives NaN.
+  void attend_exact(const float* queries, int tokens, std::int32_t first_position, float* out,
+                    HeadStats& stats) const;
+  // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
+  // Attends to everything where logits may be too large for a float to tell tokens apart, or a
+  // query has NaN or Inf.
+  // With telemetry = "trace", `trace` becomes what it looked at. Where it throws, tokens may have
+  // moved from the tail into the index, which the same step would move again.
+  // REQUIRES: sparse().
+  void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+              StepTrace& trace);
+  // What comes first in a step whose query is at `position`: segments that background threads have
+  // built take their place, and an index that grows takes in the tokens that have left the window.
+  void insert_due(std::int32_t position, HeadStats& stats);
+  // Pages that insert_due() takes at most.
+  std::size_t pages_for_decode() const;
+  void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
+
+  // The moments with n queries more, of which [counting_queries(n).size(), D], unscaled, are given:
+  // see QueryMoments. The metric of the next build is made from them once set_moments() or
+  // set_observed() lets the head have them.
+  QueryMoments observed(const float* queries, std::int64_t n) const;
+  void set_moments(QueryMoments moments) noexcept {
+    moments_ = std::move(moments);
+    observed_.reset();
+  }
+  // Moments with the queries of tokens up to `position`. Until the next append(), truncate() to
+  // that position or below takes them back.
+  struct Observed {
+    QueryMoments moments;
+    std::int32_t position;
+  };
+  void set_observed(Observed observed) noexcept {
+    keep_observed();
+    observed_.emplace(std::move(observed));
+  }
+  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments().counting(n); }
+  // Moves the tokens below the window of the next step from the tail into a segment, if they are
+  // enough, or the growing index, however long that takes. Without a change where the sequence fits
+  // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
+  // call makes up for it.
+  void update_index(HeadStats& stats);
+  // True where update_index() would build.
+  bool build_is_due() const;
+  // Pages that update_index() takes at most.
+  std::size_t pages_for_update() const;
+  bool dense() const { return dense_; }
+
+  // Work for a background thread: tokens to be sealed, or segments to be merged.
+  enum class Work : std::uint8_t { kSeal, kMerge };
+  static constexpr Work kWorks[] = {Work::kSeal, Work::kMerge};
+  static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
+  // Tokens of the segment that is due to be built; 0 where none is due, or one is under way.
+  std::int32_t due_work(Work work) const;
+  // It takes over when `ready_after` more tokens are there: before the next decode() from there on
+  // it must be done.
+  std::shared_ptr<SegmentBuild> make_build(Work work, std::int32_t ready_after);
+  void start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept;
+  // None until `tokens` more tokens are there.
+  void postpone_build(Work work, std::int32_t tokens) noexcept {
+    next_build_[at(work)] = length() + tokens;
+  }
+  // True where decode() would use the result.
+  bool build_is_ready(Work work) const;
+  // Gives up what is under way, whose work must be done.
+  void drop_builds() noexcept;
+  // Pages that drop_builds() gives back.
+  std::size_t build_pages() const;
+
+  // Rows [length, D] in order of position.
+  void gather(std::byte* keys, std::byte* values) const;
+  // Bytes of indexes that are not among `counted`, where they then are.
+  std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
+  std::size_t query_bytes() const {
+    return moments_.memory_bytes() + (observed_ ? observed_->moments.memory_bytes() : 0);
+  }
+  std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
+  std::int32_t indexed_tokens() const;
+  const StepTrace& trace() const { return trace_; }
+  void check_integrity() const;
+
+ private:
+  // Tokens that a step of decoding inserts at once. What an insertion reads has left the caches
+  // since the last one: four take half as long as one after the other. Until then they are window.
+  static constexpr std::int32_t kInsertTogether = 4;
+
+  struct Step;
+
+  // Of a segment that is sealed, at least.
+  std::int32_t seal_tokens() const {
+    return static_cast<std::int32_t>(context_.config->segment_tokens);
+  }
+  const QueryMoments& moments() const { return observed_ ? observed_->moments : moments_; }
+  void keep_observed() noexcept {
+    if (observed_) set_moments(std::move(observed_->moments));
+  }
+  bool has_index() const { return !segments_.empty() || growing_ != nullptr; }
+  // Of the first `end` segments, those from this one on are merged with `more` tokens that follow;
+  // of all, with the last one.
+  std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
+  std::size_t first_to_merge() const;
+  PageLayout layout() const;
+  // Query t sees the first seen + t tokens of the picks.
+  void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
+                    HeadStats& stats) const;
+  // The parts of decode().
+  void score_near(const float* queries, std::int32_t position, Step& step) const;
+  void weigh(std::int64_t nodes, Step& step) const;
+  void add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const;
+  void count_step(const Step& step, bool any_far, std::chrono::steady_clock::time_point start,
+                  HeadStats& stats) const;
+  // Where the window begins for a query at `position`; for the one after the newest token.
+  std::int32_t window_start(std::int32_t position) const;
+  std::int32_t next_window_start() const { return window_start(length()); }
+  // How many tokens of the tail lie before that window, and are to join the index.
+  std::int32_t due_tokens() const;
+  // Throws OutOfPages where there are certainly too few pages for an index of so many tokens: where
+  // they are scarce, every step tries to build.
+  void require_pages(std::int32_t tokens) const;
+  // Makes a segment of the due tokens and the last segments; the growing index anew, with them.
+  void build_segment(std::int32_t due);
+  void build_growing(std::int32_t due);
+  // Moves tokens from the tail into the growing index.
+  void insert(std::int32_t due);
+  void use_builds(HeadStats& stats) noexcept;
+  // True where an insertion failed half-way: until the index is built anew, everything is attended.
+  bool is_broken() const { return growing_ != nullptr && !growing_->whole(); }
+  // Throws IntegrityError where a page is not what it was when it was picked.
+  void verify(std::span<const PagePick> picks) const;
+  StepTrace traced(const SelectRequest& request, const Selection& selection, std::int32_t position,
+                   const float* near_lse, const Selector& selector) const;
+
+  HeadContext context_;
+  bool dense_;
+  PageRun sink_;
+  PageRun tail_;
+  std::vector<Segment> segments_;          // with room for two more than there are
+  std::unique_ptr<GrowingIndex> growing_;  // null unless grows(), and where there is none yet
+  // Not copied: a fork does without what is under way, until the length at which it would have
+  // taken over. Forks at every step, as beams make them, do not start builds at every step.
+  std::shared_ptr<SegmentBuild> builds_[2];
+  std::int32_t next_build_[2] = {};
+  QueryMoments moments_;
+  std::optional<Observed> observed_;
+  Magnitudes held_;  // of all keys and values that were ever here
+  StepTrace trace_;
+};
+
+}  // namespace icecache

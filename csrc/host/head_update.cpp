@@ -1,0 +1,201 @@
+// How a HeadCache's tokens get from the tail into its index.
+#include <algorithm>
+#include <chrono>
+#include <new>
+
+#include "host/head_cache.h"
+#include "host/make_index.h"
+#include "host/seconds.h"
+#include "icecache/error.h"
+#include "simd/flush_subnormals.h"
+
+namespace icecache {
+
+QueryMoments HeadCache::observed(const float* queries, std::int64_t n) const {
+  QueryMoments moments = this->moments();
+  if (!dense_) moments.observe_counting(queries, n, context_.head_dim);
+  return moments;
+}
+
+std::int32_t HeadCache::window_start(std::int32_t position) const {
+  return position - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
+}
+
+bool HeadCache::build_is_due() const {
+  if (is_broken()) return true;
+  const std::int32_t due = next_window_start() - tail_.first_position();
+  if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
+  return !has_index() || (!grows(*context_.config) && due >= seal_tokens());
+}
+
+std::int32_t HeadCache::due_tokens() const {
+  return std::clamp(next_window_start() - tail_.first_position(), 0, tail_.count());
+}
+
+std::size_t HeadCache::pages_for_update() const {
+  const std::int32_t due = due_tokens();
+  if (build_is_due()) return most_build_pages(*context_.config, indexed_tokens() + due);
+  return growing_ ? growing_->most_insert_pages(due) : 0;
+}
+
+std::size_t HeadCache::pages_for_decode() const {
+  const std::int32_t due = due_tokens();
+  return growing_ && due >= kInsertTogether ? growing_->most_insert_pages(due) : 0;
+}
+
+// Sizes of segments at least double from the last one to the first, so that their number is
+// logarithmic in the length, and so is how often a token is built into one.
+std::size_t HeadCache::first_to_merge(std::size_t end, std::int32_t more) const {
+  std::int64_t tokens = more;
+  while (end > 0 && segments_[end - 1].size() <= tokens) tokens += segments_[--end].size();
+  return end;
+}
+
+std::size_t HeadCache::first_to_merge() const {
+  if (segments_.empty()) return 0;
+  return first_to_merge(segments_.size() - 1, segments_.back().size());
+}
+
+void HeadCache::require_pages(std::int32_t tokens) const {
+  const auto page_size = static_cast<std::int32_t>(context_.config->page_size);
+  const auto least = static_cast<std::size_t>((tokens + page_size - 1) / page_size);
+  if (least > context_.pool->free_pages()) {
+    throw OutOfPages(message("an index of ", tokens, " tokens needs ", least, " pages, ",
+                             context_.pool->free_pages(), " are free"));
+  }
+}
+
+void HeadCache::build_segment(std::int32_t due) {
+  const auto first = static_cast<std::ptrdiff_t>(first_to_merge(segments_.size(), due));
+  const SegmentBuild build(context_, {segments_.begin() + first, segments_.end()}, tail_, due,
+                           moments(), length());
+  require_pages(build.end_position() - build.first_position());
+  segments_.reserve(segments_.size() + 3);
+  Segment segment(build.build());
+  segments_.erase(segments_.begin() + first, segments_.end());
+  segments_.push_back(std::move(segment));
+  tail_.pop_front(due);
+}
+
+void HeadCache::build_growing(std::int32_t due) {
+  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  const std::int32_t before = growing_ ? growing_->size() : 0, count = before + due;
+  require_pages(count);
+  std::vector<std::byte> keys(count * row), values(count * row);
+  if (growing_) growing_->table().gather(keys.data(), values.data());
+  tail_.gather(due, keys.data() + before * row, values.data() + before * row);
+  std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
+  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments());
+  growing_ = std::move(fresh);
+  tail_.pop_front(due);
+}
+
+void HeadCache::insert(std::int32_t due) {
+  thread_local std::vector<std::byte> keys, values;
+  const std::size_t bytes = due * context_.head_dim * size_of(context_.dtype);
+  keys.resize(bytes);
+  values.resize(bytes);
+  tail_.gather(due, keys.data(), values.data());
+  const std::int32_t before = growing_->size();
+  const TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
+  try {
+    growing_->insert(tokens);
+  } catch (...) {
+    tail_.pop_front(growing_->size() - before);
+    throw;
+  }
+  tail_.pop_front(due);
+}
+
+void HeadCache::update_index(HeadStats& stats) {
+  const std::int32_t due = due_tokens();
+  if (dense_ || is_short() || (due == 0 && !is_broken())) return;
+  const auto start = std::chrono::steady_clock::now();
+  const simd::FlushSubnormals flush;
+  try {
+    if (build_is_due()) {
+      grows(*context_.config) ? build_growing(due) : build_segment(due);
+    } else if (growing_) {
+      insert(due);
+    }
+  } catch (const OutOfPages&) {
+    // The tail still holds what the index could not take; the next step tries again.
+  }
+  stats.index_seconds += seconds_since(start);
+}
+
+std::int32_t HeadCache::due_work(Work work) const {
+  if (dense_ || builds_[at(work)] != nullptr || length() < next_build_[at(work)]) return 0;
+  if (grows(*context_.config)) return 0;
+  if (work == Work::kSeal) {
+    const auto size = static_cast<std::int32_t>(context_.config->page_size);
+    const std::int32_t due = due_tokens() / size * size;
+    return has_index() && due >= seal_tokens() ? due : 0;
+  }
+  const std::size_t first = first_to_merge();
+  if (first + 1 >= segments_.size()) return 0;
+  return segments_.back().end_position() - segments_[first].first_position();
+}
+
+std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t ready_after) {
+  const std::int32_t tokens = due_work(work);
+  if (tokens == 0) return nullptr;
+  segments_.reserve(segments_.size() + 2);
+  const std::int32_t ready_at = length() + ready_after;
+  if (work == Work::kSeal) {
+    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens,
+                                          moments(), ready_at);
+  }
+  const auto first = segments_.begin() + static_cast<std::ptrdiff_t>(first_to_merge());
+  return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(first, segments_.end()),
+                                        std::nullopt, 0, moments(), ready_at);
+}
+
+void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {
+  next_build_[at(work)] = build->ready_at();
+  builds_[at(work)] = std::move(build);
+}
+
+bool HeadCache::build_is_ready(Work work) const {
+  const std::shared_ptr<SegmentBuild>& build = builds_[at(work)];
+  return build != nullptr && length() >= build->ready_at();
+}
+
+void HeadCache::drop_builds() noexcept {
+  for (std::shared_ptr<SegmentBuild>& build : builds_) build = nullptr;
+}
+
+std::size_t HeadCache::build_pages() const {
+  std::size_t pages = 0;
+  for (const std::shared_ptr<SegmentBuild>& build : builds_) {
+    if (build != nullptr && build->result() != nullptr)
+      pages += build->result()->table().used_pages();
+  }
+  return pages;
+}
+
+void HeadCache::use_builds(HeadStats& stats) noexcept {
+  for (const Work work : kWorks) {
+    if (!build_is_ready(work)) continue;
+    const std::shared_ptr<SegmentBuild> build = std::exchange(builds_[at(work)], nullptr);
+    if (build->result() == nullptr) {  // pages or memory ran out
+      postpone_build(work, seal_tokens());
+      continue;
+    }
+    Segment segment(build->result());
+    if (work == Work::kSeal) {
+      tail_.pop_front(segment.size());
+      segments_.push_back(std::move(segment));
+      ++stats.seals;
+    } else {
+      const auto first = std::find_if(
+          segments_.begin(), segments_.end(),
+          [&](const Segment& other) { return other.first_position() == segment.first_position(); });
+      *first = std::move(segment);
+      segments_.erase(first + 1, first + static_cast<std::ptrdiff_t>(build->source_count()));
+      ++stats.merges;
+    }
+  }
+}
+
+}  // namespace icecache

@@ -1,0 +1,278 @@
+#include "pages/page_table.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "icecache/error.h"
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+// The mask of slots 0..count-1.
+std::uint32_t slot_mask(int count) {
+  return count == 32 ? 0xffffffffu : (1u << count) - 1;
+}
+
+}  // namespace
+
+PageTable::PageTable(const HeadContext& context)
+    : pool_(context.pool),
+      owner_(context.owner),
+      page_size_(static_cast<int>(context.config->page_size)),
+      head_dim_(context.head_dim),
+      dtype_(context.dtype),
+      row_bytes_(static_cast<std::size_t>(context.head_dim) * size_of(context.dtype)) {}
+
+PageTable::PageTable(const PageTable& other)
+    : pool_(other.pool_),
+      owner_(other.owner_),
+      page_size_(other.page_size_),
+      head_dim_(other.head_dim_),
+      dtype_(other.dtype_),
+      row_bytes_(other.row_bytes_),
+      tokens_(other.tokens_),
+      pages_(other.pages_),
+      masks_(other.masks_),
+      positions_(other.positions_) {
+  free_numbers_.reserve(pages_.capacity());  // drop() does not throw
+  free_numbers_ = other.free_numbers_;
+  for (const Page& page : pages_) {
+    if (page.id != kNoPage) pool_->retain(page.id);
+  }
+}
+
+PageTable::PageTable(PageTable&& other) noexcept
+    : pool_(other.pool_),
+      owner_(other.owner_),
+      page_size_(other.page_size_),
+      head_dim_(other.head_dim_),
+      dtype_(other.dtype_),
+      row_bytes_(other.row_bytes_),
+      tokens_(std::exchange(other.tokens_, 0)),
+      pages_(std::exchange(other.pages_, {})),
+      masks_(std::exchange(other.masks_, {})),
+      positions_(std::exchange(other.positions_, {})),
+      free_numbers_(std::exchange(other.free_numbers_, {})) {}
+
+PageTable& PageTable::operator=(PageTable other) noexcept {
+  std::swap(pool_, other.pool_);
+  std::swap(owner_, other.owner_);
+  std::swap(page_size_, other.page_size_);
+  std::swap(head_dim_, other.head_dim_);
+  std::swap(dtype_, other.dtype_);
+  std::swap(row_bytes_, other.row_bytes_);
+  std::swap(tokens_, other.tokens_);
+  std::swap(pages_, other.pages_);
+  std::swap(masks_, other.masks_);
+  std::swap(positions_, other.positions_);
+  std::swap(free_numbers_, other.free_numbers_);
+  return *this;
+}
+
+PageTable::~PageTable() {
+  for (const Page& page : pages_) {
+    if (page.id != kNoPage) pool_->release(page.id);
+  }
+}
+
+void PageTable::key(int local, int slot, float* out) const {
+  simd::kernels().to_float(key(local, slot), dtype_, out, head_dim_);
+}
+
+void PageTable::value(int local, int slot, float* out) const {
+  simd::kernels().to_float(value(local, slot), dtype_, out, head_dim_);
+}
+
+PagePick PageTable::pick(int local, std::uint32_t slots) const {
+  return {pages_[local].id, pages_[local].epoch, slots, local};
+}
+
+void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t> order,
+                          std::span<const std::int32_t> bounds) {
+  const std::size_t added = bounds.empty() ? 0 : bounds.size() - 1;
+  std::vector<PageId> ids;
+  ids.reserve(added);
+  pages_.reserve(pages_.size() + added);
+  masks_.reserve(masks_.size() + added);
+  free_numbers_.reserve(pages_.capacity());
+  positions_.reserve(positions_.size() + added * page_size_);
+  pool_->allocate(added, owner_, ids);
+  for (std::size_t p = 0; p < added; ++p) {
+    const std::int32_t count = bounds[p + 1] - bounds[p];
+    std::byte* keys = pool_->data(ids[p]);
+    std::byte* values = keys + page_size_ * row_bytes_;
+    for (std::int32_t s = 0; s < count; ++s) {
+      const std::size_t row = static_cast<std::size_t>(order[bounds[p] + s]);
+      std::memcpy(keys + s * row_bytes_, tokens.keys + row * row_bytes_, row_bytes_);
+      std::memcpy(values + s * row_bytes_, tokens.values + row * row_bytes_, row_bytes_);
+      positions_.push_back(tokens.first_position + order[bounds[p] + s]);
+    }
+    positions_.resize(positions_.size() + (page_size_ - count), -1);
+    // Slots without a token stay readable: kernels may load a whole page.
+    std::memset(keys + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
+    std::memset(values + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
+    pages_.push_back({ids[p], pool_->seal(ids[p]), keys});
+    masks_.push_back(slot_mask(count));
+    tokens_ += count;
+  }
+}
+
+void PageTable::own(int local) {
+  Page& page = pages_[local];
+  if (pool_->unique(page.id)) return;
+  const PageId copy = pool_->allocate(owner_);
+  std::byte* memory = pool_->data(copy);
+  std::memcpy(memory, page.memory, pool_->page_bytes());
+  pool_->release(page.id);
+  page = {copy, pool_->seal(copy), memory};
+}
+
+void PageTable::reserve_number() {
+  if (!free_numbers_.empty()) return;
+  const auto grown = [](std::size_t size, std::size_t capacity, std::size_t added) {
+    return size + added <= capacity ? capacity : 2 * size + added;
+  };
+  const std::size_t slots = static_cast<std::size_t>(page_size_);
+  pages_.reserve(grown(pages_.size(), pages_.capacity(), 1));
+  masks_.reserve(grown(masks_.size(), masks_.capacity(), 1));
+  positions_.reserve(grown(positions_.size(), positions_.capacity(), slots));
+  free_numbers_.reserve(pages_.capacity());
+}
+
+int PageTable::take_number() noexcept {
+  if (!free_numbers_.empty()) {
+    const int local = free_numbers_.back();
+    free_numbers_.pop_back();
+    return local;
+  }
+  pages_.emplace_back();
+  masks_.push_back(0);
+  positions_.resize(positions_.size() + page_size_, -1);
+  return page_count() - 1;
+}
+
+void PageTable::drop(int local) noexcept {
+  pool_->release(pages_[local].id);
+  pages_[local] = {};
+  free_numbers_.push_back(local);  // it has room for the numbers of all pages
+}
+
+int PageTable::open(const std::byte* key, const std::byte* value, std::int32_t position) {
+  reserve_number();
+  const PageId fresh = pool_->allocate(owner_);
+  const int local = take_number();
+  std::byte* memory = pool_->data(fresh);
+  std::memset(memory, 0, pool_->page_bytes());
+  pages_[local] = {fresh, 0, memory};
+  masks_[local] = 0;
+  append(local, key, value, position);
+  return local;
+}
+
+int PageTable::append(int local, const std::byte* key, const std::byte* value,
+                      std::int32_t position) {
+  own(local);
+  Page& page = pages_[local];
+  const int slot = std::countr_one(masks_[local]);
+  std::byte* target = page.memory + slot * row_bytes_;
+  std::memcpy(target, key, row_bytes_);
+  std::memcpy(target + page_size_ * row_bytes_, value, row_bytes_);
+  masks_[local] |= 1u << slot;
+  positions_[local * page_size_ + slot] = position;
+  ++tokens_;
+  page.epoch = pool_->seal(page.id);
+  return slot;
+}
+
+int PageTable::split(int local, std::uint32_t moved) {
+  reserve_number();
+  const PageId fresh = pool_->allocate(owner_);
+  const int other = take_number();
+  const Page& page = pages_[local];
+  std::int32_t* from = positions_.data() + local * page_size_;
+  std::int32_t* to = positions_.data() + other * page_size_;
+  const std::byte* source = page.memory;
+  std::byte* target = pool_->data(fresh);
+  const std::size_t values = page_size_ * row_bytes_;
+  std::memset(target, 0, pool_->page_bytes());
+  int taken = 0;
+  for (int s = 0; s < page_size_; ++s) {
+    if ((moved & masks_[local]) >> s & 1u) {
+      std::memcpy(target + taken * row_bytes_, source + s * row_bytes_, row_bytes_);
+      std::memcpy(target + values + taken * row_bytes_, source + values + s * row_bytes_,
+                  row_bytes_);
+      to[taken++] = std::exchange(from[s], -1);
+    }
+  }
+  masks_[local] &= ~moved;
+  pages_[other] = {fresh, pool_->seal(fresh), target};
+  masks_[other] = slot_mask(taken);
+  return other;
+}
+
+void PageTable::remove(int local, std::uint32_t slots) noexcept {
+  slots &= masks_[local];
+  for (int s = 0; s < page_size_; ++s) {
+    if (slots >> s & 1u) positions_[local * page_size_ + s] = -1;
+  }
+  tokens_ -= std::popcount(slots);
+  masks_[local] &= ~slots;
+  if (masks_[local] == 0) drop(local);
+}
+
+void PageTable::gather(std::byte* keys, std::byte* values) const {
+  std::vector<std::int32_t> slots;
+  slots.reserve(tokens_);
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(positions_.size()); ++i) {
+    if (positions_[i] >= 0) slots.push_back(i);
+  }
+  std::sort(slots.begin(), slots.end(),
+            [&](std::int32_t a, std::int32_t b) { return positions_[a] < positions_[b]; });
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const int local = slots[i] / page_size_, slot = slots[i] % page_size_;
+    std::memcpy(keys + i * row_bytes_, key(local, slot), row_bytes_);
+    std::memcpy(values + i * row_bytes_, value(local, slot), row_bytes_);
+  }
+}
+
+std::size_t PageTable::memory_bytes() const {
+  return pages_.capacity() * sizeof(Page) + masks_.capacity() * sizeof(std::uint32_t) +
+         positions_.capacity() * sizeof(std::int32_t);
+}
+
+void PageTable::check_integrity() const {
+  std::int32_t tokens = 0;
+  std::vector<std::int32_t> seen;
+  for (int p = 0; p < page_count(); ++p) {
+    const Page& page = pages_[p];
+    if (page.id == kNoPage) {
+      if (mask(p) != 0) throw IntegrityError(message("page ", p, " is free but not empty"));
+      continue;
+    }
+    pool_->verify(page.id, page.epoch, owner_.layer, owner_.head);
+    if (mask(p) == 0 || (mask(p) & ~slot_mask(page_size_)) != 0)
+      throw IntegrityError(message("page ", p, " has slot mask ", mask(p)));
+    std::uint32_t held = 0;
+    for (int s = 0; s < page_size_; ++s) {
+      const std::int32_t position = positions_[p * page_size_ + s];
+      if (position < 0) continue;
+      held |= 1u << s;
+      seen.push_back(position);
+    }
+    if (held != mask(p))
+      throw IntegrityError(
+          message("page ", p, " has positions in slots ", held, ", slot mask ", mask(p)));
+    tokens += count(p);
+  }
+  if (tokens != tokens_)
+    throw IntegrityError(message("pages hold ", tokens, " tokens, the table says ", tokens_));
+  std::sort(seen.begin(), seen.end());
+  const auto twice = std::adjacent_find(seen.begin(), seen.end());
+  if (twice != seen.end()) throw IntegrityError(message("position ", *twice, " is in two slots"));
+}
+
+}  // namespace icecache

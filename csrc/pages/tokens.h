@@ -1,0 +1,27 @@
+// Tokens of one head: those that join it, and those of a page that a query looks at.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "icecache/types.h"
+
+namespace icecache {
+
+// n tokens at consecutive positions, contiguous rows [n, D] in the cache's dtype; not owning.
+struct TokenBlock {
+  const std::byte* keys = nullptr;
+  const std::byte* values = nullptr;
+  std::int32_t count = 0;
+  std::int32_t first_position = 0;
+};
+
+// Tokens of one page that were picked. Bit s of `slots` stands for slot s.
+struct PagePick {
+  PageId page = kNoPage;
+  std::uint64_t epoch = 0;  // the content that was meant; see PagePool::verify
+  std::uint32_t slots = 0;
+  std::int32_t local_page = 0;  // its number among the pages of the segments, or of a run
+};
+
+}  // namespace icecache
