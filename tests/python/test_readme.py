@@ -16,30 +16,63 @@ def readme(repository: Path) -> str:
     return (repository / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_parameters_are_those_of_the_command(readme: str) -> None:
-    assert CliRunner().invoke(app, ["config", "--markdown"]).stdout.strip() in readme
+@pytest.fixture
+def quality(repository: Path) -> str:
+    return (repository / "docs" / "quality.md").read_text(encoding="utf-8")
 
 
-PAGES = [
-    "README.md",
-    "CHANGELOG.md",
-    *(
-        f"docs/{n}.md"
-        for n in ("benchmarks", "index", "threads", "performance", "vllm", "vllm-design")
-    ),
-]
+def test_the_readme_is_short(readme: str) -> None:
+    assert len(readme.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str, repository: Path) -> None:
+def test_the_parameters_are_those_of_the_command(repository: Path) -> None:
+    page = (repository / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["config", "--markdown"]).stdout.strip() in page
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [page.relative_to(REPOSITORY) for page in sorted(REPOSITORY.glob("docs/*.md"))]
+PAGES += [Path(name) for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name within the page: its headings as GitHub spells them, and ids."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    spelled = {re.sub(r"[^\w\- ]", "", one.lower()).strip().replace(" ", "-") for one in headings}
+    return spelled | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path, repository: Path) -> None:
     text = (repository / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in target:
-            assert (repository / page).parent.joinpath(target).is_file(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if "://" in target:
+            continue
+        found = (repository / page).parent / target if target else repository / page
+        assert found.is_file(), target
+        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
 
 
-def test_the_numbers_are_those_of_the_results(readme: str, repository: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_that_are_named_exist(page: Path, repository: Path) -> None:
+    if page.name == "CHANGELOG.md":  # which names what went, too
+        return
+    files = [
+        "/" + path.relative_to(repository).as_posix()
+        for folder in ("benchmarks", "csrc", "docs", "include", "python", "scripts", "tests")
+        for path in (repository / folder).rglob("*.*")
+    ]
+    text = (repository / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:cpp|cu|h|py|sh))`", text):
+        assert any(path.endswith(f"/{name}") for path in files), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quality.md"])
+def test_the_numbers_are_those_of_the_results(page: str, repository: Path) -> None:
     import json
+
+    readme = (repository / page).read_text(encoding="utf-8")
 
     path = repository / "benchmarks" / "results" / "quality.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
@@ -52,12 +85,12 @@ def test_the_numbers_are_those_of_the_results(readme: str, repository: Path) -> 
         assert quoted == pytest.approx(measured, abs=5e-5 if max(measured) < 0.1 else 5e-4)
 
 
-def test_the_longbench_numbers_are_those_of_the_run(readme: str, repository: Path) -> None:
+def test_the_longbench_numbers_are_those_of_the_run(quality: str, repository: Path) -> None:
     import json
 
     path = repository / "benchmarks" / "results" / "longbench.json"
     made = json.loads(path.read_text(encoding="utf-8"))
-    section = readme[readme.index("On LongBench: n = ") :]
+    section = quality[quality.index("On LongBench: n = ") :]
     assert section.startswith(f"On LongBench: n = {made['meta']['n']} samples")
     rows = {"IceCache": "icecache", "exact top-B": "exact top-B", "Quest": "quest"}
     rows["StreamingLLM"] = "streaming"
