@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "pages/page_table.h"
-#include "pages/tokens.h"
+#include "index/selection.h"
 
 namespace icecache {
 

@@ -28,17 +28,23 @@ class LosslessAnswer:
 class LosslessModel:
     """The model with lossless decoding, on the same weights; it holds one document."""
 
-    def __init__(self, decoder: Decoder, document: torch.Tensor, budget: int) -> None:
-        """`document` [L] begins every prompt."""
+    def __init__(
+        self, decoder: Decoder, document: torch.Tensor, budget: int, end: int | None
+    ) -> None:
+        """`document` [L] begins every prompt. The token `end` is never written.
+
+        Raises InvalidArgument for a model that cannot take tokens back.
+        """
         weights: dict[int, Any] = {id(weight): weight for weight in decoder.model.parameters()}
         self._model: Any = icecache.enable(
             copy.deepcopy(decoder.model, weights), token_budget=budget, lossless=True
         )
         self._document = document
+        self._never = None if end is None else [end]
         self._cache = self._feed(document, None)
 
     def answer(self, prefill: Prefill) -> LosslessAnswer:
-        """As long a text as the prefill's continuation; like that, without an end."""
+        """A text as long as the prefill's continuation."""
         prompt = prefill.tokens[None]
         cache = self._feed(prefill.tokens[len(self._document) : -1], copy.deepcopy(self._cache))
         read = icecache.stats(self._model).total("bytes_read")
@@ -49,7 +55,7 @@ class LosslessModel:
             max_new_tokens=prefill.steps + 1,
             do_sample=False,
             eos_token_id=None,
-            suppress_tokens=self._ends,
+            suppress_tokens=self._never,
             return_dict_in_generate=True,
             output_logits=True,
             **{CACHE: cache},

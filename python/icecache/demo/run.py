@@ -87,8 +87,8 @@ def run_demo(
     full = OwnRun(decoder)
     full.run(document.tokens)
     progress("prefill for lossless decoding", 1, total)
-    lossless = _lossless_model(decoder, document, lossless_budget)
     end = tokenizer.eos_token_id
+    lossless = _lossless_model(decoder, document, lossless_budget, end)
     first = Row("full attention", None, "every token", mass=1.0)
     exact = Row("IceCache lossless", lossless_budget, "the budget drafts, exact attention verifies")
     rows = [Row(method.name, method.budget, method.note) for method in methods]
@@ -131,10 +131,12 @@ def run_demo(
     return every
 
 
-def _lossless_model(decoder: Decoder, document: Document, budget: int) -> LosslessModel | None:
+def _lossless_model(
+    decoder: Decoder, document: Document, budget: int, end: int | None
+) -> LosslessModel | None:
     """None for a model that cannot take tokens back."""
     try:
-        return LosslessModel(decoder, document.tokens, budget)
+        return LosslessModel(decoder, document.tokens, budget, end)
     except InvalidArgument:
         return None
 

@@ -216,7 +216,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"PagesDci", options_of("dci"), Kind::kPages},
                       Case{"PagesPositional", options_of("positional"), Kind::kPages},
                       Case{"PagesFaiss", options_of("faiss"), Kind::kPages},
-                      Case{"Threads", options_of("tree", 3, 3), Kind::kThreads}),
+                      Case{"Threads", options_of("tree", 4, 3), Kind::kThreads}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace
