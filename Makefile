@@ -26,8 +26,8 @@ RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAIS
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-Og -g1" -DICECACHE_BINDINGS=OFF \
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
-# The randomised trace is shortened where every step takes many times as long.
-SHORT_TRACE = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000}
+# Where every step takes many times as long, there are fewer of a random trace, and fewer faults.
+SAMPLED = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000} ICECACHE_FAULT_CASES=$${ICECACHE_FAULT_CASES:-60}
 # Threads that wait give their cores away.
 TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
@@ -102,11 +102,11 @@ sanitize: sanitize-address sanitize-thread
 
 sanitize-address: setup-test
 	$(call cmake_build,build/address,$(CHECKED) -DICECACHE_SANITIZE=address$(,)undefined)
-	$(TOOLS) $(SHORT_TRACE) ctest --test-dir build/address -j $(JOBS) --output-on-failure --no-tests=error
+	$(TOOLS) $(SAMPLED) ctest --test-dir build/address -j $(JOBS) --output-on-failure --no-tests=error
 
 sanitize-thread: setup-test
 	$(call cmake_build,build/thread,$(CHECKED) -DICECACHE_SANITIZE=thread -DICECACHE_FAISS=OFF)
-	$(TOOLS) $(SHORT_TRACE) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
+	$(TOOLS) $(SAMPLED) $(FIXED_ADDRESSES) ctest --test-dir build/thread -j $(JOBS) \
 	  --output-on-failure --no-tests=error
 
 build-bench: setup-bench

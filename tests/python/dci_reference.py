@@ -1,8 +1,8 @@
 """The paper's index in plain Python: tree of representatives, pages, beam search, insertion.
 
-One KV head, `select="page"`. Written from the paper and from the choices that csrc/compared/dci_tree.h
-and dci_index.h state where the paper leaves them open, for reading and not for speed; all
-arithmetic is float64. What the engine computes in float32 can only be held against it where no
+One KV head, `select="page"`. Written from the paper and from the choices that
+csrc/compared/dci_tree.h and dci_index.h state where the paper leaves them open, for reading and not
+for speed; all arithmetic is float64. What the engine computes in float32 can only be held against it where no
 decision is a near tie, so the smallest relative gap is kept: `margin` of all decisions on which the
 structure rests, `select_margin` of the last selection.
 """

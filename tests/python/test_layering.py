@@ -39,7 +39,8 @@ FOREIGN = {
     r"pybind11/.*|Python\.h": r"csrc/bindings/core_[^/]*",
     r"(cuda|cub|thrust|cooperative_groups|nv_).*|.*_fp8\.h": r"csrc/cuda/[^/]*",
     r"\w*intrin\.h|arm_neon\.h|arm_sve\.h": r"csrc/simd/.*",
-    r"faiss/.*": r"csrc/compared/faiss_[^/]*|csrc/host/build_info\.cpp",  # the latter for its version
+    # build_info.cpp for its version.
+    r"faiss/.*": r"csrc/compared/faiss_[^/]*|csrc/host/build_info\.cpp",
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
