@@ -2,9 +2,9 @@
 
 One KV head, `select="page"`. Written from the paper and from the choices that
 csrc/compared/dci_tree.h and dci_index.h state where the paper leaves them open, for reading and not
-for speed; all arithmetic is float64. What the engine computes in float32 can only be held against it where no
-decision is a near tie, so the smallest relative gap is kept: `margin` of all decisions on which the
-structure rests, `select_margin` of the last selection.
+for speed; all arithmetic is float64. What the engine computes in float32 can only be held against
+it where no decision is a near tie, so the smallest relative gap is kept: `margin` of all decisions
+on which the structure rests, `select_margin` of the last selection.
 """
 
 from __future__ import annotations

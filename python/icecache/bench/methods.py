@@ -71,6 +71,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "icecache-lossless", "icecache, lossless", engine_fields={}, engine_session=LosslessSession
     ),
+    Method("faiss", "icecache, faiss", engine_fields={"index": "faiss"}),
     Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
     Method("paper_reuse", "paper, layer reuse", LayerReuseSession),
     Method("h2o", "h2o", H2OSession),
