@@ -91,7 +91,8 @@ lint: setup-test
 	$(TOOLS) ruff check
 	$(TOOLS) ruff format --check
 	$(TOOLS) mypy
-	$(IN_TREE) $(PYTHON) -m pytest -q --noconftest tests/python/test_layering.py
+	$(IN_TREE) $(PYTHON) -m pytest -q --noconftest tests/python/test_layering.py \
+	  tests/python/test_function_sizes.py
 
 format: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format -i

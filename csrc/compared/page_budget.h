@@ -8,8 +8,8 @@
 
 #include <vector>
 
-#include "pages/page_table.h"
 #include "index/selection.h"
+#include "pages/page_table.h"
 
 namespace icecache {
 

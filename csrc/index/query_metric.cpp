@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "index/covariance.h"
 #include "index/magnitude.h"
@@ -31,6 +32,31 @@ int unit_exponent(const std::vector<double>& from_key, int d, int rank, double l
   return std::clamp(exponent, own - kMost, own + kMost);
 }
 
+// A root [D, D] of the queries' second moments, and its inverse; the identity where there are none.
+// U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
+struct Roots {
+  std::vector<double> root, inverse;
+};
+Roots roots_of(const QueryMoments& queries, int d) {
+  std::vector<double> root(static_cast<std::size_t>(d) * d, 0.0), inverse(root);
+  if (queries.empty()) {
+    for (int i = 0; i < d; ++i) root[i * d + i] = inverse[i * d + i] = 1.0;
+    return {std::move(root), std::move(inverse)};
+  }
+  const SymmetricEigen eigen = symmetric_eigen(queries.second(), d);
+  double trace = 0.0;
+  for (double x : eigen.values) trace += std::max(0.0, x);
+  const double floor = std::max(kFloor * trace / d, 1e-30);
+  for (int j = 0; j < d; ++j) {
+    const double scale = std::sqrt(std::max(eigen.values[j], 0.0) + floor);
+    for (int i = 0; i < d; ++i) {
+      root[i * d + j] = eigen.vectors[i * d + j] * scale;
+      inverse[i * d + j] = eigen.vectors[i * d + j] / scale;
+    }
+  }
+  return {std::move(root), std::move(inverse)};
+}
+
 }  // namespace
 
 QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim,
@@ -45,24 +71,7 @@ QueryMetric QueryMetric::fit(const float* keys, std::int64_t count, int head_dim
   }
   for (double x : sum) metric.mean.push_back(static_cast<float>(x / static_cast<double>(count)));
 
-  // root = U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
-  std::vector<double> root(static_cast<std::size_t>(d) * d, 0.0), inverse(root);
-  if (!queries.empty()) {
-    const SymmetricEigen eigen = symmetric_eigen(queries.second(), d);
-    double trace = 0.0;
-    for (double x : eigen.values) trace += std::max(0.0, x);
-    const double floor = std::max(kFloor * trace / d, 1e-30);
-    for (int j = 0; j < d; ++j) {
-      const double scale = std::sqrt(std::max(eigen.values[j], 0.0) + floor);
-      for (int i = 0; i < d; ++i) {
-        root[i * d + j] = eigen.vectors[i * d + j] * scale;
-        inverse[i * d + j] = eigen.vectors[i * d + j] / scale;
-      }
-    }
-  } else {
-    for (int i = 0; i < d; ++i) root[i * d + i] = inverse[i * d + i] = 1.0;
-  }
-
+  const auto [root, inverse] = roots_of(queries, d);
   const std::vector<double> spread =
       covariance_of(keys, count, sample_stride(count), d, metric.mean);
   std::vector<double> half(root.size(), 0.0), seen(root.size(), 0.0);

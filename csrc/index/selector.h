@@ -103,6 +103,7 @@ class Selector {
   // The far field and what is left unpicked, from the page masses of the scores (candidates
   // excluded) and the exact logits of candidates that were not picked.
   void weigh_rest(Selection& selection);
+  void share_out(Selection& selection);
 
   const Config* config_ = nullptr;
   int group_ = 0, page_size_ = 0, nodes_ = 0;

@@ -88,6 +88,12 @@ void Selector::weigh_rest(Selection& selection) {
     selection.far_total.assign(group_, 0.0f);
     return;
   }
+  share_out(selection);
+}
+
+// What the nodes weigh without the picked tokens, and how much of that is theirs.
+void Selector::share_out(Selection& selection) {
+  const int columns = simd::mass_stride(group_);
   left_.clear();  // [C] tokens that were not picked
   for (const Part& part : parts_) {
     for (int node = 0; node < part.segment->index().node_count(); ++node) {

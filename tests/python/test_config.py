@@ -119,11 +119,6 @@ def test_contradictions_are_refused_with_the_numbers(fields: dict[str, Any], mes
         engine(**{"token_budget": 64, **fields})
 
 
-def test_an_engine_is_no_cache_for_a_gpu() -> None:
-    with pytest.raises(InvalidArgument, match=r"device=cuda: an Engine attends on the CPU"):
-        engine(device="cuda")
-
-
 def test_what_the_build_lacks_is_unavailable() -> None:
     build = icecache.build_info()
     if not build.faiss:

@@ -42,6 +42,14 @@ class Row:
     device_bytes: float = 0.0  # held where attention runs
     mass: float | None = None  # share of attention attended exactly; None where nobody estimates it
 
+    def take_mean(self, questions: int) -> None:
+        """Turns sums over questions into means."""
+        self.agreement /= questions
+        self.kl /= questions
+        self.bytes_per_step /= questions
+        if self.mass is not None:
+            self.mass /= questions
+
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
@@ -115,16 +123,11 @@ def run_demo(
             on_question(number, question)
     progress("done", total, total)
 
-    questions = len(document.needles)
     cell = 2 * decoder.head_dim * decoder.dtype.itemsize * decoder.num_kv_heads * decoder.num_layers
     length = document.tokens.shape[0] + document.longest_question
     first.bytes_per_step = first.device_bytes = exact.device_bytes = float(cell * length)
     for row in every[1:]:
-        row.agreement /= questions
-        row.kl /= questions
-        row.bytes_per_step /= questions
-        if row.mass is not None and row is not exact:
-            row.mass /= questions
+        row.take_mean(len(document.needles))
     for row, method in zip(rows, methods, strict=True):
         if method.engine is None:
             row.bytes_per_step = row.device_bytes = float(cell * method.budget)
@@ -149,7 +152,7 @@ def _run_lossless(model: LosslessModel, tokenizer: Any, question: Question, row:
     row.seconds += made.seconds
     row.tokens += len(made.tokens)
     row.bytes_per_step += made.bytes_read / len(made.tokens)
-    row.mass = 1.0
+    row.mass = (row.mass or 0.0) + 1.0
     text = tokenizer.decode(made.tokens, skip_special_tokens=True)
     _note_answer(row, text, question.needle)
 
