@@ -2,10 +2,9 @@
 //
 //   sample       keys, values and queries that shape the space of tokens, as fp32, for the host
 //   (host)       that space for each head: three eigenproblems of D x D, on a CPU thread
-//   coordinates  all tokens in that space (index/token_space.h), and the range of a key's
-//   coordinates order        balanced bisection along principal directions (index/bisect.h), level
-//   by level: a
-//                direction for each segment, then one sort of (head, segment, projection)
+//   coordinates  all tokens in that space (index/token_space.h), and the range of each coordinate
+//   order        balanced bisection along principal directions (index/bisect.h), level by level: a
+//                direction for each part, then one sort of (head, part, projection)
 //   lay_out      codes, means of nodes and host pages in that order; sink and window rows
 //
 // All heads of one (sequence, layer) at once. Deterministic.

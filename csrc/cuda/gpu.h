@@ -91,7 +91,8 @@ __device__ __forceinline__ const uint4* vectors_of(const T* row) {
   return reinterpret_cast<const uint4*>(row);
 }
 
-// *from, asked for here: other loads the compiler moves behind a test that does not need them.
+// *from, loaded at this point of the program. The compiler would move an ordinary load behind a
+// later branch, and its latency would no longer overlap with what comes before the branch.
 template <typename T>
 __device__ __forceinline__ T* load_now(T* const* from) {
 #ifdef __CUDA_ARCH__
@@ -240,8 +241,8 @@ __device__ __forceinline__ int block_rank(bool flag, int* room, int& total) {
   return warps_scan(room, total) + __popc(flags & ((1u << lane) - 1));
 }
 
-// Sums of N values over the warp, N a power of two: lane l gets that of values[l / (32 / N)], whose
-// place the values give up.
+// Adds up each of N values over the 32 lanes of a warp, N a power of two. Lane l returns the sum of
+// values[l / (32 / N)] over all lanes. `values` is overwritten.
 template <int N, int Offset = kWarp / 2>
 __device__ __forceinline__ float warp_sums(float* values) {
   if constexpr (N == 1) {

@@ -33,10 +33,14 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
-// Whether a kernel may be launched before the one ahead of it on the stream has ended; it calls
-// wait_for_earlier_kernel(). Only devices of compute capability 9 and newer do that. Beside: blocks
-// of two such kernels stand on a multiprocessor together; for that both ask for the largest shared
-// memory, as its size changes only where no block stands.
+// Programmatic dependent launch: whether a kernel may start before the kernel ahead of it on the
+// stream has ended. Such a kernel calls wait_for_earlier_kernel() before it reads what that one
+// wrote. Devices below compute capability 9 ignore this.
+//   kNone    it starts when the one ahead has ended
+//   kBehind  it may start earlier
+//   kBeside  it may start earlier, and blocks of both may run on one multiprocessor at a time. Both
+//            kernels then ask for the largest shared memory: a multiprocessor changes the size of
+//            its shared memory only when it runs no block.
 enum class Chain { kNone, kBehind, kBeside };
 
 // kernel(params).

@@ -1,10 +1,9 @@
 // One decode step of one layer on the device, as a chain of kernels without a host decision.
 //
-//   append   new token into the window; the token that it displaces goes to its host page and gets
-//   a
-//            sketch; logits of sink and window; the query in sketch coordinates
+//   append   puts the new token into the window; the token that it displaces goes to its host page
+//            and gets a sketch; logits of sink and window; the query in sketch coordinates
 //   scan     integer scores of all sketches, for every head of the group
-//   rank     each head's log weight in all, and how many tokens stand at each rank
+//   rank     each head's log weight over all tokens, and how many tokens have each rank (score bin)
 //   choose   candidates: the tokens of the best ranks; what the others weigh, node by node
 //   resolve  which candidates have a row in the device's row cache; rows of the longest unused ones
 //            for those that have not
@@ -33,7 +32,7 @@ constexpr int kMaxCandidates = 512;    // a step's candidates, at most
 constexpr int kRanks = 2048;           // bins of the histogram
 constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
 constexpr int kChunkTokens = 1024;     // index tokens of a chunk: what a sequence grows by
-constexpr int kMaxNear = 256;          // sink and window
+constexpr int kMaxNear = 256;          // tokens of sink and window together
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
@@ -49,8 +48,8 @@ constexpr int kHeadTile = 4;  // scores and coefficients are stored in fours of 
 //   E = near rows = sink_tokens + window_tokens;  M cached rows;  N index tokens, at most;
 //   C = N / far_node_tokens.
 //
-// What a step reads of every index token stands in chunks of device memory, which a sequence takes
-// as it grows. A chunk belongs to one sequence and has a part for each of its heads and layers:
+// What a step reads of every index token is stored in chunks of device memory, which a sequence
+// takes as it grows. A chunk belongs to one sequence and has a part for each head and layer of it:
 //   codes [kChunkTokens, R / 8] uint32   sketches
 //   row_of [kChunkTokens] int16          cached row of a token; -1: none
 //   means [kChunkTokens / F, D]          mean values of far-field nodes, F = far_node_tokens

@@ -104,11 +104,12 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
     return;
   }
-  // Of some nodes or entries, those ahead of the next block: below 2^31 / 32 of them, 16 blocks.
+  // The index of the first item that belongs to block `of`, when `all` items are split evenly over
+  // the blocks. The product fits 32 bits: there are fewer than 2^26 items and at most 16 blocks.
   const auto share = [&](int all, int of) {
     return static_cast<int>(static_cast<unsigned>(all * of) / static_cast<unsigned>(blocks));
   };
-  // Nodes are shared by stages, so that those of a stage stand in one chunk.
+  // Nodes are split by whole stages, so that all nodes of a stage lie in one chunk.
   const int all_stages = (all_nodes + kRows - 1) / kRows;
   const int first_node = share(all_stages, block) * kRows;
   const int nodes = min(share(all_stages, block + 1) * kRows, all_nodes) - first_node;

@@ -1,7 +1,8 @@
-// scan, rank, choose: each pair has as many blocks as run at once, which take its chunks of
-// kChunkTokens tokens by turns. What a token weighs is summed up
-// once, by scan, in parts of its chunk's best score; choose takes the candidates out again. Device
-// code.
+// The kernels scan, rank and choose. Device code.
+//
+// Each (sequence, KV head) pair gets as many CUDA blocks as the device runs at once. They take the
+// pair's chunks of kChunkTokens tokens in turn. scan adds up the weights of all tokens of a chunk,
+// relative to the chunk's best score; choose subtracts the weights of those that become candidates.
 #pragma once
 
 #include <climits>

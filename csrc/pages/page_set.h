@@ -14,8 +14,8 @@ namespace icecache {
 class PageSet {
  public:
   PageSet() = default;
-  // `count` pages of `heads`, by turns. In memory those of a head stand in a row: what a device
-  // reads of one at a time is then near, and its TLB has it.
+  // `count` pages; page i belongs to head i % heads. In memory the pages of one head lie next to
+  // each other: a device reads one head at a time, and its TLB then covers what it reads.
   PageSet(PagePool& pool, std::size_t count, std::size_t heads, const PageOwner& owner)
       : pool_(&pool) {
     std::vector<PageId> fresh;
@@ -42,22 +42,22 @@ class PageSet {
   ~PageSet() {
     for (const PageId id : ids_) pool_->release(id);
   }
-  // Makes room for so many pages in all.
+  // Lets the set grow to `count` pages without an allocation of its own.
   void reserve(std::size_t count) { ids_.reserve(count); }
-  // Takes over the pages of another set, behind its own. REQUIRES: room for them.
+  // Takes over the pages of another set, behind its own. REQUIRES: reserve() for all of them.
   void append(PageSet&& other) noexcept {
     for (const PageId id : other.ids_) ids_.push_back(id);  // a range: GCC 13 warns of nothing
     other.ids_.clear();
   }
   std::byte* data(std::size_t i) const { return pool_->data(ids_[i]); }
-  // Addresses of the pages from `first` on.
+  // Addresses of the pages, beginning with page `first`.
   std::vector<std::byte*> table(std::size_t first = 0) const {
     std::vector<std::byte*> addresses;
     for (std::size_t i = first; i < ids_.size(); ++i) addresses.push_back(pool_->data(ids_[i]));
     return addresses;
   }
   std::size_t size() const { return ids_.size(); }
-  // Whether a fork has pages of this set from `first` on, or it has pages of another.
+  // Whether another set shares one of the pages, beginning with page `first`.
   bool is_shared(std::size_t first = 0) const {
     for (std::size_t i = first; i < ids_.size(); ++i) {
       if (!pool_->unique(ids_[i])) return true;

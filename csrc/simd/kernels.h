@@ -46,9 +46,9 @@ struct RowsArgs {
   int head_dim = 0;        // D, a multiple of 8, at most 256
 };
 
-// Scores are from 0 to kMaxScore, in units of 2^coarse / 128 octaves: as exponents of the weights
-// they stand for, with seven binary places. kNoScore, of a slot that holds no token, weighs nothing
-// beside any of them; neither it nor a score, less an offset of score_rank, leaves 16 bits.
+// A score is the base-2 logarithm of a weight as a fixed-point number: from 0 to kMaxScore, in
+// units of 2^coarse / 128. A slot without a token has kNoScore, whose weight is nothing beside that
+// of any score. A score or kNoScore, less the offset that score_rank subtracts, still fits 16 bits.
 constexpr float kScoreUnit = 0.693147181f / 128.0f;  // nats, of coarse = 0
 constexpr std::int16_t kNoScore = -16384;
 constexpr std::int16_t kMaxScore = 15000;

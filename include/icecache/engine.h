@@ -1,11 +1,10 @@
 // Engine: the KV cache of one model for many sequences, and attention over it.
 //
-// Threads: calls are serialised by one mutex; an Engine may be called from any thread. What a
-// prompt or a chunk of one needs to be indexed runs on the engine's own threads behind the caller,
-// and the next call that touches the same (sequence, layer) waits for it. Decode steps insert their
-// token themselves, and wait for nothing: an index that is built anew meanwhile takes over at a
-// length that was fixed when its building began. The same calls give bitwise the same results, also
-// where host_memory is nearly full.
+// Threads: an Engine may be called from any thread; one mutex serialises the calls. The index of a
+// prompt, or of a chunk of one, is built on the engine's own threads behind the caller; the next
+// call that touches the same (sequence, layer) waits for it. A decode step waits for nothing: a
+// segment that is built meanwhile takes over at a length that was fixed when its building began.
+// The same calls give bitwise the same results, also if host_memory is nearly full.
 // Failure: a call that throws leaves every sequence as it was before the call, and can be done
 // again. Where memory runs out in the background, the next call that waits for the work does it
 // again; without memory once more, the tokens are attended exactly until a later call indexes them.

@@ -68,7 +68,8 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
                 "pass that fuses the two"
             )
         store, batch = self.worker.store, self.worker.batch
-        # So vLLM measures: without metadata, and before the layers have their numbers.
+        # vLLM profiles memory with calls like this one: they have no metadata, or come before the
+        # store knows its layers. Nothing is attended then.
         if attn_metadata is None or store is None or not store.layers:
             return output.zero_()
         if batch.tokens < output.shape[0]:

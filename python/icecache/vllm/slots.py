@@ -171,12 +171,13 @@ class SlotEngine:
         counts: Sequence[int],
         phases: Sequence[Phase],
     ) -> None:
-        """As Engine.step_packed(): prompts, or chunks of them, and sequences with one more token.
+        """As Engine.step_packed(): chunks of prompts, and sequences that take one more token.
 
-        Those were prepared. Raises before any decodes where host memory ends: what prompts of the
-        same call left is replaced when they come again. A step without prompts is nothing but
-        work for the device, also one of no sequences: a graph is captured with it, and replayed
-        with those that begin() has placed by then.
+        prepare() was called for each sequence that takes a token. If host memory runs out, the call
+        raises before any sequence has taken its token; prompts of the same call are written again
+        when they come again. A step without prompts only launches work on the device, even a step
+        of no sequences: vLLM captures it as a graph, and replays it for the sequences that begin()
+        has placed by then.
         """
         prompts: dict[int, tuple[torch.Tensor, torch.Tensor, Phase]] = {}
         for seq, first, count, phase in zip(seqs, firsts, counts, phases, strict=True):
