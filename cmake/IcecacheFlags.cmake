@@ -45,5 +45,7 @@ function(icecache_package_library target)
     set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY
                                                "${PROJECT_SOURCE_DIR}/python/icecache")
   endif()
-  install(TARGETS ${target} LIBRARY DESTINATION icecache)
+  if(DEFINED SKBUILD)
+    install(TARGETS ${target} LIBRARY DESTINATION icecache)
+  endif()
 endfunction()

@@ -8,7 +8,10 @@ file(GLOB icecache_sources CONFIGURE_DEPENDS ${layers})
 list(FILTER icecache_sources EXCLUDE REGEX "/(no_)?faiss[a-z_]*\\.cpp$")
 
 add_library(icecache SHARED ${icecache_sources})
-target_include_directories(icecache PUBLIC include csrc)
+target_include_directories(
+  icecache PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:include>
+                  $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc>)
+target_compile_features(icecache PUBLIC cxx_std_20)
 # Seen by this source alone: builds that differ in them share all other objects.
 set(build_info csrc/host/build_info.cpp)
 set_property(SOURCE ${build_info} APPEND PROPERTY COMPILE_DEFINITIONS
