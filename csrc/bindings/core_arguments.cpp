@@ -62,6 +62,8 @@ std::string text(std::string_view name, py::handle value) {
   return {characters, static_cast<std::size_t>(size)};
 }
 
+namespace {
+
 float scale_of(py::handle value) {
   if (PyUnicode_Check(value.ptr()) != 0) {
     throw py::type_error("scale must be a number, got str");
@@ -87,6 +89,20 @@ DType dtype_of(py::handle name) {
     if (given == name_of(dtype)) return dtype;
   }
   throw InvalidArgument(message("dtype must be float32, bfloat16 or float16, got ", given));
+}
+
+}  // namespace
+
+CacheShape shape_of(py::handle num_layers, py::handle num_q_heads, py::handle num_kv_heads,
+                    py::handle head_dim, py::handle dtype, py::handle scale) {
+  CacheShape shape;
+  shape.num_layers = narrow_integer("num_layers", num_layers);
+  shape.num_q_heads = narrow_integer("num_q_heads", num_q_heads);
+  shape.num_kv_heads = narrow_integer("num_kv_heads", num_kv_heads);
+  shape.head_dim = narrow_integer("head_dim", head_dim);
+  shape.dtype = dtype_of(dtype);
+  shape.scale = scale_of(scale);
+  return shape;
 }
 
 }  // namespace icecache::bindings

@@ -21,8 +21,10 @@ int narrow_integer(std::string_view name, pybind11::handle value);    // of 32 b
 std::vector<std::int64_t> integers(std::string_view name, pybind11::handle values);
 std::string text(std::string_view name, pybind11::handle value);
 // 0 for 1 / sqrt(head_dim). Throws for a value that is not 0 and that float cannot hold.
-float scale_of(pybind11::handle value);
-DType dtype_of(pybind11::handle name);  // "float32", "bfloat16" or "float16"
+// What a cache is for; `dtype` is "float32", "bfloat16" or "float16".
+CacheShape shape_of(pybind11::handle num_layers, pybind11::handle num_q_heads,
+                    pybind11::handle num_kv_heads, pybind11::handle head_dim,
+                    pybind11::handle dtype, pybind11::handle scale);
 
 std::string type_name(pybind11::handle value);
 

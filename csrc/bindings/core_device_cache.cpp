@@ -58,13 +58,7 @@ std::unique_ptr<DeviceCache, UnlockedDelete> make_cache(
     py::handle num_layers, py::handle num_q_heads, py::handle num_kv_heads, py::handle head_dim,
     py::handle dtype, py::handle scale, Live<Config> config, py::handle sequences,
     py::handle tokens, py::handle number) {
-  CacheShape shape;
-  shape.num_layers = narrow_integer("num_layers", num_layers);
-  shape.num_q_heads = narrow_integer("num_q_heads", num_q_heads);
-  shape.num_kv_heads = narrow_integer("num_kv_heads", num_kv_heads);
-  shape.head_dim = narrow_integer("head_dim", head_dim);
-  shape.dtype = dtype_of(dtype);
-  shape.scale = scale_of(scale);
+  const CacheShape shape = shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale);
   const int batch = narrow_integer("batch", sequences);
   const std::int64_t max_tokens = integer("max_tokens", tokens);
   const int device = narrow_integer("device", number);

@@ -47,13 +47,7 @@ std::unique_ptr<Engine, UnlockedDelete> make_engine(py::handle num_layers, py::h
                                                     py::handle num_kv_heads, py::handle head_dim,
                                                     py::handle dtype, py::handle scale,
                                                     Live<Config> config) {
-  CacheShape shape;
-  shape.num_layers = narrow_integer("num_layers", num_layers);
-  shape.num_q_heads = narrow_integer("num_q_heads", num_q_heads);
-  shape.num_kv_heads = narrow_integer("num_kv_heads", num_kv_heads);
-  shape.head_dim = narrow_integer("head_dim", head_dim);
-  shape.dtype = dtype_of(dtype);
-  shape.scale = scale_of(scale);
+  const CacheShape shape = shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale);
   const Config values = *config;  // another thread may change it meanwhile
   const Unlocked unlocked;
   return std::unique_ptr<Engine, UnlockedDelete>(new Engine(shape, values));

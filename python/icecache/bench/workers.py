@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from icecache.bench.ask import Ask
 from icecache.bench.tasks.task import Sample, Task
 from icecache.machine import usable_cores, usable_memory
+
+if TYPE_CHECKING:
+    from icecache.bench.ask import Ask
 
 _SHARE = 0.75  # of the machine's memory
 
