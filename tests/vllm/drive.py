@@ -156,7 +156,7 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
         some = spec.get("sizes") or [1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)]
         size = generator.choice(some)
         prompts[name] = [generator.randrange(8, VOCABULARY) for _ in range(size)]
-        lengths[name] = generator.randint(1, 24)
+        lengths[name] = generator.randint(1, 16)
     waiting, running, made = list(prompts), set(), {}
     most = 0
     while waiting or engine.has_unfinished_requests():
