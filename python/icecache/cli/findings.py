@@ -41,7 +41,6 @@ def findings() -> Iterator[Finding]:
     yield Finding("Python", OK, f"{platform.python_version()} on {platform.platform()}")
     yield _package("torch", "2.11")
     yield _package("transformers", "5.16")
-    yield _package("gguf", "0.10")
     yield _operators()
     yield Finding("CPU", OK, f"{cpu_name()}, {usable_cores()} cores usable")
     yield _simd()

