@@ -8,7 +8,7 @@ budget, and all requests of a step share the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,24 +16,6 @@ from icecache import Config, Error, InvalidArgument, OutOfPages, Phase
 from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
 from icecache.vllm.host_memory import slot_bytes, slots_needed
 from icecache.vllm.prompt_attention import PromptAttention
-
-
-@dataclass(frozen=True)
-class SlotStats:
-    """Sums over requests and KV heads of one layer; what a device does not measure stays 0."""
-
-    steps: int
-    hits: int
-    misses: int
-    bytes_moved: int
-    dense_steps: int = 0
-    tokens_selected: int = 0
-    pages_selected: int = 0
-    bytes_read: int = 0
-    mass: float = 0.0
-    select_seconds: float = 0.0
-    attend_seconds: float = 0.0
-    index_seconds: float = 0.0
 
 
 class SlotEngine:
@@ -232,10 +214,9 @@ class SlotEngine:
         except Error as error:
             self._error = str(error)
 
-    def all_stats(self) -> list[SlotStats]:
-        """Of each layer. Waits for the current stream."""
-        layers = map(self.cache.stats, range(self.num_layers))
-        return [SlotStats(of.steps, of.hits, of.misses, of.bytes_moved) for of in layers]
+    def all_stats(self) -> list[Any]:
+        """The DeviceCacheStats of each layer. Waits for the current stream."""
+        return [self.cache.stats(layer) for layer in range(self.num_layers)]
 
     def pool_bytes(self) -> int:
         """Of pages in use, in host memory."""
