@@ -26,7 +26,7 @@ RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAIS
 # instrumented, and looks like races to the thread sanitizer.
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-Og -g1" -DICECACHE_BINDINGS=OFF \
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
-# Where every step takes many times as long, there are fewer of a random trace, and fewer faults.
+# Sanitizers make every step many times as slow: there the random trace is shorter, and fewer faults are tried.
 SAMPLED = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000} ICECACHE_FAULT_CASES=$${ICECACHE_FAULT_CASES:-60}
 # Threads that wait give their cores away.
 TWO_AT_ONCE = OMP_WAIT_POLICY=passive

@@ -31,9 +31,8 @@ engine = icecache.Engine(
 sequence = engine.new_sequence()
 keys, values = about(KV_HEADS, PROMPT, 100), rows(KV_HEADS, PROMPT)
 engine.append([sequence], 0, keys, values)
-engine.observe(
-    [sequence], 0, about(HEADS, 256, 3)
-)  # or attend(), which computes a prompt's attention
+# A prompt's last queries shape its index. attend() computes a prompt's attention and shows them.
+engine.observe([sequence], 0, about(HEADS, 256, 3))
 
 error = 0.0
 for _ in range(STEPS):

@@ -32,8 +32,9 @@ int unit_exponent(const std::vector<double>& from_key, int d, int rank, double l
   return std::clamp(exponent, own - kMost, own + kMost);
 }
 
-// A root [D, D] of the queries' second moments, and its inverse; the identity where there are none.
-// U diag(sqrt(lambda)) serves as well as the symmetric root: distances are the same.
+// A matrix R [D, D] with R R^T = the queries' second moments (and a floor), and its inverse; the
+// identity if there are no queries. R is U diag(sqrt(lambda)), from the eigenvectors U and the
+// eigenvalues lambda: distances between rows of K R are those that the symmetric root would give.
 struct Roots {
   std::vector<double> root, inverse;
 };
