@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,7 +33,7 @@ from contiguous_cache import contiguous_cache
 from head_tokens import text_tokens
 from icecache.bench.report import Result, machine, write_json
 from icecache.hf.support import CACHE
-from icecache.models.local import check_context, load_model
+from icecache.models.local import check_context, load_model, twin
 from lengths import parse_lengths, size
 from rich.console import Console
 from rich.progress import Progress
@@ -120,11 +119,6 @@ class GenerateTimes:
             yield Result(f"ttft_s_{method}_{tail}", median(seconds), "s", {**params, **spread})
         for method, turns in self.turns.items():
             yield Result(f"tpot_ms_{method}_{tail}", 1e3 * median(turns), "ms", params)
-
-
-def twin(model: Any) -> Any:
-    """A second model on the same weights, so that only one of the two is enabled."""
-    return deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def filled(source: Any, target: Cache) -> Cache:

@@ -31,13 +31,12 @@ from typing import Annotated, Any
 import icecache
 import torch
 import typer
-from bench_generate import twin
 from contiguous_cache import contiguous_cache
 from head_tokens import text_tokens
 from icecache.bench.report import Result, machine, write_json
 from icecache.cli.usage import numbers
 from icecache.hf.support import CACHE
-from icecache.models.local import check_context, load_model
+from icecache.models.local import check_context, load_model, twin
 from lengths import parse_lengths, size
 from rich.console import Console
 from rich.progress import Progress

@@ -13,6 +13,7 @@ import icecache
 from icecache.bench.decoder import Decoder
 from icecache.bench.prefill import Prefill
 from icecache.hf.support import CACHE
+from icecache.models.local import twin
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,7 @@ class LosslessModel:
 
         Raises InvalidArgument for a model that cannot take tokens back.
         """
-        weights: dict[int, Any] = {id(weight): weight for weight in decoder.model.parameters()}
-        self._model: Any = icecache.enable(
-            copy.deepcopy(decoder.model, weights), token_budget=budget, lossless=True
-        )
+        self._model = icecache.enable(twin(decoder.model), token_budget=budget, lossless=True)
         self._document = document
         self._never = None if end is None else [end]
         self._cache = self._feed(document, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,3 +101,8 @@ def _loaded(folder: Path, part: str, load: Callable[[str], T]) -> T:
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
             raise Error(f"the {part} in {folder} does not load: {reason}") from error
+
+
+def twin(model: Any) -> Any:
+    """A second model on the same weights, so that only one of the two is enabled."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
