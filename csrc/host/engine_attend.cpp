@@ -138,6 +138,7 @@ void Engine::Impl::AttendCall::run(Task& task) {
     for (std::int64_t t = 0; t < task.tokens; ++t) {
       const std::int64_t at = t * group * d;
       const std::int32_t position = first + static_cast<std::int32_t>(t);
+      head.insert_due(position, task.stats);
       head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace);
     }
   } else {

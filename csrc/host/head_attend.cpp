@@ -195,11 +195,10 @@ void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats
 // One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
 // values are added up once, with weights that are final.
 void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
-                       StepTrace& trace) {
+                       StepTrace& trace) const {
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
   const int group = context_.group;
-  insert_due(position, stats);
   const float largest = largest_of(queries, static_cast<std::int64_t>(group) * context_.head_dim);
   if (!can_estimate(largest, held_, context_.head_dim)) {
     attend_exact(queries, 1, position, out, stats);

@@ -68,13 +68,13 @@ class HeadCache {
   // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
   // Attends to everything where logits may be too large for a float to tell tokens apart, or a
   // query has NaN or Inf.
-  // With telemetry = "trace", `trace` becomes what it looked at. Where it throws, tokens may have
-  // moved from the tail into the index, which the same step would move again.
-  // REQUIRES: sparse().
+  // With telemetry = "trace", `trace` becomes what it looked at.
+  // REQUIRES: sparse(), insert_due() for this position.
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
-              StepTrace& trace);
+              StepTrace& trace) const;
   // What comes first in a step whose query is at `position`: segments that background threads have
   // built take their place, and an index that grows takes in the tokens that have left the window.
+  // Where it throws, some of them have moved; the same step would move the others.
   void insert_due(std::int32_t position, HeadStats& stats);
   // Pages that insert_due() takes at most.
   std::size_t pages_for_decode() const;
