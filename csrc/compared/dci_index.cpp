@@ -40,9 +40,9 @@ float DciIndex::project(const float* key) const {
   return std::isnan(x) ? 0.0f : x;
 }
 
-DciIndex::Arrangement DciIndex::arrange(const float* keys, const float* coordinates,
-                                        std::int32_t count) {
-  (void)coordinates;
+DciIndex::Arrangement DciIndex::arrange(const Rows& rows) {
+  const float* keys = rows.keys;
+  const std::int32_t count = rows.count;
   const int d = table().head_dim(), s = table().page_size();
   pending_ = Pending{tree_, {}, {}};
   const std::vector<int> cells = pending_->tree.build(keys, count);
@@ -73,8 +73,8 @@ DciIndex::Arrangement DciIndex::arrange(const float* keys, const float* coordina
   return arrangement;
 }
 
-void DciIndex::built(const Arrangement& arrangement) {
-  GrowingIndex::built(arrangement);
+void DciIndex::built() {
+  GrowingIndex::built();
   tree_ = std::move(pending_->tree);
   cells_.resize(tree_.cell_count());
   for (int page = 0; page < table().page_count(); ++page) {
@@ -172,8 +172,7 @@ void DciIndex::find(const SelectRequest& request, std::int64_t wanted, Found& fo
   }
 }
 
-bool DciIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
-  if (config().select != "page") return false;
+void DciIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
   thread_local Scan found;
   thread_local PageBudget budget;
   thread_local std::vector<float> best, lse;                             // [G, pages]
@@ -220,7 +219,6 @@ bool DciIndex::choose_pages(const SelectRequest& request, Selection& selection) 
   }
   budget.finish(selection);
   selection.bytes_scanned = found.bytes;
-  return true;
 }
 
 int DciIndex::choose_page(const float* key) {
@@ -228,7 +226,7 @@ int DciIndex::choose_page(const float* key) {
   return cells_.choose(tree_.nearest(key), project(key));
 }
 
-std::uint32_t DciIndex::split_mask(int page) const {
+std::uint32_t DciIndex::upper_half(int page) const {
   float key[kMaxHeadDim], projections[kMaxPageSize], start;
   for (int slot = 0; slot < table().page_size(); ++slot) {
     table().key(page, slot, key);
@@ -237,8 +235,7 @@ std::uint32_t DciIndex::split_mask(int page) const {
   return upper_half_of(projections, table().page_size(), start);
 }
 
-void DciIndex::page_split(int page, int other, std::uint32_t moved) {
-  (void)moved;
+void DciIndex::page_split(int page, int other) {
   float key[kMaxHeadDim], start = INFINITY;
   for (std::uint32_t mask = table().mask(other); mask != 0; mask &= mask - 1) {
     table().key(other, std::countr_zero(mask), key);
@@ -250,16 +247,17 @@ void DciIndex::page_split(int page, int other, std::uint32_t moved) {
   page_tokens_[other] = table().count(other);
 }
 
-// The token that follows opens a cell.
+// Its token opens a cell.
 void DciIndex::page_opened(int page) {
   page_tokens_.resize(table().page_count());
   page_tokens_[page] = 0;
 }
 
-void DciIndex::token_added(int page, int slot, const float* key) {
-  (void)slot;
+void DciIndex::token_added(int page) {
   int cell = cells_.cell_of(page);
   if (cell < 0) {
+    float key[kMaxHeadDim];
+    table().key(page, 0, key);
     cell = tree_.promote(key, size() - 1);
     cells_.resize(cell + 1);
     cells_.append(cell, page, project(key));
@@ -268,8 +266,7 @@ void DciIndex::token_added(int page, int slot, const float* key) {
   tree_.add_tokens(cell, 1);
 }
 
-void DciIndex::tokens_removed(int page, int node) {
-  (void)node;
+void DciIndex::tokens_removed(int page) {
   const int cell = cells_.cell_of(page);
   const std::int32_t left = table().count(page);
   tree_.add_tokens(cell, left - page_tokens_[page]);

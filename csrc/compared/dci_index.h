@@ -23,25 +23,23 @@
 
 namespace icecache {
 
-class DciIndex final : public GrowingIndex {
+class DciIndex final : public GrowingIndex, CandidateFinder, PageChooser, PageSplitter {
  public:
   explicit DciIndex(const HeadContext& context);
   std::unique_ptr<GrowingIndex> fork() const override;
-  bool finds_by_scores() const override { return false; }
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
-  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
+  const CandidateFinder* finder() const override { return this; }
+  const PageChooser* chooser() const override { return config().select == "page" ? this : nullptr; }
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
-  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void built(const Arrangement& arrangement) override;
+  Arrangement arrange(const Rows& rows) override;
+  void built() override;
   int choose_page(const float* key) override;
-  std::uint32_t split_mask(int page) const override;
-  void token_added(int page, int slot, const float* key) override;
-  void page_split(int page, int other, std::uint32_t moved) override;
+  PageSplitter* splitter() override { return this; }
   void page_opened(int page) override;
-  void tokens_removed(int page, int node) override;
+  void token_added(int page) override;
+  void tokens_removed(int page) override;
 
  private:
   // The pages that any head's search reached, with exact logits for all heads.
@@ -55,6 +53,10 @@ class DciIndex final : public GrowingIndex {
   };
 
   DciIndex(const DciIndex&) = default;
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  void choose_pages(const SelectRequest& request, Selection& selection) const override;
+  std::uint32_t upper_half(int page) const override;
+  void page_split(int page, int other) override;
   std::int64_t beam() const;
   float project(const float* key) const;
   void scan(const SelectRequest& request, std::int64_t wanted, Scan& scan) const;

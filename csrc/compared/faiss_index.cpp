@@ -15,7 +15,7 @@
 namespace icecache {
 namespace {
 
-class FaissIndex final : public TreeIndex {
+class FaissIndex final : public TreeIndex, CandidateFinder {
  public:
   explicit FaissIndex(const HeadContext& context) : TreeIndex(context) {
     if (config().faiss_search != "sketch") search_.emplace(config().faiss_search, context.head_dim);
@@ -23,17 +23,17 @@ class FaissIndex final : public TreeIndex {
   std::size_t memory_bytes() const override {
     return TreeIndex::memory_bytes() + (search_ ? search_->memory_bytes() : 0);
   }
-  bool finds_by_scores() const override { return !search_; }
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  const CandidateFinder* finder() const override { return search_ ? this : nullptr; }
 
  protected:
-  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void built(const Arrangement& arrangement) override {
-    TreeIndex::built(arrangement);
+  Arrangement arrange(const Rows& rows) override;
+  void built() override {
+    TreeIndex::built();
     if (search_) build_search();
   }
 
  private:
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
   // Over the keys as they are in the pages now.
   void build_search() {
     const int s = table().page_size(), d = table().head_dim();
@@ -53,12 +53,12 @@ class FaissIndex final : public TreeIndex {
 
 // Each k-means cell is cut into pages by bisection, and into nodes of node_pages() pages. A cell's
 // last page may be partly filled: that is the price of k-means, and what new tokens fill first.
-FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coordinates,
-                                            std::int32_t count) {
+FaissIndex::Arrangement FaissIndex::arrange(const Rows& rows) {
   const int s = static_cast<int>(config().page_size), d = context().head_dim;
+  const std::int32_t count = rows.count;
   const std::int64_t cells =
       std::max<std::int64_t>(1, count / (static_cast<std::int64_t>(node_pages()) * s));
-  const std::vector<std::int32_t> cell = faiss_cells(keys, count, d, cells, config().seed);
+  const std::vector<std::int32_t> cell = faiss_cells(rows.keys, count, d, cells, config().seed);
   Arrangement arrangement;
   arrangement.order.resize(count);
   std::iota(arrangement.order.begin(), arrangement.order.end(), 0);
@@ -67,8 +67,8 @@ FaissIndex::Arrangement FaissIndex::arrange(const float* keys, const float* coor
   int node = 0;
   for (std::int32_t begin = 0, end = 0; begin < count; begin = end) {
     while (end < count && cell[arrangement.order[end]] == cell[arrangement.order[begin]]) ++end;
-    bisect(coordinates, space().width(), std::span(arrangement.order).subspan(begin, end - begin),
-           s, node_pages());
+    bisect(rows.coordinates, space().width(),
+           std::span(arrangement.order).subspan(begin, end - begin), s, node_pages());
     int page = 0;
     for (std::int32_t at = begin; at < end; at += s, ++page) {
       if (page > 0 && page % node_pages() == 0) ++node;

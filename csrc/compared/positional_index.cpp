@@ -24,23 +24,21 @@ int PositionalIndex::row_size() const {
   return (quest_ ? 2 : 1) * table().head_dim();
 }
 
-PositionalIndex::Arrangement PositionalIndex::arrange(const float* keys, const float* coordinates,
-                                                      std::int32_t count) {
-  (void)keys, (void)coordinates;
+PositionalIndex::Arrangement PositionalIndex::arrange(const Rows& rows) {
   const int s = table().page_size();
   Arrangement arrangement;
-  arrangement.order.resize(count);
+  arrangement.order.resize(rows.count);
   std::iota(arrangement.order.begin(), arrangement.order.end(), 0);
-  for (std::int32_t begin = 0; begin < count; begin += s) {
+  for (std::int32_t begin = 0; begin < rows.count; begin += s) {
     arrangement.bounds.push_back(begin);
     arrangement.nodes.push_back(begin / s / node_pages());
   }
-  arrangement.bounds.push_back(count);
+  arrangement.bounds.push_back(rows.count);
   return arrangement;
 }
 
-void PositionalIndex::built(const Arrangement& arrangement) {
-  GrowingIndex::built(arrangement);
+void PositionalIndex::built() {
+  GrowingIndex::built();
   order_.resize(table().page_count());
   std::iota(order_.begin(), order_.end(), 0);
   rows_.resize(static_cast<std::size_t>(table().page_count()) * row_size());
@@ -136,8 +134,7 @@ void PositionalIndex::find(const SelectRequest& request, std::int64_t wanted, Fo
   std::sort(found.slots.begin(), found.slots.end());
 }
 
-bool PositionalIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
-  if (config().select != "page") return false;
+void PositionalIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
   thread_local Ranking ranking;
   thread_local PageBudget budget;
   rank(request, ranking);
@@ -158,17 +155,10 @@ bool PositionalIndex::choose_pages(const SelectRequest& request, Selection& sele
   }
   budget.finish(selection);
   selection.bytes_scanned = ranking.bytes;
-  return true;
 }
 
-int PositionalIndex::choose_page(const float* key) {
-  (void)key;
+int PositionalIndex::choose_page(const float*) {
   return order_.empty() || table().full(order_.back()) ? -1 : order_.back();
-}
-
-void PositionalIndex::token_added(int page, int slot, const float* key) {
-  (void)slot, (void)key;
-  refresh(page);
 }
 
 void PositionalIndex::page_opened(int page) {
@@ -176,8 +166,7 @@ void PositionalIndex::page_opened(int page) {
   order_.push_back(page);
 }
 
-void PositionalIndex::tokens_removed(int page, int node) {
-  (void)node;
+void PositionalIndex::tokens_removed(int page) {
   if (table().in_use(page)) {
     refresh(page);
   } else {

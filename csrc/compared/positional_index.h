@@ -18,23 +18,22 @@
 
 namespace icecache {
 
-class PositionalIndex final : public GrowingIndex {
+class PositionalIndex final : public GrowingIndex, CandidateFinder, PageChooser {
  public:
   explicit PositionalIndex(const HeadContext& context);
   std::unique_ptr<GrowingIndex> fork() const override;
-  bool finds_by_scores() const override { return false; }
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
-  bool choose_pages(const SelectRequest& request, Selection& selection) const override;
+  const CandidateFinder* finder() const override { return this; }
+  const PageChooser* chooser() const override { return config().select == "page" ? this : nullptr; }
   std::size_t memory_bytes() const override;
   void check_integrity() const override;
 
  protected:
-  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
-  void built(const Arrangement& arrangement) override;
-  int choose_page(const float* key) override;
-  void token_added(int page, int slot, const float* key) override;
+  Arrangement arrange(const Rows& rows) override;
+  void built() override;
+  int choose_page(const float*) override;
   void page_opened(int page) override;
-  void tokens_removed(int page, int node) override;
+  void token_added(int page) override { refresh(page); }
+  void tokens_removed(int page) override;
 
  private:
   // How the pages compare for one request.
@@ -46,6 +45,8 @@ class PositionalIndex final : public GrowingIndex {
   };
 
   PositionalIndex(const PositionalIndex&) = default;
+  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  void choose_pages(const SelectRequest& request, Selection& selection) const override;
   int row_size() const;
   // The summary [row_size()] of a page's members: high [D] and low [D], or the mean [D].
   void summarize(int page, float* row) const;

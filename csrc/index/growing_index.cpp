@@ -8,8 +8,7 @@
 
 namespace icecache {
 
-void GrowingIndex::built(const Arrangement& arrangement) {
-  (void)arrangement;
+void GrowingIndex::built() {
   pages_of_node_ = pages_by_node();
 }
 
@@ -38,7 +37,7 @@ void GrowingIndex::insert(const TokenBlock& tokens) {
 }
 
 int GrowingIndex::split_page(int page) {
-  const std::uint32_t moved = split_mask(page);
+  const std::uint32_t moved = splitter()->upper_half(page);
   const int other = table_.split(page, moved);
   whole_ = false;
   attach(other, node_of_page_[page]);
@@ -49,7 +48,7 @@ int GrowingIndex::split_page(int page) {
       sketch_.copy(other, to++, page, std::countr_zero(slots));
     }
   }
-  page_split(page, other, moved);
+  splitter()->page_split(page, other);
   shrink_node(node_of_page_[page]);
   whole_ = true;
   return other;
@@ -95,7 +94,7 @@ void GrowingIndex::add_token(const std::byte* raw_key, const std::byte* raw_valu
   }
   if (has_far_field()) far_.add(node_of_page_[page], value);
   if (has_sketches()) sketch_.write(page, slot, place);
-  token_added(page, slot, key);
+  token_added(page);
   whole_ = true;
 }
 
@@ -129,7 +128,7 @@ void GrowingIndex::truncate(std::int32_t position) noexcept {
       std::erase(pages_of_node_[node], page);
       node_of_page_[page] = -1;
     }
-    tokens_removed(page, node);
+    tokens_removed(page);
   }
   for (int node = 0; whole_ && has_far_field() && node < node_count_; ++node) {
     std::int32_t left = 0;

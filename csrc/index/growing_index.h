@@ -15,6 +15,18 @@
 
 namespace icecache {
 
+// An index whose full pages give half of their tokens to a new page.
+class PageSplitter {
+ public:
+  // Which tokens of a full page move to the new one; neither none nor all.
+  virtual std::uint32_t upper_half(int page) const = 0;
+  // They have moved to page `other`.
+  virtual void page_split(int page, int other) = 0;
+
+ protected:
+  ~PageSplitter() = default;
+};
+
 class GrowingIndex : public SemanticIndex {
  public:
   using SemanticIndex::SemanticIndex;
@@ -41,26 +53,19 @@ class GrowingIndex : public SemanticIndex {
  protected:
   GrowingIndex(const GrowingIndex&) = default;
 
-  void built(const Arrangement& arrangement) override;
+  void built() override;
 
-  // The page that a new key [D] joins (it may be full: then it is split), -1: a page of its own.
+  // The page that a new key [D] joins, -1: a page of its own. It may be full where there is a
+  // splitter, which then splits it.
   virtual int choose_page(const float* key) = 0;
-  // Which tokens of a full page move to a new one; neither none nor all.
-  virtual std::uint32_t split_mask(int page) const {
-    (void)page;
-    return 0;
-  }
+  virtual PageSplitter* splitter() { return nullptr; }
 
-  // Bookkeeping hooks, called after the change.
-  virtual void token_added(int page, int slot, const float* key) {
-    (void)page, (void)slot, (void)key;
-  }
-  virtual void page_split(int page, int other, std::uint32_t moved) {
-    (void)page, (void)other, (void)moved;
-  }
-  virtual void page_opened(int page) { (void)page; }
-  // `page` may have been dropped; it belonged to `node`. Needs no memory.
-  virtual void tokens_removed(int page, int node) { (void)page, (void)node; }
+  // Bookkeeping, called after the change. A page that was opened has one token, in slot 0, for
+  // which token_added() follows.
+  virtual void page_opened(int page) = 0;
+  virtual void token_added(int page) = 0;
+  // `page` may have been dropped. Needs no memory.
+  virtual void tokens_removed(int page) = 0;
 
   const std::vector<int>& pages_of(int node) const { return pages_of_node_[node]; }
 

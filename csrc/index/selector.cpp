@@ -95,7 +95,8 @@ void Selector::find(const SelectRequest& request) {
     found_.slots.clear();
     found_.rest_lse.assign(group_, -INFINITY);
     found_.bytes = 0;
-    index.find(request, wanted + index.size() - part.segment->size(), found_);  // some are cut
+    index.finder()->find(request, wanted + index.size() - part.segment->size(),
+                         found_);  // some are cut
     candidates_.bytes += found_.bytes;
     const std::span<const std::uint32_t> masks = part.segment->masks();
     for (const std::int32_t slot : found_.slots) {
@@ -203,7 +204,7 @@ void Selector::select(const Config& config, std::span<const Segment* const> segm
   page_size_ = static_cast<int>(config.page_size);
   number(segments);
   has_far_field_ = segments.front()->index().has_far_field();
-  finds_by_scores_ = segments.front()->index().finds_by_scores();
+  finds_by_scores_ = segments.front()->index().finder() == nullptr;
   has_scores_ = false;
   selection.is_widened = selection.is_doubtful = false;
   cut_ = -INFINITY;
@@ -211,7 +212,9 @@ void Selector::select(const Config& config, std::span<const Segment* const> segm
   c.slots.clear();
   c.rest_lse.assign(group_, -INFINITY);
   c.bytes = 0;
-  if (segments.size() == 1 && segments.front()->index().choose_pages(request, selection)) {
+  const PageChooser* chooser = segments.front()->index().chooser();
+  if (chooser != nullptr && segments.size() == 1) {
+    chooser->choose_pages(request, selection);
     scan(request);
     for (const PagePick& pick : selection.picks) {
       for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {

@@ -115,7 +115,7 @@ class Selector {
   float cut_ = -INFINITY;  // log of the largest share that a token beside the candidates scores
   // Buffers of the steps above.
   std::vector<Sketch::Query> queries_;
-  SemanticIndex::Found found_;
+  CandidateFinder::Found found_;
   std::vector<const void*> rows_;
   std::vector<std::int32_t> more_, all_, ranking_, taken_, slots_, left_;
   std::vector<char> marked_;

@@ -35,7 +35,7 @@ void SemanticIndex::build(const TokenBlock& tokens, const QueryMoments& queries)
     sketch_.fit(coordinates.data(), tokens.count, space_.width());
   }
   const Arrangement arrangement =
-      arrange(keys.data(), has_sketches() ? coordinates.data() : nullptr, tokens.count);
+      arrange({keys.data(), has_sketches() ? coordinates.data() : nullptr, tokens.count});
   table_.add_pages(tokens, arrangement.order, arrangement.bounds);
   first_position_ = tokens.first_position;
   end_position_ = tokens.first_position + tokens.count;
@@ -57,11 +57,10 @@ void SemanticIndex::build(const TokenBlock& tokens, const QueryMoments& queries)
     for (const std::vector<int>& pages : pages_by_node())
       far_.assign(far_.add_node(), table_, pages);
   }
-  built(arrangement);
+  built();
 }
 
-void SemanticIndex::built(const Arrangement& arrangement) {
-  (void)arrangement;
+void SemanticIndex::built() {
   far_.finish();
   space_.metric.from_key = std::vector<float>();
   space_.from_value = std::vector<float>();

@@ -2,8 +2,9 @@
 // of similar keys, with what tells a query which of them it needs and what the others weigh.
 //
 // An index is built once, and then only read: any number of sequences share it (Segment). One that
-// can grow says so (GrowingIndex). An implementation says how tokens are arranged into pages and
-// how candidates are found; what a step picks of them is the Selector's to say.
+// can grow says so (GrowingIndex). An implementation says how tokens are arranged into pages, and
+// may find candidates or choose pages by itself (index_search.h); what a step picks of candidates
+// is the Selector's to say.
 //
 // Invariants (check_integrity)
 //  1. Every token given to it is in exactly one page.
@@ -24,8 +25,8 @@
 
 #include "icecache/step_trace.h"
 #include "index/far_field.h"
+#include "index/index_search.h"
 #include "index/query_moments.h"
-#include "index/selection.h"
 #include "index/sketch.h"
 #include "index/token_space.h"
 #include "pages/page_table.h"
@@ -66,25 +67,10 @@ class SemanticIndex {
   const TokenSpace& space() const { return space_; }
   const FarField& far_field() const { return far_; }
 
-  // Whether a query's candidates are those with the best sketch scores; else find() names them.
-  virtual bool finds_by_scores() const = 0;
-  struct Found {
-    std::vector<std::int32_t> slots;  // slot ids, ascending, each once
-    // [G] estimated log weight of all tokens that are not in slots; not asked for with sketches.
-    std::vector<float> rest_lse;
-    std::int64_t bytes = 0;  // read to find them
-  };
-  // Candidates beside which there are more tokens than `wanted`; about that many. `found` comes
-  // empty, with rest_lse -inf.
-  virtual void find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
-    (void)request, (void)wanted, (void)found;
-  }
-  // Indexes that rank whole pages by themselves fill picks, tokens, rest_lse and bytes_scanned, and
-  // return true; then there are no candidates.
-  virtual bool choose_pages(const SelectRequest& request, Selection& selection) const {
-    (void)request, (void)selection;
-    return false;
-  }
+  // Who names a query's candidates; null: the best sketch scores do.
+  virtual const CandidateFinder* finder() const { return nullptr; }
+  // Who chooses the pages that a query picks, in place of candidates; null: nobody.
+  virtual const PageChooser* chooser() const { return nullptr; }
 
  protected:
   SemanticIndex(const SemanticIndex&) = default;
@@ -94,12 +80,17 @@ class SemanticIndex {
   struct Arrangement {
     std::vector<std::int32_t> order, bounds, nodes;
   };
-  // keys: [N, D] fp32; coordinates: [N, width] in space(), null without sketches. Called once,
-  // before the pages are taken.
-  virtual Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) = 0;
+  // Rows of the block as floats.
+  struct Rows {
+    const float* keys;         // [N, D]
+    const float* coordinates;  // [N, width] in space(); null without sketches
+    std::int32_t count;        // N
+  };
+  // Called once, before the pages are taken.
+  virtual Arrangement arrange(const Rows& rows) = 0;
   // Called once, when page p of the arrangement is local page p. What only an index that grows
   // needs is given back here.
-  virtual void built(const Arrangement& arrangement);
+  virtual void built();
 
   const Config& config() const { return *context_.config; }
   const HeadContext& context() const { return context_; }

@@ -9,11 +9,10 @@ namespace icecache {
 class TreeIndex : public SemanticIndex {
  public:
   using SemanticIndex::SemanticIndex;
-  bool finds_by_scores() const override { return true; }
   bool has_sketches() const override { return true; }
 
  protected:
-  Arrangement arrange(const float* keys, const float* coordinates, std::int32_t count) override;
+  Arrangement arrange(const Rows& rows) override;
 };
 
 }  // namespace icecache
