@@ -13,17 +13,16 @@ import models
 import pytest
 import torch
 from conftest import EngineFailed, Run
-from icecache import Config, Error, InvalidArgument, OutOfPages, Phase, device
+from icecache import InvalidArgument, OutOfPages, device
 from icecache.reference import dense_attention
 from icecache.vllm import prompt_attention, worker
 from icecache.vllm.names import FLASH_ATTENTION
-from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
 from test_engine import prompts
 from test_refusals import config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
-from emulated import emulate_device, require_emulator
+from emulated import require_emulator
 
 SMALL = {"max_model_len": 512, "block_size": 32, "max_num_seqs": 6, "num_gpu_blocks_override": 7}
 SIZES = [1, 5, 33, 100, 200, 300, 64, 17]
@@ -115,7 +114,7 @@ def test_a_device_without_room_says_what_to_lower(
         raise OutOfPages("the device has no 7 bytes left")
 
     monkeypatch.setattr(device, "KIND", "cpu")
-    monkeypatch.setattr(worker, "SlotEngine", full)
+    monkeypatch.setattr(worker, "DeviceEngine", full)
     made = worker.Worker(config(model, max_num_seqs=9))
     made.add_layer(worker.Shape(4, 2, 64, 0.125))
     with pytest.raises(
@@ -133,89 +132,6 @@ def test_requests_take_room_by_steps() -> None:
 
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_emulator()
-    emulate_device(monkeypatch)
-
-
-@pytest.fixture
-def engine(emulated: None) -> SlotEngine:
-    return make_engine()
-
-
-def make_engine(layers: int = 1, slots: int = 2, host_memory: str = "1M") -> SlotEngine:
-    return SlotEngine(
-        num_layers=layers,
-        num_q_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-        scale=DIM**-0.5,
-        config=Config(host_memory=host_memory, token_budget=64, window_tokens=16),
-        device=torch.device("cpu"),
-        slots=slots,
-        max_tokens=700,
-        device_share=0.9,
-    )
-
-
-def step(engine: SlotEngine, counts: dict[int, int], *phases: Phase) -> torch.Tensor:
-    """Of one layer; decode steps where no phases are given."""
-    phases = phases or (Phase.AUTO,) * len(counts)
-    total = sum(counts.values())
-    inputs = [torch.randn(total, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    firsts = [sum(list(counts.values())[:i]) for i in range(len(counts))]
-    for (seq, count), phase in zip(counts.items(), phases, strict=True):
-        engine.prepare(seq, count, phase)
-    engine.begin(list(counts), firsts, phases)
-    engine.step_packed(list(counts), 0, *inputs, firsts, list(counts.values()), phases)
-    return inputs[3]
-
-
-def test_slots_run_out_and_come_back(engine: SlotEngine) -> None:
-    first, second = engine.new_sequence(), engine.new_sequence()
-    with pytest.raises(InvalidArgument, match="max_num_seqs: all 2 slots"):
-        engine.new_sequence()
-    engine.release(first)
-    assert engine.new_sequence() == first != second
-
-
-@pytest.mark.parametrize(
-    ("host_memory", "missing"),
-    [("1200K", "host_memory"), ("1M", "device memory: room for 1024 more tokens is wanted")],
-)
-@pytest.mark.usefixtures("emulated")
-def test_a_prompt_that_finds_no_room_leaves_the_others(host_memory: str, missing: str) -> None:
-    engine = make_engine(host_memory=host_memory)
-    first, second = engine.new_sequence(), engine.new_sequence()
-    step(engine, {first: 300}, Phase.PROMPT_END)
-    with pytest.raises(Error, match=missing):
-        step(engine, {first: 1, second: 500}, Phase.AUTO, Phase.PROMPT_END)
-    assert engine.cache.length(0, first) == 300
-    assert step(engine, {first: 1}).isfinite().all()
-    assert engine.cache.length(0, first) == 301
-
-
-def test_more_than_a_token_behind_a_prompt_is_refused(engine: SlotEngine) -> None:
-    first = engine.new_sequence()
-    step(engine, {first: 20}, Phase.PREFILL)
-    step(engine, {first: 10}, Phase.PROMPT_END)
-    with pytest.raises(InvalidArgument, match="got 2 tokens behind 30"):
-        step(engine, {first: 2})
-    assert engine.cache.length(0, first) == 30
-
-
-def test_tokens_are_taken_back(engine: SlotEngine) -> None:
-    first = engine.new_sequence()
-    step(engine, {first: 300}, Phase.PROMPT_END)
-    step(engine, {first: 1})
-    for length in (300, 280):  # what came after the prompt, and some of that
-        engine.truncate(first, length)
-        assert step(engine, {first: 1}).isfinite().all()
-        assert engine.cache.length(0, first) == length + 1
 
 
 def vllm_flash_attention() -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from icecache import OutOfPages, Phase, device
-from icecache.vllm import connector, slots
+from icecache import OutOfPages, Phase, device, lanes
+from icecache.vllm import connector
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import (
@@ -27,11 +27,11 @@ from icecache.vllm.names import (
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch, Store
 from icecache.vllm.worker import Worker
-from test_device import DIM, HEADS, KV_HEADS, make_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.forward_context import get_forward_context, set_forward_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+from device_engines import DIM, HEADS, KV_HEADS, make_engine
 from emulated import emulate_device, require_emulator
 
 LAYERS, SEATS = 2, 3
@@ -43,7 +43,7 @@ GRAPH_ROWS = 4  # one more than there are requests: padding
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     require_emulator()
     emulate_device(monkeypatch)
-    monkeypatch.setattr(slots, "rebuild_is_due", lambda length, built: length >= built + 6)
+    monkeypatch.setattr(lanes, "rebuild_is_due", lambda length, built: length >= built + 6)
 
 
 class Recorder(TorchDispatchMode):
@@ -73,7 +73,8 @@ class Server:
     """A worker and its layers, driven as vLLM's runners drive them."""
 
     def __init__(self) -> None:
-        self.store = Store(make_engine(LAYERS, SEATS, "8M"))
+        engine = make_engine(LAYERS, SEATS, "8M")
+        self.store, self.lanes = Store(engine), engine._batches[0]
         self.store.name_layers(NAMES)
         self.worker = Worker.__new__(Worker)
         self.worker.store = self.store
@@ -114,7 +115,7 @@ class Server:
         return [layer[3][:count].clone() for layer in tensors]
 
     def lengths(self) -> list[list[int]]:
-        cache = self.store.engine.cache
+        cache = self.lanes.cache
         return [[cache.length(layer, seat) for seat in range(SEATS)] for layer in range(LAYERS)]
 
 
@@ -170,7 +171,7 @@ def traffic(count: int) -> list[Step]:
 def counted(server: Server) -> list[tuple[int, int]]:
     """The rebuilds of a server's cache from here on."""
     seen: list[tuple[int, int]] = []
-    cache: Any = server.store.engine.cache
+    cache: Any = server.lanes.cache
     rebuild: Callable[[int, int], None] = cache.rebuild
 
     def record(layer: int, sequence: int) -> None:
@@ -230,8 +231,8 @@ def random_given(rows: int) -> list[list[torch.Tensor]]:
 
 def test_a_request_that_cannot_go_on_fails_alone_in_a_replay() -> None:
     server, rows = prompts_of_three()
-    server.store.engine._built = [34] * SEATS  # rebuilds are due
-    cache: Any = server.store.engine.cache
+    server.lanes.built = [[34] * SEATS for _ in NAMES]  # rebuilds are due
+    cache: Any = server.lanes.cache
 
     def rebuild(layer: int, sequence: int) -> None:
         if sequence == 1:
@@ -247,7 +248,7 @@ def test_a_request_that_cannot_go_on_fails_alone_in_a_replay() -> None:
 
 def test_indexes_that_could_not_be_built_fail_their_own_requests() -> None:
     server, rows = prompts_of_three()
-    cache: Any = server.store.engine.cache
+    cache: Any = server.lanes.cache
     wait = cache.wait
 
     def lost(layer: int) -> None:

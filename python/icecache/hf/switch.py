@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from icecache import InvalidArgument, device
+from icecache.device_engine import DeviceEngine
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.decoding_loop import Decoding
-from icecache.hf.device_engine import DeviceEngine
 from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
 from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.lossless import Lossless

@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
+from icecache.prompt_attention import attend_prompt
 from icecache.vllm.names import FLASH_ATTENTION, get_flash_attn_version, resolve_obj_by_qualname
 
 
 class PromptAttention:
-    """Causal attention of the last tokens of a prompt over all of it, on the current stream.
+    """attend_prompt() of one model.
 
     On CUDA devices, in float16 and bfloat16, by the version of FlashAttention that vLLM itself
     takes there. Otherwise by torch.
@@ -21,7 +20,7 @@ class PromptAttention:
     def __init__(
         self, dtype: torch.dtype, head_dim: int, scale: float, device: torch.device
     ) -> None:
-        self._scale = scale
+        self._torchs = partial(attend_prompt, scale=scale)
         flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         # None where vLLM has none for the device.
         version = get_flash_attn_version(head_size=head_dim) if flash else None
@@ -37,33 +36,20 @@ class PromptAttention:
         values: torch.Tensor,
         outputs: torch.Tensor,
     ) -> None:
-        """Queries and outputs [T', Hq, D] of the last T' <= T tokens, keys and values [Hkv, T, D].
-
-        Elements of a row lie together; other strides are free.
-        """
-        count, length = len(queries), keys.shape[1]
-        if self._flash is not None:
-            first = torch.tensor([[0, count], [0, length]], dtype=torch.int32)
-            of_queries, of_keys = first.to(queries.device)
-            self._flash(
-                q=queries,
-                k=keys.transpose(0, 1),
-                v=values.transpose(0, 1),
-                out=outputs,
-                cu_seqlens_q=of_queries,
-                max_seqlen_q=count,
-                cu_seqlens_k=of_keys,
-                max_seqlen_k=length,
-            )
+        """As attend_prompt()."""
+        if self._flash is None:
+            self._torchs(queries, keys, values, outputs)
             return
-        mask = None if count == length else causal_lower_right(count, length)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None].contiguous(),
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            enable_gqa=True,
+        count, length = len(queries), keys.shape[1]
+        first = torch.tensor([[0, count], [0, length]], dtype=torch.int32)
+        of_queries, of_keys = first.to(queries.device)
+        self._flash(
+            q=queries,
+            k=keys.transpose(0, 1),
+            v=values.transpose(0, 1),
+            out=outputs,
+            cu_seqlens_q=of_queries,
+            max_seqlen_q=count,
+            cu_seqlens_k=of_keys,
+            max_seqlen_k=length,
         )
-        outputs.copy_(attended[0].transpose(0, 1))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
+from icecache.device_engine import DeviceEngine
 from icecache.vllm.host_memory import slot_bytes
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
-from icecache.vllm.slots import SlotEngine
 
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
@@ -50,6 +50,14 @@ class Batch:
 class HostEngine(Engine):
     """The engine on the CPU, whose steps need nothing beforehand."""
 
+    room_step = 0  # requests grow token by token
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that there is memory for, of all sequences."""
+        of_token = slot_bytes(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
+        return int(self.config.host_memory) // of_token
+
     def all_stats(self) -> list[HeadStats]:
         """Of each layer and KV head."""
         heads = range(self.num_kv_heads)
@@ -65,7 +73,7 @@ class HostEngine(Engine):
 class Store:
     """Requests' sequences in one engine. Not thread-safe: a worker steps on one thread."""
 
-    def __init__(self, engine: HostEngine | SlotEngine) -> None:
+    def __init__(self, engine: HostEngine | DeviceEngine) -> None:
         self.engine = engine
         self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
         self._sequence: dict[str, int] = {}

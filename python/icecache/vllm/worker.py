@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument, OutOfPages
-from icecache.device import ROOM_STEP
+from icecache.device_engine import DeviceEngine
 from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
+from icecache.vllm.prompt_attention import PromptAttention
 from icecache.vllm.settings import device_of, engine_config
-from icecache.vllm.slots import SlotEngine
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch, HostEngine, Store
 from icecache.vllm.support import check_config, check_memory
@@ -76,34 +76,37 @@ class Worker:
             engine = HostEngine(**settings) if device is None else self._on_device(device, settings)
             store = Store(engine)
             longest = self.vllm_config.model_config.max_model_len
-            step = 0 if device is None else ROOM_STEP
-            room = room_of(store.engine.config)
-            check_memory(store.host_memory, store.slot_bytes, longest, step, room)
+            room = room_of(engine.config)
+            check_memory(store.host_memory, store.slot_bytes, longest, engine.room_step, room)
             self.store = store
         return self.store
 
-    def _on_device(self, device: torch.device, settings: dict[str, Any]) -> SlotEngine:
-        slots = self.vllm_config.scheduler_config.max_num_seqs
+    def _on_device(self, device: torch.device, settings: dict[str, Any]) -> DeviceEngine:
+        lanes = self.vllm_config.scheduler_config.max_num_seqs
         longest = self.vllm_config.model_config.max_model_len
         share = self.vllm_config.cache_config.gpu_memory_utilization
         try:
-            return SlotEngine(
-                **settings, device=device, slots=slots, max_tokens=longest, device_share=share
+            return DeviceEngine(
+                **settings,
+                device=device,
+                lanes=lanes,
+                max_tokens=longest,
+                device_share=share,
+                attend_prompt=PromptAttention(
+                    settings["dtype"], settings["head_dim"], settings["scale"], device
+                ),
             )
         except OutOfPages as error:
             raise InvalidArgument(
-                f"max_num_seqs: {device} has no memory for {slots} requests of which one has "
+                f"max_num_seqs: {device} has no memory for {lanes} requests of which one has "
                 f"{longest:,} tokens ({error}); lower --max-num-seqs or --max-model-len, or raise "
                 "--gpu-memory-utilization"
             ) from error
 
     def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
         """In place of a stock spec. Opens the store."""
-        store = self.open_store(spec.dtype)
-        if isinstance(store.engine, SlotEngine):
-            return IceCacheSpec.of(spec, store.engine.tokens, ROOM_STEP)
-        slots = store.host_memory // store.slot_bytes
-        return IceCacheSpec.of(spec, slots, room=room_of(store.engine.config))
+        engine = self.open_store(spec.dtype).engine
+        return IceCacheSpec.of(spec, engine.tokens, engine.room_step, room_of(engine.config))
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.

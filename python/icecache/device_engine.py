@@ -1,0 +1,463 @@
+"""DeviceEngine: the verbs of Engine for a model on a CUDA device, over one DeviceCache or more.
+
+Dimension letters as in engine.py; N rows of a packed step, A sequences of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from icecache.device import ROOM_STEP, DeviceCache
+from icecache.engine import Phase
+from icecache.errors import Error, InvalidArgument, OutOfPages
+from icecache.lanes import Lanes
+from icecache.prompt_attention import AttendPrompt, attend_prompt
+
+_NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
+_GONE = -1  # in place of what a fork copies: it is no longer what it was
+_ELSE = "or run the model on the CPU, or without IceCache"
+
+
+@dataclass(frozen=True)
+class DeviceHeadStats:
+    """Counters of one layer and KV head. What the CPU's engine estimates besides is not: NaN."""
+
+    steps: int
+    hits: int
+    misses: int
+    bytes_moved: int
+    mass: float = float("nan")
+    worst_mass: float = float("nan")
+
+
+@dataclass(frozen=True)
+class DeviceMemoryStats:
+    """Bytes held on the device and in pinned host memory, and sequences."""
+
+    device_bytes: int
+    pool_bytes: int
+    sequences: int
+
+
+@dataclass
+class _Fork:
+    """A sequence without a lane: what it copies, and how many tokens of that (None: all)."""
+
+    source: int
+    length: int | None = None
+
+    def tokens(self) -> float:
+        return float("inf") if self.length is None else self.length
+
+
+class DeviceEngine:
+    """The verbs of icecache.Engine for sequences on one CUDA device. Not thread-safe.
+
+    A prompt enters by append() and observe() as a whole, after the caller has attended it, or by
+    step_packed() in chunks; these stay on the device until the prompt is complete. What follows is
+    taken token by token, each within the budget.
+
+    With `lanes`, so many sequences share one DeviceCache, and the kernels of a step. Device memory
+    is taken at once: what each of the lanes needs whatever its length, and the indexes of `tokens`
+    of them together, which is as many as host memory holds, `lanes` times `max_tokens`, or half of
+    what `device_share` of the device has left, whichever is least. The other half is for
+    activations, and for prompts while they are read.
+
+    Without `lanes`, sequences whose prompts enter in one call form a batch with a cache of its own,
+    which grows up to `max_tokens`, or 32,768 tokens behind the prompt. A step is of one batch.
+
+    A fork takes a free lane, or else that of the next sequence of its cache which is released, as
+    beams come and go, if what it copies has not gone on by then. Anything else is refused.
+    """
+
+    room_step = ROOM_STEP  # tokens by which a sequence grows
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        lanes: int | None = None,
+        max_tokens: int | None = None,
+        device_share: float = 1.0,
+        attend_prompt: AttendPrompt = attend_prompt,
+        **settings: Any,
+    ) -> None:
+        """`settings` are those of DeviceCache; `attend_prompt` is what step_packed() calls.
+
+        With `lanes`, `max_tokens` must be given. Raises as DeviceCache, and OutOfPages where the
+        device does not hold one longest sequence.
+        """
+        self._settings = {"device": device, **settings}
+        self._max_tokens = max_tokens
+        self._attend_prompt = attend_prompt
+        self._shared: Lanes | None = None  # those of all sequences; None: each batch has its own
+        self._batches: list[Lanes] = []
+        self._waiting: list[int] = []  # sequences that get a lane with their prompt
+        self._forks: dict[int, _Fork] = {}
+        self._past: dict[tuple[int, int], DeviceHeadStats] = {}  # of batches that are gone
+        self._next = 0
+        if lanes is None:
+            # Refuses settings now and not at the first token.
+            cache = self._make_cache(1, 1024)
+        else:
+            cache = self._make_cache(lanes, max_tokens or 0)
+            self.tokens = _take_memory(cache, device_share)
+            self._shared = Lanes(cache)
+            self._batches.append(self._shared)
+        self.config = cache.config
+        self.num_layers, self.num_q_heads = cache.num_layers, cache.num_q_heads
+        self.num_kv_heads, self.head_dim = cache.num_kv_heads, cache.head_dim
+        self.dtype = cache.dtype
+
+    def new_sequence(self) -> int:
+        """An empty sequence; its number is never used again.
+
+        Raises InvalidArgument where all lanes are taken.
+        """
+        if self._shared is None:
+            self._waiting.append(self._next)
+        elif self._shared.free:
+            self._shared.enter(self._next)
+        else:
+            raise InvalidArgument(
+                f"lanes: all {self._shared.cache.batch} lanes of the device are taken"
+            )
+        self._next += 1
+        return self._next - 1
+
+    def fork(self, seq: int) -> int:
+        """A sequence with the same tokens; whole pages of host memory are shared."""
+        lanes, lane = self._place(seq)
+        if lanes.free:
+            lanes.copy(lanes.free[-1], lane)
+            lanes.enter(self._next)
+        else:
+            self._forks[self._next] = _Fork(seq)
+        self._next += 1
+        return self._next - 1
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Keeps the first `length` tokens of every layer. Waits for the current stream."""
+        if seq in self._waiting:
+            return
+        if length == 0 and self._shared is None:  # it enters anew, with others maybe
+            self.release(seq)
+            self._waiting.append(seq)
+        elif seq in self._forks:
+            fork = self._forks[seq]
+            fork.length = int(min(fork.tokens(), length))
+        else:
+            lanes, lane = self._place(seq)
+            if lanes.shorten(lane, length):
+                for fork in self._forks.values():
+                    if fork.source == seq and fork.tokens() > length:
+                        fork.source = _GONE
+
+    def release(self, seq: int) -> None:
+        """Ends a sequence. Waits for the current stream."""
+        if seq in self._waiting:
+            self._waiting.remove(seq)
+            return
+        if self._forks.pop(seq, None) is not None:
+            return
+        lanes, lane = self._place(seq)
+        if self._hand_on(seq, lanes, lane):
+            return
+        if lanes is self._shared or len(lanes.of) > 1:
+            lanes.leave(seq)
+            return
+        self._past = {
+            (layer, head): self._sums([lanes], layer, head)
+            for layer in range(self.num_layers)
+            for head in range(self.num_kv_heads)
+        }
+        self._batches.remove(lanes)
+
+    def _hand_on(self, seq: int, lanes: Lanes, lane: int) -> bool:
+        """Gives the lane of a sequence that ends to a fork that waits. Says whether one does.
+
+        The longest of its own forks takes it, and the others are copies of that one then; else the
+        oldest fork of another sequence of the same cache.
+        """
+        heirs = [heir for heir, fork in self._forks.items() if fork.source == seq]
+        if heirs:
+            heirs.sort(key=lambda heir: self._forks[heir].tokens())
+            heir = heirs.pop()
+            for other in heirs:
+                self._forks[other].source = heir
+        else:
+            others = [heir for heir, fork in self._forks.items() if fork.source in lanes.of]
+            if not others:
+                return False
+            heir = others[0]
+            lanes.copy(lane, lanes.of[self._forks[heir].source])
+        lanes.of[heir] = lanes.of.pop(seq)
+        lanes.shorten(lane, self._forks.pop(heir).length)
+        return True
+
+    def length(self, seq: int, layer: int = 0) -> int:
+        """Tokens of a sequence in one layer. Waits for the current stream."""
+        if seq in self._waiting:
+            return 0
+        lanes, lane = self._place(seq)
+        return lanes.cache.length(layer, lane)
+
+    def append(self, seqs: Sequence[int], layer: int, keys: Any, values: Any) -> None:
+        """Prompts whose attention the caller computes, and whose queries observe() gets next.
+
+        Keys, values [B, Hkv, T, D] or B of [Hkv, T_b, D].
+        """
+        if all(seq in self._waiting for seq in seqs):
+            self._open_batch(seqs, max(row.shape[1] for row in keys))
+        for seq, key, value in zip(seqs, keys, values, strict=True):
+            lanes, lane = self._place(seq)
+            if lanes.lengths[layer][lane]:
+                _refuse_chunks(key.shape[1])
+            lanes.prompts[layer, lane] = key, value
+
+    def _open_batch(self, seqs: Sequence[int], longest: int) -> None:
+        """Makes a cache for sequences that enter together, with prompts of up to `longest`."""
+        capacity = self._max_tokens or longest + _NEW_TOKENS
+        if longest > capacity:
+            raise InvalidArgument(
+                f"max_tokens: the prompt has {longest} tokens, and there is room for {capacity}; "
+                "give icecache.enable a larger max_tokens"
+            )
+        lanes = Lanes(self._make_cache(len(seqs), capacity))
+        for seq in seqs:
+            lanes.enter(seq)
+        self._batches.append(lanes)
+        self._waiting = [seq for seq in self._waiting if seq not in seqs]
+
+    def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None:
+        """The queries of prompts that were appended; their index is built behind the caller."""
+        for seq, query in zip(seqs, queries, strict=True):
+            lanes, lane = self._place(seq)
+            key, value = lanes.prompts.pop((layer, lane))
+            lanes.cache.reserve(lane, key.shape[1] + 1)
+            lanes.cache.prefill(layer, query, key, value, sequence=lane)
+            lanes.lengths[layer][lane] = lanes.built[layer][lane] = key.shape[1]
+
+    def attend(
+        self, seqs: Sequence[int], layer: int, queries: Any, phase: Phase = Phase.AUTO
+    ) -> Any:
+        """Refused: on a device tokens are attended by the step that appends them."""
+        _refuse_chunks(len(queries))
+
+    def step(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        phase: Phase = Phase.AUTO,
+    ) -> torch.Tensor:
+        """Appends T tokens to each of A sequences of one batch, and attends; one token by another.
+
+        Queries [A, Hq, T, D], keys and values [A, Hkv, T, D]; the result is [A, Hq, T, D].
+        """
+        lanes, places = self._places(seqs)
+        self._goes_on(seqs)
+        rows = None
+        if places != list(range(lanes.cache.batch)):
+            rows = lanes.cache.rows_of(tuple((lane, row) for row, lane in enumerate(places)))
+        tokens = zip(queries.split(1, 2), keys.split(1, 2), values.split(1, 2), strict=True)
+        outs = []
+        for query, key, value in tokens:
+            lanes.prepare_token(places, layer)
+            outs.append(lanes.cache.step(layer, query, key, value, rows))
+            for lane in places:
+                lanes.lengths[layer][lane] += 1
+        return torch.cat(outs, dim=2)
+
+    def prepare(self, seq: int, count: int, phase: Phase) -> None:
+        """What a sequence that takes `count` tokens in the next step_packed() needs before it.
+
+        It has room for them, and its index is there, built anew where that is due. Raises Error
+        where the sequence cannot take part: then it must be released.
+        """
+        lanes, lane = self._place(seq)
+        length, built = lanes.lengths[0][lane], lanes.built[0][lane]
+        if (built > 0) != (phase == Phase.AUTO) or (built > 0 and count != 1):
+            raise InvalidArgument(
+                f"on a CUDA device a prompt is followed by one token a step, got {count} tokens "
+                f"behind {length}"
+            )
+        self._goes_on([seq])
+        if phase == Phase.AUTO:
+            lanes.finish_building()
+            if lane in lanes.broken:
+                raise Error(lanes.broken[lane])
+            lanes.rebuild_if_due(lane, range(self.num_layers))
+        lanes.cache.reserve(lane, length + count)
+        for lengths, builts in zip(lanes.lengths, lanes.built, strict=True):
+            lengths[lane] = length + count
+            if phase == Phase.PROMPT_END:
+                builts[lane] = length + count
+
+    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
+        """Before a packed step of sequences that are prepared: who decodes in which row.
+
+        With that a step without prompts is on the device: its layers may be replayed from a graph.
+        """
+        lanes, places = self._places(seqs)
+        lanes.cache.rows_of(_decoding(places, firsts, phases))
+
+    def step_packed(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        outputs: torch.Tensor,
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        phases: Sequence[Phase],
+    ) -> None:
+        """As Engine.step_packed(): chunks of prompts, and sequences that take one more token.
+
+        prepare() was called for each sequence that takes a token. If host memory runs out, the call
+        raises before any sequence has taken its token; prompts of the same call are written again
+        when they come again. A step without prompts only launches work on the device, even a step
+        of no sequences: vLLM captures it as a graph, and replays it for the sequences that begin()
+        has placed by then.
+        """
+        lanes, places = self._places(seqs)
+        prompts: dict[int, tuple[torch.Tensor, torch.Tensor, Phase]] = {}
+        for lane, first, count, phase in zip(places, firsts, counts, phases, strict=True):
+            if phase == Phase.AUTO:
+                continue
+            rows = slice(first, first + count)
+            # Copies: index work reads them when the model is at later layers.
+            chunk = (x[rows].transpose(0, 1).contiguous() for x in (keys, values))
+            key, value = lanes.with_earlier_chunks(layer, lane, *chunk)
+            self._attend_prompt(queries[rows], key, value, outputs[rows])
+            if phase != Phase.PREFILL:
+                lanes.building.add(lane)
+                lanes.cache.prefill(layer, queries[rows].transpose(0, 1), key, value, sequence=lane)
+            prompts[lane] = key, value, phase
+        later = _decoding(places, firsts, phases)
+        if later or not prompts:
+            lanes.wait(layer)
+            lanes.cache.step(
+                layer,
+                queries.unsqueeze(2),
+                keys.unsqueeze(2),
+                values.unsqueeze(2),
+                lanes.cache.rows_of(later),
+                outputs.unsqueeze(2),
+            )
+        for lane, (key, value, phase) in prompts.items():
+            if phase == Phase.PREFILL:
+                lanes.prompts[layer, lane] = key, value
+            else:
+                lanes.prompts.pop((layer, lane), None)
+
+    def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
+        """Sums since the start, over all sequences. Waits for the current stream."""
+        return self._sums(self._batches, layer, kv_head)
+
+    def _sums(self, batches: Sequence[Lanes], layer: int, kv_head: int) -> DeviceHeadStats:
+        """Of `batches` and of those that are gone."""
+        all_stats: list[Any] = [lanes.cache.stats(layer, kv_head) for lanes in batches]
+        if (layer, kv_head) in self._past:
+            all_stats.append(self._past[layer, kv_head])
+        return DeviceHeadStats(
+            steps=sum(s.steps for s in all_stats),
+            hits=sum(s.hits for s in all_stats),
+            misses=sum(s.misses for s in all_stats),
+            bytes_moved=sum(s.bytes_moved for s in all_stats),
+        )
+
+    def all_stats(self) -> list[Any]:
+        """The DeviceCacheStats of each layer of each batch. Waits for the current stream."""
+        layers = range(self.num_layers)
+        return [lanes.cache.stats(layer) for lanes in self._batches for layer in layers]
+
+    def memory(self) -> DeviceMemoryStats:
+        """Bytes held."""
+        held = [lanes.cache.memory() for lanes in self._batches]
+        return DeviceMemoryStats(
+            device_bytes=sum(m.device_bytes for m in held),
+            pool_bytes=sum(m.host_bytes for m in held),
+            sequences=len(self._waiting) + sum(len(lanes.of) for lanes in self._batches),
+        )
+
+    def pool_bytes(self) -> int:
+        """Bytes of pages in use, in host memory."""
+        return self.memory().pool_bytes
+
+    def _make_cache(self, batch: int, max_tokens: int) -> DeviceCache:
+        return DeviceCache(batch=batch, max_tokens=max_tokens, **self._settings)
+
+    def _place(self, seq: int) -> tuple[Lanes, int]:
+        """The batch that a sequence is in, and its lane."""
+        lanes, places = self._places([seq])
+        return lanes, places[0]
+
+    def _places(self, seqs: Sequence[int]) -> tuple[Lanes, list[int]]:
+        """The batch that all of `seqs` are in, and their lanes."""
+        for lanes in self._batches:
+            if not seqs or seqs[0] in lanes.of:
+                places = [lanes.of.get(seq, _GONE) for seq in seqs]
+                if _GONE not in places:
+                    return lanes, places
+        if any(seq in self._forks for seq in seqs):
+            raise InvalidArgument(
+                "batch_size: on a CUDA device a batch keeps its number of sequences (contrastive "
+                f"search and copies of a cache make more); {_ELSE}"
+            )
+        for seq in seqs:
+            if not any(seq in lanes.of for lanes in self._batches):
+                raise InvalidArgument(
+                    f"sequence must be one of this engine's live sequences, got {seq}"
+                )
+        raise InvalidArgument(
+            "past_key_values: on a CUDA device sequences that entered in different batches "
+            f"cannot continue in one; {_ELSE}"
+        )
+
+    def _goes_on(self, seqs: Sequence[int]) -> None:
+        """Sequences take tokens: forks that wait cannot be copies of them any more."""
+        for fork in self._forks.values():
+            if fork.source in seqs:
+                fork.source = _GONE
+
+
+def _take_memory(cache: DeviceCache, device_share: float) -> int:
+    """Takes device memory for the indexes of as many tokens as it returns."""
+    memory = cache.memory()
+    token_bytes = 2 * cache.num_layers * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
+    on_host = int(cache.config.host_memory) // token_bytes
+    # Of the share, what others have by now does not count.
+    left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
+    longest = -(-cache.max_tokens // ROOM_STEP) * ROOM_STEP
+    on_device = left // 2 // memory.token_bytes
+    if on_device < min(on_host, longest):
+        raise OutOfPages(
+            f"half of the {left:,} bytes left to it holds the indexes of {on_device:,} tokens"
+        )
+    tokens = max(1, min(on_host, cache.batch * longest, on_device))
+    cache.limit_tokens(tokens)
+    return tokens
+
+
+def _decoding(
+    places: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]
+) -> tuple[tuple[int, int], ...]:
+    """Lanes that take a token behind their prompt, each with its row."""
+    given = zip(places, firsts, phases, strict=True)
+    return tuple((lane, first) for lane, first, phase in given if phase == Phase.AUTO)
+
+
+def _refuse_chunks(tokens: int) -> NoReturn:
+    raise InvalidArgument(
+        "attention_mask: on a CUDA device tokens that follow a prompt have no padding, got "
+        f"{tokens} for a cache that holds some; pass the whole prompt at once, {_ELSE}"
+    )

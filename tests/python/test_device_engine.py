@@ -1,0 +1,124 @@
+"""DeviceEngine: the verbs of Engine on a GPU or the emulator of one.
+
+tests/python/test_device_hf.py has those that a transformers model calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from device_engines import DIM, make_engine, random_rows
+from icecache import Engine, Error, InvalidArgument, Phase
+from icecache.device_engine import DeviceEngine
+from icecache.reference import dense_attention
+
+
+@pytest.fixture
+def engine(any_device: torch.device) -> DeviceEngine:
+    return make_engine()
+
+
+def step(engine: DeviceEngine, counts: dict[int, int], *phases: Phase) -> torch.Tensor:
+    """Of one layer; decode steps where no phases are given."""
+    phases = phases or (Phase.AUTO,) * len(counts)
+    total = sum(counts.values())
+    queries, keys, values, outputs = random_rows(total)
+    firsts = [sum(list(counts.values())[:i]) for i in range(len(counts))]
+    for (seq, count), phase in zip(counts.items(), phases, strict=True):
+        engine.prepare(seq, count, phase)
+    engine.begin(list(counts), firsts, phases)
+    rows = list(counts.values())
+    engine.step_packed(list(counts), 0, queries, keys, values, outputs, firsts, rows, phases)
+    return outputs
+
+
+def test_verbs_take_the_arguments_of_the_engine_on_the_cpu() -> None:
+    names = "new_sequence fork truncate release length append attend step step_packed observe"
+    for name in [*names.split(), "stats", "memory", "pool_bytes"]:
+        ours, theirs = (
+            inspect.signature(getattr(of, name)).parameters for of in (DeviceEngine, Engine)
+        )
+        assert list(ours) == list(theirs), name
+
+
+def test_lanes_run_out_and_come_back(engine: DeviceEngine) -> None:
+    first, second = engine.new_sequence(), engine.new_sequence()
+    with pytest.raises(InvalidArgument, match="lanes: all 2 lanes"):
+        engine.new_sequence()
+    engine.release(first)
+    assert engine.new_sequence() not in (first, second)
+    with pytest.raises(InvalidArgument, match="live sequences, got 0"):
+        engine.length(first)
+
+
+@pytest.mark.parametrize(
+    ("host_memory", "missing"),
+    [("1200K", "host_memory"), ("1M", "device memory: room for 1024 more tokens is wanted")],
+)
+@pytest.mark.usefixtures("any_device")
+def test_a_prompt_that_finds_no_room_leaves_the_others(host_memory: str, missing: str) -> None:
+    engine = make_engine(host_memory=host_memory)
+    first, second = engine.new_sequence(), engine.new_sequence()
+    step(engine, {first: 300}, Phase.PROMPT_END)
+    with pytest.raises(Error, match=missing):
+        step(engine, {first: 1, second: 500}, Phase.AUTO, Phase.PROMPT_END)
+    assert engine.length(first) == 300
+    assert step(engine, {first: 1}).isfinite().all()
+    assert engine.length(first) == 301
+
+
+def test_more_than_a_token_behind_a_prompt_is_refused(engine: DeviceEngine) -> None:
+    first = engine.new_sequence()
+    step(engine, {first: 20}, Phase.PREFILL)
+    step(engine, {first: 10}, Phase.PROMPT_END)
+    with pytest.raises(InvalidArgument, match="got 2 tokens behind 30"):
+        step(engine, {first: 2})
+    assert engine.length(first) == 30
+
+
+def test_tokens_are_taken_back(engine: DeviceEngine) -> None:
+    first = engine.new_sequence()
+    step(engine, {first: 300}, Phase.PROMPT_END)
+    step(engine, {first: 1})
+    for length in (300, 280):  # what came after the prompt, and some of that
+        engine.truncate(first, length)
+        assert step(engine, {first: 1}).isfinite().all()
+        assert engine.length(first) == length + 1
+    engine.truncate(first, 0)
+    assert step(engine, {first: 400}, Phase.PROMPT_END).isfinite().all()
+    assert step(engine, {first: 1}).isfinite().all()
+    assert engine.length(first) == 401
+
+
+@pytest.mark.usefixtures("any_device")
+def test_a_fork_takes_a_free_lane_or_the_next_one() -> None:
+    engine = make_engine(lanes=3, host_memory="16M")
+    first, other = engine.new_sequence(), engine.new_sequence()
+    step(engine, {first: 300, other: 40}, Phase.PROMPT_END, Phase.PROMPT_END)
+    twin = engine.fork(first)
+    torch.manual_seed(0)
+    expected = step(engine, {first: 1})
+    torch.manual_seed(0)
+    assert torch.equal(step(engine, {twin: 1}), expected)
+    late = engine.fork(twin)
+    with pytest.raises(InvalidArgument, match="a batch keeps its number of sequences"):
+        step(engine, {late: 1})
+    engine.truncate(late, 290)
+    engine.release(other)
+    assert [engine.length(seq) for seq in (first, twin, late)] == [301, 301, 290]
+    assert step(engine, {late: 1, first: 1}).isfinite().all()
+
+
+def test_a_prompt_in_chunks_is_attended_as_a_whole(engine: DeviceEngine) -> None:
+    seq, first, total = engine.new_sequence(), 0, 100
+    queries, keys, values, outputs = random_rows(total)
+    for count, phase in ((60, Phase.PREFILL), (39, Phase.PREFILL), (1, Phase.PROMPT_END)):
+        engine.prepare(seq, count, phase)
+        engine.step_packed([seq], 0, queries, keys, values, outputs, [first], [count], [phase])
+        first += count
+    q, k, v = (x.transpose(0, 1) for x in (queries, keys, values))
+    expected = dense_attention(q, k, v, DIM**-0.5).transpose(0, 1)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    assert engine.length(seq) == total
