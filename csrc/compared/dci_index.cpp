@@ -19,6 +19,17 @@ constexpr std::int64_t kTokensPerBeam = 1000;
 
 }  // namespace
 
+struct DciIndex::Scratch {
+  Scan scan;
+  DciTree::Found found;                             // by one head
+  std::vector<const void*> rows;                    // keys of a page
+  std::vector<std::pair<float, std::int32_t>> own;  // logit, slot id: those that one head found
+  std::vector<float> rest;                          // logits of those that are no candidates
+  PageBudget budget;
+  std::vector<float> best, lse;                // [G, pages]
+  std::vector<std::int32_t> lists[kMaxGroup];  // numbers in `scan`
+};
+
 DciIndex::DciIndex(const HeadContext& context)
     : GrowingIndex(context),
       tree_(context.head_dim, DciTree::every(context.config->dci_promotion),
@@ -84,8 +95,10 @@ void DciIndex::built() {
   pending_.reset();
 }
 
-void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& scan) const {
-  thread_local DciTree::Found found;
+void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& scratch) const {
+  Scan& scan = scratch.scan;
+  DciTree::Found& found = scratch.found;
+  std::vector<const void*>& rows = scratch.rows;
   const int d = table().head_dim(), s = table().page_size(), group = request.group;
   scan.heads_of_cell.assign(cells_.cell_count(), 0);
   scan.bytes = 0;
@@ -104,7 +117,6 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& sca
     scan.heads.push_back(scan.heads_of_cell[cells_.cell_of(page)]);
   }
   scan.logits.assign(scan.pages.size() * group * s, -INFINITY);
-  thread_local std::vector<const void*> rows;
   for (std::size_t i = 0; i < scan.pages.size(); ++i) {
     const int page = scan.pages[i];
     float* logits = scan.logits.data() + i * group * s;
@@ -129,12 +141,14 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scan& sca
   }
 }
 
-void DciIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
-  thread_local Scan scan;
-  thread_local std::vector<std::pair<float, std::int32_t>> own;  // logit, slot id
-  thread_local std::vector<float> rest;
+void DciIndex::find(const SelectRequest& request, std::int64_t wanted, SearchScratch& kept,
+                    Found& found) const {
+  auto& scratch = kept.as<Scratch>();
+  const Scan& scan = scratch.scan;
+  auto& own = scratch.own;
+  auto& rest = scratch.rest;
   const int s = table().page_size(), group = request.group;
-  this->scan(request, wanted, scan);
+  this->scan(request, wanted, scratch);
   found.bytes = scan.bytes;
   const auto collect = [&](int g) {
     own.clear();
@@ -172,13 +186,15 @@ void DciIndex::find(const SelectRequest& request, std::int64_t wanted, Found& fo
   }
 }
 
-void DciIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
-  thread_local Scan found;
-  thread_local PageBudget budget;
-  thread_local std::vector<float> best, lse;                             // [G, pages]
-  thread_local std::vector<std::vector<std::int32_t>> lists(kMaxGroup);  // numbers in `found`
+void DciIndex::choose_pages(const SelectRequest& request, SearchScratch& kept,
+                            Selection& selection) const {
+  auto& scratch = kept.as<Scratch>();
+  const Scan& found = scratch.scan;
+  PageBudget& budget = scratch.budget;
+  auto &best = scratch.best, &lse = scratch.lse;
+  auto& lists = scratch.lists;
   const int s = table().page_size(), group = request.group;
-  scan(request, std::max(request.budget, request.max_budget), found);
+  scan(request, std::max(request.budget, request.max_budget), scratch);
   const std::size_t pages = found.pages.size();
   best.resize(group * pages);
   lse.resize(group * pages);

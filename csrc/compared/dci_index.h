@@ -52,14 +52,19 @@ class DciIndex final : public GrowingIndex, CandidateFinder, PageChooser, PageSp
     std::vector<std::uint32_t> heads_of_cell;  // [cells]
   };
 
+  struct Scratch;
+
   DciIndex(const DciIndex&) = default;
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
-  void choose_pages(const SelectRequest& request, Selection& selection) const override;
+  void find(const SelectRequest& request, std::int64_t wanted, SearchScratch& scratch,
+            Found& found) const override;
+  void choose_pages(const SelectRequest& request, SearchScratch& scratch,
+                    Selection& selection) const override;
   std::uint32_t upper_half(int page) const override;
   void page_split(int page, int other) override;
   std::int64_t beam() const;
   float project(const float* key) const;
-  void scan(const SelectRequest& request, std::int64_t wanted, Scan& scan) const;
+  // Into scratch.scan.
+  void scan(const SelectRequest& request, std::int64_t wanted, Scratch& scratch) const;
 
   DciTree tree_;
   PageCells cells_;

@@ -245,8 +245,8 @@ void DciTree::add_tokens(int cell, std::int32_t change) {
 }
 
 void DciTree::search(const float* query, int beam, std::int64_t wanted, Found& found) const {
-  thread_local std::vector<int> frontier, ranking;
-  thread_local std::vector<float> scores, dropped;
+  auto &frontier = found.frontier, &ranking = found.ranking;
+  auto &scores = found.scores, &dropped = found.dropped;
   found.scored = 0;
   dropped.clear();
   frontier.clear();

@@ -56,6 +56,9 @@ class DciTree {
     std::vector<int> cells;   // best first
     float unseen_lse = 0.0f;  // sum over dropped nodes of tokens x exp(q.representative), log
     std::int64_t scored = 0;  // representatives compared with
+    // Scratch.
+    std::vector<int> frontier, ranking;
+    std::vector<float> scores, dropped;
   };
   void search(const float* query, int beam, std::int64_t wanted, Found& found) const;
 

@@ -33,7 +33,8 @@ class FaissIndex final : public TreeIndex, CandidateFinder {
   }
 
  private:
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
+  void find(const SelectRequest& request, std::int64_t wanted, SearchScratch&,
+            Found& found) const override;
   // Over the keys as they are in the pages now.
   void build_search() {
     const int s = table().page_size(), d = table().head_dim();
@@ -81,7 +82,8 @@ FaissIndex::Arrangement FaissIndex::arrange(const Rows& rows) {
   return arrangement;
 }
 
-void FaissIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
+void FaissIndex::find(const SelectRequest& request, std::int64_t wanted, SearchScratch&,
+                      Found& found) const {
   // Each head of the group looks for its own; together they may find up to G times as many.
   found.bytes = search_->search(request.queries, request.group, wanted, found.slots);
   std::sort(found.slots.begin(), found.slots.end());

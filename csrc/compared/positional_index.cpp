@@ -13,6 +13,11 @@
 
 namespace icecache {
 
+struct PositionalIndex::Scratch {
+  Ranking ranking;
+  PageBudget budget;
+};
+
 PositionalIndex::PositionalIndex(const HeadContext& context)
     : GrowingIndex(context), quest_(context.config->positional_bound == "quest") {}
 
@@ -112,8 +117,9 @@ void PositionalIndex::rank(const SelectRequest& request, Ranking& ranking) const
   ranking.bytes = static_cast<std::int64_t>(order_.size() * width * sizeof(float));
 }
 
-void PositionalIndex::find(const SelectRequest& request, std::int64_t wanted, Found& found) const {
-  thread_local Ranking ranking;
+void PositionalIndex::find(const SelectRequest& request, std::int64_t wanted,
+                           SearchScratch& scratch, Found& found) const {
+  Ranking& ranking = scratch.as<Scratch>().ranking;
   rank(request, ranking);
   found.bytes = ranking.bytes;
   const int s = table().page_size(), pages = table().page_count();
@@ -134,9 +140,9 @@ void PositionalIndex::find(const SelectRequest& request, std::int64_t wanted, Fo
   std::sort(found.slots.begin(), found.slots.end());
 }
 
-void PositionalIndex::choose_pages(const SelectRequest& request, Selection& selection) const {
-  thread_local Ranking ranking;
-  thread_local PageBudget budget;
+void PositionalIndex::choose_pages(const SelectRequest& request, SearchScratch& scratch,
+                                   Selection& selection) const {
+  auto& [ranking, budget] = scratch.as<Scratch>();
   rank(request, ranking);
   const int pages = table().page_count();
   float total[kMaxGroup];

@@ -43,10 +43,13 @@ class PositionalIndex final : public GrowingIndex, CandidateFinder, PageChooser 
     std::vector<float> lse;           // [G, P] estimated log weight; -inf for pages not in use
     std::int64_t bytes = 0;
   };
+  struct Scratch;
 
   PositionalIndex(const PositionalIndex&) = default;
-  void find(const SelectRequest& request, std::int64_t wanted, Found& found) const override;
-  void choose_pages(const SelectRequest& request, Selection& selection) const override;
+  void find(const SelectRequest& request, std::int64_t wanted, SearchScratch& scratch,
+            Found& found) const override;
+  void choose_pages(const SelectRequest& request, SearchScratch& scratch,
+                    Selection& selection) const override;
   int row_size() const;
   // The summary [row_size()] of a page's members: high [D] and low [D], or the mean [D].
   void summarize(int page, float* row) const;

@@ -57,16 +57,15 @@ AttentionState rows_of(const AttentionState& state, std::ptrdiff_t first, int ro
           state.head_dim};
 }
 
-// Queries [begin, end) of a block. Blocks of tokens begin at multiples of their size in the list: a
+// Queries [begin, end) of a block. `seen`: scratch. Blocks of tokens begin at multiples of their size in the list: a
 // row adds up the same terms in the same order whatever rows are beside it.
 void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
-                 const PageLayout& layout, const AttentionState& state) {
+                 const PageLayout& layout, const AttentionState& state, std::vector<int>& seen) {
   const auto attend = simd::kernels().attend_block;
   const int group = queries.group;
   simd::BlockArgs args;
   args.dtype = layout.dtype;
   args.head_dim = layout.head_dim;
-  thread_local std::vector<int> seen;
   RowPointers blocks[2];
   RowPointers *now = &blocks[0], *later = &blocks[1];
   tokens.next(*now);
@@ -102,9 +101,10 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
 void attend_pages(std::span<const PageSlots> pages, const QueryBlock& block,
                   const PageLayout& layout, const AttentionState& state) {
   const int together = std::max(1, kRowsTogether / block.group);
+  std::vector<int> seen;  // stays empty where all queries see all tokens, as one query does
   for (int begin = 0; begin < block.tokens; begin += together) {
     attend_rows(Tokens(pages, layout), block, begin, std::min(begin + together, block.tokens),
-                layout, state);
+                layout, state, seen);
   }
 }
 

@@ -2,8 +2,7 @@
 //
 // A page is [2][S][D] in `dtype`: S key rows, then S value rows. Queries are fp32 and already
 // multiplied by the softmax scale. Results are merged into an AttentionState whose `group` is the
-// number of query rows. Kernels come from simd::kernels(). No threads; scratch memory of its own
-// for each thread.
+// number of query rows. Kernels come from simd::kernels(). No threads.
 #pragma once
 
 #include <cstddef>

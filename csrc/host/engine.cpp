@@ -42,6 +42,7 @@ Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
       mutex(threads),
       pool(pool_options(shape, config)),
       stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
+      workspaces(static_cast<std::size_t>(config.num_threads)),
       threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
 
 SequenceCache& Engine::Impl::sequence(SeqId id) {

@@ -71,7 +71,7 @@ class Engine::Impl::AttendCall {
     return decodes(b) &&
            (caches_[b]->sparse() || (caches_[b]->is_short() && queries_[b].tokens <= kQueryBlock));
   }
-  void run(Task& task);
+  void run(Task& task, AttendWorkspace& workspace);
   void observe(Task& task, std::int32_t first, float* scaled) const;
 
   Impl& engine_;
@@ -114,22 +114,23 @@ void Engine::Impl::AttendCall::compute() {
     pages += caches_[task.item]->heads[task.head].pages_for_decode();
   }
   if (engine_.has_pages(pages)) {
-    engine_.threads.parallel_for(static_cast<std::int64_t>(tasks_.size()),
-                                 [this](std::int64_t i, int) { run(tasks_[i]); });
+    engine_.threads.parallel_for(
+        static_cast<std::int64_t>(tasks_.size()),
+        [this](std::int64_t i, int thread) { run(tasks_[i], engine_.workspaces[thread]); });
   } else {
     // One after another: which head gets the last page does not depend on timing.
-    for (Task& task : tasks_) run(task);
+    for (Task& task : tasks_) run(task, engine_.workspaces.front());
   }
 }
 
-void Engine::Impl::AttendCall::run(Task& task) {
+void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
   const CacheShape& shape = engine_.shape;
   const int group = shape.group(), d = shape.head_dim;
   HeadCache& head = caches_[task.item]->heads[task.head];
   const TensorView& queries = queries_[task.item];
   const std::int32_t first = head.length() - static_cast<std::int32_t>(queries.tokens - task.first);
   const std::size_t rows = static_cast<std::size_t>(task.tokens) * group;
-  thread_local std::vector<float> scaled, result;
+  auto &scaled = workspace.queries, &result = workspace.outputs;
   scaled.resize(rows * d);
   result.resize(rows * d);
   load_queries(queries, task.head, group, task.first, task.tokens, shape.softmax_scale(),
@@ -138,13 +139,14 @@ void Engine::Impl::AttendCall::run(Task& task) {
     for (std::int64_t t = 0; t < task.tokens; ++t) {
       const std::int64_t at = t * group * d;
       const std::int32_t position = first + static_cast<std::int32_t>(t);
-      head.insert_due(position, task.stats);
-      head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace);
+      head.insert_due(position, task.stats, workspace);
+      head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace,
+                  workspace);
     }
   } else {
-    if (task.alone && head.sparse()) head.insert_due(first, task.stats);
+    if (task.alone && head.sparse()) head.insert_due(first, task.stats, workspace);
     head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, result.data(),
-                      task.stats);
+                      task.stats, workspace);
     if (decodes(task.item)) task.stats.dense_steps = task.tokens;
   }
   if (task.alone) observe(task, first, scaled.data());

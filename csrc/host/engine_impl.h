@@ -109,6 +109,7 @@ struct Engine::Impl {
   std::map<SeqId, SequenceCache> sequences;
   SeqId next_sequence = 0;
   std::vector<HeadStats> stats;                // [num_layers, Hkv]
+  std::vector<AttendWorkspace> workspaces;     // of each thread of a call
   std::atomic<std::size_t> promised_pages{0};  // also changed by jobs that end
   ThreadPool threads;  // last, so that it is the first to go: its jobs use the members above
 };

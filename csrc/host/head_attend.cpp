@@ -34,10 +34,11 @@ PageLayout HeadCache::layout() const {
   return {context_.head_dim, static_cast<int>(context_.config->page_size), context_.dtype};
 }
 
-void HeadCache::attend_picks(std::span<const PagePick> picks, std::int64_t seen,
-                             ExactAttention& attention, HeadStats& stats) const {
+void HeadCache::attend_picks(std::int64_t seen, ExactAttention& attention, HeadStats& stats,
+                             AttendWorkspace& workspace) const {
   const auto row_bytes = static_cast<std::int64_t>(context_.head_dim * size_of(context_.dtype));
-  thread_local std::vector<PageSlots> pages;
+  const std::vector<PagePick>& picks = workspace.picks;
+  std::vector<PageSlots>& pages = workspace.pages;
   verify(picks);
   pages.clear();
   for (const PagePick& pick : picks) pages.push_back({context_.pool->data(pick.page), pick.slots});
@@ -46,13 +47,13 @@ void HeadCache::attend_picks(std::span<const PagePick> picks, std::int64_t seen,
 }
 
 void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
-                             float* out, HeadStats& stats) const {
+                             float* out, HeadStats& stats, AttendWorkspace& workspace) const {
   ExactAttention attention(queries, tokens, context_.group, layout(), held_, out);
-  thread_local std::vector<PagePick> picks;
+  std::vector<PagePick>& picks = workspace.picks;
   const auto attend_run = [&](const PageRun& run) {
     picks.clear();
     run.picks(first_position + tokens, picks);
-    attend_picks(picks, first_position + 1 - run.first_position(), attention, stats);
+    attend_picks(first_position + 1 - run.first_position(), attention, stats, workspace);
   };
   attend_run(sink_);
   const auto attend_index = [&](const Segment& segment) {
@@ -62,7 +63,7 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
       if (masks[page] == 0) continue;
       picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
     }
-    attend_picks(picks, QueryBlock::kAll, attention, stats);
+    attend_picks(QueryBlock::kAll, attention, stats, workspace);
   };
   for (const Segment& segment : segments_) attend_index(segment);
   if (growing_) attend_index(Segment(*growing_));
@@ -70,7 +71,7 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   attention.finish();
 }
 
-void HeadCache::insert_due(std::int32_t position, HeadStats& stats) {
+void HeadCache::insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace) {
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
   use_builds(stats);
@@ -78,39 +79,26 @@ void HeadCache::insert_due(std::int32_t position, HeadStats& stats) {
   const std::int32_t due = std::min(window_start(position) - tail_.first_position(), tail_.count());
   if (due < kInsertTogether) return;
   try {
-    insert(due);
+    insert(due, workspace.moving);
   } catch (const OutOfPages&) {
     // They are attended from the tail until a later step finds room.
   }
   stats.index_seconds += seconds_since(start);
 }
 
-// What one step works with. Kept between steps of a thread.
-struct HeadCache::Step {
-  std::vector<PagePick> picks;
-  std::vector<const void*> rows;
-  std::vector<float> logits, weights, far_weights;
-  std::vector<const Segment*> segments;
-  Selector selector;
-  Selection selection;
-  std::int64_t near = 0;  // tokens of sink and window
-  // Of sink and window, of all that is attended exactly, of everything.
-  WeightSum near_sum[kMaxGroup];
-  float near_lse[kMaxGroup], exact_lse[kMaxGroup], exact[kMaxGroup], total[kMaxGroup];
-
-  // The rows become those of all picks; `offset`: of the first slot's row in its page.
-  void set_rows(const PagePool& pool, std::size_t offset, std::size_t row_bytes) {
-    rows.clear();
-    for (const PagePick& pick : picks) {
-      const std::byte* page = pool.data(pick.page) + offset;
-      for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
-        rows.push_back(page + std::countr_zero(slots) * row_bytes);
-      }
+void HeadCache::set_rows(std::size_t offset, AttendWorkspace& step) const {
+  const std::size_t row_bytes = context_.head_dim * size_of(context_.dtype);
+  step.rows.clear();
+  for (const PagePick& pick : step.picks) {
+    const std::byte* page = context_.pool->data(pick.page) + offset;
+    for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
+      step.rows.push_back(page + std::countr_zero(slots) * row_bytes);
     }
   }
-};
+}
 
-void HeadCache::score_near(const float* queries, std::int32_t position, Step& step) const {
+void HeadCache::score_near(const float* queries, std::int32_t position,
+                           AttendWorkspace& step) const {
   const int group = context_.group, d = context_.head_dim;
   const std::size_t row_bytes = d * size_of(context_.dtype);
   const std::size_t half = context_.config->page_size * row_bytes;
@@ -120,7 +108,7 @@ void HeadCache::score_near(const float* queries, std::int32_t position, Step& st
   const std::int64_t near = step.near = token_count(step.picks);
   step.logits.resize(near * group);
   verify(step.picks);
-  step.set_rows(*context_.pool, 0, row_bytes);
+  set_rows(0, step);
   for (const void* row : step.rows) {  // its value, attended soon
     simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
   }
@@ -133,7 +121,7 @@ void HeadCache::score_near(const float* queries, std::int32_t position, Step& st
 }
 
 // Weights of all rows, over the largest of each head.
-void HeadCache::weigh(std::int64_t nodes, Step& step) const {
+void HeadCache::weigh(std::int64_t nodes, AttendWorkspace& step) const {
   const simd::Kernels& kernels = simd::kernels();
   const Selection& selection = step.selection;
   const std::int64_t near = step.near, picked = selection.tokens, known = near + picked;
@@ -161,7 +149,8 @@ void HeadCache::weigh(std::int64_t nodes, Step& step) const {
   }
 }
 
-void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const {
+void HeadCache::add_values(std::int64_t nodes, float* out, HeadStats& stats,
+                           AttendWorkspace& step) const {
   const simd::Kernels& kernels = simd::kernels();
   const int group = context_.group, d = context_.head_dim;
   const std::size_t row_bytes = d * size_of(context_.dtype);
@@ -170,7 +159,7 @@ void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats
   std::fill_n(out, group * d, 0.0f);
   step.picks.insert(step.picks.end(), step.selection.picks.begin(), step.selection.picks.end());
   verify(step.picks);
-  step.set_rows(*context_.pool, half, row_bytes);
+  set_rows(half, step);
   kernels.add_rows({step.rows.data(), context_.dtype, known, group, d}, step.weights.data(), known,
                    out);
   stats.bytes_read += step.selection.bytes_scanned +
@@ -195,20 +184,18 @@ void HeadCache::add_values(std::int64_t nodes, Step& step, float* out, HeadStats
 // One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
 // values are added up once, with weights that are final.
 void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
-                       StepTrace& trace) const {
+                       StepTrace& trace, AttendWorkspace& step) const {
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
   const int group = context_.group;
   const float largest = largest_of(queries, static_cast<std::int64_t>(group) * context_.head_dim);
   if (!can_estimate(largest, held_, context_.head_dim)) {
-    attend_exact(queries, 1, position, out, stats);
+    attend_exact(queries, 1, position, out, stats, step);
     ++stats.dense_steps;
     trace = {};
     return;
   }
   const simd::FlushSubnormals flush;
-  thread_local Step step_of_thread;
-  Step& step = step_of_thread;
   score_near(queries, position, step);
   // Those that wait to be sealed are attended besides.
   const std::int64_t waiting =
@@ -234,14 +221,14 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   // Far-field nodes that have weights.
   const auto nodes = static_cast<std::int64_t>(step.selection.far_weights.size()) / group;
   weigh(nodes, step);
-  add_values(nodes, step, out, stats);
+  add_values(nodes, out, stats, step);
   if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);
   if (config.telemetry == "trace") {
     trace = traced(request, step.selection, position, step.exact_lse, step.selector);
   }
 }
 
-void HeadCache::count_step(const Step& step, bool any_far,
+void HeadCache::count_step(const AttendWorkspace& step, bool any_far,
                            std::chrono::steady_clock::time_point start, HeadStats& stats) const {
   const Selection& selection = step.selection;
   double mass = 0.0;

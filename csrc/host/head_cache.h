@@ -25,10 +25,10 @@
 #include <vector>
 
 #include "cpu/exact_attention.h"
+#include "host/attend_workspace.h"
 #include "host/segment_build.h"
 #include "icecache/engine.h"
 #include "index/growing_index.h"
-#include "index/selector.h"
 #include "pages/page_run.h"
 
 namespace icecache {
@@ -64,18 +64,18 @@ class HeadCache {
   // out [T, G, D] fp32, normalised. Any finite numbers give what exact arithmetic would, to float's
   // rounding of the logits; a query with NaN or Inf gives NaN.
   void attend_exact(const float* queries, int tokens, std::int32_t first_position, float* out,
-                    HeadStats& stats) const;
+                    HeadStats& stats, AttendWorkspace& workspace) const;
   // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
   // Attends to everything where logits may be too large for a float to tell tokens apart, or a
   // query has NaN or Inf.
   // With telemetry = "trace", `trace` becomes what it looked at.
   // REQUIRES: sparse(), insert_due() for this position.
   void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
-              StepTrace& trace) const;
+              StepTrace& trace, AttendWorkspace& step) const;
   // What comes first in a step whose query is at `position`: segments that background threads have
   // built take their place, and an index that grows takes in the tokens that have left the window.
   // Where it throws, some of them have moved; the same step would move the others.
-  void insert_due(std::int32_t position, HeadStats& stats);
+  void insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace);
   // Pages that insert_due() takes at most.
   std::size_t pages_for_decode() const;
   void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
@@ -148,8 +148,6 @@ class HeadCache {
   // since the last one: four take half as long as one after the other. Until then they are window.
   static constexpr std::int32_t kInsertTogether = 4;
 
-  struct Step;
-
   // Of a segment that is sealed, at least.
   std::int32_t seal_tokens() const {
     return static_cast<std::int32_t>(context_.config->segment_tokens);
@@ -164,15 +162,17 @@ class HeadCache {
   std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
   std::size_t first_to_merge() const;
   PageLayout layout() const;
-  // Query t sees the first seen + t tokens of the picks.
-  void attend_picks(std::span<const PagePick> picks, std::int64_t seen, ExactAttention& attention,
-                    HeadStats& stats) const;
+  // Query t sees the first seen + t tokens of workspace.picks.
+  void attend_picks(std::int64_t seen, ExactAttention& attention, HeadStats& stats,
+                    AttendWorkspace& workspace) const;
   // The parts of decode().
-  void score_near(const float* queries, std::int32_t position, Step& step) const;
-  void weigh(std::int64_t nodes, Step& step) const;
-  void add_values(std::int64_t nodes, Step& step, float* out, HeadStats& stats) const;
-  void count_step(const Step& step, bool any_far, std::chrono::steady_clock::time_point start,
-                  HeadStats& stats) const;
+  void score_near(const float* queries, std::int32_t position, AttendWorkspace& step) const;
+  void weigh(std::int64_t nodes, AttendWorkspace& step) const;
+  // The rows become those of all picks; `offset`: of the first slot's row in its page.
+  void set_rows(std::size_t offset, AttendWorkspace& step) const;
+  void add_values(std::int64_t nodes, float* out, HeadStats& stats, AttendWorkspace& step) const;
+  void count_step(const AttendWorkspace& step, bool any_far,
+                  std::chrono::steady_clock::time_point start, HeadStats& stats) const;
   // Where the window begins for a query at `position`; for the one after the newest token.
   std::int32_t window_start(std::int32_t position) const;
   std::int32_t next_window_start() const { return window_start(length()); }
@@ -184,8 +184,8 @@ class HeadCache {
   // Makes a segment of the due tokens and the last segments; the growing index anew, with them.
   void build_segment(std::int32_t due);
   void build_growing(std::int32_t due);
-  // Moves tokens from the tail into the growing index.
-  void insert(std::int32_t due);
+  // Moves tokens from the tail into the growing index. `moving` is scratch.
+  void insert(std::int32_t due, std::vector<std::byte>& moving);
   void use_builds(HeadStats& stats) noexcept;
   // True where an insertion failed half-way: until the index is built anew, everything is attended.
   bool is_broken() const { return growing_ != nullptr && !growing_->whole(); }

@@ -90,14 +90,13 @@ void HeadCache::build_growing(std::int32_t due) {
   tail_.pop_front(due);
 }
 
-void HeadCache::insert(std::int32_t due) {
-  thread_local std::vector<std::byte> keys, values;
+void HeadCache::insert(std::int32_t due, std::vector<std::byte>& moving) {
   const std::size_t bytes = due * context_.head_dim * size_of(context_.dtype);
-  keys.resize(bytes);
-  values.resize(bytes);
-  tail_.gather(due, keys.data(), values.data());
+  moving.resize(2 * bytes);
+  std::byte *keys = moving.data(), *values = keys + bytes;
+  tail_.gather(due, keys, values);
   const std::int32_t before = growing_->size();
-  const TokenBlock tokens{keys.data(), values.data(), due, tail_.first_position()};
+  const TokenBlock tokens{keys, values, due, tail_.first_position()};
   try {
     growing_->insert(tokens);
   } catch (...) {
@@ -116,7 +115,8 @@ void HeadCache::update_index(HeadStats& stats) {
     if (build_is_due()) {
       grows(*context_.config) ? build_growing(due) : build_segment(due);
     } else if (growing_) {
-      insert(due);
+      std::vector<std::byte> moving;
+      insert(due, moving);
     }
   } catch (const OutOfPages&) {
     // The tail still holds what the index could not take; the next step tries again.

@@ -1,12 +1,26 @@
 // What an index may do by itself in place of the Selector: find candidates, or choose whole pages.
 #pragma once
 
+#include <any>
 #include <cstdint>
 #include <vector>
 
 #include "index/selection.h"
 
 namespace icecache {
+
+// Memory of a search, which its caller keeps for the next one: of a type that is the index's own.
+class SearchScratch {
+ public:
+  template <typename T>
+  T& as() {
+    if (T* kept = std::any_cast<T>(&scratch_)) return *kept;
+    return scratch_.emplace<T>();
+  }
+
+ private:
+  std::any scratch_;
+};
 
 class CandidateFinder {
  public:
@@ -18,7 +32,8 @@ class CandidateFinder {
   };
   // Candidates beside which there are more tokens than `wanted`; about that many. `found` comes
   // empty, with rest_lse -inf.
-  virtual void find(const SelectRequest& request, std::int64_t wanted, Found& found) const = 0;
+  virtual void find(const SelectRequest& request, std::int64_t wanted, SearchScratch& scratch,
+                    Found& found) const = 0;
 
  protected:
   ~CandidateFinder() = default;
@@ -27,7 +42,8 @@ class CandidateFinder {
 class PageChooser {
  public:
   // Fills picks, tokens, rest_lse and bytes_scanned.
-  virtual void choose_pages(const SelectRequest& request, Selection& selection) const = 0;
+  virtual void choose_pages(const SelectRequest& request, SearchScratch& scratch,
+                            Selection& selection) const = 0;
 
  protected:
   ~PageChooser() = default;

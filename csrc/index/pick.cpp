@@ -15,15 +15,13 @@ namespace icecache {
 namespace {
 
 // Marks the k largest masses, none of them negative; equal ones by their order. The upper half of a
-// float's bits orders as floats do, but for those that share it with the last.
-void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<char>& marked) {
+// float's bits orders as floats do, but for those that share it with the last. `upper` and `alike`
+// are scratch.
+void mark_largest(std::span<const float> mass, std::int64_t k, std::vector<std::int16_t>& upper,
+                  std::vector<std::int32_t>& alike, std::vector<char>& marked) {
   const auto count = static_cast<std::int64_t>(mass.size());
   marked.assign(count, k >= count ? 1 : 0);
   if (k <= 0 || k >= count) return;
-  thread_local std::vector<std::int16_t> upper_buffer;
-  thread_local std::vector<std::int32_t> alike_buffer;
-  std::vector<std::int16_t>& upper = upper_buffer;
-  std::vector<std::int32_t>& alike = alike_buffer;
   upper.resize(count);
   for (std::int64_t i = 0; i < count; ++i) {
     upper[i] = static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(mass[i]) >> 16);
@@ -64,7 +62,7 @@ bool Selector::pick(const SelectRequest& request) {
     weight_share[g] = std::exp(c.max[g] - total);
   }
   if (!by_page && !by_mass) {
-    mark_largest(mass_, request.budget, c.picked);
+    mark_largest(mass_, request.budget, upper_, ranking_, c.picked);
     return false;
   }
 

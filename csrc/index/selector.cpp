@@ -95,8 +95,8 @@ void Selector::find(const SelectRequest& request) {
     found_.slots.clear();
     found_.rest_lse.assign(group_, -INFINITY);
     found_.bytes = 0;
-    index.finder()->find(request, wanted + index.size() - part.segment->size(),
-                         found_);  // some are cut
+    const std::int64_t cut = index.size() - part.segment->size();
+    index.finder()->find(request, wanted + cut, search_scratch_, found_);
     candidates_.bytes += found_.bytes;
     const std::span<const std::uint32_t> masks = part.segment->masks();
     for (const std::int32_t slot : found_.slots) {
@@ -214,7 +214,7 @@ void Selector::select(const Config& config, std::span<const Segment* const> segm
   c.bytes = 0;
   const PageChooser* chooser = segments.front()->index().chooser();
   if (chooser != nullptr && segments.size() == 1) {
-    chooser->choose_pages(request, selection);
+    chooser->choose_pages(request, search_scratch_, selection);
     scan(request);
     for (const PagePick& pick : selection.picks) {
       for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {

@@ -115,9 +115,11 @@ class Selector {
   float cut_ = -INFINITY;  // log of the largest share that a token beside the candidates scores
   // Buffers of the steps above.
   std::vector<Sketch::Query> queries_;
+  SearchScratch search_scratch_;
   CandidateFinder::Found found_;
   std::vector<const void*> rows_;
   std::vector<std::int32_t> more_, all_, ranking_, taken_, slots_, left_;
+  std::vector<std::int16_t> upper_;
   std::vector<char> marked_;
   std::vector<int> pages_;
   std::vector<float> more_logits_, all_logits_, mass_, node_mass_;

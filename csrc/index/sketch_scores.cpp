@@ -109,7 +109,7 @@ float SketchScores::top(const float* near_lse, std::int64_t k, float least_share
     floor = static_cast<std::int16_t>(std::clamp<float>(
         std::floor(least_share / unit() + least), floor, std::numeric_limits<std::int16_t>::max()));
   }
-  top_k(rank_, block_max_, floor, k, slots);
+  top_k(rank_, block_max_, floor, k, chosen_, slots);
   if (static_cast<std::int64_t>(slots.size()) < k) return least_share;
   std::int16_t last = rank_[slots.front()];
   for (const std::int32_t slot : slots) last = std::min(last, rank_[slot]);

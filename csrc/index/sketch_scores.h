@@ -79,7 +79,7 @@ class SketchScores {
   float unit_ = 0.0f;  // nats
   std::int64_t stride_ = 0;
   std::vector<Part> parts_;
-  std::vector<std::int16_t> scores_, rank_, block_max_;
+  std::vector<std::int16_t> scores_, rank_, block_max_, chosen_;
   std::vector<float> mass_;  // [stride() / S, mass_columns_]
 };
 

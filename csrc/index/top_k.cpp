@@ -50,7 +50,8 @@ std::int16_t kth_largest(std::span<const std::int16_t> x, std::int64_t k) {
 }
 
 void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> block_max,
-           std::int16_t floor, std::int64_t k, std::vector<std::int32_t>& out) {
+           std::int16_t floor, std::int64_t k, std::vector<std::int16_t>& chosen,
+           std::vector<std::int32_t>& out) {
   out.clear();
   const auto n = static_cast<std::int64_t>(rank.size());
   if (k <= 0 || n == 0) return;
@@ -60,9 +61,6 @@ void top_k(std::span<const std::int16_t> rank, std::span<const std::int16_t> blo
   if (n > k) bound = std::max<int>(bound, kth_largest(bounding, k));
   if (bound > INT16_MAX) return;
 
-  thread_local std::vector<std::int16_t> chosen_ranks;
-  // By reference: each mention of a thread_local in a shared library is a call.
-  std::vector<std::int16_t>& chosen = chosen_ranks;
   std::size_t taken = 0;
   const auto take = [&](std::int64_t i) {
     out[taken] = static_cast<std::int32_t>(i);

@@ -43,7 +43,8 @@ bool spin_until(const Condition& condition) {
 
 std::atomic<ParallelFor> host_parallel_for{nullptr};
 
-// The loop that the current thread is in the body of.
+// The loop that the current thread is in the body of. What a nested loop asks of its own thread, and
+// no caller could hand down: between the two loops there is code that knows of neither.
 struct Place {
   const ThreadTeam* team = nullptr;
   int thread = 0;

@@ -44,10 +44,11 @@ void expect_agrees(const Ranks& rank, std::int16_t floor = -16384) {
   const auto n = static_cast<std::int64_t>(rank.size());
   const auto blocks = static_cast<std::int64_t>(maxima.size());
   std::vector<std::int32_t> got{1, 2, 3};
+  Ranks scratch{4, 5};
   // Also around the number of block maxima, where the bound they give begins to hold.
   for (const std::int64_t k : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{2},
                                blocks - 1, blocks, blocks + 1, n / 3, n - 1, n, n + 5}) {
-    top_k(rank, maxima, floor, k, got);
+    top_k(rank, maxima, floor, k, scratch, got);
     EXPECT_EQ(got, by_sorting(rank, floor, k)) << "k = " << k << " of " << n;
   }
 }
@@ -103,7 +104,8 @@ TEST(TopK, FindsWhatIsCrowdedInOneLaneOrBlock) {
     }
     expect_agrees(rank);
     std::vector<std::int32_t> got;
-    top_k(rank, block_maxima(rank), -16384, 256, got);
+    Ranks scratch;
+    top_k(rank, block_maxima(rank), -16384, 256, scratch, got);
     ASSERT_EQ(got.size(), 256u);
     for (const std::int32_t i : got) EXPECT_GE(rank[i], 100);
   }

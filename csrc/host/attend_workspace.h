@@ -1,0 +1,38 @@
+// AttendWorkspace: memory that a thread works with while it attends for one head after another.
+//
+// Buffers keep what they have grown to: once they have, a step of decoding allocates nothing here.
+//
+// Threads: of one thread at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/paged_attention.h"
+#include "index/log_sum.h"
+#include "index/selector.h"
+#include "pages/page_pool.h"
+
+namespace icecache {
+
+struct alignas(64) AttendWorkspace {    // no cache line is written by two threads
+  std::vector<float> queries, outputs;  // of a task: [T, G, D]
+  std::vector<std::byte> moving;        // keys and values on their way into a growing index
+  // Tokens that are attended exactly: of one part after another, or of a whole step.
+  std::vector<PagePick> picks;
+  std::vector<PageSlots> pages;
+
+  // One step within the budget.
+  std::vector<const Segment*> segments;
+  Selector selector;
+  Selection selection;
+  std::vector<const void*> rows;  // keys, then values, then means
+  std::vector<float> logits, weights, far_weights;
+  std::int64_t near = 0;  // tokens of sink and window
+  // Of sink and window, of all that is attended exactly, of everything.
+  WeightSum near_sum[kMaxGroup];
+  float near_lse[kMaxGroup], exact_lse[kMaxGroup], exact[kMaxGroup], total[kMaxGroup];
+};
+
+}  // namespace icecache
