@@ -15,6 +15,15 @@ Model: TypeAlias = Any  # a PreTrainedModel; that class does not declare `genera
 
 VOCABULARY = 96
 PROMPT = 45
+# Settings whose budget is far below the prompt: what attends within it differs from full attention.
+SCARCE: dict[str, Any] = {
+    "token_budget": 13,
+    "sink_tokens": 1,
+    "window_tokens": 4,
+    "page_size": 8,
+    "segment_tokens": 8,
+    "candidates": 13,
+}
 
 logging.set_verbosity_error()
 

@@ -297,5 +297,6 @@ def test_lengths_are_parsed_and_refused() -> None:
 
 
 def test_the_commit_is_named_in_a_checkout(repository: Path) -> None:
-    if (repository / ".git").exists():
-        assert commit()
+    if not (repository / ".git").exists():
+        pytest.skip("needs a checkout")
+    assert commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -40,15 +41,19 @@ def feed(engine: Any, sequences: list[int], count: int, seed: int, dtype: torch.
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_agrees_with_the_reference_within_the_budget_and_in_exact_mode(dtype: torch.dtype) -> None:
     reference = ReferenceEngine(**shape(dtype))
-    engines = [Engine(**shape(dtype), token_budget=512), Engine(**shape(dtype), exact=True)]
+    engines = [
+        Engine(**shape(dtype), token_budget=512),
+        Engine(**shape(dtype), token_budget=64, exact=True),
+    ]
     everyone: list[Any] = [reference, *engines]
     for engine in everyone:
         for _ in range(2):
             engine.new_sequence()
         feed(engine, [0, 1], 200, 1, dtype)
         feed(engine, [1], 3, 2, dtype)
-    for layer in range(LAYERS):
-        queries = [tokens(200, Q_HEADS, 7, dtype)[0], tokens(3, Q_HEADS, 8, dtype)[0]]
+    prompts = [tokens(200, Q_HEADS, 7, dtype)[0], tokens(3, Q_HEADS, 8, dtype)[0]]
+    decoded = [tokens(1, Q_HEADS, seed, dtype)[0] for seed in (9, 10)]
+    for layer, queries in itertools.product(range(LAYERS), (prompts, decoded)):
         expected = reference.attend([0, 1], layer, queries)
         for engine in everyone[1:]:
             for got, want in zip(engine.attend([0, 1], layer, queries), expected, strict=True):
@@ -135,7 +140,7 @@ def test_nan_and_inf_are_refused_and_nothing_is_lost(bad: float, which: str) -> 
     feed(engine, [healthy, sick], 50, 1, torch.float32)
     given = {"keys": tokens(4, KV_HEADS, 2), "values": tokens(4, KV_HEADS, 3)}
     given[which][0, 1, 2, 5] = bad
-    with pytest.raises(InvalidArgument, match=which):
+    with pytest.raises(InvalidArgument, match=f"{which} must be finite"):
         engine.append([sick], 0, given["keys"], given["values"])
     assert engine.length(sick) == engine.length(healthy) == 50
     queries = tokens(1, Q_HEADS, 4).repeat(2, 1, 1, 1)
@@ -159,20 +164,38 @@ def test_a_sequence_grown_past_the_pool_is_refused_and_the_others_go_on() -> Non
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e, s: e.attend([99], 0, tokens(1, Q_HEADS, 1)), "99"),
-        (lambda e, s: e.attend([s], 5, tokens(1, Q_HEADS, 1)), "layer.*5"),
-        (lambda e, s: e.attend([s, s], 0, tokens(1, Q_HEADS, 1)), "2"),
-        (lambda e, s: e.attend([s], 0, tokens(1, 4, 1)), "4"),
-        (lambda e, s: e.attend([s], 0, tokens(99, Q_HEADS, 1)), "99"),
-        (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1)[..., :16]), "16"),
+        (
+            lambda e, s: e.attend([99], 0, tokens(1, Q_HEADS, 1)),
+            "sequence must be .* live .*, got 99",
+        ),
+        (lambda e, s: e.attend([s], 5, tokens(1, Q_HEADS, 1)), "layer must be from 0 to 1, got 5"),
+        (
+            lambda e, s: e.attend([s, s], 0, tokens(1, Q_HEADS, 1)),
+            r"queries .* per sequence \(2\), got 1",
+        ),
+        (lambda e, s: e.attend([s], 0, tokens(1, 4, 1)), r"queries must be \[6, T, 32\], got \[4,"),
+        (
+            lambda e, s: e.attend([s], 0, tokens(99, Q_HEADS, 1)),
+            "queries must be of .* appended .*, got 99",
+        ),
+        (
+            lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1)[..., :16]),
+            r"queries must .*, got \[6, 1, 16\]",
+        ),
         (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1).double()), "queries.*float64"),
         (lambda e, s: e.attend([s], 0, torch.ones(3)), r"queries must be \[B, H, T, D\].*\[3\]"),
         (lambda e, s: e.attend([s], 0, ["x"]), r"queries\[0\] must be a tensor .*, got str"),
-        (lambda e, s: e.append([s], 0, tokens(2, 2, 1), tokens(3, 2, 1)), "values"),
-        (lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1).to("meta")), "CPU, got meta"),
-        (lambda e, s: e.truncate(s, 51), "51"),
-        (lambda e, s: e.truncate(s, -1), "-1"),
-        (lambda e, s: e.stats(0, 2), "2"),
+        (
+            lambda e, s: e.append([s], 0, tokens(2, 2, 1), tokens(3, 2, 1)),
+            r"values must .* as keys \(2\), got 3",
+        ),
+        (
+            lambda e, s: e.attend([s], 0, tokens(1, Q_HEADS, 1).to("meta")),
+            "queries must be on the CPU, got meta",
+        ),
+        (lambda e, s: e.truncate(s, 51), "length must be from 0 to 50 .*, got 51"),
+        (lambda e, s: e.truncate(s, -1), "length must be from 0 to 50 .*, got -1"),
+        (lambda e, s: e.stats(0, 2), "kv_head must be below 2 and 2, got 0 and 2"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, message: str) -> None:
@@ -263,11 +286,11 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
     feed(engine, [0], 100, 1, torch.float32)
     query, key = tokens(1, Q_HEADS, 2), tokens(1, KV_HEADS, 3)
     refused: list[tuple[Any, str]] = [
-        ((0, 0, query, key, tokens(1, KV_HEADS, 4) * torch.nan), "values"),
-        ((7, 0, query, key, key), "got 7"),
-        ((0, 0, query[0], key, key), "queries must be"),
-        ((0, 0, query.double(), key, key), "torch.float64"),
-        ((0, 0, key, key, key), "queries"),
+        ((0, 0, query, key, tokens(1, KV_HEADS, 4) * torch.nan), "values must be finite"),
+        ((7, 0, query, key, key), "sequence must be .*, got 7"),
+        ((0, 0, query[0], key, key), r"queries must be a tensor \[B, H, T, D\]"),
+        ((0, 0, query.double(), key, key), "queries must be .*, got torch.float64"),
+        ((0, 0, key, key, key), r"queries must be \[6, T, 32\], got \[2,"),
     ]
     for (sequence, *arguments), message in refused:
         with pytest.raises(InvalidArgument, match=message):

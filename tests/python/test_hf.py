@@ -1,4 +1,5 @@
-"""Exact mode is full attention: enabled models equal stock ones in every decoding mode."""
+"""Exact mode is full attention, however small the budget: enabled models equal stock ones in every
+decoding mode. So they do without it while a sequence is within the budget."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hf_engines import ForgetfulEngine
 from transformers import DynamicCache
+
+EXACT = {**hf_models.SCARCE, "exact": True}
 
 
 @cache
@@ -42,12 +45,20 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("mode", hf_models.MODES)
 @pytest.mark.parametrize("architecture", hf_models.CONFIGS)
 def test_exact_mode_equals_stock(architecture: str, mode: str) -> None:
-    assert_same(enabled(architecture, mode), stock(architecture, mode))
+    assert_same(enabled(architecture, mode, **EXACT), stock(architecture, mode))
 
 
 @pytest.mark.parametrize("architecture", hf_models.CONFIGS)
-def test_one_lost_token_shows(architecture: str) -> None:
-    """The comparison above would notice a single corrupted token in each architecture."""
-    got = enabled(architecture, "single", engine_class=ForgetfulEngine)
+def test_a_sequence_within_the_budget_equals_stock(architecture: str) -> None:
+    assert_same(enabled(architecture, "padded batch"), stock(architecture, "padded batch"))
+
+
+@pytest.mark.parametrize("settings", [{**EXACT, "engine_class": ForgetfulEngine}, hf_models.SCARCE])
+@pytest.mark.parametrize("architecture", hf_models.CONFIGS)
+def test_a_token_that_is_lost_or_left_out_shows(
+    architecture: str, settings: dict[str, Any]
+) -> None:
+    """The comparisons above would notice it in each architecture."""
+    got = enabled(architecture, "single", **settings)
     with pytest.raises(AssertionError):
         assert_same(got, stock(architecture, "single"))

@@ -10,22 +10,13 @@ import icecache
 import pytest
 import torch
 from hf_engines import FailingEngine
-from hf_models import CONFIGS, MODES, Model
+from hf_models import CONFIGS, MODES, SCARCE, Model
 from icecache import InvalidArgument
 from icecache.hf import IceCache, lossless
 from icecache.hf.draft_length import DraftLength
 from icecache.hf.support import CACHE
 from transformers import DynamicCache, LogitsProcessor
 
-# So little is attended to that drafts go wrong.
-SCARCE: dict[str, Any] = {
-    "token_budget": 13,
-    "sink_tokens": 1,
-    "window_tokens": 4,
-    "page_size": 8,
-    "segment_tokens": 8,
-    "candidates": 13,
-}
 SERVED = [mode for mode in MODES if mode not in ("beams", "prompt lookup", "assisted")]
 
 

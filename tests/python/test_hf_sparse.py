@@ -117,7 +117,7 @@ def test_half_precision_exact_mode(dtype: torch.dtype) -> None:
     made = hf_models.build("llama", initializer_range=0.06).to(dtype)
     ids = hf_models.prompt(2, LENGTH)
     expected = torch.stack(generate(made, ids).logits)
-    icecache.enable(made, LENGTH + NEW_TOKENS)
+    icecache.enable(made, BUDGET, exact=True)
     got = torch.stack(generate(made, ids).logits)
     tolerance = 0.05 if dtype is torch.bfloat16 else 0.01
     torch.testing.assert_close(got[:2], expected[:2], rtol=tolerance, atol=tolerance)

@@ -14,6 +14,7 @@ from icecache.hf.support import CACHE
 from transformers import DynamicCache
 
 STEPS = 25
+EXACT = {**hf_models.SCARCE, "exact": True}
 
 
 class Pair:
@@ -22,7 +23,7 @@ class Pair:
     def __init__(self, enabled: Model, stock: Model, rows: int, chance: random.Random) -> None:
         self.models = (enabled, stock)
         self.caches: tuple[Any, Any] = (
-            icecache.IceCache(enabled.config, exact=True),
+            icecache.IceCache(enabled.config, **EXACT),
             DynamicCache(config=stock.config),
         )
         self.mask = torch.zeros(rows, 0, dtype=torch.long)
@@ -83,7 +84,7 @@ class Pair:
 def test_random_operations_agree_with_a_dynamic_cache(architecture: str, seed: int) -> None:
     chance = random.Random(seed)
     stock = hf_models.model(architecture)
-    enabled = icecache.enable(hf_models.build(architecture), exact=True)
+    enabled = icecache.enable(hf_models.build(architecture), **EXACT)
     pair = Pair(enabled, stock, rows=3, chance=chance)
     pair.feed(24)
     for _ in range(STEPS):

@@ -8,6 +8,7 @@ import icecache
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_models import SCARCE
 from icecache.reference import (
     ReferenceEngine,
     dense_attention,
@@ -321,7 +322,7 @@ def test_engines_agree_in_exact_mode() -> None:
         "head_dim": HEAD_DIM,
     }
     engines = [
-        kind(**shape, dtype=torch.float32, exact=True)
+        kind(**shape, dtype=torch.float32, **SCARCE, exact=True)
         for kind in (icecache.Engine, ReferenceEngine)
     ]
     seqs = [[made.new_sequence() for _ in range(2)] for made in engines]

@@ -11,6 +11,8 @@ import pytest
 from conftest import EngineFailed, Run
 
 SIZES = [1, 2, 5, 15, 16, 17, 33, 64, 100, 127, 128, 129, 200, 300, 500, 900]
+# Most prompts are longer than the budget; without `exact` their steps would leave tokens out.
+EXACT = {"exact": True, "token_budget": 64, "dense_tokens": 64}
 SMALL = {"max_model_len": 1024, "block_size": 32, "max_num_seqs": 16}
 
 
@@ -59,7 +61,7 @@ def stock(run: Run, llama: Path) -> list[list[int]]:
 def test_exact_mode_gives_the_tokens_of_stock(
     run: Run, llama: Path, stock: list[list[int]], llm: dict[str, Any]
 ) -> None:
-    result = serve(run, llama, {"exact": True}, **llm)
+    result = serve(run, llama, EXACT, **llm)
     assert result["tokens"] == stock
     assert result["dense_steps"] > 0 and result["steps"] == 0
     assert result["blocks_lost"] == 0 and result["requests"] == 0
@@ -73,7 +75,7 @@ def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
 
 
 def test_blocks_of_vllm_are_never_read(run: Run, llama: Path, stock: list[list[int]]) -> None:
-    result = serve(run, llama, {"exact": True}, max_num_batched_tokens=64, poison=True)
+    result = serve(run, llama, EXACT, max_num_batched_tokens=64, poison=True)
     assert result["tokens"] == stock
 
 
@@ -85,7 +87,7 @@ def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
     two = {**SMALL, "tensor_parallel_size": 2, "max_num_batched_tokens": 64}
     # Two processes on the same cores: bound to them all, as they would on a machine with more.
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    for settings, forked in (({"exact": True}, False), ({"token_budget": 1024}, True)):
+    for settings, forked in ((EXACT, False), ({"token_budget": 1024}, True)):
         ours = {"icecache": {**memory, **settings}, "forked": forked}
         got = run("ranks", **given, llm=two, **ours, environment=bound)
         assert got["tokens"] == one
