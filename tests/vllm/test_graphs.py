@@ -1,49 +1,92 @@
 """Decode steps as vLLM's full graphs replay them: captured once, after that without the layers.
 
 Without a GPU: the operations of a dummy batch's forward on their tensors are recorded, as a capture
-would, and run again, as a replay would, on the emulator.
+would, and run again, as a replay would, on the emulator. Steps go through what vLLM's runners call:
+the metadata builder, the connector, the layers.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import models
 import pytest
 import torch
-from icecache import OutOfPages, Phase, device, lanes
-from icecache.vllm import connector
+from icecache import DeviceCache, OutOfPages, Phase, device, device_engine, lanes
+from icecache.vllm import engine_args
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
+from icecache.vllm.connector import IceCacheConnector
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import (
     AttentionCGSupport,
     CUDAGraphMode,
+    FullAttentionSpec,
+    KVConnectorRole,
+    get_forward_context,
 )
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.store import Batch, Store
-from icecache.vllm.worker import Worker
+from icecache.vllm.worker import Shape, worker_for
+from test_refusals import config
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import set_forward_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
-from device_engines import DIM, HEADS, KV_HEADS, make_engine
+from device_engines import DIM, HEADS, KV_HEADS
 from emulated import emulate_device, require_emulator
 
 LAYERS, SEATS = 2, 3
 NAMES = [f"layer.{number}" for number in range(LAYERS)]
+REBUILD_AFTER = 6  # tokens
 GRAPH_ROWS = 4  # one more than there are requests: padding
+
+
+class WatchedCache(DeviceCache):
+    """Notes its rebuilds, and fails where it is told to. Lanes of the cache are its sequences."""
+
+    newest: WatchedCache
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.rebuilds: list[tuple[int, int]] = []  # layer and sequence of each
+        self.no_rebuild: int | None = None  # a sequence that finds no pages
+        self.no_index: tuple[int, int] | None = None  # a layer, and a sequence that it loses
+        WatchedCache.newest = self
+
+    def rebuild(self, layer: int, sequence: int) -> None:
+        if sequence == self.no_rebuild:
+            raise OutOfPages("no room")
+        self.rebuilds.append((layer, sequence))
+        super().rebuild(layer, sequence)
+
+    def wait(self, layer: int) -> None:
+        super().wait(layer)
+        if self.no_index is not None and layer == self.no_index[0]:
+            sequence, self.no_index = self.no_index[1], None
+            self.release(sequence)
+            raise OutOfPages("no room for an index")
 
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     require_emulator()
     emulate_device(monkeypatch)
-    monkeypatch.setattr(lanes, "rebuild_is_due", lambda length, built: length >= built + 6)
+    monkeypatch.setattr(
+        lanes, "rebuild_is_due", lambda length, built: length >= built + REBUILD_AFTER
+    )
+    monkeypatch.setattr(device_engine, "DeviceCache", WatchedCache)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = models.tiny_llama(tmp_path_factory.mktemp("llama"), HEADS, KV_HEADS, DIM)
+    settings = engine_args(host_memory="8M", token_budget=64, window_tokens=16)
+    return config(model, max_model_len=700, max_num_seqs=SEATS, **settings)
 
 
 class Recorder(TorchDispatchMode):
@@ -70,37 +113,55 @@ def inputs(rows: int) -> list[torch.Tensor]:
 
 
 class Server:
-    """A worker and its layers, driven as vLLM's runners drive them."""
+    """What vLLM makes for one model, driven as vLLM's runners drive it."""
 
-    def __init__(self) -> None:
-        engine = make_engine(LAYERS, SEATS, "8M")
-        self.store, self.lanes = Store(engine), engine._batches[0]
-        self.store.name_layers(NAMES)
-        self.worker = Worker.__new__(Worker)
-        self.worker.store = self.store
-        self.worker.metadata, self.worker.batch = IceCacheMetadata([0], []), Batch()
-        self.layer = IceCacheAttention.__new__(IceCacheAttention)
-        self.layer.worker = self.worker
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = copy.copy(vllm_config)  # a server of its own
+        self.worker = worker_for(self.vllm_config)
+        shape = Shape(HEADS, KV_HEADS, DIM, DIM**-0.5)
+        self.layers = [IceCacheAttention(self.worker, shape, "auto") for _ in NAMES]
+        stock = FullAttentionSpec(
+            block_size=16, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32
+        )
+        spec = self.worker.spec_of(stock)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=NAMES)
+        self.builder = IceCacheMetadataBuilder(spec, NAMES, self.vllm_config, torch.device("cpu"))
+        self.connector = IceCacheConnector(
+            self.vllm_config, KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=[group])
+        )
+        assert self.worker.store is not None
+        self.store, self.cache = self.worker.store, WatchedCache.newest
 
-    def forward(self, tensors: list[list[torch.Tensor]]) -> None:
-        for name, (query, key, value, output) in zip(NAMES, tensors, strict=True):
+    def build(self, starts: list[int], blocks: list[int]) -> IceCacheMetadata:
+        """The metadata of a batch: `starts` are its rows' first tokens and the end."""
+        common = SimpleNamespace(
+            num_reqs=len(blocks),
+            query_start_loc_cpu=torch.tensor(starts),
+            block_table_tensor=torch.tensor(blocks).reshape(-1, 1),
+        )
+        return self.builder.build(0, common)
+
+    def forward(self, metadata: IceCacheMetadata, tensors: list[list[torch.Tensor]]) -> None:
+        for name, impl, given in zip(NAMES, self.layers, tensors, strict=True):
+            query, key, value, output = given
             layer = SimpleNamespace(layer_name=name)
-            self.layer.forward(layer, query, key, value, query, self.worker.metadata, output)
+            impl.forward(layer, query, key, value, query, metadata, output)
 
     def capture(self) -> None:
         """A full graph of a dummy batch."""
         self.static = [inputs(GRAPH_ROWS) for _ in NAMES]
-        self.worker.metadata = IceCacheMetadata([*range(GRAPH_ROWS + 1)], [0] * GRAPH_ROWS)
+        metadata = self.build([*range(GRAPH_ROWS + 1)], [0] * GRAPH_ROWS)
         self.graph = Recorder()
         with self.graph:
-            self.forward(self.static)
+            self.forward(metadata, self.static)
 
     def step(self, step: Step, replayed: bool = False) -> list[torch.Tensor]:
         """Outputs of all layers."""
         count = sum(row.count for row in step.rows)
         starts = [sum(row.count for row in step.rows[:n]) for n in range(len(step.rows) + 1)]
-        self.worker.metadata = IceCacheMetadata(starts, [row.block for row in step.rows])
-        self.worker.begin(StepMetadata(step.rows, step.gone))
+        metadata = self.build(starts, [row.block for row in step.rows])
+        with set_forward_context(metadata, self.vllm_config):
+            self.connector.bind_connector_metadata(StepMetadata(step.rows, step.gone))
         tensors = self.static if replayed else [inputs(count) for _ in NAMES]
         for layer, given in zip(tensors, step.given, strict=True):
             for mine, theirs in zip(layer[:3], given, strict=True):
@@ -109,14 +170,15 @@ class Server:
         if replayed:
             self.graph.replay()
         else:
-            self.forward(tensors)
-        self.worker.end()
+            self.forward(metadata, tensors)
+        self.connector.clear_connector_metadata()
         assert all((layer[3][count:] == 0).all() for layer in tensors)
         return [layer[3][:count].clone() for layer in tensors]
 
     def lengths(self) -> list[list[int]]:
-        cache = self.lanes.cache
-        return [[cache.length(layer, seat) for seat in range(SEATS)] for layer in range(LAYERS)]
+        return [
+            [self.cache.length(layer, seat) for seat in range(SEATS)] for layer in range(LAYERS)
+        ]
 
 
 @dataclass
@@ -168,32 +230,17 @@ def traffic(count: int) -> list[Step]:
     return steps
 
 
-def counted(server: Server) -> list[tuple[int, int]]:
-    """The rebuilds of a server's cache from here on."""
-    seen: list[tuple[int, int]] = []
-    cache: Any = server.lanes.cache
-    rebuild: Callable[[int, int], None] = cache.rebuild
-
-    def record(layer: int, sequence: int) -> None:
-        seen.append((layer, sequence))
-        rebuild(layer, sequence)
-
-    cache.rebuild = record
-    return seen
-
-
-def test_a_capture_is_nothing_but_work_for_the_device() -> None:
-    server = Server()
+def test_a_capture_is_nothing_but_work_for_the_device(vllm_config: Any) -> None:
+    server = Server(vllm_config)
     server.capture()
     names = [func.name() for func, _, _ in server.graph.calls]
     assert names == ["aten::zero_", "icecache::device_step"] * LAYERS
     assert server.lengths() == [[0] * SEATS] * LAYERS
 
 
-def test_replays_give_what_forwards_give() -> None:
-    plain, graphed = Server(), Server()
+def test_replays_give_what_forwards_give(vllm_config: Any) -> None:
+    plain, graphed = Server(vllm_config), Server(vllm_config)
     graphed.capture()
-    rebuilds = counted(plain), counted(graphed)
     replays = 0
     for step in traffic(40):
         replays += step.decodes
@@ -202,11 +249,12 @@ def test_replays_give_what_forwards_give() -> None:
             assert torch.equal(mine, theirs) and mine.isfinite().all()
         assert plain.lengths() == graphed.lengths()
     assert replays > 20 and not plain.store.failed
-    assert rebuilds[0] == rebuilds[1] and len(rebuilds[0]) > 5 * LAYERS
+    assert plain.cache.rebuilds == graphed.cache.rebuilds
+    assert len(plain.cache.rebuilds) > 5 * LAYERS
 
 
-def test_a_dummy_batch_between_steps_leaves_all_as_they_are() -> None:
-    server = Server()
+def test_a_dummy_batch_between_steps_leaves_all_as_they_are(vllm_config: Any) -> None:
+    server = Server(vllm_config)
     server.capture()
     for step in traffic(20):
         server.step(step, replayed=step.decodes)
@@ -216,49 +264,38 @@ def test_a_dummy_batch_between_steps_leaves_all_as_they_are() -> None:
         assert all((layer[3] == 0).all() for layer in server.static)
 
 
-def prompts_of_three() -> tuple[Server, list[ScheduledRow]]:
-    """Three requests behind their prompts, and their rows of the next step."""
-    server = Server()
+def prompts_of_three(vllm_config: Any, steps: int = 0) -> tuple[Server, list[ScheduledRow]]:
+    """Three requests of 40 tokens and `steps` more, and their rows of the next step."""
+    server = Server(vllm_config)
     server.capture()
     rows = [ScheduledRow(f"r{n}", n + 1, 0, 40, Phase.PROMPT_END) for n in range(SEATS)]
     server.step(Step(rows, set(), random_given(120)))
-    return server, [ScheduledRow(f"r{n}", n + 1, 40, 1, Phase.AUTO) for n in range(SEATS)]
+    for position in range(40, 40 + steps):
+        server.step(Step(decoding(position), set(), random_given(SEATS)), replayed=True)
+    return server, decoding(40 + steps)
+
+
+def decoding(position: int) -> list[ScheduledRow]:
+    return [ScheduledRow(f"r{n}", n + 1, position, 1, Phase.AUTO) for n in range(SEATS)]
 
 
 def random_given(rows: int) -> list[list[torch.Tensor]]:
     return [[torch.randn_like(tensor) for tensor in inputs(rows)[:3]] for _ in NAMES]
 
 
-def test_a_request_that_cannot_go_on_fails_alone_in_a_replay() -> None:
-    server, rows = prompts_of_three()
-    server.lanes.built = [[34] * SEATS for _ in NAMES]  # rebuilds are due
-    cache: Any = server.lanes.cache
-
-    def rebuild(layer: int, sequence: int) -> None:
-        if sequence == 1:
-            raise OutOfPages("no room")
-
-    cache.rebuild = rebuild
+def test_a_request_that_cannot_go_on_fails_alone_in_a_replay(vllm_config: Any) -> None:
+    server, rows = prompts_of_three(vllm_config, REBUILD_AFTER)
+    server.cache.no_rebuild = 1
     outputs = server.step(Step(rows, set(), random_given(SEATS)), replayed=True)
     assert server.store.failed == {"r1": "no room"}
-    assert server.lengths() == [[41, 0, 41]] * LAYERS
+    assert server.lengths() == [[40 + REBUILD_AFTER + 1, 0, 40 + REBUILD_AFTER + 1]] * LAYERS
     for output in outputs:
         assert (output[1] == 0).all() and (output[[0, 2]] != 0).any()
 
 
-def test_indexes_that_could_not_be_built_fail_their_own_requests() -> None:
-    server, rows = prompts_of_three()
-    cache: Any = server.lanes.cache
-    wait = cache.wait
-
-    def lost(layer: int) -> None:
-        wait(layer)
-        if layer == 1:
-            cache.wait = wait
-            cache.release(2)
-            raise OutOfPages("no room for an index")
-
-    cache.wait = lost
+def test_indexes_that_could_not_be_built_fail_their_own_requests(vllm_config: Any) -> None:
+    server, rows = prompts_of_three(vllm_config)
+    server.cache.no_index = (1, 2)
     server.step(Step(rows, set(), random_given(SEATS)), replayed=True)
     assert server.store.failed == {"r2": "no room for an index"}
     assert server.lengths() == [[41, 41, 0]] * LAYERS
@@ -284,21 +321,16 @@ def test_full_graphs_are_offered_where_every_step_in_them_decodes(
     assert IceCacheMetadataBuilder.get_cudagraph_support(config, ours) == expected
 
 
-def test_a_step_with_prompts_is_kept_out_of_full_graphs() -> None:
-    with pytest.raises(RuntimeError, match="took a step with prompts for one of decodes"):
-        connector._keep_out_of_full_graphs()
+def test_a_step_with_prompts_is_kept_out_of_full_graphs(vllm_config: Any) -> None:
+    server = Server(vllm_config)
+    prompt = StepMetadata([ScheduledRow("r0", 1, 0, 1, Phase.PROMPT_END)])
     for mode, then in (
         (CUDAGraphMode.FULL, CUDAGraphMode.NONE),
         (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE),
     ):
-        config: Any = SimpleNamespace(
-            parallel_config=SimpleNamespace(
-                data_parallel_size=1, is_moe_model=False, use_sequence_parallel_moe=False
-            ),
-            compilation_config=SimpleNamespace(
-                static_forward_context={}, static_all_moe_layers=[], fast_moe_cold_start=False
-            ),
-        )
-        with set_forward_context(None, config, cudagraph_runtime_mode=mode):
-            connector._keep_out_of_full_graphs()
+        metadata = server.build([0, 1], [1])
+        with set_forward_context(metadata, server.vllm_config, cudagraph_runtime_mode=mode):
+            server.connector.bind_connector_metadata(prompt)
             assert get_forward_context().cudagraph_runtime_mode == then
+    with pytest.raises(RuntimeError, match="took a step with prompts for one of decodes"):
+        server.connector.bind_connector_metadata(prompt)
