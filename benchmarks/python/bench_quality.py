@@ -34,7 +34,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.methods import METHODS, Method, find_methods
 from icecache.bench.prefill import Prefill, load, prefill, save
 from icecache.bench.prompts import Prompt
-from icecache.bench.quality import DecodeStats, decode_stats
+from icecache.bench.quality import DecodeStats, Subject, decode_stats
 from icecache.bench.report import Result, machine, write_json
 from icecache.bench.summary import broken_bounds, lines, results
 from icecache.models.local import load_model
@@ -137,9 +137,10 @@ def _smollm2(plan: Plan) -> Measured:
             made = _prefill(decoder, prompt, tokenizer.eos_token_id, plan.prefill_dir)
             bar.advance(task)
             needle = (tokenizer, prompt.answer) if prompt.answer else None
+            subject = Subject(prompt.name, made, needle)
             for size in plan.budgets:
                 bar.update(task, description=f"{prompt.name}: {size} tokens")
-                stats += decode_stats(decoder, prompt.name, made, plan.methods, size, needle)
+                stats += decode_stats(decoder, subject, plan.methods, size)
                 bar.advance(task)
     sizes = [int(prompt.tokens.shape[0]) for prompt in wanted]
     _show(f"{len(sizes)} prompts of {min(sizes):,} to {max(sizes):,} tokens", stats)
@@ -161,13 +162,11 @@ def _gemma3(plan: Plan) -> Measured:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("prefill", total=None)
         for context in _contexts(decoder, tokenizer, plan):
+            subject = Subject(context.name, context.made, is_answer=context.is_needle)
             steps = context.made.steps if not context.is_needle else steps
             for size in plan.budgets:
                 bar.update(task, description=f"{context.name}: {size} tokens", advance=1)
-                stats[context.group] += decode_stats(
-                    *(decoder, context.name, context.made, plan.methods, size),
-                    is_answer=context.is_needle,
-                )
+                stats[context.group] += decode_stats(decoder, subject, plan.methods, size)
             bar.update(task, description="prefill")
     for group, made in stats.items():
         _show(f"Gemma-3-270M, {group}", made)

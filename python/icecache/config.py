@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from icecache import _core
@@ -89,6 +89,12 @@ class Config:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Config:
         return _from_dict(self.to_dict())
+
+
+def check_budgets(budgets: Iterable[int], fields: Mapping[str, Any]) -> None:
+    """Raises InvalidArgument where one of the token budgets contradicts the other `fields`."""
+    for budget in budgets:
+        Config(**{**fields, "token_budget": budget}).check()
 
 
 def wrap(values: _core.Config) -> Config:

@@ -11,7 +11,7 @@ from icecache import InvalidArgument
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import METHODS, Method
 from icecache.bench.prefill import load, prefill, save
-from icecache.bench.quality import DecodeStats, decode_stats, kl_divergence
+from icecache.bench.quality import DecodeStats, Subject, decode_stats, kl_divergence
 from icecache.bench.report import Result, machine, write_json
 from icecache.bench.summary import BOUNDS, broken_bounds, lines, needles_missed, results
 
@@ -44,7 +44,7 @@ def test_prefill_is_the_models_own_and_survives_a_file(decoder: Decoder, tmp_pat
 
 def test_a_budget_above_the_length_is_full_attention(decoder: Decoder) -> None:
     made = prefill(decoder, hf_models.prompt(1, LENGTH)[0], STEPS, None)
-    stats = decode_stats(decoder, "p", made, METHODS, 2 * LENGTH)
+    stats = decode_stats(decoder, Subject("p", made), METHODS, 2 * LENGTH)
     assert len(stats) == len(METHODS)
     for one in stats:
         assert float(one.kl.max()) < 1e-6, one.method.label
@@ -56,7 +56,7 @@ def test_a_budget_above_the_length_is_full_attention(decoder: Decoder) -> None:
 def test_a_small_budget_costs_something(decoder: Decoder) -> None:
     made = prefill(decoder, hf_models.prompt(1, LENGTH)[0], STEPS, None)
     chosen = [method(name) for name in ("full", "icecache", "topk", "streaming")]
-    by_name = {s.method.name: s for s in decode_stats(decoder, "p", made, chosen, 64)}
+    by_name = {s.method.name: s for s in decode_stats(decoder, Subject("p", made), chosen, 64)}
     assert float(by_name["full"].kl.max()) < 1e-6
     for name in ("icecache", "topk", "streaming"):
         assert float(by_name[name].kl.mean()) > 1e-7
@@ -68,7 +68,7 @@ def test_a_budget_below_what_is_always_attended_is_refused(decoder: Decoder) -> 
     made = prefill(decoder, hf_models.prompt(1, LENGTH)[0], 1, None)
     for name in ("topk", "streaming"):
         with pytest.raises(InvalidArgument, match=r"budget: expected at least .* got 19"):
-            decode_stats(decoder, "p", made, [method(name)], 19)
+            decode_stats(decoder, Subject("p", made), [method(name)], 19)
 
 
 def test_kl_divergence_is_exact() -> None:

@@ -17,7 +17,7 @@ import typer
 from icecache.bench import prefill
 from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method, find_methods
-from icecache.bench.quality import DecodeStats, decode_stats
+from icecache.bench.quality import DecodeStats, Subject, decode_stats
 from icecache.bench.runs import OwnRun
 from icecache.bench.summary import broken_bounds
 from test_cli import save_tokenizer
@@ -68,7 +68,7 @@ def test_a_text_runs_once_for_all_lengths(
         torch.testing.assert_close(held.logits, logits[1:5], atol=1e-4, rtol=0)
         assert held.queries.shape[2] == int(one.group)
     exact = Method("icecache", "exact", engine_fields={"exact": True})
-    (stats,) = decode_stats(decoder, "p", made[1].made, [exact], 64)
+    (stats,) = decode_stats(decoder, Subject("p", made[1].made), [exact], 64)
     assert float(stats.kl.max()) < 1e-6 and stats.found is None
 
 
@@ -104,7 +104,7 @@ def test_a_needle_is_found_where_every_token_is_the_likeliest(decoder: Decoder) 
             following[changed] = (following[changed] + 1) % hf_models.VOCABULARY
         run = OwnRun(decoder)
         made = prefill.followed(decoder, run, tokens, run.run(tokens), following)
-        (stats,) = decode_stats(decoder, "p", made, full, 64, is_answer=True)
+        (stats,) = decode_stats(decoder, Subject("p", made, is_answer=True), full, 64)
         assert stats.found is expected
 
 

@@ -16,6 +16,7 @@ evaluate     one run of a suite, and its files
 scores       numbers of a run
 html_report  the same as a page
 html_page    what such pages are made of
+tables       tables of such numbers, on pages and terminals
 generation   texts fed token by token from a short prompt on: a run and its files
 generation_plan    what it is asked for
 generation_report  its numbers and its page

@@ -11,6 +11,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,10 +28,25 @@ from icecache import InvalidArgument
 # -> [B, Hq, T, D].
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# transformers' form of an attention function; the result is [B, T, Hq, D] and weights or None.
-AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
-
 _LAYER = "icecache_bench_layer"  # attribute of the keys that a layer returns
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A call of transformers' attention function; L tokens of keys, the last T of them new."""
+
+    own: Callable[..., tuple[torch.Tensor, Any]]  # the model's own function
+    module: torch.nn.Module
+    query: torch.Tensor  # [B, Hq, T, D]
+    key: torch.Tensor  # [B, Hkv, L, D]
+    value: torch.Tensor
+    mask: Any
+    arguments: Mapping[str, Any]
+
+    def result(self) -> tuple[torch.Tensor, Any]:
+        """Of the model's own function: [B, T, Hq, D], and weights or None."""
+        given = (self.module, self.query, self.key, self.value, self.mask)
+        return self.own(*given, **self.arguments)
 
 
 class FullLayer(CacheLayerMixin):
@@ -52,17 +68,8 @@ class FullLayer(CacheLayerMixin):
         """What the attention function is called with, for new keys and values [B, Hkv, T, D]."""
 
     @abstractmethod
-    def attend(
-        self,
-        own: AttentionFunction,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        arguments: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, Any]:
-        """What an attention function returns; `own` is the model's own one."""
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, Any]:
+        """The result of the call."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -96,19 +103,9 @@ class TakenLayer(FullLayer):
     def keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return keys, values
 
-    def attend(
-        self,
-        own: AttentionFunction,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        arguments: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, None]:
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         assert self.attention is not None
-        self.is_attended = True
-        output = self.attention(self.index, query, key, value)
+        output = self.attention(self.index, call.query, call.key, call.value)
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -151,13 +148,15 @@ def _attention(
     """The attention function of `routed`; `own` names the model's own one."""
     # Each model file has its own eager attention, under this name.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: AttentionFunction | None = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     if function is None:
         raise InvalidArgument(
             f"model: {type(module).__name__} has no eager attention in its file; load the model "
             'with attn_implementation="sdpa"'
         )
+    call = AttentionCall(function, module, query, key, value, attention_mask, arguments)
     layer: FullLayer | None = getattr(key, _LAYER, None)
     if layer is None:
-        return function(module, query, key, value, attention_mask, **arguments)
-    return layer.attend(function, module, query, key, value, attention_mask, arguments)
+        return call.result()
+    layer.is_attended = True
+    return layer.attend(call)

@@ -20,7 +20,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
-from icecache.bench.quality import kl_divergence, row_by_row
+from icecache.bench.quality import kl_divergence, row_by_row, token_nll
 from icecache.bench.runs import Branch
 from icecache.bench.session import Session
 from icecache.bench.writing import IsEnd, Manner, Writer, greedy, write_on
@@ -166,19 +166,14 @@ def _fill_gold(
     if not gold:
         return
     forks = [session.fork() for session in sessions]
-    nll = torch.full((len(forks),), _nll(prefill.first_logits[None], gold[0])[0].item())
+    nll = torch.full((len(forks),), float(token_nll(prefill.first_logits, gold[0])))
     attend, branch = row_by_row(forks), prefill.branch(decoder, len(forks))
     for token, following in pairwise(gold):
         tokens = torch.tensor(token).expand(len(forks), 1)
-        nll += _nll(branch.run(tokens, attend), following)
+        nll += token_nll(branch.run(tokens, attend), following)
     for outcome, fork, total in zip(outcomes, forks, nll.tolist(), strict=True):
         outcome.gold_nll = total / len(gold)
         fork.close()
-
-
-def _nll(logits: torch.Tensor, token: int) -> torch.Tensor:
-    """[B, V] -> [B]"""
-    return -torch.log_softmax(logits.float(), -1)[:, token]
 
 
 def _fill_errors(

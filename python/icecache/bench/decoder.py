@@ -8,7 +8,7 @@ other layers, of a sliding window or recurrent, keep transformers' own cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from icecache import Error, InvalidArgument
+from icecache.bench.cache_layers import AttentionCall
 from icecache.bench.runs import Branch, OwnRun
 from icecache.hf.engine_handle import AttentionShape
 from icecache.hf.support import CACHE, check_config, check_model, full_attention_layers
@@ -139,17 +140,12 @@ class Decoder:
         logits: torch.Tensor = self.model(input_ids=tokens, **arguments).logits
         return logits[:, -keep:]
 
-    def note(
-        self,
-        index: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> None:
+    def note(self, index: int, call: AttentionCall) -> None:
         """What an attention call of the trial says of full attention.
 
         Raises InvalidArgument for what methods do not compute, and where layers differ.
         """
+        query, key, arguments = call.query, call.key, call.arguments
         for name in ("softcap", "position_bias", "sliding_window"):
             if arguments.get(name) is not None:
                 raise InvalidArgument(

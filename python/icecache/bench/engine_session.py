@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from icecache import Engine, Phase
+from icecache import Engine, HeadStats, Phase
 from icecache.bench.decoder import Decoder
 from icecache.bench.prefill import Prefill
 from icecache.hf.engine_handle import EngineHandle
 from icecache.hf.sinks import narrow, widen_queries, widen_tokens, with_sink_token
-
-CHANGES = ("seals", "merges")  # counters of a head's statistics: how its index grew
 
 
 class EngineSession:
@@ -41,11 +40,7 @@ class EngineSession:
         engine = handle.bind(shape)
         assert isinstance(engine, Engine)
         self.engine = engine
-        self._heads = [
-            (layer, head)
-            for layer in range(decoder.num_layers)
-            for head in range(decoder.num_kv_heads)
-        ]
+        self._heads = [*itertools.product(range(decoder.num_layers), range(decoder.num_kv_heads))]
         self.sequence = self.engine.new_sequence()
         for layer in range(decoder.num_layers):
             keys, values = self._tokens(prefill.keys[layer, None], prefill.values[layer, None])
@@ -72,7 +67,7 @@ class EngineSession:
 
     def mass(self) -> float:
         """As the engine estimates it: against its far field, or its scan where that is off."""
-        heads = [self.engine.stats(layer, head) for layer, head in self._heads]
+        heads = self._stats()
         dense = sum(head.dense_steps for head in heads)
         steps = sum(head.steps for head in heads) + dense
         mass = sum(head.mass for head in heads)
@@ -80,7 +75,7 @@ class EngineSession:
 
     def bytes_read(self) -> int:
         """By the decode steps of all forks: sketches, summaries, candidates, attended K and V."""
-        return sum(self.engine.stats(layer, head).bytes_read for layer, head in self._heads)
+        return sum(head.bytes_read for head in self._stats())
 
     def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens as the model made them, [Hkv, L, D]."""
@@ -89,17 +84,16 @@ class EngineSession:
             return keys, values
         return narrow(keys[:, 1:]), narrow(values[:, 1:])
 
-    def changes(self) -> dict[str, int]:
-        """What the indexes of all heads did so far, of `CHANGES`; empty where none is counted."""
-        heads = [self.engine.stats(layer, head) for layer, head in self._heads]
-        return {
-            name: sum(getattr(head, name) for head in heads)
-            for name in CHANGES
-            if hasattr(heads[0], name)
-        }
+    def changes(self) -> list[int]:
+        """How often the indexes of all heads were sealed, and merged, so far."""
+        heads = self._stats()
+        return [sum(head.seals for head in heads), sum(head.merges for head in heads)]
 
     def close(self) -> None:
         self.engine.release(self.sequence)
+
+    def _stats(self) -> list[HeadStats]:
+        return [self.engine.stats(layer, head) for layer, head in self._heads]
 
     def _tokens(
         self, keys: torch.Tensor, values: torch.Tensor

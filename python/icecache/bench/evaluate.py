@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from icecache.bench.ask import GOLD_TOKENS, Asker, Limits, ask_endpoint
+from icecache.bench.decoder import Decoder, check_served
 from icecache.bench.html_report import html_report
 from icecache.bench.methods import find_methods
 from icecache.bench.report import machine, write_json
 from icecache.bench.runner import (
+    Progress,
     Question,
     Record,
     RunFolder,
@@ -27,8 +29,16 @@ from icecache.bench.tasks import longbench, longbench_output
 from icecache.bench.tasks.longbench_output import Prediction
 from icecache.bench.tasks.task import Task
 from icecache.bench.workers import ask_in_worker, fitting_workers, worker_processes
+from icecache.config import check_budgets
 from icecache.errors import InvalidArgument
-from icecache.models.local import check_model
+from icecache.hf.support import full_attention_layers
+from icecache.models.local import (
+    check_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
 from icecache.outputs import check_output_folder
 
 
@@ -65,14 +75,6 @@ class Plan:
             "engine": self.engine,
             "endpoint": self.endpoint,
         }
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Whom to tell: of the number of samples, then of each that is done."""
-
-    begin: Callable[[int], None] = lambda count: None
-    done: Callable[[Record], None] = lambda record: None
 
 
 def evaluate(suite: Suite, plan: Plan, out: Path, progress: Progress) -> list[Record]:
@@ -115,12 +117,9 @@ def _questions(suite: Suite, plan: Plan, tokenizer: Any) -> list[Question]:
 
 
 def _check(plan: Plan) -> None:
-    from icecache import Config
-
     if plan.endpoint is None:
         find_methods(plan.methods)
-    for budget in plan.budgets:
-        Config(**{**plan.engine, "token_budget": budget}).check()
+    check_budgets(plan.budgets, plan.engine)
     if plan.workers is not None and plan.workers < 1:
         raise InvalidArgument(f"--workers: expected at least 1, got {plan.workers}")
 
@@ -138,20 +137,14 @@ def _check_lengths(plan: Plan, folder: str) -> None:
 
 def _check_model(folder: str) -> None:
     """By the configuration; a Decoder tries the model itself."""
-    from icecache.bench.decoder import check_served
-
     check_served(_config(folder))
 
 
 def _folder(model: str) -> str:
-    from icecache.models.local import model_folder
-
     return str(model_folder(model))
 
 
 def _tokenizer(plan: Plan) -> Any:
-    from icecache.models.local import load_tokenizer
-
     return load_tokenizer(Path(_folder("smollm2" if plan.endpoint else plan.model)))
 
 
@@ -193,8 +186,6 @@ def _run(
 def _worker_bytes(plan: Plan, folder: str) -> int:
     """About what a worker holds at its largest prompt: the model as it loads and as it is, the
     prefill's cache twice, and one in each engine."""
-    from icecache.hf.support import full_attention_layers
-
     config = _config(folder).get_text_config(decoder=True)
     element = 4 if plan.dtype == "float32" else 2
     files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -209,8 +200,6 @@ def _worker_bytes(plan: Plan, folder: str) -> int:
 
 
 def _config(folder: str) -> Any:
-    from icecache.models.local import load_config
-
     return load_config(Path(folder))
 
 
@@ -223,9 +212,6 @@ def _limits(plan: Plan, context: int, gold: int) -> Limits:
 
 
 def _asker(plan: Plan, folder: str, gold: int) -> Asker:
-    from icecache.bench.decoder import Decoder
-    from icecache.models.local import load_model
-
     model, tokenizer = load_model(Path(folder), plan.dtype)
     config = model.config.get_text_config(decoder=True)
     methods = [

@@ -12,6 +12,7 @@ from icecache.bench.growth import FullLogits
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
+from icecache.bench.quality import token_nll
 from icecache.bench.runs import OwnRun
 from icecache.bench.session import Session
 from icecache.bench.writing import Choose, Manner, Writer, write_on
@@ -94,7 +95,7 @@ def _nll(run: OwnRun, made: Prefill, written: Sequence[int]) -> float:
     full, total = FullLogits(run, tokens), 0.0
     logits = made.first_logits
     for at, token in enumerate(written):
-        total -= float(torch.log_softmax(logits.float(), -1)[token])
+        total += float(token_nll(logits, token))
         if at + 1 < len(written):
             logits = full.after(made.length + at)
     return total / len(written)

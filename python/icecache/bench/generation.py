@@ -19,7 +19,7 @@ from icecache.bench.methods import Method, find_methods
 from icecache.bench.prefill import Prefill, finish
 from icecache.bench.prompts import pydoc_text
 from icecache.bench.report import machine, write_json
-from icecache.bench.runner import Question, Record, RunFolder, run, write_atomically
+from icecache.bench.runner import Progress, Question, Record, RunFolder, run, write_atomically
 from icecache.bench.runs import OwnRun
 from icecache.bench.suites import Data, text_files
 from icecache.bench.tasks.records import read_text
@@ -29,15 +29,6 @@ from icecache.errors import InvalidArgument
 from icecache.models.local import load_model, model_folder
 
 _NO_SCORE = Task(TASK, "kl", 0, chat=False, score=no_score)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Whom to tell: of the number of stretches, each step of each, and each that is done."""
-
-    begin: Callable[[int], None] = lambda count: None
-    tick: Callable[[], None] = lambda: None
-    done: Callable[[Record], None] = lambda record: None
 
 
 def measure(plan: GenerationPlan, out: Path, progress: Progress) -> list[Record]:

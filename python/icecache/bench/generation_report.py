@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,12 +11,11 @@ from statistics import fmean, median
 from typing import Any
 
 from icecache.bench.generation_plan import BLOCK
-from icecache.bench.html_page import html_figure, html_page, html_table
+from icecache.bench.html_page import html_figure, html_page, html_settings, html_table
 from icecache.bench.report import Result
 from icecache.bench.runner import Record
-from icecache.bench.scores import label
-
-Row = dict[str, Any]
+from icecache.bench.scores import Row, label, measures, name_of, rows_by_method
+from icecache.bench.tables import Column, Table, html_of, number, table_of, tokens
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,7 @@ class Line:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """In the order of the first record."""
-    by_method: dict[tuple[str, int], list[tuple[Record, Row]]] = defaultdict(list)
-    for record in records:
-        for row in record["rows"]:
-            by_method[row["method"], row["budget"]].append((record, row))
-    return [_line(*name, pairs) for name, pairs in by_method.items()]
+    return [_line(*name, pairs) for name, pairs in rows_by_method(records).items()]
 
 
 def _line(method: str, budget: int, pairs: Sequence[tuple[Record, Row]]) -> Line:
@@ -170,12 +162,10 @@ class FreeLine:
 
 def free_lines(records: Sequence[Record]) -> list[FreeLine]:
     """In the order of the first record; none where nothing was written."""
-    by_method: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for record in records:
-        for row in record["free"]:
-            by_method[row["method"], row["budget"]].append(row)
-    return [
-        FreeLine(
+    made = []
+    for (method, budget), pairs in rows_by_method(records, "free").items():
+        rows = [row for _, row in pairs]
+        line = FreeLine(
             method=method,
             budget=budget,
             n=len(rows),
@@ -184,8 +174,8 @@ def free_lines(records: Sequence[Record]) -> list[FreeLine]:
             perplexity=math.exp(fmean(row["nll"] for row in rows)),
             repetition=fmean(row["repetition"] for row in rows),
         )
-        for (method, budget), rows in by_method.items()
-    ]
+        made.append(line)
+    return made
 
 
 _UNITS = {
@@ -210,11 +200,8 @@ def results(records: Sequence[Record]) -> Iterator[Result]:
     `late`: the second half of the text; `ratio`: grown index over one built at the moment.
     """
     for line in lines(records):
-        name, params = _name(line.label), {"method": line.method, "token_budget": line.budget}
-        for measure, unit in _UNITS.items():
-            value = getattr(line, measure)
-            if not math.isnan(value):
-                yield Result(f"{measure}_{name}", value, unit, {**params, "n": line.n})
+        name, params = name_of(line.label), {"method": line.method, "token_budget": line.budget}
+        yield from measures(line, _UNITS, name, {**params, "n": line.n})
         for block in line.blocks:
             more = {**params, "worst": block.worst, "agreement": block.agreement}
             yield Result(f"kl_{name}_at_{block.start}", block.kl, "nats", more)
@@ -223,48 +210,42 @@ def results(records: Sequence[Record]) -> Iterator[Result]:
             yield Result(f"grown_{name}_at_{one.at}", one.grown, "nats", more)
     for free in free_lines(records):
         params = {"method": free.method, "token_budget": free.budget, "n": free.n}
-        for measure, unit in _FREE_UNITS.items():
-            yield Result(
-                f"free_{measure}_{_name(free.label)}", getattr(free, measure), unit, params
-            )
+        yield from measures(free, _FREE_UNITS, name_of(free.label), params, "free_")
 
 
-def _name(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text)
-
-
-Table = tuple[list[str], list[tuple[int, list[str]]]]
-
-_COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+_COLUMNS: tuple[Column[Line], ...] = (
     ("method", lambda line: line.method),
-    ("tokens", lambda line: str(line.budget) if line.budget else "all"),
+    ("tokens", lambda line: tokens(line.budget)),
     ("KL", lambda line: f"{line.kl:.4f}"),
     ("late", lambda line: f"{line.late:.4f}"),
     ("worst block", lambda line: f"{max(block.kl for block in line.blocks):.4f}"),
-    ("/ median", lambda line: _number(line.spread, ".2f")),
+    ("/ median", lambda line: number(line.spread, ".2f")),
     ("worst step", lambda line: f"{line.worst:.3f}"),
     ("agreement", lambda line: f"{100 * line.agreement:.1f}"),
     ("perplexity", lambda line: f"{line.perplexity:.2f}"),
     ("mass", lambda line: f"{100 * line.mass:.1f}"),
     ("MiB a step", lambda line: f"{line.bytes_read / 2**20:.2f}" if line.budget else ""),
-    ("/ built", lambda line: _number(line.ratio, ".2f")),
+    ("/ built", lambda line: number(line.ratio, ".2f")),
 )
 
 
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
-
+_FREE_COLUMNS: tuple[Column[FreeLine], ...] = (
+    ("method", lambda line: line.method),
+    ("tokens", lambda line: tokens(line.budget)),
+    ("written", lambda line: f"{line.written:.0f}"),
+    ("ended", lambda line: str(line.ended)),
+    ("perplexity to full", lambda line: f"{line.perplexity:.2f}"),
+    ("repetition", lambda line: f"{100 * line.repetition:.1f}"),
+    ("n", lambda line: str(line.n)),
+)
 
 # What fits beside each other on a terminal.
 SHORT = ("method", "tokens", "KL", "late", "worst block", "/ median", "agreement", "/ built")
 
 
 def summary(records: Sequence[Record], names: Sequence[str] = ()) -> Table:
-    """Header, and a budget with each row; all columns for no `names`."""
-    columns = [(name, show) for name, show in _COLUMNS if not names or name in names]
-    ordered = sorted(lines(records), key=lambda line: line.budget)
-    rows = [(line.budget, [show(line) for _, show in columns]) for line in ordered]
-    return [name for name, _ in columns], rows
+    """One row for each method and budget; all columns for no `names`."""
+    return table_of(lines(records), _COLUMNS, names)
 
 
 def checkpoint_table(records: Sequence[Record]) -> Table:
@@ -274,7 +255,7 @@ def checkpoint_table(records: Sequence[Record]) -> Table:
     for line in sorted(lines(records), key=lambda line: line.budget):
         for one in line.checkpoints:
             ratio = one.grown / one.rebuilt if one.rebuilt else math.nan
-            numbers = [f"{one.grown:.5f}", f"{one.rebuilt:.5f}", _number(ratio, ".2f")]
+            numbers = [f"{one.grown:.5f}", f"{one.rebuilt:.5f}", number(ratio, ".2f")]
             cells = [line.method, str(line.budget), f"{one.at:,}", *numbers, f"{one.exact:.5f}"]
             rows.append((line.budget, cells))
     return header, rows
@@ -282,19 +263,13 @@ def checkpoint_table(records: Sequence[Record]) -> Table:
 
 def free_table(records: Sequence[Record]) -> Table:
     """What was written freely; maybe no rows."""
-    header = ["method", "tokens", "written", "ended", "perplexity to full", "repetition", "n"]
-    rows = []
-    for line in sorted(free_lines(records), key=lambda line: line.budget):
-        numbers = [f"{line.written:.0f}", str(line.ended), f"{line.perplexity:.2f}"]
-        more = [f"{100 * line.repetition:.1f}", str(line.n)]
-        rows.append((line.budget, [line.method, str(line.budget or "all"), *numbers, *more]))
-    return header, rows
+    return table_of(free_lines(records), _FREE_COLUMNS)
 
 
 def html_report(settings: dict[str, Any], records: Sequence[Record]) -> str:
     """A page that needs nothing beside itself."""
     table = [line for line in lines(records) if line.budget]
-    parts = [f"<p>{_about(records)}</p>", _html(summary(records))]
+    parts = [f"<p>{_about(records)}</p>", html_of(summary(records))]
     for budget in dict.fromkeys(line.budget for line in table):
         shown = [line for line in table if line.budget == budget]
         marks = _changes(records, budget)
@@ -304,11 +279,10 @@ def html_report(settings: dict[str, Any], records: Sequence[Record]) -> str:
         parts.append(html_figure(text, partial(_curves, lines=shown, marks=marks), 9))
     checkpoints, free = checkpoint_table(records), free_table(records)
     if checkpoints[1]:
-        parts += ["<h2>Indexes built anew over the same keys and values</h2>", _html(checkpoints)]
+        parts += ["<h2>Indexes built anew over the same keys and values</h2>", html_of(checkpoints)]
     if free[1]:
-        parts += ["<h2>Written freely</h2>", _html(free)]
-    parts += ["<h2>By position</h2>", *_block_tables(table)]
-    parts += ["<h2>Run</h2>", f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"]
+        parts += ["<h2>Written freely</h2>", html_of(free)]
+    parts += ["<h2>By position</h2>", *_block_tables(table), html_settings(settings)]
     return html_page("generation", parts)
 
 
@@ -321,11 +295,6 @@ def _about(records: Sequence[Record]) -> str:
         "positions over its median block. / built: over an index built at the moment from the same "
         "keys and values. Perplexity is of the text, or under full attention of what was written."
     )
-
-
-def _html(table: Table) -> str:
-    header, rows = table
-    return html_table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
 
 
 def _block_tables(table: Sequence[Line]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from icecache.bench.generation_plan import BLOCK, Checkpoints
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
-from icecache.bench.quality import kl_divergence, row_by_row
+from icecache.bench.quality import kl_divergence, row_by_row, token_nll
 from icecache.bench.runs import QUERIES, OwnRun
 from icecache.bench.session import Session
 
@@ -84,6 +84,12 @@ class Growth:
     changes: list[list[int]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
 
+    def add(self, kl: float, agrees: bool, nll: float) -> None:
+        """One step. Until all are there, `nll` is a sum."""
+        self.kl.append(round(kl, 7))
+        self.agrees.append(agrees)
+        self.nll += nll
+
 
 def grow(
     decoder: Decoder,
@@ -123,15 +129,10 @@ class _Row:
         self._read = self.session.bytes_read()
         self._changes = self._counts()
 
-    def add(self, kl: float, agrees: bool, nll: float) -> None:
-        self.growth.kl.append(round(kl, 7))
-        self.growth.agrees.append(agrees)
-        self.growth.nll += nll
-
     def note_changes(self, position: int) -> None:
         now = self._counts()
         if now != self._changes:
-            made = [now[name] - self._changes[name] for name in now]
+            made = [count - before for count, before in zip(now, self._changes, strict=True)]
             self.growth.changes.append([position, *made])
             self._changes = now
 
@@ -143,8 +144,8 @@ class _Row:
         self.growth.bytes_read = (self.session.bytes_read() - self._read) / max(1, steps)
         return self.growth
 
-    def _counts(self) -> dict[str, int]:
-        return self.session.changes() if isinstance(self.session, EngineSession) else {}
+    def _counts(self) -> list[int]:
+        return self.session.changes() if isinstance(self.session, EngineSession) else []
 
 
 class _Course:
@@ -196,18 +197,17 @@ class _Course:
     def _note(self, position: int, logits: torch.Tensor | None) -> None:
         """Step 3 for all rows; `logits` [B, V]."""
         truth = self._logits.after(position)
-        following = self._tokens[position + 1 : position + 2]
-        self.full.kl.append(0.0)
-        self.full.agrees.append(True)
-        self.full.nll += _nll(truth[None], following)[0]
-        if logits is None:
-            return
-        kl = kl_divergence(truth.expand_as(logits), logits).tolist()
-        agrees = (logits.argmax(-1) == truth.argmax(-1)).tolist()
         last = position + 1 == len(self._tokens)
-        for at, (row, nll) in enumerate(zip(self._rows, _nll(logits, following), strict=True)):
-            row.add(kl[at], agrees[at], nll)
-            if last or position % _CHANGES_EVERY == 0:
+        following = None if last else int(self._tokens[position + 1])
+        every = truth[None] if logits is None else torch.cat([truth[None], logits])
+        kl = kl_divergence(truth.expand_as(every), every).tolist()
+        agrees = (every.argmax(-1) == truth.argmax(-1)).tolist()
+        nll = [0.0] * len(every) if following is None else token_nll(every, following).tolist()
+        growths = [self.full, *(row.growth for row in self._rows)]
+        for growth, *step in zip(growths, kl, agrees, nll, strict=True):
+            growth.add(*step)
+        if last or position % _CHANGES_EVERY == 0:
+            for row in self._rows:
                 row.note_changes(position)
 
     def _rebuilt(self, place: int) -> Iterator[tuple[_Row, tuple[float, float]]]:
@@ -263,11 +263,3 @@ class _RecentQueries:
                 parts.append(torch.stack([queries[at] for queries in steps], 1))
             made.append(torch.cat(parts, 1)[:, -QUERIES:])
         return torch.stack(made)
-
-
-def _nll(logits: torch.Tensor, following: torch.Tensor) -> list[float]:
-    """Of each row of [B, V], for the token `following` [1]; 0 where it is empty."""
-    if not following.numel():
-        return [0.0] * logits.shape[0]
-    found: list[float] = (-torch.log_softmax(logits.float(), -1)[:, following[0]]).tolist()
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ def html_page(title: str, parts: Iterable[str]) -> str:
         f"<title>{heading}</title><style>{_STYLE}</style></head>"
         f"<body><h1>{heading}</h1>{''.join(parts)}</body></html>\n"
     )
+
+
+def html_settings(settings: dict[str, Any]) -> str:
+    """What was run, as the last part of a page."""
+    return f"<h2>Run</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>"
 
 
 def html_table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:

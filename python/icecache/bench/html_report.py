@@ -2,89 +2,74 @@
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from icecache.bench.html_page import html_figure, html_page, html_table
+from icecache.bench.html_page import html_figure, html_page, html_settings, html_table
 from icecache.bench.runner import Record
 from icecache.bench.scores import Line, halves, lines, task_scores
+from icecache.bench.tables import Column, Table, html_of, number, table_of, tokens
 
-_COLUMNS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+
+def _percent(value: float, digits: int = 1) -> str:
+    return number(100 * value, f".{digits}f")
+
+
+_COLUMNS: tuple[Column[Line], ...] = (
     ("method", lambda line: line.method),
-    ("tokens", lambda line: str(line.budget) if line.budget else "all"),
+    ("tokens", lambda line: tokens(line.budget)),
     ("score", lambda line: f"{line.score:.1f}"),
     ("95\u00a0%", lambda line: f"{line.score_low:.1f}–{line.score_high:.1f}"),
     ("of full", lambda line: _percent(line.share)),
     ("agreement", lambda line: _percent(line.agreement)),
-    ("KL", lambda line: _number(line.kl, ".4f")),
+    ("KL", lambda line: number(line.kl, ".4f")),
     ("gold likelihood", lambda line: _percent(line.gold_likelihood, 2)),
-    ("perplexity", lambda line: _number(line.perplexity, ".2f")),
+    ("perplexity", lambda line: number(line.perplexity, ".2f")),
     ("mass", lambda line: _percent(line.mass)),
-    ("output error", lambda line: _number(line.output_error, ".3f")),
-    ("MiB a step", lambda line: _number(line.bytes_read / 2**20, ".2f")),
-    ("written", lambda line: _number(line.answer_tokens, ".0f")),
-    ("ms a step", lambda line: _number(line.step_ms, ".1f")),
+    ("output error", lambda line: number(line.output_error, ".3f")),
+    ("MiB a step", lambda line: number(line.bytes_read / 2**20, ".2f")),
+    ("written", lambda line: number(line.answer_tokens, ".0f")),
+    ("ms a step", lambda line: number(line.step_ms, ".1f")),
     ("n", lambda line: str(line.n)),
 )
-
-
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return _number(100 * value, f".{digits}f")
 
 
 def html_report(title: str, settings: dict[str, Any], records: Sequence[Record]) -> str:
     """A page that needs nothing beside itself."""
     parts = [
         f"<p>{_summary(records)}</p>",
-        _method_table(records),
+        html_of(method_rows(records)),
         *_plots(records),
         "<h2>Halves</h2><p>Every second sample of each task.</p>",
-        *(_method_table(part) for part in halves(records) if part),
+        *(html_of(method_rows(part)) for part in halves(records) if part),
         "<h2>Tasks</h2>",
         *_task_tables(records),
-        "<h2>Run</h2>",
-        f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>",
+        html_settings(settings),
     ]
     return html_page(title, parts)
 
 
 def _summary(records: Sequence[Record]) -> str:
-    tokens = [record["tokens"] for record in records]
+    lengths = [record["tokens"] for record in records]
     cut = sum(record["truncated"] for record in records)
     return (
         f"{len(records)} samples of {len({record['task'] for record in records})} tasks, prompts "
-        f"of {min(tokens):,} to {max(tokens):,} tokens, {cut} of them truncated in the middle. "
+        f"of {min(lengths):,} to {max(lengths):,} tokens, {cut} of them truncated in the middle. "
         "KL, agreement and mass are along full attention's own answer; gold likelihood is that of "
         "the right answer, relative to full attention; written counts a method's own tokens until "
         "it stops. Per cent where no unit is given."
     )
 
 
-def method_rows(
-    records: Sequence[Record], names: Sequence[str] = ()
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and a budget with each row, for terminals as well; all columns for no `names`."""
-    columns = [(name, show) for name, show in _COLUMNS if not names or name in names]
-    ordered = sorted(lines(records), key=lambda line: line.budget)
-    rows = [(line.budget, [show(line) for _, show in columns]) for line in ordered]
-    return [name for name, _ in columns], rows
-
-
-def _method_table(records: Sequence[Record]) -> str:
-    header, rows = method_rows(records)
-    return html_table(header, [("ours" if row[0] == "icecache" else "", row) for _, row in rows])
+def method_rows(records: Sequence[Record], names: Sequence[str] = ()) -> Table:
+    """One row for each method and budget; all columns for no `names`."""
+    return table_of(lines(records), _COLUMNS, names)
 
 
 def _task_tables(records: Sequence[Record]) -> Iterator[str]:
@@ -93,7 +78,7 @@ def _task_tables(records: Sequence[Record]) -> Iterator[str]:
     for budget in sorted({line.budget for line in table if line.budget}) or [0]:
         shown = [line for line in table if line.budget in (0, budget)]
         rows = [
-            ("", [task, *(_number(scores.get(line.label, math.nan), ".1f") for line in shown)])
+            ("", [task, *(number(scores.get(line.label, math.nan), ".1f") for line in shown)])
             for task, scores in tasks.items()
         ]
         if budget:

@@ -32,39 +32,44 @@ class DecodeStats:
     found: bool | None  # the needle; None where the prompt has none
 
 
-def decode_stats(
-    decoder: Decoder,
-    name: str,
-    prefill: Prefill,
-    methods: Sequence[Method],
-    budget: int,
-    needle: tuple[Any, str] | None = None,
-    is_answer: bool = False,
-) -> list[DecodeStats]:
-    """Every method over the prefill's continuation.
+@dataclass(frozen=True)
+class Subject:
+    """What methods are compared on: a prompt's prefill, and when its needle counts as found.
 
-    With `needle` = (tokenizer, answer) every method then decodes by itself, from the prompt's
-    first token on, and found says whether its text contains the answer. With `is_answer` the
-    continuation is one token and the right answer, and found says whether a method, at each of its
-    tokens, has it as the most likely one.
+    With `needle` = (tokenizer, answer) every method decodes by itself, too, from the prompt's end
+    on, and has found it where its text contains the answer. With `is_answer` the continuation is
+    one token and the right answer, and a method has found it where each of its tokens is the
+    method's most likely one.
     """
+
+    name: str
+    prefill: Prefill
+    needle: tuple[Any, str] | None = None
+    is_answer: bool = False
+
+
+def decode_stats(
+    decoder: Decoder, subject: Subject, methods: Sequence[Method], budget: int
+) -> list[DecodeStats]:
+    """Every method over the continuation of the subject's prefill."""
+    prefill = subject.prefill
     sessions = [method.open(decoder, prefill, budget) for method in methods]
-    free = [session.fork() for session in sessions] if needle else []
+    free = [session.fork() for session in sessions] if subject.needle else []
     logits = teacher_forced(decoder, prefill, sessions)
     masses = [session.mass() for session in sessions]
     found: list[bool | None] = [None] * len(methods)
-    if needle:
-        tokenizer, answer = needle
+    if subject.needle:
+        tokenizer, answer = subject.needle
         texts = tokenizer.batch_decode(decode_freely(decoder, prefill, free))
         found = [answer in text for text in texts]
-    if is_answer:
+    if subject.is_answer:
         right = logits.argmax(-1) == prefill.continuation[1:]
         found = right.all(-1).tolist()
     for session in [*free, *sessions]:
         session.close()
     return [
         DecodeStats(
-            prompt=name,
+            prompt=subject.name,
             method=method,
             budget=budget,
             kl=kl_divergence(prefill.logits, logits[row]),
@@ -101,6 +106,11 @@ def kl_divergence(truth: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     log_p = torch.log_softmax(truth.double(), -1)
     log_q = torch.log_softmax(other.double(), -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def token_nll(logits: torch.Tensor, token: int) -> torch.Tensor:
+    """Negative log likelihood of `token` under logits [..., V] -> [...], nats."""
+    return -torch.log_softmax(logits.float(), -1)[..., token]
 
 
 def row_by_row(sessions: Sequence[Session]) -> Attention:

@@ -29,6 +29,15 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Whom to tell: of the number of samples, of each step of long ones, of each that is done."""
+
+    begin: Callable[[int], None] = lambda count: None
+    tick: Callable[[], None] = lambda: None
+    done: Callable[[Record], None] = lambda record: None
+
+
+@dataclass(frozen=True)
 class Question:
     """A sample and the task that it is of."""
 

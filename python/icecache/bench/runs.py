@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from icecache.bench.cache_layers import (
     Attention,
-    AttentionFunction,
+    AttentionCall,
     FullLayer,
     TakenLayer,
     check_attended,
@@ -39,7 +39,7 @@ class OwnRun:
         self.values = torch.empty(0)
         self.queries: list[torch.Tensor] = [torch.empty(0)] * decoder.num_layers
         self.step_s = 0.0  # seconds of calls with one token
-        self.on_attention: Callable[..., None] | None = None  # sees every call's arguments
+        self.on_attention: Callable[[int, AttentionCall], None] | None = None  # sees every call
         self._decoder = decoder
         self._full = [_OwnLayer(self, index, 0) for index in range(decoder.num_layers)]
         self._stock = decoder.stock_layers()
@@ -111,24 +111,14 @@ class _OwnLayer(FullLayer):
     def keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._run.append(self.index, keys, values, self.seen)
 
-    def attend(
-        self,
-        own: AttentionFunction,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        arguments: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, Any]:
-        self.is_attended = True
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, Any]:
         run = self._run
         if run.on_attention is not None:
-            run.on_attention(self.index, query, key, arguments)
-        if query.shape[2] > 1:
+            run.on_attention(self.index, call)
+        if call.query.shape[2] > 1:
             seen = [run.queries[self.index]] if run.queries[self.index].numel() else []
-            run.queries[self.index] = torch.cat([*seen, query[0]], 1)[:, -QUERIES:].clone()
-        return own(module, query, key, value, mask, **arguments)
+            run.queries[self.index] = torch.cat([*seen, call.query[0]], 1)[:, -QUERIES:].clone()
+        return call.result()
 
 
 class Branch:

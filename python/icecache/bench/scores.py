@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -53,16 +53,23 @@ def label(method: str, budget: int) -> str:
 def lines(records: Sequence[Record]) -> list[Line]:
     """In the order of the first record."""
     full = {_key(record): row for record in records for row in record["rows"] if not row["budget"]}
-    by_method: dict[tuple[str, int], list[tuple[Record, Row]]] = defaultdict(list)
-    for record in records:
-        for row in record["rows"]:
-            by_method[row["method"], row["budget"]].append((record, row))
     whole = [(record, full[_key(record)]) for record in records]
     base = _score(whole) if whole else math.nan
     return [
         _line(method, budget, pairs, [full[_key(record)] for record, _ in pairs], base)
-        for (method, budget), pairs in by_method.items()
+        for (method, budget), pairs in rows_by_method(records).items()
     ]
+
+
+def rows_by_method(
+    records: Sequence[Record], part: str = "rows"
+) -> dict[tuple[str, int], list[tuple[Record, Row]]]:
+    """Method and budget -> records, each with its row in this part; in the order of the first."""
+    made: dict[tuple[str, int], list[tuple[Record, Row]]] = defaultdict(list)
+    for record in records:
+        for row in record[part]:
+            made[row["method"], row["budget"]].append((record, row))
+    return made
 
 
 def _key(record: Record) -> tuple[str, str]:
@@ -153,7 +160,6 @@ def task_scores(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 _UNITS = {
-    "score": "percent",
     "share": "share",
     "agreement": "share",
     "kl": "nats",
@@ -173,14 +179,23 @@ def results(records: Sequence[Record]) -> Iterator[Result]:
     first, second = halves(records)
     for suffix, part in (("", records), ("_half1", first), ("_half2", second)):
         for line in lines(part) if part else ():
-            name = "".join(c if c.isalnum() else "_" for c in line.label)
-            params: dict[str, Any] = {"method": line.method, "token_budget": line.budget}
-            params["n"] = line.n
-            for measure, unit in _UNITS.items():
-                value = getattr(line, measure)
-                if math.isnan(value):
-                    continue
-                extra = (
-                    {"low": line.score_low, "high": line.score_high} if measure == "score" else {}
-                )
-                yield Result(f"{measure}_{name}{suffix}", value, unit, {**params, **extra})
+            name = f"{name_of(line.label)}{suffix}"
+            params = {"method": line.method, "token_budget": line.budget, "n": line.n}
+            low_high = {"low": line.score_low, "high": line.score_high}
+            yield Result(f"score_{name}", line.score, "percent", {**params, **low_high})
+            yield from measures(line, _UNITS, name, params)
+
+
+def measures(
+    line: object, units: Mapping[str, str], name: str, params: dict[str, Any], start: str = ""
+) -> Iterator[Result]:
+    """A result "START measure_NAME" for each measure of a line that was taken, in its unit."""
+    for measure, unit in units.items():
+        value = getattr(line, measure)
+        if not math.isnan(value):
+            yield Result(f"{start}{measure}_{name}", value, unit, params)
+
+
+def name_of(text: str) -> str:
+    """A label as a part of a result's name."""
+    return "".join(c if c.isalnum() else "_" for c in text)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import typer
 
 from icecache.bench.names import unknown
-from icecache.cli.usage import words
+from icecache.cli.options import MOST_TOKENS, parse_settings
+from icecache.cli.usage import numbers, words
+from icecache.config import check_budgets
+from icecache.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from icecache.bench.tables import Table
 
 # Of icecache.bench.methods, in its order.
 METHODS = (
@@ -20,7 +27,18 @@ METHODS = (
 )
 _DEFAULT = ",".join(METHODS[:6])
 
-METHOD_HELP = f'Methods, comma-separated; "all" for every one; else {_DEFAULT}.'
+MethodNames: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help=f'Methods, comma-separated; "all" for every one; else {_DEFAULT}.'
+    ),
+]
+OutFolder: TypeAlias = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; one that was cut off goes on.")
+]
+JsonFile: TypeAlias = Annotated[
+    Path | None, typer.Option("--json", help="Where the results go as well.")
+]
 
 
 def method_names(given: str | None) -> list[str]:
@@ -36,14 +54,30 @@ def method_names(given: str | None) -> list[str]:
     return names
 
 
-def show_table(
-    console: Console, title: str, made: tuple[list[str], Sequence[tuple[int, list[str]]]]
-) -> None:
-    """A header and rows, each with its budget, between which lines are drawn."""
-    from rich.table import Table
+def budgets_and_fields(
+    budget: str, settings: Sequence[str] | None
+) -> tuple[list[int], dict[str, Any]]:
+    """Of --budget and --set. Raises InvalidArgument where they contradict each other."""
+    budgets, fields = numbers("--budget", budget, 1, MOST_TOKENS), parse_settings(settings)
+    check_budgets(budgets, fields)
+    return budgets, fields
+
+
+def run_folder(name: str, model: str, out: Path | None, json: Path | None) -> Path:
+    """The folder of a run. Raises InvalidArgument where its files, or `json`, cannot be written."""
+    folder = out or Path(f"icecache-{name}-{Path(model).name}")
+    check_output_folder("--out", folder)
+    if json is not None:
+        check_output_file("--json", json)
+    return folder
+
+
+def show_table(console: Console, title: str, made: Table) -> None:
+    """Lines are drawn between rows of different budgets."""
+    from rich import table as rich_table
 
     header, rows = made
-    table = Table(title=title, box=None)
+    table = rich_table.Table(title=title, box=None)
     for name in header:
         justify: Literal["left", "right"] = "left" if name == "method" else "right"
         table.add_column(name, justify=justify, no_wrap=True)

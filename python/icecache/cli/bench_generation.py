@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
-from icecache.cli.bench_common import METHOD_HELP, finish, method_names, show_table
-from icecache.cli.options import MOST_TOKENS, NumberFormat, Settings, parse_settings
-from icecache.cli.usage import numbers
-from icecache.config import Config
-from icecache.outputs import check_output_file, check_output_folder
+from icecache.cli.bench_common import (
+    JsonFile,
+    MethodNames,
+    OutFolder,
+    budgets_and_fields,
+    finish,
+    method_names,
+    run_folder,
+    show_table,
+)
+from icecache.cli.options import MOST_TOKENS, NumberFormat, Settings
 
 
 def generation(
@@ -28,7 +34,7 @@ def generation(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens that are prefilled exactly.")
     ] = 256,
     budget: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,256",
-    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
+    method: MethodNames = None,
     own: Annotated[
         bool, typer.Option("--own", help="Along what full attention writes after each prompt.")
     ] = False,
@@ -55,19 +61,14 @@ def generation(
     seed: Annotated[int, typer.Option(min=0, max=1 << 32, help="Of --own and --free.")] = 0,
     dtype: Annotated[NumberFormat, typer.Option(help="Number format.")] = NumberFormat.float32,
     settings: Settings = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; one that was cut off goes on.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Where the results go as well.")] = None,
+    out: OutFolder = None,
+    json: JsonFile = None,
 ) -> None:
     """Feed texts token by token: KL to full attention by position, from a short prompt on."""
     from icecache.bench.generation_plan import Checkpoints, GenerationPlan
     from icecache.models.local import check_model
 
-    budgets = numbers("--budget", budget, 1, MOST_TOKENS)
-    engine = parse_settings(settings)
-    for one in budgets:
-        Config(**{**engine, "token_budget": one}).check()
+    budgets, engine = budgets_and_fields(budget, settings)
     plan = GenerationPlan(
         model=model,
         methods=method_names(method),
@@ -87,11 +88,7 @@ def generation(
     )
     plan.check()
     check_model(model)
-    folder = out or Path(f"icecache-generation-{Path(model).name}")
-    check_output_folder("--out", folder)
-    if json is not None:
-        check_output_file("--json", json)
-    _run(plan, folder, json)
+    _run(plan, run_folder("generation", model, out, json), json)
 
 
 def _run(plan: object, out: Path, json: Path | None) -> None:
@@ -102,6 +99,7 @@ def _run(plan: object, out: Path, json: Path | None) -> None:
     from icecache.bench import generation as run
     from icecache.bench.generation_plan import BLOCK, GenerationPlan
     from icecache.bench.generation_report import SHORT, checkpoint_table, free_table, summary
+    from icecache.bench.runner import Progress as Told
     from icecache.bench.runner import Record
 
     assert isinstance(plan, GenerationPlan)
@@ -114,7 +112,7 @@ def _run(plan: object, out: Path, json: Path | None) -> None:
             names.append(record["sample"])
             bar.update(task, completed=len(names) * steps, description=escape(names[-1]))
 
-        told = run.Progress(
+        told = Told(
             begin=lambda count: bar.update(task, total=count * steps),
             tick=lambda: bar.advance(task),
             done=done,

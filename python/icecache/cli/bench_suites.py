@@ -9,12 +9,19 @@ from urllib.parse import urlsplit
 
 import typer
 
-from icecache.cli.bench_common import METHOD_HELP, finish, method_names, show_table
-from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat, Settings, parse_settings
+from icecache.cli.bench_common import (
+    JsonFile,
+    MethodNames,
+    OutFolder,
+    budgets_and_fields,
+    finish,
+    method_names,
+    run_folder,
+    show_table,
+)
+from icecache.cli.options import MOST_THREADS, MOST_TOKENS, NumberFormat, Settings
 from icecache.cli.usage import Command, numbers, words
-from icecache.config import Config
 from icecache.errors import InvalidArgument
-from icecache.outputs import check_output_file, check_output_folder
 
 # name -> help; of icecache.bench.suites, which takes seconds to import.
 SUITES = {
@@ -47,10 +54,7 @@ def _command(suite: str) -> Callable[..., None]:
             str | None,
             typer.Option(help="Token budgets, comma-separated; else 64,128,256."),
         ] = None,
-        method: Annotated[
-            str | None,
-            typer.Option(help=METHOD_HELP),
-        ] = None,
+        method: MethodNames = None,
         task: Annotated[
             str | None, typer.Option(help="Tasks, comma-separated; all if not given.")
         ] = None,
@@ -94,10 +98,8 @@ def _command(suite: str) -> Callable[..., None]:
         endpoint: Annotated[
             str | None, typer.Option(help="Ask this OpenAI-compatible server instead (.../v1).")
         ] = None,
-        out: Annotated[
-            Path | None, typer.Option(help="Folder of the run; one that was cut off goes on.")
-        ] = None,
-        json: Annotated[Path | None, typer.Option(help="Where the results go as well.")] = None,
+        out: OutFolder = None,
+        json: JsonFile = None,
     ) -> None:
         from icecache.bench.suites import Data, find_suite
         from icecache.models.local import check_model
@@ -113,10 +115,7 @@ def _command(suite: str) -> Callable[..., None]:
                     "--max-length": max_length,
                 },
             )
-        budgets = numbers("--budget", "64,128,256" if budget is None else budget, 1, MOST_TOKENS)
-        engine = parse_settings(settings)
-        for one in budgets:
-            Config(**{**engine, "token_budget": one}).check()
+        budgets, engine = budgets_and_fields("64,128,256" if budget is None else budget, settings)
         data = Data(
             data_dir,
             [] if task is None else words("--task", task),
@@ -134,10 +133,7 @@ def _command(suite: str) -> Callable[..., None]:
                 )
         if endpoint is None:
             check_model(model)
-        folder = out or Path(f"icecache-{suite}-{Path(model).name}")
-        check_output_folder("--out", folder)
-        if json is not None:
-            check_output_file("--json", json)
+        folder = run_folder(suite, model, out, json)
         methods = method_names(method)
 
         from icecache.bench.evaluate import Plan
@@ -184,6 +180,7 @@ def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
 
     from icecache.bench import evaluate as run
     from icecache.bench.html_report import method_rows
+    from icecache.bench.runner import Progress as Told
     from icecache.bench.suites import find_suite
 
     assert isinstance(plan, run.Plan)
@@ -191,7 +188,7 @@ def _run(name: str, plan: object, out: Path, json: Path | None) -> None:
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as bar:
         task = bar.add_task(name, total=None, last="")
-        told = run.Progress(
+        told = Told(
             begin=lambda count: bar.update(task, total=count),
             done=lambda record: bar.update(
                 task, advance=1, last=escape(f"{record['task']} {record['tokens']:,} tokens")

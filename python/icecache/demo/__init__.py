@@ -1,7 +1,7 @@
 """The demo: one long document, hidden needles, full attention beside IceCache and other methods.
 
 document        the text, the needles in it and the questions about them
-streaming       StreamingLLM, as one of them
+streaming       StreamingLLM that drops tokens
 methods         what is compared
 run             runs it all; rows of the table
 trace           what IceCache looked at, for the report

@@ -1,43 +1,38 @@
-"""The methods that the demo puts side by side."""
+"""The methods that the demo puts side by side: those of the harness, each at one budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from icecache.bench.decoder import Decoder
-from icecache.bench.engine_session import EngineSession
+from icecache.bench.methods import Method, find_methods
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
 from icecache.demo.streaming import StreamingSession
 
-_PAGES = {"select": "page", "tail": "off"}
+_STREAMING = Method("streaming", "streaming", StreamingSession)
 
 
 @dataclass(frozen=True)
-class Method:
-    """`engine` are fields of Config; None stands for StreamingLLM."""
+class Contender:
+    """A method as the demo shows it."""
 
     name: str
     budget: int
     note: str
-    engine: Mapping[str, Any] | None = field(default_factory=dict)
+    method: Method
 
-    def open(self, decoder: Decoder, prefill: Prefill, **fields: Any) -> Session:
-        if self.engine is None:
-            return StreamingSession(prefill, self.budget)
-        return EngineSession(decoder, prefill, self.budget, {**self.engine, **fields})
+    def open(self, decoder: Decoder, prefill: Prefill) -> Session:
+        return self.method.open(decoder, prefill, self.budget)
 
 
-def compared(budgets: tuple[int, ...], other: int) -> list[Method]:
+def compared(budgets: tuple[int, ...], other: int) -> list[Contender]:
     """IceCache at each budget, the others at `other` tokens."""
-    ours = [Method("IceCache", budget, "tokens picked, the rest summarised") for budget in budgets]
-    paper = {"index": "dci", **_PAGES}
-    quest = {"index": "positional", **_PAGES}
+    ours, paper, quest = find_methods(["icecache", "paper", "quest"])
+    note = "tokens picked, the rest summarised"
     return [
-        *ours,
-        Method("IceCache paper", other, "DCI pages, p = .03, the rest dropped", paper),
-        Method("Quest", other, "consecutive pages by min/max bounds", quest),
-        Method("StreamingLLM", other, "sinks and the most recent tokens", None),
+        *(Contender("IceCache", budget, note, ours) for budget in budgets),
+        Contender("IceCache paper", other, "DCI pages, p = .03, the rest dropped", paper),
+        Contender("Quest", other, "consecutive pages by min/max bounds", quest),
+        Contender("StreamingLLM", other, "sinks and the most recent tokens", _STREAMING),
     ]

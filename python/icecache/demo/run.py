@@ -17,7 +17,7 @@ from icecache.bench.quality import decode_freely, kl_divergence, teacher_forced
 from icecache.bench.runs import OwnRun
 from icecache.demo.document import Document, Needle
 from icecache.demo.lossless import LosslessModel
-from icecache.demo.methods import Method
+from icecache.demo.methods import Contender
 
 STEPS = 24  # decoded tokens per question
 
@@ -79,7 +79,7 @@ def run_demo(
     decoder: Decoder,
     tokenizer: Any,
     document: Document,
-    methods: list[Method],
+    methods: list[Contender],
     progress: Progress,
     on_question: Callable[[int, Question], None] | None = None,
 ) -> list[Row]:
@@ -129,7 +129,7 @@ def run_demo(
     for row in every[1:]:
         row.take_mean(len(document.needles))
     for row, method in zip(rows, methods, strict=True):
-        if method.engine is None:
+        if method.method.session is not None:  # which holds the budget and no more
             row.bytes_per_step = row.device_bytes = float(cell * method.budget)
     return every
 
@@ -158,7 +158,7 @@ def _run_lossless(model: LosslessModel, tokenizer: Any, question: Question, row:
 
 
 def _run_method(
-    decoder: Decoder, tokenizer: Any, question: Question, method: Method, row: Row
+    decoder: Decoder, tokenizer: Any, question: Question, method: Contender, row: Row
 ) -> None:
     """Adds one question to `row`."""
     session = method.open(decoder, question.prefill)
