@@ -5,6 +5,7 @@ suites       tasks by suite, and where their samples come from
 decoder      runs a transformers model by itself, or with its full attention taken over
 runs         sequences under way: the model's own, and those that methods decode
 cache_layers the full-attention layers of a model's cache
+dense_cache  keys and values of a layer
 prefill      full attention's cache, queries, answer and logits of one prompt; kept in files
 session      one sequence under one method: the interface of all methods
 methods      the methods by name: full, icecache, paper, topk, and those of `baselines`

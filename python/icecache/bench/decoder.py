@@ -187,14 +187,13 @@ def _try_out(decoder: Decoder) -> None:
     own = [run.run(prompt)]
     run.on_attention = None
     branch = Branch(decoder, run.stock_layers(), torch.tensor([run.length]))
-    held = [(keys, values) for keys, values in zip(run.keys, run.values, strict=True)]
-    held = [(k[:, : run.length].clone(), v[:, : run.length].clone()) for k, v in held]
+    held = [layer.fork() for layer in run.held]
 
     def attend(
         layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        k, v = (torch.cat(both, 1) for both in zip(held[layer], (keys[0], values[0]), strict=True))
-        held[layer] = (k, v)
+        held[layer].append(keys[0], values[0])
+        k, v = held[layer].keys, held[layer].values
         rows = decoder.scale * queries.reshape(k.shape[0], -1, k.shape[2]).float()
         scores = rows @ k.mT.float()
         if decoder.sinks:

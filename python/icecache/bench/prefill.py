@@ -126,11 +126,10 @@ def run_in_chunks(run: OwnRun, tokens: torch.Tensor) -> torch.Tensor:
 
 def _of_prompt(decoder: Decoder, run: OwnRun, tokens: torch.Tensor, first: torch.Tensor) -> Prefill:
     """The prompt `tokens` that `run` holds, without a continuation."""
-    length = run.length
     return Prefill(
         tokens=tokens.clone(),
-        keys=run.keys[:, :, :length].contiguous(),
-        values=run.values[:, :, :length].contiguous(),
+        keys=torch.stack([layer.keys for layer in run.held]),
+        values=torch.stack([layer.values for layer in run.held]),
         queries=torch.stack(run.queries),
         first_logits=first,
         continuation=torch.empty(0, dtype=torch.int64),

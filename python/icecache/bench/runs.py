@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from icecache.bench.cache_layers import (
@@ -19,24 +18,22 @@ from icecache.bench.cache_layers import (
     check_attended,
     routed,
 )
+from icecache.bench.dense_cache import DenseCache
 
 if TYPE_CHECKING:
     from icecache.bench.decoder import Decoder
 
 QUERIES = 256  # of a prompt's last tokens, which indexes learn from
 
-_ROOM = 256  # tokens that the keys and values of a run grow by
-
 
 class OwnRun:
     """One sequence that the model decodes by itself: its own attention in every layer.
 
-    Keys and values of the full-attention layers are contiguous; the model attends to a view.
+    The model attends to views of what the full-attention layers hold.
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self.keys = torch.empty(0)  # [layers, Hkv, room, D]
-        self.values = torch.empty(0)
+        self.held = [DenseCache() for _ in decoder.layers]
         self.queries: list[torch.Tensor] = [torch.empty(0)] * decoder.num_layers
         self.step_s = 0.0  # seconds of calls with one token
         self.on_attention: Callable[[int, AttentionCall], None] | None = None  # sees every call
@@ -75,7 +72,7 @@ class OwnRun:
     def fork(self) -> OwnRun:
         """A run with the same tokens."""
         other = copy.copy(self)
-        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other.held = [layer.fork() for layer in self.held]
         other.queries = list(self.queries)
         other._full = [_OwnLayer(other, layer.index, layer.seen) for layer in self._full]
         other._stock = self.stock_layers()
@@ -84,21 +81,6 @@ class OwnRun:
     def stock_layers(self) -> list[Any]:
         """Copies of transformers' own cache of the other layers, as in Decoder.stock_layers."""
         return _of_rows(self._stock, [0])
-
-    def append(
-        self, index: int, keys: torch.Tensor, values: torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores [1, Hkv, T, D] in a layer; what it holds then, [1, Hkv, end, D]."""
-        start = end - keys.shape[2]
-        if not self.keys.numel():
-            shape = (len(self._full), keys.shape[1], end + _ROOM, keys.shape[3])
-            self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
-        elif end > self.keys.shape[2]:
-            more = (0, 0, 0, end - self.keys.shape[2] + _ROOM)
-            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
-        self.keys[index, :, start:end] = keys[0]
-        self.values[index, :, start:end] = values[0]
-        return self.keys[None, index, :, :end], self.values[None, index, :, :end]
 
 
 class _OwnLayer(FullLayer):
@@ -109,7 +91,9 @@ class _OwnLayer(FullLayer):
         self._run = run
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._run.append(self.index, keys, values, self.seen)
+        held = self._run.held[self.index]
+        held.append(keys[0], values[0])
+        return held.keys[None], held.values[None]
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, Any]:
         run = self._run

@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from icecache.bench.dense_cache import DenseCache
 from icecache.bench.prefill import Prefill
 
-_ROOM = 32  # decoded tokens that a cache begins with; it doubles
 _MASS_EVERY = 4  # steps; mass asks for full attention's weights, most of a step's time
 
 _Self = TypeVar("_Self", bound="TensorSession")
@@ -89,36 +89,6 @@ def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return torch.softmax(torch.cat([scores, sinks.to(scores.dtype)], -1), -1)[..., :-1]
 
 
-class _Decoded:
-    """Keys and values of the decoded tokens of one layer, [Hkv, t, D]; grows in place."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        heads, _, head_dim = like.shape
-        self._rows = like.new_empty(2, heads, _ROOM, head_dim)
-        self._count = 0
-
-    @property
-    def keys(self) -> torch.Tensor:
-        return self._rows[0, :, : self._count]
-
-    @property
-    def values(self) -> torch.Tensor:
-        return self._rows[1, :, : self._count]
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        end = self._count + keys.shape[1]
-        if end > self._rows.shape[2]:
-            self._rows = F.pad(self._rows, (0, 0, 0, max(end, self._rows.shape[2])))
-        self._rows[0, :, self._count : end] = keys
-        self._rows[1, :, self._count : end] = values
-        self._count = end
-
-    def fork(self) -> _Decoded:
-        other = copy.copy(self)
-        other._rows = self._rows.clone()
-        return other
-
-
 class TensorSession(ABC):
     """A Session. Keys and values of the prompt are the prefill's own tensors, not copies.
 
@@ -133,7 +103,7 @@ class TensorSession(ABC):
         self.scale = scale
         self.attended: list[torch.Tensor] = []  # in each layer's last step, [Hkv, 1 or G, L] bool
         layers = prefill.keys.shape[0]
-        self._decoded = [_Decoded(prefill.keys[0]) for _ in range(layers)]
+        self._decoded = [DenseCache(prefill.keys[0]) for _ in range(layers)]
         self._steps = 0
         self._mass = 0.0  # sum of so many
         self._masses = 0
