@@ -127,14 +127,11 @@ if has_torch "$base" && is_writable "$base" || [ -n "${ICECACHE_PYTHON:-}" ]; th
 else
   python=$PWD/.venv/bin/python
   if ! "$python" -m pip --version >/dev/null 2>&1; then
-    shared_packages=
-    if has_torch "$base"; then shared_packages=--system-site-packages; fi
+    options=()
+    if has_torch "$base"; then options=(--system-site-packages); fi
     install_venv "$base" || exit 1
     say "making .venv with $("$base" --version)"
-    "$base" -m venv --clear $shared_packages .venv
-    # The pip that Pythons bring takes minutes of CPU time to look through an index; a newer one seconds.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip ||
-      say "pip stays at the version that Python brought, and takes longer"
+    scripts/new_venv.sh .venv "$base" "${options[@]}"
   fi
 fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
@@ -142,6 +139,7 @@ fi
 install_headers "$python" || exit 1
 
 # --- Python packages
+pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 if [ -z "${ICECACHE_TORCH:-}" ]; then
   ICECACHE_TORCH="torch==2.13.0"
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
@@ -154,13 +152,13 @@ if [ -n "$missing" ]; then
   installed_torch=$(torch_version "$python")
   echo "${installed_torch:+torch==$installed_torch}" >build/constraints.txt
   printf '%s\n' "$missing" >build/requirements.txt
-  "$python" -m pip install --quiet --disable-pip-version-check -c build/constraints.txt \
-    -r build/requirements.txt || fail "pip could not install what is listed in build/requirements.txt"
+  pip_install -c build/constraints.txt -r build/requirements.txt ||
+    fail "pip could not install what is listed in build/requirements.txt"
 fi
 # kvpress, whose picks the benchmarks' are compared with, asks for an older transformers than ours; the
 # parts that are compared run with any.
 if [ "$profile" = test ] && ! "$python" -c 'from importlib.metadata import version; version("kvpress")' 2>/dev/null; then
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps "kvpress==0.5.5" ||
+  pip_install --no-deps "kvpress==0.5.5" ||
     say "kvpress is missing, what is compared with it is skipped"
 fi
 echo "$python" | cmp -s - build/python || echo "$python" >build/python

