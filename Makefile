@@ -88,6 +88,7 @@ test-vllm: setup-vllm
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror
+	git ls-files '*.sh' .ci/run | $(TOOLS) xargs shellcheck
 	$(TOOLS) ruff check
 	$(TOOLS) ruff format --check
 	$(TOOLS) mypy

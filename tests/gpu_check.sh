@@ -21,19 +21,19 @@ step() {
   [ "$verdict" = ok ]
 }
 build_all() {
-  cmake -S . -B $build -G Ninja -DICECACHE_INPLACE=ON -DICECACHE_TESTS=ON -DICECACHE_CUDA=ON \
+  cmake -S . -B "$build" -G Ninja -DICECACHE_INPLACE=ON -DICECACHE_TESTS=ON -DICECACHE_CUDA=ON \
     -DICECACHE_FAISS=OFF -DCMAKE_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$(command -v "$python")" &&
-    cmake --build $build -j "$(nproc)" --target icecache _core _ops icecache_cuda_tests
+    cmake --build "$build" -j "$(nproc)" --target icecache _core _ops icecache_cuda_tests
 }
 # A few tests: the tools watch every access.
 watched='DeviceCacheTest.Within*:*FullBudget*/d64bfloat16g3:*FullBudget*/d128bfloat16g16:*FullBudget*/d96float32g4'
 sanitize() {
-  compute-sanitizer --tool "$1" --error-exitcode 1 ${2:-} $build/tests/icecache_cuda_tests \
+  compute-sanitizer --tool "$1" --error-exitcode 1 "$build/tests/icecache_cuda_tests" \
     --gtest_brief=1 --gtest_filter="$watched"
 }
 
 step build build_all || exit 1
-step tests $build/tests/icecache_cuda_tests --gtest_brief=1
+step tests "$build/tests/icecache_cuda_tests" --gtest_brief=1
 export PYTHONPATH=$PWD/python
 step python-tests "$python" -m pytest -q -n 0 -p no:cacheprovider tests/python/test_device.py \
   tests/python/test_device_hf.py

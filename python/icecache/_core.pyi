@@ -6,8 +6,8 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 import torch
 
 # [B, H, T, D], or one [H, T_b, D] for each sequence.
-Tensors: TypeAlias = torch.Tensor | Iterable[torch.Tensor]
-Ids: TypeAlias = Iterable[SupportsIndex]
+_Tensors: TypeAlias = torch.Tensor | Iterable[torch.Tensor]
+_Ids: TypeAlias = Iterable[SupportsIndex]
 
 class ConfigField:
     @property
@@ -138,15 +138,15 @@ class Engine:
     def release(self, seq: SupportsIndex, /) -> None: ...
     def length(self, seq: SupportsIndex, layer: SupportsIndex, /) -> int: ...
     def append(
-        self, seqs: Ids, layer: SupportsIndex, keys: Tensors, values: Tensors, /
+        self, seqs: _Ids, layer: SupportsIndex, keys: _Tensors, values: _Tensors, /
     ) -> None: ...
     # A tensor for a tensor, a list for a list.
     def attend(
-        self, seqs: Ids, layer: SupportsIndex, queries: Tensors, phase: SupportsIndex, /
+        self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, phase: SupportsIndex, /
     ) -> Any: ...
     def step(
         self,
-        seqs: Ids,
+        seqs: _Ids,
         layer: SupportsIndex,
         queries: torch.Tensor,
         keys: torch.Tensor,
@@ -156,18 +156,18 @@ class Engine:
     ) -> torch.Tensor: ...
     def step_packed(
         self,
-        seqs: Ids,
+        seqs: _Ids,
         layer: SupportsIndex,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         outputs: torch.Tensor,
-        firsts: Ids,
-        counts: Ids,
-        phases: Ids,
+        firsts: _Ids,
+        counts: _Ids,
+        phases: _Ids,
         /,
     ) -> None: ...
-    def observe(self, seqs: Ids, layer: SupportsIndex, queries: Tensors, /) -> None: ...
+    def observe(self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, /) -> None: ...
     def gather(
         self, seq: SupportsIndex, layer: SupportsIndex, keys: torch.Tensor, values: torch.Tensor, /
     ) -> None: ...
