@@ -149,8 +149,29 @@ __device__ __forceinline__ const float* coordinates_of(const BuildParams& p, int
          (static_cast<std::int64_t>(h) * (p.length - p.first) + offset + token) * p.width();
 }
 
-// The principal direction of one segment of one head, by power iteration from the row farthest from
-// the mean. A lane holds one to three coordinates.
+// The row that is farthest, of those that the warps found, each at its distance; of equal ones the
+// first. `far` and `far_row`: shared, one of each warp. All threads of the block call it.
+__device__ __forceinline__ int farthest_row(float distance, int row, float* far, int* far_row) {
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) {
+    far[warp] = distance;
+    far_row[warp] = row;
+  }
+  __syncthreads();
+  for (int w = 0; w < kBuildBlock / kWarp; ++w) {
+    if (far[w] > distance || (far[w] == distance && far_row[w] < row)) {
+      distance = far[w];
+      row = far_row[w];
+    }
+  }
+  return row;
+}
+
+// The principal direction of one segment of one head, by power iteration:
+// 1. The mean of the rows.
+// 2. The direction from there to the row farthest from it is the first guess.
+// 3. Each step multiplies the direction by the rows' covariance.
+// A warp takes every kWarps-th row; a lane holds one to three coordinates.
 static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const BuildParams p) {
   constexpr int kWarps = kBuildBlock / kWarp, kMost = 3;
   __shared__ float rows_sum[kWarps][kMost * kWarp];
@@ -177,6 +198,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
     __syncthreads();
   };
 
+  // 1.
   float y[kMost], sum[kMost] = {};
   for (int row = warp; row < rows; row += kWarps) {
     load(row, y);
@@ -185,6 +207,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
   for (int j = 0; j < per_lane; ++j) rows_sum[warp][j * kWarp + lane] = sum[j];
   gather(mean, 1.0f / static_cast<float>(rows));
 
+  // 2.
   float farthest = -1.0f;
   int which = 0;
   for (int row = warp; row < rows; row += kWarps) {
@@ -200,17 +223,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
       which = row;
     }
   }
-  if (lane == 0) {
-    far[warp] = farthest;
-    far_row[warp] = which;
-  }
-  __syncthreads();
-  for (int w = 0; w < kWarps; ++w) {
-    if (far[w] > farthest || (far[w] == farthest && far_row[w] < which)) {
-      farthest = far[w];
-      which = far_row[w];
-    }
-  }
+  which = farthest_row(farthest, which, far, far_row);
   if (warp == 0) {
     load(which, y);
     for (int j = 0; j < per_lane; ++j) {
@@ -219,6 +232,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
   }
   __syncthreads();
 
+  // 3.
   for (int iteration = 0; iteration < kPowerSteps; ++iteration) {
     float own[kMost], length = 0.0f, offset = 0.0f;
     for (int j = 0; j < per_lane; ++j) {

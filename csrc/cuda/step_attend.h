@@ -66,62 +66,77 @@ __device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blo
   }
 }
 
-// Tiles: fours of heads that one block takes. A block has its share of the nodes, which it adds up
-// while pick runs, and of the entries that pick writes; each of its warps takes every kWarps-th
-// stage of them. Values go from memory to shared memory without registers between (docs/cuda.md).
+// What a block adds up for one pair and kHeads of its heads: its share of the nodes, then of the
+// entries. Tiles: fours of heads that it takes. Values go from memory to shared memory without
+// registers between (docs/cuda.md).
 template <typename T, int D, int Tiles>
-__global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
-    attend_kernel(const StepParams p) {
+struct AttendShare {
   using Shape = RowShape<T, D>;
   using Stage = AttendStage<T, D, Tiles>;
-  constexpr int kHeads = Tiles * kHeadTile, kWarps = kAttendBlock / kWarp;
-  constexpr int kRows = Stage::kRows, kStages = kAttendStages;
-  static_assert(kHeads * D * sizeof(float) <= sizeof(Stage) * kStages);
-  __shared__ Stage stages_of_warps[kWarps][kStages];
-  __shared__ int entries[kMaxEntries];  // of this block; ~row where the value is missing
-  __shared__ float sums[kWarps][kHeads];
-  const StepShape& s = p.shape;
-  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int input = input_of(p, x), length = length_of(p, x);
-  const int tokens = is_idle(length) ? -1 : length, count = index_tokens(s, tokens);
-  const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
-  const int all_nodes = s.tail ? (count + s.far_node_tokens - 1) >> s.far_shift() : 0;
-  const int found = count > 0 ? static_cast<int>(p.scratch.found[x]) : 0;
-  const int least_entries = near_count(s, tokens) + min(s.select_tokens, found);
-  const int blocks = max(1, min(static_cast<int>(gridDim.x),
-                                (least_entries + all_nodes + kAttendLeast - 1) / kAttendLeast));
-  const int block = blockIdx.x;
-  // The pair's input is read again where it is needed: it takes no register meanwhile.
-  const auto output = [&] {
-    return static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
-  };
-  const bool takes_part = input >= 0 && block < blocks;
-  if (!takes_part || is_idle(length)) {
-    wait_for_earlier_kernel();
-    if (!takes_part || blockIdx.z != 0) return;
-    T* out = output();
-    const T value = from_float<T>(length < 0 ? 0.0f : NAN);
-    for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
-    return;
-  }
+  static constexpr int kHeads = Tiles * kHeadTile, kWarps = kAttendBlock / kWarp;
+  static constexpr int kRows = Stage::kRows, kStages = kAttendStages;
+
+  const StepParams& p;
+  const int x, block, blocks, heads, first_head;
+  Stage* const ring;   // [kStages] of this warp
+  int* const entries;  // [kMaxEntries] of the block; ~row where the value is missing
+  const int lane, warp;
+  const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
+  T* const row_values =
+      static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * p.shape.rows() * D;
+  // Nodes, and then entries: how many, their weights, and the first of them.
+  int items = 0;
+  const float* weights = nullptr;
+  int first_node = 0, entry0 = 0;
+  float4 sum = make_float4(0, 0, 0, 0);  // of the weights that the lane copied
+  AttendSums<T, D, Tiles> values_of_heads = {};
+
   // The index of the first item that belongs to block `of`, when `all` items are split evenly over
   // the blocks. The product fits 32 bits: there are fewer than 2^26 items and at most 16 blocks.
-  const auto share = [&](int all, int of) {
+  __device__ __forceinline__ int share(int all, int of) const {
     return static_cast<int>(static_cast<unsigned>(all * of) / static_cast<unsigned>(blocks));
-  };
-  // Nodes are split by whole stages, so that all nodes of a stage lie in one chunk.
-  const int all_stages = (all_nodes + kRows - 1) / kRows;
-  const int first_node = share(all_stages, block) * kRows;
-  const int nodes = min(share(all_stages, block + 1) * kRows, all_nodes) - first_node;
-  const int own = lane / Shape::kLanes, within = lane % Shape::kLanes;
-  Stage* ring = stages_of_warps[warp];
-  T* row_values = static_cast<T*>(p.layer.row_values) + static_cast<std::int64_t>(x) * s.rows() * D;
-  const float* weights =
-      p.scratch.mass + (static_cast<std::int64_t>(x) * s.nodes() + first_node) * heads;
-  int items = nodes;  // nodes, and then entries
-  int entry0 = x * s.entries();
+  }
 
-  const auto copy_row = [&](Stage& stage, int u, const T* from, bool there) {
+  // Nodes are split by whole stages, so that all nodes of a stage lie in one chunk.
+  __device__ __forceinline__ void take_nodes(int all_nodes) {
+    const int all_stages = (all_nodes + kRows - 1) / kRows;
+    first_node = share(all_stages, block) * kRows;
+    items = min(share(all_stages, block + 1) * kRows, all_nodes) - first_node;
+    weights =
+        p.scratch.mass + (static_cast<std::int64_t>(x) * p.shape.nodes() + first_node) * heads;
+  }
+
+  // Waits for pick, which ran beside the nodes.
+  __device__ __forceinline__ void take_entries() {
+    wait_for_earlier_kernel();
+    const int all = p.scratch.entry_count[x], first = share(all, block);
+    items = share(all, block + 1) - first;
+    entry0 = x * p.shape.entries() + first;
+    weights = p.scratch.entry_weights + static_cast<std::int64_t>(entry0) * heads;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < items; e += kAttendBlock) {
+      const int row = p.scratch.entry_rows[entry0 + e];
+      entries[e] = p.scratch.entry_sources[entry0 + e] < 0 ? row : ~row;
+    }
+    scale();
+    __syncthreads();
+  }
+
+  // Nodes weigh over exp(lse), entries over the largest of it and all logits.
+  __device__ __forceinline__ void scale() {
+    const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
+    const auto by = [&](int g) {
+      return first_head + g < heads ? far_scale[first_head + g] : 0.0f;
+    };
+    values_of_heads.scale(by);
+    const int tile = lane % Tiles * kHeadTile;
+    sum.x *= by(tile);
+    sum.y *= by(tile + 1);
+    sum.z *= by(tile + 2);
+    sum.w *= by(tile + 3);
+  }
+
+  __device__ __forceinline__ void copy_row(Stage& stage, int u, const T* from, bool there) const {
 #pragma unroll
     for (int j = 0; j < Shape::kPerLane; ++j) {
       const int v = Shape::vector(within, j);
@@ -130,24 +145,25 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
                      (Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1)),
                  there);
     }
-  };
-  const auto copy_weights = [&](Stage& stage, int first) {
+  }
+  __device__ __forceinline__ void copy_weights(Stage& stage, int first) const {
     if (lane >= kRows * Tiles) return;
     const int item = first + lane / Tiles, head = first_head + lane % Tiles * kHeadTile;
     const bool there = item < items && head < heads;
     copy_async(stage.weights + lane, weights + (there ? item * heads + head : 0), there);
-  };
+  }
   // What is past the last is zeros.
-  const auto ask_means = [&](Stage& stage, int first) {
-    const T* means = mean_of<T>(s, p.layer, x, first_node + first, D);
+  __device__ __forceinline__ void ask_means(Stage& stage, int first) const {
+    const T* means = mean_of<T>(p.shape, p.layer, x, first_node + first, D);
 #pragma unroll
     for (int u = 0; u < Stage::kUnroll; ++u) {
       const int row = u * Shape::kRows + own;
       copy_row(stage, u, means + row * D, first + row < items);
     }
     copy_weights(stage, first);
-  };
-  const auto ask_entries = [&](Stage& stage, int first) {
+  }
+  __device__ __forceinline__ void ask_entries(Stage& stage, int first) const {
+    const StepShape& s = p.shape;
 #pragma unroll 1
     for (int u = 0; u < Stage::kUnroll; ++u) {
       const int row = first + u * Shape::kRows + own;
@@ -158,9 +174,9 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
       copy_row(stage, u, from, row < items);
     }
     copy_weights(stage, first);
-  };
+  }
   // Values that came from host memory stay.
-  const auto keep = [&](const Stage& stage, int first) {
+  __device__ __forceinline__ void keep(const Stage& stage, int first) const {
     if (blockIdx.z != 0) return;
 #pragma unroll 1
     for (int u = 0; u < Stage::kUnroll; ++u) {
@@ -174,41 +190,10 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
         if (v < Shape::kVectors) to[v] = *stage.vector(u * Shape::kRows + own, v);
       }
     }
-  };
-  float4 sum = make_float4(0, 0, 0, 0);  // of the weights that the lane copied
-  AttendSums<T, D, Tiles> values_of_heads;
-  // Nodes weigh over exp(lse), entries over the largest of it and all logits.
-  const auto scale = [&] {
-    const float* far_scale = p.scratch.far_scale + static_cast<std::int64_t>(x) * heads;
-    const auto by = [&](int g) {
-      return first_head + g < heads ? far_scale[first_head + g] : 0.0f;
-    };
-    values_of_heads.scale(by);
-    const int tile = lane % Tiles * kHeadTile;
-    sum.x *= by(tile);
-    sum.y *= by(tile + 1);
-    sum.z *= by(tile + 2);
-    sum.w *= by(tile + 3);
-  };
-  const auto await_entries = [&] {
-    wait_for_earlier_kernel();
-    const int all = p.scratch.entry_count[x], first = share(all, block);
-    items = share(all, block + 1) - first;
-    entry0 += first;
-    weights = p.scratch.entry_weights + static_cast<std::int64_t>(entry0) * heads;
-#pragma unroll 1
-    for (int e = thread; e < items; e += kAttendBlock) {
-      const int row = p.scratch.entry_rows[entry0 + e];
-      entries[e] = p.scratch.entry_sources[entry0 + e] < 0 ? row : ~row;
-    }
-    scale();
-    __syncthreads();
-  };
+  }
 
-  // Nodes, then entries. Loops over stages are not unrolled: code that is run once is slow to come.
-#pragma unroll 1
-  for (int of_entries = 0; of_entries < 2; ++of_entries) {
-    if (of_entries) await_entries();
+  // Adds up the items; each warp takes every kWarps-th stage of them.
+  __device__ __forceinline__ void add_items(bool of_entries) {
 #pragma unroll 1
     for (int asked = 0;; ++asked) {
       // What is added up is kStages - 1 behind what is asked for.
@@ -233,18 +218,79 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
       if (of_entries) keep(stage, first);
     }
   }
-  wait_for_copies<0>();
-  __syncwarp();
 
-  // Over the parts of the warp, then over the warps, whose sums [kHeads, D] take the stages' place.
-  for (int offset = Tiles; offset < kWarp; offset *= 2) {
-    sum.x += __shfl_xor_sync(~0u, sum.x, offset);
-    sum.y += __shfl_xor_sync(~0u, sum.y, offset);
-    sum.z += __shfl_xor_sync(~0u, sum.z, offset);
-    sum.w += __shfl_xor_sync(~0u, sum.w, offset);
+  // The warp's sums: of values [kHeads, D], which take its stages' place, and of weights [kHeads].
+  __device__ __forceinline__ void store(float* weights_of_heads) {
+    wait_for_copies<0>();
+    __syncwarp();
+    for (int offset = Tiles; offset < kWarp; offset *= 2) {
+      sum.x += __shfl_xor_sync(~0u, sum.x, offset);
+      sum.y += __shfl_xor_sync(~0u, sum.y, offset);
+      sum.z += __shfl_xor_sync(~0u, sum.z, offset);
+      sum.w += __shfl_xor_sync(~0u, sum.w, offset);
+    }
+    if (lane < Tiles) *reinterpret_cast<float4*>(weights_of_heads + lane * kHeadTile) = sum;
+    values_of_heads.store(reinterpret_cast<float*>(ring));
   }
-  if (lane < Tiles) *reinterpret_cast<float4*>(sums[warp] + lane * kHeadTile) = sum;
-  values_of_heads.store(reinterpret_cast<float*>(ring));
+};
+
+// Blocks that share a pair's rows and nodes: of the grid's as many as have enough to do.
+__device__ __forceinline__ int attend_blocks_of(const StepParams& p, int x, int tokens, int nodes) {
+  const int found = index_tokens(p.shape, tokens) > 0 ? static_cast<int>(p.scratch.found[x]) : 0;
+  const int least_entries = near_count(p.shape, tokens) + min(p.shape.select_tokens, found);
+  return max(1, min(static_cast<int>(gridDim.x),
+                    (least_entries + nodes + kAttendLeast - 1) / kAttendLeast));
+}
+
+// 1. Blocks that have nothing to do, and pairs that answer without attention, end here.
+// 2. Nodes are added up while pick still runs, then the entries that it writes.
+// 3. The sums of the warps become the block's, in memory.
+// 4. The last block of the pair merges them, in the order of the blocks, and the pair has one more
+//    token.
+template <typename T, int D, int Tiles>
+__global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
+    attend_kernel(const StepParams p) {
+  using Share = AttendShare<T, D, Tiles>;
+  using Stage = typename Share::Stage;
+  constexpr int kHeads = Share::kHeads, kWarps = Share::kWarps, kStages = kAttendStages;
+  static_assert(kHeads * D * sizeof(float) <= sizeof(Stage) * kStages);
+  __shared__ Stage stages_of_warps[kWarps][kStages];
+  __shared__ int entries[kMaxEntries];
+  __shared__ float sums[kWarps][kHeads];
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int input = input_of(p, x), length = length_of(p, x);
+  const int tokens = is_idle(length) ? -1 : length;
+  const int heads = s.padded_group(), first_head = blockIdx.z * kHeads;
+  const int nodes = s.tail ? (index_tokens(s, tokens) + s.far_node_tokens - 1) >> s.far_shift() : 0;
+  const int block = blockIdx.x, blocks = attend_blocks_of(p, x, tokens, nodes);
+  // The pair's input is read again where it is needed: it takes no register meanwhile.
+  const auto output = [&] {
+    return static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
+  };
+
+  // 1.
+  const bool takes_part = input >= 0 && block < blocks;
+  if (!takes_part || is_idle(length)) {
+    wait_for_earlier_kernel();
+    if (!takes_part || blockIdx.z != 0) return;
+    T* out = output();
+    const T value = from_float<T>(length < 0 ? 0.0f : NAN);
+    for (int i = thread; i < s.group * D; i += kAttendBlock) out[i] = value;
+    return;
+  }
+
+  // 2. Loops over stages are not unrolled: code that is run once is slow to come.
+  Share share{p, x, block, blocks, heads, first_head, stages_of_warps[warp], entries, lane, warp};
+  share.take_nodes(nodes);
+#pragma unroll 1
+  for (int of_entries = 0; of_entries < 2; ++of_entries) {
+    if (of_entries) share.take_entries();
+    share.add_items(of_entries);
+  }
+
+  // 3.
+  share.store(sums[warp]);
   __syncthreads();
   const std::int64_t block0 =
       (static_cast<std::int64_t>(x) * gridDim.x + block) * heads + first_head;
@@ -263,7 +309,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
     p.scratch.partial_sum[block0 + thread] = total;
   }
 
-  // The last block merges, in the order of the blocks, and the pair has one more token.
+  // 4.
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
   merge_blocks<T, D>(p, x, blocks, output(), reinterpret_cast<AttendPart*>(stages_of_warps));
   if (thread == 0) p.layer.lengths[x] = length_of(p, x) + 1;

@@ -24,135 +24,139 @@ __device__ __forceinline__ int token_of(int begin, int k) {
   return begin + warp * kWarpTokens + k * kWarp + lane;
 }
 
-// Warps have nothing to do with each other until all of a chunk is added up. Codes come to shared
-// memory while what is made of those before them is computed; a thread reads what it asked for
-// itself. Wide: a far-field node has 64 tokens, else 32.
-template <int Words, bool Wide>
-__global__ void __launch_bounds__(kBlock, kScanBlocks) scan_kernel(const StepParams p) {
-  constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
-  constexpr int kSteps = Wide ? 2 : 1, kNodes = kScanSteps / kSteps;  // of a node; of a warp
-  constexpr int kMaxTiles = kMaxGroup / kHeadTile;
-  __shared__ uint4 cells[kScanSteps][Words / 4][kBlock];
-  __shared__ int queries[kMaxTiles][Words][2][kHeadTile];  // even dimensions of a word, then odd
+// Shared memory of a scan. Words: of a token's sketch. Nodes: far-field nodes of a chunk.
+template <int Words, int Nodes>
+struct ScanMemory {
+  static constexpr int kMaxTiles = kMaxGroup / kHeadTile;
+  uint4 cells[kScanSteps][Words / 4][kBlock];
+  int queries[kMaxTiles][Words][2][kHeadTile];  // even dimensions of a word, then odd
   // Of a chunk; the next one's are others, while some warps still read these.
-  __shared__ int4 highest_of_turns[2][kMaxTiles][kWarps];
-  __shared__ float sums_of_turns[2][kMaxTiles][kWarps * kNodes][kHeadTile];
-  wait_for_earlier_kernel();
-  const StepShape& s = p.shape;
-  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const std::byte* const* parts = p.layer.chunks + static_cast<std::int64_t>(x) * s.chunks();
-  // Asked for before it is known whether there is one, beside the length: one wait less.
-  const std::byte* part = load_now(parts + blockIdx.x);
-  const int length = length_of(p, x);
-  if (is_idle(length)) return;
-  const int count = index_tokens(s, length), blocks = gridDim.x;
-  const int chunks = (count + kChunkTokens - 1) / kChunkTokens;
-  int chunk = blockIdx.x;
-  if (chunk >= chunks) return;
-  const int heads = s.padded_group(), tiles = heads / kHeadTile;
-  const auto ask = [&](const std::byte* of_part, int of_chunk) {
-    const uint4* codes = reinterpret_cast<const uint4*>(of_part + p.layer.in_chunk);
+  int4 highest[2][kMaxTiles][kBlock / kWarp];
+  float sums[2][kMaxTiles][Nodes][kHeadTile];
+};
+
+// What a block scans: chunks of one pair. Wide: a far-field node has 64 tokens, else 32.
+template <int Words, bool Wide>
+struct ScanBlock {
+  static constexpr int kWarps = kBlock / kWarp, kShift = Words == 4 ? 1 : 2;
+  static constexpr int kSteps = Wide ? 2 : 1, kNodes = kScanSteps / kSteps;  // of a node; of a warp
+  using Memory = ScanMemory<Words, kWarps * kNodes>;
+
+  const StepParams& p;
+  Memory& shared;
+  const int x, thread, lane, warp, count, tiles;
+
+  // Asks for the codes of a chunk, which `part` holds. They come to shared memory while what is
+  // made of those before them is computed; a thread reads what it asked for itself.
+  __device__ __forceinline__ void ask(const std::byte* part, int chunk) const {
+    const uint4* codes = reinterpret_cast<const uint4*>(part + p.layer.in_chunk);
 #pragma unroll
     for (int k = 0; k < kScanSteps; ++k) {
 #pragma unroll
       for (int w = 0; w < Words / 4; ++w) {
-        copy_async(&cells[k][w][thread], codes + token_of(0, k) * (Words / 4) + w,
-                   token_of(of_chunk * kChunkTokens, k) < count);
+        copy_async(&shared.cells[k][w][thread], codes + token_of(0, k) * (Words / 4) + w,
+                   token_of(chunk * kChunkTokens, k) < count);
       }
     }
     end_copies();
-  };
-  ask(part, chunk);
-  const int* from = reinterpret_cast<const int*>(p.scratch.query_codes) +
-                    static_cast<std::int64_t>(x) * heads * Words * 2;
-#pragma unroll 1
-  for (int i = thread; i < heads * Words * 2; i += kBlock) {
-    const int head = i / (Words * 2);
-    queries[head / kHeadTile][i / 2 % Words][i % 2][head % kHeadTile] = from[i];
   }
-  const float unit = p.scratch.unit[x] * kLog2E;
-  __syncthreads();
+
+  __device__ __forceinline__ void load_queries() const {
+    const int values = tiles * kHeadTile * Words * 2;
+    const int* from =
+        reinterpret_cast<const int*>(p.scratch.query_codes) + static_cast<std::int64_t>(x) * values;
 #pragma unroll 1
-  for (int turn = 0; chunk < chunks; chunk += blocks, turn ^= 1) {
-    const int begin = chunk * kChunkTokens, next = chunk + blocks;
-    auto& highest = highest_of_turns[turn];
-    auto& sums = sums_of_turns[turn];
-    if (next < chunks) part = load_now(parts + next);
-    wait_for_copies<0>();
-    for (int tile = 0; tile < tiles; ++tile) {
-      int scores[kScanSteps][kHeadTile] = {};
+    for (int i = thread; i < values; i += kBlock) {
+      const int head = i / (Words * 2);
+      shared.queries[head / kHeadTile][i / 2 % Words][i % 2][head % kHeadTile] = from[i];
+    }
+  }
+
+  // Products of the thread's tokens with the queries of four heads.
+  __device__ __forceinline__ void multiply(int tile, int (&scores)[kScanSteps][kHeadTile]) const {
 #pragma unroll
-      for (int w = 0; w < Words; ++w) {
-        const int4 even4 = *reinterpret_cast<const int4*>(queries[tile][w][0]);
-        const int4 odd4 = *reinterpret_cast<const int4*>(queries[tile][w][1]);
-        const int even_query[kHeadTile] = {even4.x, even4.y, even4.z, even4.w};
-        const int odd_query[kHeadTile] = {odd4.x, odd4.y, odd4.z, odd4.w};
-#pragma unroll
-        for (int k = 0; k < kScanSteps; ++k) {
-          const uint4 cell = cells[k][w / 4][thread];
-          const unsigned word = w % 4 == 0   ? cell.x
-                                : w % 4 == 1 ? cell.y
-                                : w % 4 == 2 ? cell.z
-                                             : cell.w;
-          const int even = static_cast<int>(word & 0x0f0f0f0fu);
-          const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
-#pragma unroll
-          for (int g = 0; g < kHeadTile; ++g) {
-            scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
-          }
-        }
-      }
-      if (tile == tiles - 1 && next < chunks) ask(part, next);
-      int largest[kHeadTile] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
-      short4* out = reinterpret_cast<short4*>(p.scratch.scores) +
-                    (static_cast<std::int64_t>(x) * tiles + tile) * s.token_room;
+    for (int w = 0; w < Words; ++w) {
+      const int4 even4 = *reinterpret_cast<const int4*>(shared.queries[tile][w][0]);
+      const int4 odd4 = *reinterpret_cast<const int4*>(shared.queries[tile][w][1]);
+      const int even_query[kHeadTile] = {even4.x, even4.y, even4.z, even4.w};
+      const int odd_query[kHeadTile] = {odd4.x, odd4.y, odd4.z, odd4.w};
 #pragma unroll
       for (int k = 0; k < kScanSteps; ++k) {
-        const int token = token_of(begin, k);
+        const uint4 cell = shared.cells[k][w / 4][thread];
+        const unsigned word = w % 4 == 0   ? cell.x
+                              : w % 4 == 1 ? cell.y
+                              : w % 4 == 2 ? cell.z
+                                           : cell.w;
+        const int even = static_cast<int>(word & 0x0f0f0f0fu);
+        const int odd = static_cast<int>(word >> 4 & 0x0f0f0f0fu);
 #pragma unroll
         for (int g = 0; g < kHeadTile; ++g) {
-          scores[k][g] >>= kShift;
-          if (token < count) largest[g] = max(largest[g], scores[k][g]);
-        }
-        if (token < count) {
-          out[token] =
-              make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
-                          static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
+          scores[k][g] = __dp4a(even, even_query[g], __dp4a(odd, odd_query[g], scores[k][g]));
         }
       }
+    }
+  }
+
+  // Stores them as scores; `largest` becomes the best of the warp, also where it has no token.
+  __device__ __forceinline__ void store_scores(int tile, int begin,
+                                               int (&scores)[kScanSteps][kHeadTile],
+                                               int (&largest)[kHeadTile]) const {
+    short4* out = reinterpret_cast<short4*>(p.scratch.scores) +
+                  (static_cast<std::int64_t>(x) * tiles + tile) * p.shape.token_room;
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) largest[g] = INT_MIN;
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const int token = token_of(begin, k);
 #pragma unroll
       for (int g = 0; g < kHeadTile; ++g) {
-        largest[g] = max(warp_max(largest[g]), SHRT_MIN);  // where the warp has no token, too
+        scores[k][g] >>= kShift;
+        if (token < count) largest[g] = max(largest[g], scores[k][g]);
       }
-      if (lane == 0) highest[tile][warp] = {largest[0], largest[1], largest[2], largest[3]};
-      // A node is one warp's.
-      float weights[kNodes * kHeadTile] = {};
-#pragma unroll
-      for (int k = 0; k < kScanSteps; ++k) {
-        const bool counts = token_of(begin, k) < count;
-#pragma unroll
-        for (int g = 0; g < kHeadTile; ++g) {
-          const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
-          weights[k / kSteps * kHeadTile + g] += counts ? weight : 0.0f;
-        }
+      if (token < count) {
+        out[token] =
+            make_short4(static_cast<short>(scores[k][0]), static_cast<short>(scores[k][1]),
+                        static_cast<short>(scores[k][2]), static_cast<short>(scores[k][3]));
       }
-      constexpr int kLanes = kWarp / (kNodes * kHeadTile);  // that get the same sum
-      const float sum = warp_sums<kNodes * kHeadTile>(weights);
-      const int at = lane / kLanes;
-      if (lane % kLanes == 0) sums[tile][warp * kNodes + at / kHeadTile][at % kHeadTile] = sum;
     }
-    __syncthreads();
-    // All of the chunk, over its best score: a warp for each four heads, a lane for each node.
-    if (warp >= tiles) continue;
-    const int node_begin = begin + lane * kSteps * kWarp;
+#pragma unroll
+    for (int g = 0; g < kHeadTile; ++g) largest[g] = max(warp_max(largest[g]), SHRT_MIN);
+  }
+
+  // Sums of the weights of each node over the warp's best score. A node is one warp's.
+  __device__ __forceinline__ void sum_nodes(int begin, float unit,
+                                            const int (&scores)[kScanSteps][kHeadTile],
+                                            const int (&largest)[kHeadTile],
+                                            float (*sums)[kHeadTile]) const {
+    float weights[kNodes * kHeadTile] = {};
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      const bool counts = token_of(begin, k) < count;
+#pragma unroll
+      for (int g = 0; g < kHeadTile; ++g) {
+        const float weight = power_of_two(unit * small_to_float(scores[k][g] - largest[g]));
+        weights[k / kSteps * kHeadTile + g] += counts ? weight : 0.0f;
+      }
+    }
+    constexpr int kLanes = kWarp / (kNodes * kHeadTile);  // that get the same sum
+    const float sum = warp_sums<kNodes * kHeadTile>(weights);
+    const int at = lane / kLanes;
+    if (lane % kLanes == 0) sums[warp * kNodes + at / kHeadTile][at % kHeadTile] = sum;
+  }
+
+  // All of the chunk, over its best score: a warp for each four heads, a lane for each node.
+  __device__ __forceinline__ void store_chunk(int chunk, float unit, const int4* highest,
+                                              const float (*sums)[kHeadTile]) const {
+    const StepShape& s = p.shape;
+    const int node_begin = chunk * kChunkTokens + lane * kSteps * kWarp;
     const bool has_node = lane < kWarps * kNodes && node_begin < count;
     const int4 of_warp =
-        has_node ? highest[warp][lane / kNodes] : int4{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+        has_node ? highest[lane / kNodes] : int4{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
     const int4 high = {warp_max(of_warp.x), warp_max(of_warp.y), warp_max(of_warp.z),
                        warp_max(of_warp.w)};
     float node[kHeadTile] = {};
     if (has_node) {
-      const float* sum = sums[warp][lane];
+      const float* sum = sums[lane];
       node[0] = sum[0] * power_of_two(unit * small_to_float(of_warp.x - high.x));
       node[1] = sum[1] * power_of_two(unit * small_to_float(of_warp.y - high.y));
       node[2] = sum[2] * power_of_two(unit * small_to_float(of_warp.z - high.z));
@@ -165,10 +169,63 @@ __global__ void __launch_bounds__(kBlock, kScanBlocks) scan_kernel(const StepPar
       }
     }
     const std::int64_t at =
-        (static_cast<std::int64_t>(x) * s.chunks() + chunk) * heads + warp * kHeadTile;
+        ((static_cast<std::int64_t>(x) * s.chunks() + chunk) * tiles + warp) * kHeadTile;
     const float sum = warp_sums<kHeadTile>(node);
     if (lane % 8 == 0) p.scratch.chunk_sum[at + lane / 8] = sum;
     if (lane == 0) *reinterpret_cast<int4*>(p.scratch.chunk_max + at) = high;
+  }
+};
+
+// 1. The block asks for the codes of its first chunk, and reads the queries.
+// 2. Of each chunk, each warp scores its tokens and sums up their weights. Warps have nothing to do
+//    with each other until then. The next chunk is asked for when the codes have been read.
+// 3. The sums of the warps become the chunk's.
+template <int Words, bool Wide>
+__global__ void __launch_bounds__(kBlock, kScanBlocks) scan_kernel(const StepParams p) {
+  using Block = ScanBlock<Words, Wide>;
+  __shared__ typename Block::Memory shared;
+  wait_for_earlier_kernel();
+  const StepShape& s = p.shape;
+  const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const std::byte* const* parts = p.layer.chunks + static_cast<std::int64_t>(x) * s.chunks();
+  // Asked for before it is known whether there is one, beside the length: one wait less.
+  const std::byte* part = load_now(parts + blockIdx.x);
+  const int length = length_of(p, x);
+  if (is_idle(length)) return;
+  const int count = index_tokens(s, length), blocks = gridDim.x;
+  const int chunks = (count + kChunkTokens - 1) / kChunkTokens;
+  int chunk = blockIdx.x;
+  if (chunk >= chunks) return;
+  const int tiles = s.padded_group() / kHeadTile;
+  const Block block{p, shared, x, thread, lane, warp, count, tiles};
+
+  // 1.
+  block.ask(part, chunk);
+  block.load_queries();
+  const float unit = p.scratch.unit[x] * kLog2E;
+  __syncthreads();
+#pragma unroll 1
+  for (int turn = 0; chunk < chunks; chunk += blocks, turn ^= 1) {
+    const int begin = chunk * kChunkTokens, next = chunk + blocks;
+    auto& highest = shared.highest[turn];
+    auto& sums = shared.sums[turn];
+
+    // 2.
+    if (next < chunks) part = load_now(parts + next);
+    wait_for_copies<0>();
+    for (int tile = 0; tile < tiles; ++tile) {
+      int scores[kScanSteps][kHeadTile] = {};
+      block.multiply(tile, scores);
+      if (tile == tiles - 1 && next < chunks) block.ask(part, next);
+      int largest[kHeadTile];
+      block.store_scores(tile, begin, scores, largest);
+      if (lane == 0) highest[tile][warp] = {largest[0], largest[1], largest[2], largest[3]};
+      block.sum_nodes(begin, unit, scores, largest, sums[tile]);
+    }
+    __syncthreads();
+
+    // 3.
+    if (warp < tiles) block.store_chunk(chunk, unit, highest[warp], sums[warp]);
   }
 }
 

@@ -9,12 +9,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOST, DEVICE = 60, 100
-# Longer ones, which may only become shorter. Kernels are cut where that can be timed.
+# Longer ones, which may only become shorter.
 LONGER = {
-    ("csrc/cuda/step_attend.h", "attend_kernel"): 195,
-    ("csrc/cuda/step_pick.h", "pick_kernel"): 176,
-    ("csrc/cuda/step_scan.h", "scan_kernel"): 142,
-    ("csrc/cuda/build_kernels.h", "direction_kernel"): 104,
     ("python/icecache/cli/bench_suites.py", "_command"): 119,  # options with their help
     ("benchmarks/python/bench_vllm_capacity.py", "main"): 102,
     ("benchmarks/python/cuda_kernels.py", "bench_kernels"): 64,
