@@ -16,6 +16,7 @@ from icecache.config import Config, Value, wrap
 from icecache.engine import core_settings
 from icecache.errors import InvalidArgument
 from icecache.fakes import require_one_device
+from icecache.shape import CacheShape
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
@@ -61,25 +62,15 @@ class DeviceCache:
         `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
         bounds the row cache of a layer's sequence (default: three steps' candidates).
         """
-        core_dtype, core_scale, fields = core_settings(dtype, scale, config, config_fields)
+        self.shape = CacheShape(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale)
+        settings = core_settings(self.shape, config, config_fields)
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if where.type != KIND:
             raise InvalidArgument(f"device must be a CUDA device, got {where}; use icecache.Engine")
         if where.index is None and KIND == "cuda":
             current = torch.cuda.current_device() if torch.cuda.is_available() else 0
             where = torch.device("cuda", current)
-        self._cache = _core.DeviceCache(
-            num_layers,
-            num_q_heads,
-            num_kv_heads,
-            head_dim,
-            core_dtype,
-            core_scale,
-            fields,
-            batch,
-            max_tokens,
-            where.index or 0,
-        )
+        self._cache = _core.DeviceCache(*settings, batch, max_tokens, where.index or 0)
         self.device = where
         self.dtype = dtype
         self.batch = batch

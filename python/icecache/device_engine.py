@@ -109,9 +109,7 @@ class DeviceEngine:
             self._shared = Lanes(cache)
             self._batches.append(self._shared)
         self.config = cache.config
-        self.num_layers, self.num_q_heads = cache.num_layers, cache.num_q_heads
-        self.num_kv_heads, self.head_dim = cache.num_kv_heads, cache.head_dim
-        self.dtype = cache.dtype
+        self.shape = cache.shape
 
     def new_sequence(self) -> int:
         """An empty sequence; its number is never used again.
@@ -129,14 +127,15 @@ class DeviceEngine:
         self._next += 1
         return self._next - 1
 
-    def fork(self, seq: int) -> int:
-        """A sequence with the same tokens; whole pages of host memory are shared."""
+    def fork(self, seq: int, length: int | None = None) -> int:
+        """A sequence with the same tokens, or the first `length`; whole pages are shared."""
         lanes, lane = self._place(seq)
         if lanes.free:
             lanes.copy(lanes.free[-1], lane)
+            lanes.shorten(lanes.free[-1], length)
             lanes.enter(self._next)
         else:
-            self._forks[self._next] = _Fork(seq)
+            self._forks[self._next] = _Fork(seq, length)
         self._next += 1
         return self._next - 1
 
@@ -172,8 +171,8 @@ class DeviceEngine:
             return
         self._past = {
             (layer, head): self._sums([lanes], layer, head)
-            for layer in range(self.num_layers)
-            for head in range(self.num_kv_heads)
+            for layer in range(self.shape.num_layers)
+            for head in range(self.shape.num_kv_heads)
         }
         self._batches.remove(lanes)
 
@@ -293,7 +292,7 @@ class DeviceEngine:
             lanes.finish_building()
             if lane in lanes.broken:
                 raise Error(lanes.broken[lane])
-            lanes.rebuild_if_due(lane, range(self.num_layers))
+            lanes.rebuild_if_due(lane, range(self.shape.num_layers))
         lanes.cache.reserve(lane, length + count)
         for lengths, builts in zip(lanes.lengths, lanes.built, strict=True):
             lengths[lane] = length + count
@@ -377,7 +376,7 @@ class DeviceEngine:
 
     def all_stats(self) -> list[Any]:
         """The DeviceCacheStats of each layer of each batch. Waits for the current stream."""
-        layers = range(self.num_layers)
+        layers = range(self.shape.num_layers)
         return [lanes.cache.stats(layer) for lanes in self._batches for layer in layers]
 
     def memory(self) -> DeviceMemoryStats:
@@ -433,8 +432,7 @@ class DeviceEngine:
 def _take_memory(cache: DeviceCache, device_share: float) -> int:
     """Takes device memory for the indexes of as many tokens as it returns."""
     memory = cache.memory()
-    token_bytes = 2 * cache.num_layers * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
-    on_host = int(cache.config.host_memory) // token_bytes
+    on_host = int(cache.config.host_memory) // cache.shape.token_bytes
     # Of the share, what others have by now does not count.
     left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
     longest = -(-cache.max_tokens // ROOM_STEP) * ROOM_STEP

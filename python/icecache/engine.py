@@ -16,6 +16,7 @@ import torch
 from icecache import _core
 from icecache.config import Config, Value, wrap
 from icecache.errors import InvalidArgument
+from icecache.shape import CacheShape
 
 # torch's threads go on spinning after each of its loops, on the cores that the engine's own would
 # need: the engine runs on them. `icecache doctor` tells why where the operators do not load.
@@ -42,15 +43,23 @@ class Phase(IntEnum):
 
 
 def core_settings(
-    dtype: torch.dtype, scale: float | None, config: Config | None, fields: dict[str, Value]
-) -> tuple[str, float, _core.Config]:
+    shape: CacheShape, config: Config | None, fields: dict[str, Value]
+) -> tuple[int, int, int, int, str, float, _core.Config]:
     """What a cache is made with, as C++ takes it; `fields` take precedence over `config`."""
-    if dtype not in _DTYPES:
-        raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    if scale is not None and not scale > 0:
-        raise InvalidArgument(f"scale must be above 0, got {scale}")
+    if shape.dtype not in _DTYPES:
+        raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {shape.dtype}")
+    if shape.scale is not None and not shape.scale > 0:
+        raise InvalidArgument(f"scale must be above 0, got {shape.scale}")
     chosen = Config(**{**(config.to_dict() if config else {}), **fields})
-    return _DTYPES[dtype], scale or 0.0, chosen._values
+    return (
+        shape.num_layers,
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        _DTYPES[shape.dtype],
+        shape.scale or 0.0,
+        chosen._values,
+    )
 
 
 class Engine:
@@ -91,16 +100,8 @@ class Engine:
         1 / sqrt(D)). `config_fields` are fields of Config, and take precedence over `config`.
         Raises InvalidArgument for what is not supported or contradicts itself.
         """
-        core_dtype, core_scale, values = core_settings(dtype, scale, config, config_fields)
-        self._engine = _core.Engine(
-            num_layers,
-            num_q_heads,
-            num_kv_heads,
-            head_dim,
-            core_dtype,
-            core_scale,
-            values,
-        )
+        self.shape = CacheShape(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale)
+        self._engine = _core.Engine(*core_settings(self.shape, config, config_fields))
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
@@ -238,8 +239,4 @@ class Engine:
         self._engine.check_integrity()
 
     def __repr__(self) -> str:
-        return (
-            f"Engine({self.num_layers} layers, {self.num_q_heads} query heads, "
-            f"{self.num_kv_heads} KV heads, head_dim {self.head_dim}, {self.dtype}, "
-            f"{self.config!r})"
-        )
+        return f"Engine({self.num_layers} layers, {self.shape}, {self.config!r})"

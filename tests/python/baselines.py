@@ -11,7 +11,7 @@ from icecache.bench.decoder import Decoder
 from icecache.bench.methods import find_methods
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
-from icecache.hf.engine_handle import AttentionShape
+from icecache.shape import CacheShape
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 3, 16
 LENGTH, BUDGET, STEPS = 200, 90, 20
@@ -20,7 +20,7 @@ SCALE = DIM**-0.5
 Token = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values of one layer
 
 
-SHAPE = AttentionShape(HEADS * GROUP, HEADS, DIM, torch.float32, SCALE)
+SHAPE = CacheShape(LAYERS, HEADS * GROUP, HEADS, DIM, torch.float32, SCALE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Shape:
     num_kv_heads: int = HEADS
     scale: float = SCALE
     layers: tuple[int, ...] = tuple(range(LAYERS))
-    shape: AttentionShape = SHAPE
+    shape: CacheShape = SHAPE
 
 
 DECODER = cast(Decoder, Shape())

@@ -40,7 +40,7 @@ def test_verbs_take_the_arguments_of_the_engine_on_the_cpu() -> None:
         ours, theirs = (
             inspect.signature(getattr(of, name)).parameters for of in (DeviceEngine, Engine)
         )
-        assert list(ours) == list(theirs), name
+        assert list(ours)[: len(theirs)] == list(theirs), name
 
 
 def test_lanes_run_out_and_come_back(engine: DeviceEngine) -> None:
@@ -102,7 +102,7 @@ def test_a_fork_takes_a_free_lane_or_the_next_one() -> None:
     expected = step(engine, {first: 1})
     torch.manual_seed(0)
     assert torch.equal(step(engine, {twin: 1}), expected)
-    late = engine.fork(twin)
+    late = engine.fork(twin, 295)
     with pytest.raises(InvalidArgument, match="a batch keeps its number of sequences"):
         step(engine, {late: 1})
     engine.truncate(late, 290)

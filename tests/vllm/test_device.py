@@ -15,6 +15,7 @@ import torch
 from conftest import EngineFailed, Run
 from icecache import InvalidArgument, OutOfPages, device
 from icecache.reference import dense_attention
+from icecache.shape import CacheShape
 from icecache.vllm import prompt_attention, worker
 from icecache.vllm.names import FLASH_ATTENTION
 from icecache.vllm.spec import IceCacheSpec
@@ -116,7 +117,7 @@ def test_a_device_without_room_says_what_to_lower(
     monkeypatch.setattr(device, "KIND", "cpu")
     monkeypatch.setattr(worker, "DeviceEngine", full)
     made = worker.Worker(config(model, max_num_seqs=9))
-    made.add_layer(worker.Shape(4, 2, 64, 0.125))
+    made.add_layer(CacheShape(1, 4, 2, 64, scale=0.125))
     with pytest.raises(
         InvalidArgument,
         match=r"9 requests of which one has 1,024 tokens \(the device has no 7 .*lower --max-num",
@@ -174,7 +175,9 @@ def test_attention_over_a_prompt(
     called = Mock(side_effect=flash)
     monkeypatch.setattr(prompt_attention, "resolve_obj_by_qualname", {FLASH_ATTENTION: called}.get)
     monkeypatch.setattr(prompt_attention, "get_flash_attn_version", lambda head_size: version)
-    attend = prompt_attention.PromptAttention(dtype, DIM, 0.2, torch.device("cuda"))
+    attend = prompt_attention.PromptAttention(
+        CacheShape(1, HEADS, KV_HEADS, DIM, dtype, 0.2), torch.device("cuda")
+    )
     packed = torch.randn(100, HEADS + 2 * KV_HEADS, DIM).to(dtype)
     queries, keys, values = packed.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     outputs = torch.zeros(102, HEADS, DIM, dtype=dtype)

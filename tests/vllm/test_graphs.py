@@ -19,6 +19,7 @@ import models
 import pytest
 import torch
 from icecache import DeviceCache, OutOfPages, Phase, device, device_engine, lanes
+from icecache.shape import CacheShape
 from icecache.vllm import engine_args
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
 from icecache.vllm.connector import IceCacheConnector
@@ -31,7 +32,7 @@ from icecache.vllm.names import (
     get_forward_context,
 )
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.worker import Shape, worker_for
+from icecache.vllm.worker import worker_for
 from test_refusals import config
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.forward_context import set_forward_context
@@ -118,7 +119,7 @@ class Server:
     def __init__(self, vllm_config: Any) -> None:
         self.vllm_config = copy.copy(vllm_config)  # a server of its own
         self.worker = worker_for(self.vllm_config)
-        shape = Shape(HEADS, KV_HEADS, DIM, DIM**-0.5)
+        shape = CacheShape(1, HEADS, KV_HEADS, DIM, scale=DIM**-0.5)
         self.layers = [IceCacheAttention(self.worker, shape, "auto") for _ in NAMES]
         stock = FullAttentionSpec(
             block_size=16, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from icecache import Error, InvalidArgument
 from icecache.bench.cache_layers import AttentionCall
 from icecache.bench.runs import Branch, OwnRun
-from icecache.hf.engine_handle import AttentionShape
 from icecache.hf.support import CACHE, check_config, check_model, full_attention_layers
+from icecache.shape import CacheShape
 
 _TRIAL = 24  # tokens with which a decoder tries its model
 _TOLERANCE = 5e-2  # KL of a trial in a type of 16 bits, nats
@@ -72,7 +72,7 @@ class Decoder:
         # Rows at different positions: only where no cache of transformers' own has a row for each.
         whole = len(self.layers) == len(DynamicCache(config=model.config).layers)
         self.can_join = whole and "position_ids" in parameters
-        self._shape: AttentionShape | None = None
+        self._shape: CacheShape | None = None
         self.sinks: list[torch.Tensor] = []  # [Hq] a layer: the logits of learned sinks, if any
         try:
             _try_out(self)
@@ -85,7 +85,7 @@ class Decoder:
             ) from error
 
     @property
-    def shape(self) -> AttentionShape:
+    def shape(self) -> CacheShape:
         """Of every full-attention layer, `scale` included."""
         assert self._shape is not None
         return self._shape
@@ -109,7 +109,7 @@ class Decoder:
 
     @property
     def scale(self) -> float:
-        return self.shape.scale
+        return self.shape.softmax_scale
 
     def begin(self, start: int = 0) -> Branch:
         """One row that methods decode from its first token on, which is at position `start`."""
@@ -154,7 +154,9 @@ class Decoder:
                 )
         scaling, head_dim = arguments.get("scaling"), query.shape[-1]
         scale = head_dim**-0.5 if scaling is None else float(scaling)
-        shape = AttentionShape(query.shape[1], key.shape[1], head_dim, key.dtype, scale)
+        shape = CacheShape(
+            self.num_layers, query.shape[1], key.shape[1], head_dim, key.dtype, scale
+        )
         if self._shape is None:
             self._shape = shape
         if shape != self._shape:

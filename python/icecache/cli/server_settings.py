@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icecache.cli.server_command import SMOLLM2, Flags
 from icecache.errors import InvalidArgument
 from icecache.machine import usable_memory
+from icecache.shape import CacheShape
 
 _DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16"}
 _DTYPES |= {"float16": "float16", "half": "float16"}
@@ -24,16 +25,13 @@ def is_on_cpu() -> bool:
 class ModelShape:
     """What the engine serves of a model, as far as its configuration tells."""
 
-    num_layers: int  # of those with full attention
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
+    cache: CacheShape  # of layers with full attention, in whatever dtype
     longest: int  # tokens of the model's context; 0: not known
     all_full: bool  # no layer but those takes blocks of vLLM
 
 
 # Where the model is not known here: nothing that some model would take is refused.
-_ANY = ModelShape(1024, 1, 1, 64, longest=0, all_full=False)
+_ANY = ModelShape(CacheShape(1024, 1, 1, 64), longest=0, all_full=False)
 
 
 def model_shape(folder: str) -> ModelShape:
@@ -48,10 +46,12 @@ def model_shape(folder: str) -> ModelShape:
             window = getattr(config, "sliding_window", None)
             types = ["full_attention" if window is None else "some"] * config.num_hidden_layers
         return ModelShape(
-            num_layers=max(1, types.count("full_attention")),
-            num_q_heads=q_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
+            CacheShape(
+                num_layers=max(1, types.count("full_attention")),
+                num_q_heads=q_heads,
+                num_kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
+                head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
+            ),
             longest=int(getattr(config, "max_position_embeddings", 0) or 0),
             all_full={*types} == {"full_attention"},
         )
@@ -66,18 +66,12 @@ def check_settings(
     import torch
 
     from icecache import Config, Engine
-    from icecache.vllm.host_memory import slot_bytes, slots_needed
+    from icecache.vllm.host_memory import slots_needed
 
     dtype = _DTYPES.get(flags.value("--dtype") or ("float32" if model == SMOLLM2 else ""))
     # Made and thrown away: it checks all parameters, and takes no memory for tokens yet.
-    engine = Engine(
-        num_layers=shape.num_layers,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        dtype=getattr(torch, dtype or "bfloat16"),
-        config=Config(**fields),
-    )
+    cache_shape = replace(shape.cache, dtype=getattr(torch, dtype or "bfloat16"))
+    engine = Engine(**vars(cache_shape), config=Config(**fields))
     host_memory = int(engine.config.host_memory)
     if host_memory > usable_memory():
         raise InvalidArgument(
@@ -90,10 +84,7 @@ def check_settings(
         longest = 0  # vLLM has more ways of writing it
     if not (on_cpu and dtype and longest and shape.all_full) or flags.is_parallel():
         return
-    bytes_of_token = slot_bytes(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, getattr(torch, dtype)
-    )
-    needed = slots_needed(longest) * bytes_of_token
+    needed = slots_needed(longest) * cache_shape.token_bytes
     if host_memory < needed:
         raise InvalidArgument(
             f"host_memory: expected at least {needed / 2**30:.3f} GiB, room for one request of "

@@ -12,7 +12,7 @@ from icecache import InvalidArgument
 from icecache.engine import Phase
 from icecache.hf.cache import IceLayer
 from icecache.hf.eager import outside_graphs
-from icecache.hf.engine_handle import AttentionShape, EngineLike
+from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask, icecache_mask
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Chunk
@@ -24,6 +24,7 @@ from icecache.hf.sinks import (
     with_sink_token,
 )
 from icecache.hf.support import CACHE, check_attention, check_transformers
+from icecache.shape import CacheShape
 
 IMPLEMENTATION = "icecache"
 
@@ -83,8 +84,9 @@ def _attend(
         query = widen_queries(query, sinks, scale)
         key, value = widen_tokens(key), widen_tokens(value)
     cache = layer.cache
+    layers = len(cache.handle.model_layers)
     engine = cache.handle.bind(
-        AttentionShape(query.shape[1], key.shape[1], key.shape[-1], key.dtype, scale)
+        CacheShape(layers, query.shape[1], key.shape[1], key.shape[-1], key.dtype, scale)
     )
     cache.rows.prefix = 0 if sinks is None else 1
     chunk = cache.rows.begin(engine, mask, query.shape[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ import icecache
 from icecache import InvalidArgument
 from icecache.engine import Phase
 from icecache.hf.support import CACHE
+from icecache.shape import CacheShape
 
 _HEAD_DIMS = range(8, 257, 8)  # the engine's; refused here with what to do instead
 
@@ -44,23 +44,6 @@ class EngineLike(Protocol):
 EngineFactory: TypeAlias = Callable[..., EngineLike]
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """Form of one full-attention layer; equal for all layers that share an engine."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    scale: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_q_heads} query heads, {self.num_kv_heads} KV heads, "
-            f"head_dim {self.head_dim}, {self.dtype}, scale {self.scale:g}"
-        )
-
-
 class EngineHandle:
     """Owns one engine for the full-attention layers of a model. Thread-safe."""
 
@@ -84,7 +67,7 @@ class EngineHandle:
             icecache.Engine if engine_class is None else engine_class
         )
         self._engine: EngineLike | None = None
-        self._shape: AttentionShape | None = None
+        self._shape: CacheShape | None = None
         self._lock = threading.Lock()  # guards _engine and _shape
 
     @property
@@ -93,11 +76,11 @@ class EngineHandle:
         return self._engine
 
     @property
-    def shape(self) -> AttentionShape | None:
+    def shape(self) -> CacheShape | None:
         """None until `bind` was called."""
         return self._shape
 
-    def bind(self, shape: AttentionShape) -> EngineLike:
+    def bind(self, shape: CacheShape) -> EngineLike:
         """The engine for `shape`, made on the first call.
 
         Raises InvalidArgument where the engine holds sequences of another shape: all
@@ -117,15 +100,7 @@ class EngineHandle:
                     f"model: expected a head_dim that is a multiple of 8 up to 256, got "
                     f"{shape.head_dim}. Use the model without IceCache"
                 )
-            self._engine = self._engine_class(
-                num_layers=len(self.model_layers),
-                num_q_heads=shape.num_q_heads,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                dtype=shape.dtype,
-                scale=shape.scale,
-                **self._fields,
-            )
+            self._engine = self._engine_class(**vars(shape), **self._fields)
             self._shape = shape
             return self._engine
 

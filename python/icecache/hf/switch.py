@@ -16,7 +16,7 @@ from icecache.device_engine import DeviceEngine
 from icecache.hf.attention import IMPLEMENTATION
 from icecache.hf.cache import IceCache
 from icecache.hf.decoding_loop import Decoding
-from icecache.hf.engine_handle import AttentionShape, EngineFactory, EngineHandle
+from icecache.hf.engine_handle import EngineFactory, EngineHandle
 from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.lossless import Lossless
 from icecache.hf.model_stats import ModelStats, collect
@@ -29,6 +29,7 @@ from icecache.hf.support import (
     check_model,
     full_attention_layers,
 )
+from icecache.shape import CacheShape
 
 ModelT = TypeVar("ModelT")
 
@@ -252,11 +253,11 @@ def _text_part(model: PreTrainedModel) -> str | None:
     )
 
 
-def _expected_shape(model: PreTrainedModel) -> AttentionShape:
+def _expected_shape(model: PreTrainedModel) -> CacheShape:
     """The attention shape the configuration promises; the first forward call corrects it."""
     config = model.config.get_text_config(decoder=True)
-    layer = full_attention_layers(config)[0]
-    config = getattr(config, "per_layer_config", {layer: config})[layer]
+    layers = full_attention_layers(config)
+    config = getattr(config, "per_layer_config", {layers[0]: config})[layers[0]]
     num_q_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_q_heads
     scales = [
@@ -265,7 +266,8 @@ def _expected_shape(model: PreTrainedModel) -> AttentionShape:
         if hasattr(module, "layer_idx")
         and isinstance(scaling := getattr(module, "scaling", None), float)
     ]
-    return AttentionShape(
+    return CacheShape(
+        num_layers=len(layers),
         num_q_heads=num_q_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
         head_dim=head_dim,

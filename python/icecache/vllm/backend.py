@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument
+from icecache.shape import CacheShape
 from icecache.vllm.metadata import IceCacheMetadata
 from icecache.vllm.names import (
     AttentionCGSupport,
@@ -31,13 +32,13 @@ from icecache.vllm.names import (
 from icecache.vllm.plugin import BACKENDS, is_wanted, stock_backend
 from icecache.vllm.settings import device_of
 from icecache.vllm.support import check_attention
-from icecache.vllm.worker import Shape, Worker, current_worker, worker_for
+from icecache.vllm.worker import Worker, current_worker, worker_for
 
 
 class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
     """Full attention of one layer: every token goes to the engine, which keeps and attends them."""
 
-    def __init__(self, worker: Worker, shape: Shape, kv_cache_dtype: str) -> None:
+    def __init__(self, worker: Worker, shape: CacheShape, kv_cache_dtype: str) -> None:
         self.worker = worker
         self.num_heads, self.num_kv_heads = shape.num_q_heads, shape.num_kv_heads
         self.head_size, self.scale = shape.head_dim, shape.scale
@@ -221,7 +222,8 @@ def _offer(self: Any, **given: Any) -> None:
     if given.pop("sliding_window") is not None or getattr(kind, "value", kind) != "decoder":
         return
     heads, kv_heads = given.pop("num_heads"), given.pop("num_kv_heads")
-    shape = Shape(heads, kv_heads, given.pop("head_size"), float(given.pop("scale")))
+    head_dim, scale = given.pop("head_size"), float(given.pop("scale"))
+    shape = CacheShape(1, heads, kv_heads, head_dim, scale=scale)  # its dtype is the spec's
     others = given.pop("kwargs", {})  # where vLLM's takes more than it names
     checked = {name: given.pop(name) for name in _CHECKED}
     check_attention(**checked, others={**given, **others})

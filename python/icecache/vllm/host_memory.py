@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from icecache import Config
 
 # With index="tree" or "positional"; of the 1.2 slots a token that a tree takes at most, the rest is
@@ -28,11 +26,6 @@ def room_of(config: Config) -> Room:
     """By the engine's parameters in use: the index of the paper opens more pages than a tree."""
     many = 1_000_000
     return Room(max(_SHARE, config.most_slots(many) / many), _PAGES * int(config.page_size))
-
-
-def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values in all layers and KV heads of a worker."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
 
 
 def slots_needed(tokens: int, step: int = 0, room: Room = TREE) -> int:

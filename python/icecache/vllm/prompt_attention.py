@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from icecache.prompt_attention import attend_prompt
+from icecache.shape import CacheShape
 from icecache.vllm.names import FLASH_ATTENTION, get_flash_attn_version, resolve_obj_by_qualname
 
 
@@ -17,17 +18,17 @@ class PromptAttention:
     takes there. Otherwise by torch.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, head_dim: int, scale: float, device: torch.device
-    ) -> None:
-        self._torchs = partial(attend_prompt, scale=scale)
-        flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    def __init__(self, shape: CacheShape, device: torch.device) -> None:
+        self._torchs = partial(attend_prompt, scale=shape.scale)
+        flash = device.type == "cuda" and shape.dtype in (torch.float16, torch.bfloat16)
         # None where vLLM has none for the device.
-        version = get_flash_attn_version(head_size=head_dim) if flash else None
+        version = get_flash_attn_version(head_size=shape.head_dim) if flash else None
         self._flash = None
         if version is not None:
             function = resolve_obj_by_qualname(FLASH_ATTENTION)
-            self._flash = partial(function, softmax_scale=scale, causal=True, fa_version=version)
+            self._flash = partial(
+                function, softmax_scale=shape.scale, causal=True, fa_version=version
+            )
 
     def __call__(
         self,

@@ -12,7 +12,6 @@ import torch
 
 from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
 from icecache.device_engine import DeviceEngine
-from icecache.vllm.host_memory import slot_bytes
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 
@@ -55,8 +54,7 @@ class HostEngine(Engine):
     @property
     def tokens(self) -> int:
         """Tokens that there is memory for, of all sequences."""
-        of_token = slot_bytes(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
-        return int(self.config.host_memory) // of_token
+        return int(self.config.host_memory) // self.shape.token_bytes
 
     def all_stats(self) -> list[HeadStats]:
         """Of each layer and KV head."""
@@ -89,15 +87,13 @@ class Store:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token in all layers and KV heads of this worker."""
-        engine = self.engine
-        return slot_bytes(engine.num_layers, engine.num_kv_heads, engine.head_dim, engine.dtype)
+        return self.engine.shape.token_bytes
 
     def name_layers(self, names: Sequence[str]) -> None:
         """The layers that will attend, in the model's order."""
-        if len(names) != self.engine.num_layers:
-            raise InvalidArgument(
-                f"IceCache: expected {self.engine.num_layers} layers to serve, got {list(names)}"
-            )
+        layers = self.engine.shape.num_layers
+        if len(names) != layers:
+            raise InvalidArgument(f"IceCache: expected {layers} layers to serve, got {list(names)}")
         self.layers = {name: index for index, name in enumerate(names)}
 
     @property

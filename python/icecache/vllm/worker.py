@@ -6,13 +6,14 @@ them to another; they meet here. One model at a time: the newest VllmConfig is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from icecache import InvalidArgument, OutOfPages
 from icecache.device_engine import DeviceEngine
+from icecache.shape import CacheShape
 from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
@@ -23,16 +24,6 @@ from icecache.vllm.store import Batch, HostEngine, Store
 from icecache.vllm.support import check_config, check_memory
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of an attention layer on this worker: its own heads where ranks share them."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-
-
 class Worker:
     """Not thread-safe: a worker loads and steps on one thread."""
 
@@ -40,14 +31,15 @@ class Worker:
         check_config(vllm_config)
         self.vllm_config = vllm_config
         self.config = engine_config(vllm_config)
-        self.offers: dict[Any, Shape] = {}  # implementations by vLLM that the engine may replace
-        self.shapes: list[Shape] = []  # one per layer that the engine serves
+        # Shapes of one layer, without its dtype, of the heads that are this worker's own.
+        self.offers: dict[Any, CacheShape] = {}  # implementations that the engine may replace
+        self.shapes: list[CacheShape] = []  # one for each layer that the engine serves
         self.store: Store | None = None
         self.metadata = IceCacheMetadata([0], [])  # that the builder made last
         self.step = StepMetadata()
         self.batch = Batch()  # its requests
 
-    def add_layer(self, shape: Shape) -> None:
+    def add_layer(self, shape: CacheShape) -> None:
         """A layer whose attention the engine computes. All must be alike."""
         if self.shapes and shape != self.shapes[0]:
             raise InvalidArgument(
@@ -62,18 +54,13 @@ class Worker:
         Raises InvalidArgument where host memory does not hold one longest request.
         """
         if self.store is None:
-            shape = self.shapes[0]
-            settings: dict[str, Any] = {
-                "num_layers": len(self.shapes),
-                "num_q_heads": shape.num_q_heads,
-                "num_kv_heads": shape.num_kv_heads,
-                "head_dim": shape.head_dim,
-                "dtype": dtype,
-                "scale": shape.scale,
-                "config": self.config,
-            }
+            shape = replace(self.shapes[0], num_layers=len(self.shapes), dtype=dtype)
             device = device_of(self.vllm_config)
-            engine = HostEngine(**settings) if device is None else self._on_device(device, settings)
+            engine = (
+                HostEngine(**vars(shape), config=self.config)
+                if device is None
+                else self._on_device(device, shape)
+            )
             store = Store(engine)
             longest = self.vllm_config.model_config.max_model_len
             room = room_of(engine.config)
@@ -81,20 +68,19 @@ class Worker:
             self.store = store
         return self.store
 
-    def _on_device(self, device: torch.device, settings: dict[str, Any]) -> DeviceEngine:
+    def _on_device(self, device: torch.device, shape: CacheShape) -> DeviceEngine:
         lanes = self.vllm_config.scheduler_config.max_num_seqs
         longest = self.vllm_config.model_config.max_model_len
         share = self.vllm_config.cache_config.gpu_memory_utilization
         try:
             return DeviceEngine(
-                **settings,
+                **vars(shape),
+                config=self.config,
                 device=device,
                 lanes=lanes,
                 max_tokens=longest,
                 device_share=share,
-                attend_prompt=PromptAttention(
-                    settings["dtype"], settings["head_dim"], settings["scale"], device
-                ),
+                attend_prompt=PromptAttention(shape, device),
             )
         except OutOfPages as error:
             raise InvalidArgument(
