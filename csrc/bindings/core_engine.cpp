@@ -209,10 +209,28 @@ void bind_sequences(Class& engine) {
              return self->new_sequence();
            })
       .def("fork",
+           [](Self self, py::handle seq, py::handle length) {
+             const SeqId id = integer("seq", seq);
+             if (length.is_none()) {
+               const Unlocked unlocked;
+               return self->fork(id);
+             }
+             const std::int64_t kept = integer("length", length);
+             const Unlocked unlocked;
+             return self->fork(id, kept);
+           },
+           py::arg("seq"), py::arg("length") = py::none())
+      .def("retain",
            [](Self self, py::handle seq) {
              const SeqId id = integer("seq", seq);
              const Unlocked unlocked;
-             return self->fork(id);
+             self->retain(id);
+           })
+      .def("contains",
+           [](Self self, py::handle seq) {
+             const SeqId id = integer("seq", seq);
+             const Unlocked unlocked;
+             return self->contains(id);
            })
       .def("truncate",
            [](Self self, py::handle seq, py::handle length) {

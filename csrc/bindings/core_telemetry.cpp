@@ -57,9 +57,15 @@ void bind_stats(py::module_& module) {
           .def_readonly("device_bytes", &MemoryStats::device_bytes,
                         "what the device holds, or would hold, for these sequences")
           .def_readonly("sequences", &MemoryStats::sequences)
+          .def_readonly("retained_sequences", &MemoryStats::retained_sequences, "of `sequences`")
+          .def_readonly("retained_bytes", &MemoryStats::retained_bytes,
+                        "pages that only retained sequences hold")
+          .def_readonly("evicted_sequences", &MemoryStats::evicted_sequences,
+                        "retained ones that have ended for want of pages")
           .def("__repr__", [](const py::object& self) {
             return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "query_bytes",
-                            "device_bytes", "sequences");
+                            "device_bytes", "sequences", "retained_sequences", "retained_bytes",
+                            "evicted_sequences");
           }));
 }
 

@@ -115,10 +115,15 @@ bool Engine::Impl::drop_builds_for(std::size_t pages) {
 }
 
 bool Engine::Impl::has_pages(std::size_t pages) {
-  if (pages == 0 || pages + promised_pages.load() <= pool.free_pages()) return true;
-  if (promised_pages.load() == 0) return false;
-  rest();
-  return pages + promised_pages.load() <= pool.free_pages();  // of work that has not started
+  // Promised pages are those of work that has not started, once all that has is over.
+  const auto fit = [&] { return pages + promised_pages.load() <= pool.free_pages(); };
+  if (pages == 0 || fit()) return true;
+  if (pages > pool.capacity_pages()) return false;
+  if (promised_pages.load() != 0) rest();
+  while (!fit()) {
+    if (!evict_one()) return false;
+  }
+  return true;
 }
 
 Engine::Impl::Promise Engine::Impl::promise(std::size_t pages) {
@@ -158,76 +163,6 @@ Engine::~Engine() {
   // What another thread was about to change when the process forked cannot be taken apart.
   if (impl_->mutex.is_lost()) [[maybe_unused]]
     const Impl* leaked = impl_.release();
-}
-
-SeqId Engine::new_sequence() {
-  const std::lock_guard lock(impl_->mutex);
-  const SeqId id = impl_->next_sequence;
-  SequenceCache cache;
-  for (int l = 0; l < impl_->shape.num_layers; ++l) {
-    LayerCache layer;
-    for (int h = 0; h < impl_->shape.num_kv_heads; ++h) {
-      HeadContext context;
-      context.pool = &impl_->pool;
-      context.owner = {id, l, h};
-      context.config = &impl_->config;
-      context.head_dim = impl_->shape.head_dim;
-      context.group = impl_->shape.group();
-      context.dtype = impl_->shape.dtype;
-      context.scale = impl_->shape.softmax_scale();
-      layer.heads.emplace_back(context, impl_->config.exact || impl_->config.is_dense_layer(l));
-    }
-    layer.job_stats.resize(layer.heads.size());
-    cache.layers.push_back(std::move(layer));
-  }
-  impl_->sequences.emplace(id, std::move(cache));
-  ++impl_->next_sequence;
-  return id;
-}
-
-SeqId Engine::fork(SeqId sequence) {
-  const std::lock_guard lock(impl_->mutex);
-  SequenceCache& source = impl_->sequence(sequence);
-  impl_->settle(source);
-  const SeqId id = impl_->next_sequence;
-  impl_->sequences.emplace(id, source);
-  ++impl_->next_sequence;
-  return id;
-}
-
-void Engine::Impl::truncate(std::span<const Kept> layers) {
-  std::vector<HeadCache::Truncation> truncations;
-  for (const auto& [layer, length] : layers) {
-    for (const HeadCache& head : layer->heads) truncations.push_back(head.prepare_truncate(length));
-  }
-  auto next = truncations.begin();
-  for (const auto& [layer, length] : layers) {
-    for (HeadCache& head : layer->heads) head.truncate(std::move(*next++), true);
-  }
-}
-
-void Engine::truncate(SeqId sequence, std::int64_t length) {
-  const std::lock_guard lock(impl_->mutex);
-  SequenceCache& cache = impl_->sequence(sequence);
-  impl_->settle(cache);
-  std::int64_t longest = 0;
-  for (const LayerCache& layer : cache.layers) {
-    longest = std::max<std::int64_t>(longest, layer.length());
-  }
-  if (length < 0 || length > longest) {
-    throw InvalidArgument(message("length must be from 0 to ", longest, " (the tokens of sequence ",
-                                  sequence, "), got ", length));
-  }
-  std::vector<Impl::Kept> kept;
-  for (LayerCache& layer : cache.layers)
-    kept.push_back({&layer, static_cast<std::int32_t>(length)});
-  Impl::truncate(kept);
-}
-
-void Engine::release(SeqId sequence) {
-  const std::lock_guard lock(impl_->mutex);
-  impl_->rest(impl_->sequence(sequence));
-  impl_->sequences.erase(sequence);
 }
 
 std::int64_t Engine::length(SeqId sequence, int layer) const {
@@ -279,6 +214,26 @@ void Engine::reset_stats() {
   std::fill(impl_->stats.begin(), impl_->stats.end(), HeadStats{});
 }
 
+void Engine::Impl::count_retained(MemoryStats& memory) const {
+  std::vector<bool> held(pool.capacity_pages());
+  const auto mark = [&](bool retained) {
+    std::int64_t sequences_of_kind = 0;
+    for (const auto& [id, sequence] : sequences) {
+      if ((sequence.retained != 0) != retained) continue;
+      ++sequences_of_kind;
+      for (const LayerCache& layer : sequence.layers) {
+        for (const HeadCache& head : layer.heads) head.mark_pages(held);
+      }
+    }
+    return sequences_of_kind;
+  };
+  mark(false);
+  const auto before = std::count(held.begin(), held.end(), true);
+  memory.retained_sequences = mark(true);
+  memory.retained_bytes = (std::count(held.begin(), held.end(), true) - before) *
+                          static_cast<std::int64_t>(pool.page_bytes());
+}
+
 MemoryStats Engine::memory() const {
   const std::lock_guard lock(impl_->mutex);
   MemoryStats memory;
@@ -302,6 +257,8 @@ MemoryStats Engine::memory() const {
       std::clamp<std::int64_t>(used - run_pages, 0, impl_->config.device_pages);
   memory.device_bytes = memory.index_bytes + (run_pages + cached) * page_bytes;
   memory.sequences = static_cast<std::int64_t>(impl_->sequences.size());
+  memory.evicted_sequences = impl_->evicted;
+  impl_->count_retained(memory);
   return memory;
 }
 

@@ -35,7 +35,7 @@ class Engine::Impl::AttendCall {
              std::span<const TensorView> queries, std::span<const TensorView> outputs,
              std::span<const Phase> phases)
       : engine_(engine), layer_(layer), queries_(queries), outputs_(outputs), phases_(phases) {
-    for (const SeqId id : ids) caches_.push_back(&engine_.layer_of(id, layer));
+    for (const SeqId id : ids) caches_.push_back(&engine_.layer_to_change(id, layer));
   }
 
   void plan(std::span<const SeqId> ids);

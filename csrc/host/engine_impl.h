@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -23,7 +24,9 @@ struct Engine::Impl {
 
   // Throw InvalidArgument for ids, layers and views that are not this engine's.
   SequenceCache& sequence(SeqId id);
+  SequenceCache& changeable(SeqId id);  // a sequence that is not retained
   LayerCache& layer_of(SeqId id, int layer);  // settled
+  LayerCache& layer_to_change(SeqId id, int layer);
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
   void check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const;
@@ -50,6 +53,11 @@ struct Engine::Impl {
     std::int32_t length;
   };
   static void truncate(std::span<const Kept> layers);
+  // The first `length` tokens of every layer.
+  static void truncate(SequenceCache& sequence, std::int64_t length);
+  // Throws InvalidArgument unless a layer of the sequence has so many tokens.
+  static void check_length(SeqId id, const SequenceCache& sequence, std::int64_t length);
+  SeqId fork(SeqId sequence, std::optional<std::int64_t> length);
 
   class AttendCall;
 
@@ -70,7 +78,11 @@ struct Engine::Impl {
 
   // True where so many pages are left beside those that background work may yet take. What depends
   // on the answer must not depend on timing: where it is false, that work is over.
+  // Retained sequences end for it.
   bool has_pages(std::size_t pages);
+  void count_retained(MemoryStats& memory) const;  // REQUIRES: nothing in the background
+  // Ends the retained sequence that was used least recently; false where there is none.
+  bool evict_one() noexcept;
   // Keeps pages for background work until the promise is destroyed.
   using Promise = std::shared_ptr<const void>;
   Promise promise(std::size_t pages);
@@ -108,6 +120,8 @@ struct Engine::Impl {
   PagePool pool;
   std::map<SeqId, SequenceCache> sequences;
   SeqId next_sequence = 0;
+  std::uint64_t retained_clock = 0;  // counts uses of retained sequences
+  std::int64_t evicted = 0;
   std::vector<HeadStats> stats;                // [num_layers, Hkv]
   std::vector<AttendWorkspace> workspaces;     // of each thread of a call
   std::atomic<std::size_t> promised_pages{0};  // also changed by jobs that end

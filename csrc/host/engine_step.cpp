@@ -138,7 +138,7 @@ void Engine::take_back(std::span<const SeqId> ids, int layer,
   impl_->check_layer(layer);
   impl_->check_call(ids, counts.size(), "counts");
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    const std::int64_t length = impl_->layer_of(ids[b], layer).length();
+    const std::int64_t length = impl_->layer_to_change(ids[b], layer).length();
     if (counts[b] < 0 || counts[b] > length) {
       throw InvalidArgument(message("counts must be from 0 to ", length,
                                     " (the tokens of sequence ", ids[b], "), got ", counts[b]));
@@ -169,7 +169,7 @@ void Engine::Impl::append(std::span<const SeqId> ids, int layer, std::span<const
                           std::span<const TensorView> values) {
   Impl& self = *this;
   std::vector<LayerCache*> layers;
-  for (const SeqId id : ids) layers.push_back(&self.layer_of(id, layer));
+  for (const SeqId id : ids) layers.push_back(&self.layer_to_change(id, layer));
   std::size_t needed = 0;
   std::vector<std::int32_t> before;
   for (std::size_t b = 0; b < ids.size(); ++b) {
@@ -237,7 +237,7 @@ void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const Tens
   impl_->check_call(ids, queries.size(), "queries");
   std::vector<LayerCache*> layers;
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    layers.push_back(&impl_->layer_of(ids[b], layer));
+    layers.push_back(&impl_->layer_to_change(ids[b], layer));
     impl_->check_view("queries", queries[b], impl_->shape.num_q_heads);
   }
   std::vector<Impl::FollowUp> work;

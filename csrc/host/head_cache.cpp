@@ -116,6 +116,13 @@ std::size_t HeadCache::index_bytes(std::set<const SemanticIndex*>& counted) cons
   return bytes;
 }
 
+void HeadCache::mark_pages(std::vector<bool>& held) const {
+  sink_.mark_pages(held);
+  tail_.mark_pages(held);
+  for (const Segment& segment : segments_) segment.index().table().mark_pages(held);
+  if (growing_) growing_->table().mark_pages(held);
+}
+
 void HeadCache::gather(std::byte* keys, std::byte* values) const {
   const std::size_t row = context_.head_dim * size_of(context_.dtype);
   sink_.gather(sink_.count(), keys, values);

@@ -134,6 +134,8 @@ class HeadCache {
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
   // Bytes of indexes that are not among `counted`, where they then are.
+  // Sets the entries of the pages that it holds.
+  void mark_pages(std::vector<bool>& held) const;
   std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
   std::size_t query_bytes() const {
     return moments_.memory_bytes() + (observed_ ? observed_->moments.memory_bytes() : 0);

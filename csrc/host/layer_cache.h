@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <vector>
@@ -53,6 +54,7 @@ struct LayerCache {
 // SequenceCache: all layers of one sequence.
 struct SequenceCache {
   std::vector<LayerCache> layers;
+  std::uint64_t retained = 0;  // when it was last used; 0: it is not retained
 };
 
 }  // namespace icecache

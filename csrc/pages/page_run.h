@@ -45,6 +45,10 @@ class PageRun {
   // Copies the first n tokens into rows [n, D] of the cache's dtype.
   void gather(std::int32_t n, std::byte* keys, std::byte* values) const;
   std::size_t page_count() const { return pages_.size(); }
+  // Sets the entries of its pages.
+  void mark_pages(std::vector<bool>& held) const {
+    for (const Page& page : pages_) held[page.id] = true;
+  }
   void check_integrity() const;
 
  private:

@@ -91,6 +91,12 @@ class PageTable {
   // K and V of all tokens in order of position, rows [N, D].
   void gather(std::byte* keys, std::byte* values) const;
   std::size_t memory_bytes() const;
+  // Sets the entries of its pages.
+  void mark_pages(std::vector<bool>& held) const {
+    for (const Page& page : pages_) {
+      if (page.id != kNoPage) held[page.id] = true;
+    }
+  }
   // Throws IntegrityError when counts, positions or pages disagree.
   void check_integrity() const;
 

@@ -10,6 +10,7 @@
 // again; without memory once more, the tokens are attended exactly until a later call indexes them.
 // Where memory runs out while a decode step inserts into an index that grows by itself (dci), that
 // head attends exactly until its index is built anew.
+// Retained sequences are the exception: any call may end them, also one that throws.
 // Destruction: background work that is under way ends first; what has not begun is dropped.
 // fork(): the child may use an engine that no other thread was in, and whose background work was
 // done, when the process forked. Calls on others throw Error there, and their memory stays taken.
@@ -55,6 +56,9 @@ struct MemoryStats {
   std::int64_t query_bytes = 0;   // recent queries, and sums of them, that shape the metric
   std::int64_t device_bytes = 0;  // what the device holds (or would hold) for these sequences
   std::int64_t sequences = 0;
+  std::int64_t retained_sequences = 0;  // of `sequences`
+  std::int64_t retained_bytes = 0;      // pages that only retained sequences hold
+  std::int64_t evicted_sequences = 0;   // retained ones that have ended for want of pages
 };
 
 // How a call of Engine::step treats the tokens of one sequence.
@@ -79,11 +83,20 @@ class Engine {
   // A sequence with the same tokens. They share all segments and pages until one side writes, and
   // whatever either appends, the segments up to there.
   SeqId fork(SeqId sequence);
+  // A fork with the first `length` tokens of every layer. Throws InvalidArgument if length exceeds
+  // the number of tokens.
+  SeqId fork(SeqId sequence, std::int64_t length);
   // Keeps the first `length` tokens of every layer. Throws InvalidArgument if length exceeds the
   // number of tokens.
   void truncate(SeqId sequence, std::int64_t length);
   void release(SeqId sequence);
   std::int64_t length(SeqId sequence, int layer) const;
+  // Keeps a sequence for forks of it alone, as long as nobody wants its memory: where a call needs
+  // pages, retained sequences end, the least recently used first. Retaining and forking use one.
+  // It takes no more tokens: calls that would change it throw InvalidArgument. release() ends it.
+  void retain(SeqId sequence);
+  // False for what was released, or was retained and has ended.
+  bool contains(SeqId sequence) const;
 
   // Appends T tokens to each of B sequences: keys[b], values[b] are [Hkv, T, D] in the cache's
   // dtype. T may differ between sequences. Throws InvalidArgument for NaN or Inf (naming sequence,

@@ -1,13 +1,14 @@
 """IceCache: the KV cache of long sequences in host memory, attention to what a query needs.
 
-engine     Engine, Config: the cache and attention over torch tensors
-device     DeviceCache: the cache of a model on a CUDA device
-hf         enable(model), disable(model), stats(model), IceCache: transformers
-models     small real models for demo and tests
-ops        torch operators
-reference  the engine's contract in plain torch
-bench      harness that measures what a token budget costs in quality
-cli        the `icecache` command
+engine        Engine, Config: the cache and attention over torch tensors
+prefix_store  PrefixStore: prompts that begin alike are prefilled once
+device        DeviceCache: the cache of a model on a CUDA device
+hf            enable(model), disable(model), stats(model), IceCache: transformers
+models        small real models for demo and tests
+ops           torch operators
+reference     the engine's contract in plain torch
+bench         harness that measures what a token budget costs in quality
+cli           the `icecache` command
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from icecache.device import DeviceCache
     from icecache.engine import Engine, Phase
     from icecache.hf import IceCache, ModelStats, disable, enable, stats
+    from icecache.prefix_store import PrefixStore
 
 __version__ = build_info().version
 
@@ -48,6 +50,7 @@ _LAZY = {
     "IceCache": "icecache.hf",
     "ModelStats": "icecache.hf",
     "Phase": "icecache.engine",
+    "PrefixStore": "icecache.prefix_store",
     "disable": "icecache.hf",
     "enable": "icecache.hf",
     "stats": "icecache.hf",
@@ -70,6 +73,7 @@ __all__ = [
     "ModelStats",
     "OutOfPages",
     "Phase",
+    "PrefixStore",
     "StepTrace",
     "Unavailable",
     "__version__",

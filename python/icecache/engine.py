@@ -122,9 +122,24 @@ class Engine:
         """An empty sequence; its number is never used again."""
         return self._engine.new_sequence()
 
-    def fork(self, seq: int) -> int:
-        """A sequence with the same tokens. Pages are shared until one side writes."""
-        return self._engine.fork(seq)
+    def fork(self, seq: int, length: int | None = None) -> int:
+        """A sequence with the same tokens, or the first `length` of them.
+
+        Segments and pages are shared until one side writes.
+        """
+        return self._engine.fork(seq, length)
+
+    def retain(self, seq: int) -> None:
+        """Keeps a sequence for forks of it alone, as long as nobody wants its memory.
+
+        Where a call needs pages, retained sequences end, the least recently used first; retaining
+        and forking use one. It takes no more tokens (InvalidArgument). See PrefixStore.
+        """
+        self._engine.retain(seq)
+
+    def contains(self, seq: int) -> bool:
+        """False for what was released, or was retained and has ended."""
+        return self._engine.contains(seq)
 
     def truncate(self, seq: int, length: int) -> None:
         """Keeps the first `length` tokens of every layer."""

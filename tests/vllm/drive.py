@@ -196,6 +196,85 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
     return {**result, "differing": differing}
 
 
+def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
+    """spec["count"] random requests over shared beginnings, some with salts, several choices or an
+    early end; then each of them once more, with nothing to share."""
+    llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
+    seen = inner(llm)
+    engine = llm.llm_engine
+    free = seen["pool"].get_num_free_blocks()
+    generator = random.Random(spec.get("seed", 0))
+
+    def some(size: int) -> list[int]:
+        return [generator.randrange(8, VOCABULARY) for _ in range(size)]
+
+    shared = [some(generator.randint(1, spec["longest"] // 2)) for _ in range(20)]
+    requests: dict[str, dict[str, Any]] = {}
+    made: dict[str, list[list[int]]] = {}
+    waiting = [f"r{number}" for number in range(spec["count"])]
+    running: set[str] = set()
+    said: list[list[int]] = []  # prompts with their answers, for turns to come
+    cached = {}
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(generator.randint(0, 3)):
+            if not waiting or len(running) >= 12:
+                continue
+            name = waiting.pop()
+            begin = generator.choice(said[-8:] if said and generator.random() < 0.3 else shared)
+            prompt = begin[: spec["longest"]] + some(generator.choice([0, 0, 1, 5, 17, 40]))
+            salt = generator.choice([None, None, "a", "b"])
+            request = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
+            params = sampling(generator.randint(1, 16))
+            if generator.random() < 0.2:  # of which vLLM wants no temperature of 0
+                params.n, params.temperature, params.top_k = 3, 1.0, 1
+            requests[name] = {"request": request, "tokens": params.max_tokens}
+            engine.add_request(name, request, params)
+            running.add(name)
+        if running and generator.random() < spec["abort_share"]:
+            victim = generator.choice(sorted(running))
+            engine.abort_request([victim])
+            running.discard(victim)
+        for output in engine.step():
+            if output.finished and output.request_id in running:
+                answers_made = [list(choice.token_ids) for choice in output.outputs]
+                made[output.request_id] = answers_made
+                cached[output.request_id] = output.num_cached_tokens
+                said.append([*output.prompt_token_ids, *answers_made[0]])
+                running.discard(output.request_id)
+        if generator.random() < spec.get("reset_share", 0.0):
+            llm.reset_prefix_cache()
+    prefixes = scheduler_of(llm)._prefixes
+    kept, evictions = prefixes.kept, prefixes.evictions
+    llm.reset_prefix_cache()
+    engine.step()
+    store = store_of()
+    store.engine.check_integrity()
+    result = {
+        "answered": len(made),
+        "cached_tokens": sum(cached.values()),
+        "kept": kept,
+        "evictions": evictions,
+        "preemptions": seen["preemptions"][0],
+        "failed": store.requests_failed,
+        "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+        "sequences_left": store.engine.memory().sequences,
+        "page_bytes_left": store.engine.pool_bytes(),
+        "slots_left": prefixes.ledger.used,
+    }
+    differing = []
+    for name in sorted(made):
+        llm.reset_prefix_cache()
+        request = requests[name]
+        alone = answers(llm, [request["request"]["prompt_token_ids"]], request["tokens"])
+        if any(answer != alone[0] for answer in made[name]):
+            differing.append(name)
+    return {**result, "differing": differing}
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 def broken(spec: dict[str, Any]) -> dict[str, Any]:
     """Requests whose keys are NaN, between others; one of them for a single token."""
     llm = make(spec)
@@ -306,6 +385,7 @@ def _noise(*shape: int) -> Any:
 SCENARIOS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "generate": generate,
     "ranks": ranks,
+    "prefix_storm": prefix_storm,
     "storm": storm,
     "broken": broken,
     "everything": everything,

@@ -24,7 +24,6 @@ _OURS = (
     "--additional-config",
     "--kv-transfer-config",
     "--scheduler-cls",
-    "--enable-prefix-caching",
 )
 _COMPILATION = (
     "--enforce-eager",
@@ -140,7 +139,7 @@ def server_command(
     command += ["--additional-config", json.dumps(arguments["additional_config"])]
     command += ["--kv-transfer-config", json.dumps(arguments["kv_transfer_config"])]
     command += ["--scheduler-cls", arguments["scheduler_cls"]]
-    command += ["--no-enable-prefix-caching", "--no-disable-hybrid-kv-cache-manager"]
+    command += ["--no-disable-hybrid-kv-cache-manager"]
     seqs = flags.number("--max-num-seqs", _MAX_NUM_SEQS, 1, 1 << 20)
     if not flags.has("--max-num-seqs"):
         command += ["--max-num-seqs", str(seqs)]

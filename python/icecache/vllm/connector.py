@@ -5,11 +5,13 @@ It moves no keys or values: those go from the attention layers to the engine of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from icecache import InvalidArgument, Phase
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
-from icecache.vllm.metrics import Meter, PrometheusMetrics, Stats
+from icecache.vllm.host_memory import slot_bytes
+from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
     CUDAGraphMode,
     KVConnectorBase_V1,
@@ -19,6 +21,7 @@ from icecache.vllm.names import (
     init_logger,
     is_forward_context_available,
 )
+from icecache.vllm.prefixes import Prefixes
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.support import check_config
 from icecache.vllm.worker import current_worker
@@ -44,13 +47,17 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "vLLM"
             )
         self._group = served[0]
-        spec = groups[self._group].kv_cache_spec
-        # Scheduler's side, by request: its block, and the tokens that are prompt (also those that
+        self._spec = spec = groups[self._group].kv_cache_spec
+        self._is_alone = len(groups) == 1
+        # Scheduler's side. By request: its block, and the tokens that are prompt (also those that
         # a preempted request had made before).
         self._block: dict[str, int] = {}
         self._prompt: dict[str, int] = {}
         self._prompt_given: dict[str, int] = {}
+        self._prefixes: Prefixes | None = None
         self._store = None
+        self._meter: Meter | PrefixMeter | None = None
+        self._layers = len(groups[self._group].layer_names)
         if role == KVConnectorRole.WORKER:
             worker = current_worker()
             assert worker is not None and worker.shapes, "layers are made before the connector"
@@ -70,20 +77,40 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # --- scheduler's side
 
+    def use_prefixes(self, prefixes: Prefixes, block_tokens: int) -> None:
+        """The scheduler's, before its first step. They are shared where vLLM caches prefixes."""
+        self._prefixes = prefixes
+        config, spec = self._vllm_config, self._spec
+        events = config.kv_events_config
+        # Of a model with sliding windows vLLM would have to keep those layers' blocks as long.
+        if config.cache_config.enable_prefix_caching and self._is_alone and not spec.room_step:
+            longest = config.model_config.max_model_len
+            with_events = events is not None and events.enable_kv_cache_events
+            prefixes.turn_on(block_tokens, longest, with_events)
+            size = slot_bytes(self._layers, spec.num_kv_heads, spec.head_size, spec.dtype)
+            self._meter = PrefixMeter(prefixes, size)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Of the scheduler."""
+        assert self._prefixes is not None, "the scheduler hands them over when it is made"
+        return self._prefixes
+
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
-    ) -> tuple[int, bool]:
-        """No tokens from elsewhere."""
-        return 0, False
+    ) -> tuple[int | None, bool]:
+        """Tokens that the workers have of another request; None: they will have them soon."""
+        return self.prefixes.match(request), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing to load."""
+        """The request begins, or resumes."""
+        self.prefixes.admit(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Every row of the step with the phase that it is in."""
         output = scheduler_output
-        gone = set(output.finished_req_ids) | set(output.preempted_req_ids or ())
         for request in output.finished_req_ids:
+            self.prefixes.finished(request)
             self._block.pop(request, None)
             self._prompt.pop(request, None)
             self._prompt_given.pop(request, None)
@@ -113,20 +140,35 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             phase = Phase.AUTO
             if first < prompt:
                 phase = Phase.PROMPT_END if first + count >= prompt else Phase.PREFILL
-            rows.append(ScheduledRow(request, self._block[request], first, count, phase))
-        return StepMetadata(rows=rows, gone=gone)
+            sequence, fork = self.prefixes.key(request), self.prefixes.take_fork(request)
+            row = ScheduledRow(request, sequence, self._block[request], first, count, phase, fork)
+            rows.append(row)
+        return StepMetadata(rows=rows, changes=self.prefixes.end_of_scheduling())
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The block is free at once; the next step tells the workers."""
+        """The block is free at once; the next step tells the workers. The sequence may be kept."""
+        self.prefixes.keep(request)
         return False, None
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """As request_finished()."""
-        return False, None
+        return self.request_finished(request, block_ids[self._group])
+
+    def reset_cache(self) -> bool:
+        """Nothing that was computed is shared with requests to come."""
+        self.prefixes.reset()
+        return True
+
+    def take_events(self) -> Iterable[Any]:
+        """Blocks that can be shared from now on, or no more."""
+        events, taken = self.prefixes.events, []
+        if events:
+            taken, self.prefixes.events = events, []
+        return taken
 
     # --- worker's side
 
@@ -141,7 +183,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of requests that were lost: our scheduler ends those."""
         assert self._store is not None
-        return {row.block for row in self._worker.step.rows if row.request in self._store.failed}
+        return {row.block for row in self._worker.step.rows if row.sequence in self._store.failed}
 
     def clear_connector_metadata(self) -> None:
         """The step is over: a dummy batch that follows is none of its rows."""
@@ -150,8 +192,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.end()
 
     def get_kv_connector_stats(self) -> Stats | None:
-        """What happened since the last call."""
-        return self._meter.since_last() if self._store is not None else None
+        """What happened since the last call, on the side that asks."""
+        return self._meter.since_last() if self._meter is not None else None
 
     def shutdown(self) -> None:
         """Frees all pages."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from icecache import Phase
 from icecache.vllm.names import AttentionMetadata, KVConnectorMetadata
+from icecache.vllm.prefixes import Changes, Fork
 
 
 @dataclass(frozen=True)
@@ -13,10 +14,12 @@ class ScheduledRow:
     """What a step is to compute of one request."""
 
     request: str
+    sequence: int  # the request's own, by a number of Prefixes
     block: int  # of vLLM's pool, the request's own
     position: int  # of the first new token
     count: int  # new tokens
     phase: Phase
+    fork: Fork | None = None  # in the first step of a sequence: what it begins with
 
 
 @dataclass
@@ -24,7 +27,8 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """One step of all requests."""
 
     rows: list[ScheduledRow] = field(default_factory=list)
-    gone: set[str] = field(default_factory=set)  # finished, aborted or preempted: to be released
+    # Of sequences that no request has any more: what to release, and what to retain.
+    changes: Changes = field(default_factory=Changes)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from icecache.vllm.names import KVConnectorPromMetrics, KVConnectorStats
+from icecache.vllm.prefixes import Prefixes
 from icecache.vllm.store import Store
 
 _INTERVAL = 1.0  # seconds between two looks at the engine
@@ -68,8 +69,12 @@ METRICS = (
     Metric("host_bytes", "Bytes of pages in use", is_gauge=True),
     Metric("host_capacity_bytes", "Bytes of pages that host_memory holds", is_gauge=True),
     Metric("requests", "Requests that hold pages", is_gauge=True),
+    Metric("prefixes", "Ended requests that are kept for those that begin alike", is_gauge=True),
+    Metric("prefix_bytes", "Bytes of pages, by estimate, that are free when asked", is_gauge=True),
+    Metric("prefix_evictions", "Kept requests that went for want of host memory"),
 )
 _COUNTERS = [metric.name for metric in METRICS if not metric.is_gauge]
+_OF_WORKERS = [name for name in _COUNTERS if name != "prefix_evictions"]
 
 
 class Stats(KVConnectorStats):  # type: ignore[misc]
@@ -95,6 +100,8 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
             "IceCache host GiB": round(self.data.get("host_bytes", 0) / 2**30, 3),
             "requests": self.data.get("requests", 0),
         }
+        if self.data.get("prefixes"):
+            line["prefixes"] = self.data["prefixes"]
         if steps and self.data["attention_mass"]:  # which a device does not estimate
             line["exact attention mass"] = round(self.data["attention_mass"] / steps, 4)
             line["select us per head"] = round(self.data["select_seconds"] / steps * 1e6, 1)
@@ -111,7 +118,7 @@ class Meter:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._last = dict.fromkeys(_COUNTERS, 0.0)
+        self._last = dict.fromkeys(_OF_WORKERS, 0.0)
         self._next = 0.0
 
     def since_last(self) -> Stats | None:
@@ -121,13 +128,39 @@ class Meter:
             return None
         self._next = now + _INTERVAL
         totals = sums(self._store)
-        data = {name: totals[name] - self._last[name] for name in _COUNTERS}
+        data = {name: totals[name] - self._last[name] for name in _OF_WORKERS}
         self._last = totals
         engine = self._store.engine
         data["host_bytes"] = engine.pool_bytes()
         data["host_capacity_bytes"] = self._store.host_memory
         data["requests"] = self._store.requests
         return Stats(data=data)
+
+
+class PrefixMeter:
+    """What the scheduler knows of its prefix store."""
+
+    def __init__(self, prefixes: Prefixes, slot_bytes: int) -> None:
+        """`slot_bytes`: of a token in all layers and KV heads of a worker."""
+        self._prefixes, self._slot_bytes = prefixes, slot_bytes
+        self._evictions = 0  # that were reported
+        self._next = 0.0
+
+    def since_last(self) -> Stats | None:
+        """None within a second of the last look."""
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + _INTERVAL
+        more = self._prefixes.evictions - self._evictions
+        self._evictions += more
+        return Stats(
+            data={
+                "prefixes": self._prefixes.kept,
+                "prefix_bytes": self._prefixes.kept_slots * self._slot_bytes,
+                "prefix_evictions": more,
+            }
+        )
 
 
 def sums(store: Store) -> dict[str, float]:

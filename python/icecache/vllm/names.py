@@ -12,6 +12,7 @@ FLASH_ATTENTION = "vllm.vllm_flash_attn.flash_attn_varlen_func"
 
 if is_supported_version():
     from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+    from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -41,12 +42,15 @@ if is_supported_version():
     from vllm.v1.request import RequestStatus
 
 __all__ = [
+    "MEDIUM_CPU",
     "AsyncScheduler",
     "AttentionCGSupport",
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "AttentionSpec",
+    "BlockRemoved",
+    "BlockStored",
     "CUDAGraphMode",
     "EngineCoreOutput",
     "EngineCoreOutputs",

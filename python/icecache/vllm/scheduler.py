@@ -1,4 +1,4 @@
-"""The scheduler: vLLM's own, which also ends the requests that a worker lost, and them alone.
+"""The scheduler: vLLM's own, with the prefix store, and an end for requests that a worker lost.
 
 vLLM's way for a connector to report lost blocks serves models with one kind of layers only, and
 misses a request in its first step: its first token, made of nothing, would reach the user.
@@ -6,10 +6,11 @@ misses a request in its first step: its first token, made of nothing, would reac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import time
 from typing import Any
 
-from icecache.vllm.metadata import StepMetadata
+from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.names import (
     AsyncScheduler,
     EngineCoreOutput,
@@ -17,14 +18,53 @@ from icecache.vllm.names import (
     RequestStatus,
     Scheduler,
 )
+from icecache.vllm.spec import IceCacheManager
+
+# Older schedulers cannot take back a request of which a step is under way.
+_RESTARTS = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters
 
 
-class _EndsTheLost(Scheduler):  # type: ignore[misc]
+class _IceCache(Scheduler):  # type: ignore[misc]
     """The part that both of vLLM's schedulers take on."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, IceCacheManager):
+                self._prefixes = manager.prefixes
+        self.connector.use_prefixes(self._prefixes, self.hash_block_size)
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's. What was computed is kept until somebody needs its memory."""
+        self._prefixes.keep(request)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM's, which by default leaves out what a connector has."""
+        done = bool(super().reset_prefix_cache(*args, **kwargs))
+        self._prefixes.reset()
+        return done
+
+    def has_finished_requests(self) -> bool:
+        """As vLLM's; also where sequences have ended of which the workers do not know yet."""
+        return bool(super().has_finished_requests() or self._prefixes.changes.gone)
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's. Requests that were lost get no token of this step, and finish_reason error."""
-        lost = _take_lost(scheduler_output, model_runner_output)
+        """As vLLM's. Requests that were lost get no token of this step, and finish_reason error.
+
+        One whose workers did not have what it was to begin with begins anew, without that.
+        """
+        lost = []
+        for row in _take_lost(scheduler_output, model_runner_output):
+            if not self._prefixes.is_running(row.request, row.sequence):
+                continue  # it has ended, or begun anew, since then
+            if row.fork is None or not _RESTARTS:
+                lost.append(row.request)
+                continue
+            request = self.requests[row.request]
+            self._prefixes.start_cold(row.request, row.fork.owner)
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
         ended = self.finish_requests(lost, RequestStatus.FINISHED_ERROR) if lost else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in ended:
@@ -41,11 +81,11 @@ class _EndsTheLost(Scheduler):  # type: ignore[misc]
         return outputs
 
 
-class IceCacheScheduler(_EndsTheLost):
+class IceCacheScheduler(_IceCache):
     """vLLM's scheduler."""
 
 
-class IceCacheAsyncScheduler(_EndsTheLost, AsyncScheduler):  # type: ignore[misc]
+class IceCacheAsyncScheduler(_IceCache, AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler one step ahead."""
 
 
@@ -57,12 +97,12 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     )
 
 
-def _take_lost(scheduler_output: Any, model_runner_output: Any) -> Iterable[str]:
-    """The requests whose blocks a worker reported as lost in this step; vLLM sees no report."""
+def _take_lost(scheduler_output: Any, model_runner_output: Any) -> list[ScheduledRow]:
+    """The rows whose blocks a worker reported as lost in this step; vLLM sees no report."""
     report = model_runner_output.kv_connector_output
     step = scheduler_output.kv_connector_metadata
     if report is None or not report.invalid_block_ids or not isinstance(step, StepMetadata):
         return []
     blocks, report.invalid_block_ids = report.invalid_block_ids, set()
     # By the rows of that very step: by now a block may belong to another request.
-    return [row.request for row in step.rows if row.block in blocks]
+    return [row for row in step.rows if row.block in blocks]

@@ -32,7 +32,6 @@ def engine_args(**settings: Any) -> dict[str, Any]:
         "additional_config": {KEY: settings},
         "kv_transfer_config": dict(KV_TRANSFER),
         "scheduler_cls": SCHEDULER,
-        "enable_prefix_caching": False,
         "disable_hybrid_kv_cache_manager": False,
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.names import AttentionSpec, KVCacheSpecRegistry, SingleTypeKVCacheManager
+from icecache.vllm.prefixes import Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,47 +47,36 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: IceCacheSpec, **kwargs: Any) -> None:
         kwargs["max_admission_blocks_per_request"] = 1
         super().__init__(kv_cache_spec, **kwargs)
-        self.tokens: dict[str, int] = {}  # of each request: those it has, or was admitted for
-        self.slots = 0  # that all of them take: asked for in every step, for each request
+        self.prefixes = Prefixes(kv_cache_spec.slots_of, kv_cache_spec.host_slots)
         self._asked: dict[str, int] = {}  # by a request that was told how many blocks it needs
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """0 or 1; more than there are where host memory does not hold `num_tokens` more.
+        """0 or 1; more than there are where host memory does not hold `num_tokens` of it.
 
         Then the scheduler lets a new request wait, and preempts where a running one must grow.
         """
-        spec = self.kv_cache_spec
-        others = self.slots - self._slots_of(request_id)
-        if others > 0 and others + spec.slots_of(num_tokens) > spec.host_slots:
+        if not self.prefixes.make_room(request_id, num_tokens):
             return int(self.block_pool.get_num_free_blocks()) + 1
         self._asked[request_id] = max(num_tokens, self._asked.get(request_id, 0))
         return 0 if self.req_to_blocks.get(request_id) else 1
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[Any]:
         """The request's block, if it has none yet."""
-        asked = self._asked.pop(request_id, 0)
-        self.slots -= self._slots_of(request_id)
-        self.tokens[request_id] = max(num_tokens, asked, self.tokens.get(request_id, 0))
-        self.slots += self._slots_of(request_id)
+        self.prefixes.hold(request_id, max(num_tokens, self._asked.pop(request_id, 0)))
         blocks = self.req_to_blocks[request_id]
         if blocks:
             return []
         blocks.extend(self.block_pool.get_new_blocks(1))
         return list(blocks)
 
-    def _slots_of(self, request_id: str) -> int:
-        tokens = self.tokens.get(request_id)
-        return 0 if tokens is None else int(self.kv_cache_spec.slots_of(tokens))
-
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the connector offers no tokens from elsewhere."""
+        """Nothing: what the workers fork takes no block of vLLM's."""
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The block of a request that ends or is preempted."""
-        self.slots -= self._slots_of(request_id)
-        self.tokens.pop(request_id, None)
+        self.prefixes.leave(request_id)
         self._asked.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
@@ -102,7 +92,7 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         return 0
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: prefix caching is refused."""
+        """Nothing: Prefixes keeps what is shared."""
 
     @classmethod
     def find_longest_cache_hit(
@@ -113,7 +103,7 @@ class IceCacheManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[Any], ...], int]:
-        """No hit."""
+        """No hit in vLLM's blocks: the connector offers what Prefixes finds."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
 

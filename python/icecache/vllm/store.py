@@ -14,6 +14,7 @@ from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
 from icecache.device_engine import DeviceEngine
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
+from icecache.vllm.prefixes import Changes
 
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
@@ -23,6 +24,7 @@ class Row:
     """What a step computes of one request."""
 
     request: str
+    key: int  # the scheduler's number of its sequence
     sequence: int  # of the engine
     first: int  # row of its first new token in the batch
     count: int  # new tokens
@@ -74,9 +76,11 @@ class Store:
     def __init__(self, engine: HostEngine | DeviceEngine) -> None:
         self.engine = engine
         self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
-        self._sequence: dict[str, int] = {}
-        self._length: dict[str, int] = {}
-        self.failed: dict[str, str] = {}  # requests that this worker lost, and why
+        # By the scheduler's numbers of sequences: the engine's, and their lengths.
+        self._sequence: dict[int, int] = {}
+        self._length: dict[int, int] = {}
+        self._kept: set[int] = set()  # of requests that are over
+        self.failed: dict[int, str] = {}  # that this worker lost, and why
         self.requests_failed = 0  # since the start
 
     @property
@@ -99,16 +103,28 @@ class Store:
     @property
     def requests(self) -> int:
         """Requests that hold pages."""
-        return len(self._sequence)
+        return len(self._sequence) - len(self._kept)
 
-    def release(self, requests: Iterable[str]) -> None:
-        """Ends requests, or lets go of preempted ones. Unknown ones are none of this worker's."""
-        for request in requests:
-            self.failed.pop(request, None)
-            self._length.pop(request, None)
-            sequence = self._sequence.pop(request, None)
-            if sequence is not None:
+    def change(self, changes: Changes) -> None:
+        """What the scheduler says of sequences that are no request's any more."""
+        self.release(changes.gone)
+        for key in changes.kept:
+            if key in self._sequence:  # else it failed meanwhile
+                self.engine.retain(self._sequence[key])
+                self._kept.add(key)
+
+    def release(self, keys: Iterable[int]) -> None:
+        """Ends sequences. Unknown ones are none of this worker's."""
+        for key in keys:
+            self.failed.pop(key, None)
+            self._length.pop(key, None)
+            sequence = self._sequence.pop(key, None)
+            # The engine ends by itself what was kept, where it needs the pages.
+            if sequence is not None and (
+                key not in self._kept or self.engine.contains(sequence)
+            ):
                 self.engine.release(sequence)
+            self._kept.discard(key)
 
     def begin(self, scheduled: Iterable[tuple[int, ScheduledRow]]) -> Batch:
         """Before the forward of a step: every row's sequence at its position, and prepared.
@@ -118,29 +134,39 @@ class Store:
         """
         rows = []
         for first, row in scheduled:
-            if row.position == 0:
-                self.release([row.request])
-                self._sequence[row.request] = self.engine.new_sequence()
-                self._length[row.request] = 0
-            if row.request in self.failed:
+            key = row.sequence
+            if key in self.failed:
                 continue
-            length = self._length.get(row.request, 0)
-            if row.position > length:
-                self._fail(row.request, f"holds {length} tokens, {row.position} were expected")
-                continue
-            sequence = self._sequence[row.request]
             try:
-                if row.position < length:  # tokens that the scheduler took back
-                    self.engine.truncate(sequence, row.position)
-                self.engine.prepare(sequence, row.count, row.phase)
+                self._place(row)
+                self.engine.prepare(self._sequence[key], row.count, row.phase)
             except Error as error:
-                self._fail(row.request, str(error))
+                self._fail(row.request, key, str(error))
                 continue
-            self._length[row.request] = row.position + row.count
-            rows.append(Row(row.request, sequence, first, row.count, row.phase))
+            self._length[key] = row.position + row.count
+            rows.append(Row(row.request, key, self._sequence[key], first, row.count, row.phase))
         batch = Batch(rows)
         self.engine.begin(batch.sequences, batch.firsts, batch.phases)
         return batch
+
+    def _place(self, row: ScheduledRow) -> None:
+        """The row's sequence holds all tokens up to its position. Raises Error where it cannot."""
+        key = row.sequence
+        if row.fork is not None:
+            owner = self._sequence.get(row.fork.owner)
+            if owner is None:
+                raise InvalidArgument(f"no sequence {row.fork.owner} to begin with")
+            self._sequence[key] = self.engine.fork(owner, row.fork.tokens)
+            self._length[key] = row.fork.tokens
+        elif row.position == 0:
+            self.release([key])
+            self._sequence[key] = self.engine.new_sequence()
+            self._length[key] = 0
+        length = self._length.get(key, 0)
+        if row.position > length:
+            raise InvalidArgument(f"holds {length} tokens, {row.position} were expected")
+        if row.position < length:  # tokens that the scheduler took back
+            self.engine.truncate(self._sequence[key], row.position)
 
     def attend(
         self,
@@ -170,7 +196,7 @@ class Store:
                 self._step(number, queries, keys, values, outputs, Batch([row]))
                 kept.append(row)
             except Error as error:
-                self._fail(row.request, str(error))
+                self._fail(row.request, row.key, str(error))
                 outputs[row.first : row.first + row.count] = 0
         batch.keep(kept)
 
@@ -195,9 +221,9 @@ class Store:
             batch.phases,
         )
 
-    def _fail(self, request: str, reason: str) -> None:
+    def _fail(self, request: str, key: int, reason: str) -> None:
         """Frees its pages at once: others may be waiting for them."""
         logger.error("IceCache: request %s fails: %s", request, reason)
-        self.release([request])
-        self.failed[request] = reason
+        self.release([key])
+        self.failed[key] = reason
         self.requests_failed += 1

@@ -54,8 +54,6 @@ def check_config(vllm_config: Any) -> None:
     if not has_settings(vllm_config):
         _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if cache.enable_prefix_caching:
-        _refuse("prefix caching", "pages are not shared yet: add --no-enable-prefix-caching")
     if cache.cache_dtype not in _CACHE_DTYPES:
         _refuse(f"--kv-cache-dtype {cache.cache_dtype}", "leave it at auto")
     if vllm_config.speculative_config is not None:

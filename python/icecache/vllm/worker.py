@@ -100,7 +100,7 @@ class Worker:
         Raises RuntimeError where the batch is not what the scheduler announced.
         """
         assert self.store is not None
-        self.store.release(step.gone)
+        self.store.change(step.changes)
         self.step = step
         rows = self._rows() if step.rows else []
         self.batch = self.store.begin(rows)

@@ -1,0 +1,181 @@
+#include "icecache/prefix_store.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "icecache/error.h"
+
+namespace icecache {
+namespace {
+
+// Sequences with the same hash that a lookup compares: many may begin with one system prompt.
+constexpr std::size_t kCompared = 16;
+
+// Two lanes of multiply and xor over 64 bits (as in MurmurHash3's finaliser). No defence against
+// forged collisions: where hashes agree, tokens are compared.
+struct Hash128 {
+  std::array<std::uint64_t, 2> state = {0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu};
+
+  void add(std::uint64_t value) {
+    for (std::size_t lane = 0; lane < state.size(); ++lane) {
+      std::uint64_t x = state[lane] ^ (value + lane * 0x632be59bd9b4e019u);
+      x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdu;
+      x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53u;
+      state[lane] = x ^ (x >> 33);
+    }
+  }
+  std::string bytes() const {
+    std::string text(sizeof(state), '\0');
+    std::memcpy(text.data(), state.data(), sizeof(state));
+    return text;
+  }
+};
+
+std::string key_of(const std::string& space, const std::string& hash) {
+  return std::to_string(space.size()) + ":" + space + hash;
+}
+
+}  // namespace
+
+std::vector<std::string> hash_blocks(std::span<const std::int32_t> tokens,
+                                     std::int64_t block_tokens) {
+  if (block_tokens < 1) {
+    throw InvalidArgument(message("block_tokens must be at least 1, got ", block_tokens));
+  }
+  Hash128 hash;
+  std::vector<std::string> hashes;
+  for (std::size_t t = 0; t < tokens.size(); ++t) {
+    hash.add(static_cast<std::uint32_t>(tokens[t]));
+    if ((t + 1) % static_cast<std::size_t>(block_tokens) == 0) hashes.push_back(hash.bytes());
+  }
+  return hashes;
+}
+
+PrefixStore::PrefixStore(std::int64_t block_tokens) : block_tokens_(block_tokens) {
+  if (block_tokens < 1) {
+    throw InvalidArgument(message("block_tokens must be at least 1, got ", block_tokens));
+  }
+}
+
+PrefixStore::Entry& PrefixStore::entry(SeqId sequence) {
+  const auto found = entries_.find(sequence);
+  if (found == entries_.end()) {
+    throw InvalidArgument(
+        message("sequence must be one of the store's ", entries_.size(), ", got ", sequence));
+  }
+  return found->second;
+}
+
+// Tokens that two texts have in common whose first `blocks` hashes agree.
+std::int64_t PrefixStore::agree(const Text& held, const Text& asked, std::int64_t blocks) const {
+  const std::int64_t known = blocks * block_tokens_;
+  if (!held.by_token || !asked.by_token) return known;
+  const auto most = static_cast<std::ptrdiff_t>(std::min(held.tokens.size(), asked.tokens.size()));
+  const auto differ = std::mismatch(held.tokens.begin(), held.tokens.begin() + most,
+                                    asked.tokens.begin());
+  const std::int64_t same = differ.first - held.tokens.begin();
+  return same < known ? 0 : same;  // hashes of the caller's that collide
+}
+
+PrefixStore::Match PrefixStore::find(const Text& text) const {
+  for (std::size_t blocks = text.hashes.size(); blocks > 0; --blocks) {
+    const auto holders = holders_.find(key_of(text.space, text.hashes[blocks - 1]));
+    if (holders == holders_.end()) continue;
+    Match best;
+    const std::vector<SeqId>& all = holders->second;
+    for (std::size_t i = 0; i < std::min(all.size(), kCompared); ++i) {
+      const SeqId id = all[all.size() - 1 - i];
+      const auto length = agree(entries_.at(id).text, text, static_cast<std::int64_t>(blocks));
+      if (length > best.length) best = {id, length};
+    }
+    if (best.length > 0) return best;
+  }
+  return {};
+}
+
+std::vector<SeqId> PrefixStore::add(SeqId sequence, Text text) {
+  if (entries_.contains(sequence)) {
+    throw InvalidArgument(message("sequence must not be in the store already, got ", sequence));
+  }
+  if (static_cast<std::int64_t>(text.hashes.size()) >
+      static_cast<std::int64_t>(text.tokens.size()) / block_tokens_) {
+    throw InvalidArgument(message("hashes must be of whole blocks of ", block_tokens_, " of ",
+                                  text.tokens.size(), " tokens, got ", text.hashes.size()));
+  }
+  std::vector<SeqId> covered;
+  for (const auto& [id, entry] : entries_) {
+    const Text& held = entry.text;
+    const std::size_t blocks = held.hashes.size();
+    const bool shorter = blocks <= text.hashes.size() && held.tokens.size() <= text.tokens.size();
+    if (entry.pins > 0 || blocks == 0 || !shorter || held.space != text.space ||
+        held.hashes.back() != text.hashes[blocks - 1])
+      continue;
+    const std::int64_t same = agree(held, text, static_cast<std::int64_t>(blocks));
+    if (same == static_cast<std::int64_t>(held.tokens.size())) covered.push_back(id);
+  }
+  insert(sequence, std::move(text));
+  for (const SeqId id : covered) forget(id);
+  return covered;
+}
+
+void PrefixStore::insert(SeqId sequence, Text&& text) {
+  order_.push_back(sequence);
+  try {
+    Entry& entry = entries_[sequence];
+    entry.place = std::prev(order_.end());
+    entry.text = std::move(text);
+    for (const std::string& hash : entry.text.hashes) {
+      entry.keys.push_back(key_of(entry.text.space, hash));
+    }
+    for (const std::string& key : entry.keys) holders_[key].push_back(sequence);
+  } catch (...) {
+    if (entries_.contains(sequence)) {
+      forget(sequence);
+    } else {
+      order_.pop_back();
+    }
+    throw;
+  }
+}
+
+void PrefixStore::use(SeqId sequence) {
+  order_.splice(order_.end(), order_, entry(sequence).place);
+}
+
+void PrefixStore::pin(SeqId sequence) {
+  ++entry(sequence).pins;
+}
+
+void PrefixStore::unpin(SeqId sequence) {
+  Entry& pinned = entry(sequence);
+  if (pinned.pins == 0) throw InvalidArgument(message("sequence must be pinned, got ", sequence));
+  --pinned.pins;
+}
+
+void PrefixStore::remove(SeqId sequence) {
+  entry(sequence);
+  forget(sequence);
+}
+
+void PrefixStore::forget(SeqId sequence) noexcept {
+  const auto found = entries_.find(sequence);
+  for (const std::string& key : found->second.keys) {
+    const auto holders = holders_.find(key);
+    if (holders == holders_.end()) continue;  // of an add() that ran out of memory
+    std::erase(holders->second, sequence);
+    if (holders->second.empty()) holders_.erase(holders);
+  }
+  order_.erase(found->second.place);
+  entries_.erase(found);
+}
+
+std::optional<SeqId> PrefixStore::oldest() const {
+  for (const SeqId id : order_) {
+    if (entries_.at(id).pins == 0) return id;
+  }
+  return std::nullopt;
+}
+
+}  // namespace icecache
