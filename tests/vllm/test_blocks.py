@@ -8,6 +8,7 @@ from icecache import Config, Phase
 from icecache.vllm.backend import IceCacheMetadataBuilder
 from icecache.vllm.host_memory import TREE, Room, room_of, slots_needed
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
+from icecache.vllm.prefixes import Changes
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from icecache.vllm.worker import Worker
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -56,7 +57,7 @@ def test_a_request_holds_one_block_for_life() -> None:
     assert needed(seats, "a", 5001) == 0 and seats.allocate_new_blocks("a", 5001) == []
     assert pool.get_num_free_blocks() == free - 1
     seats.free("a")
-    assert pool.get_num_free_blocks() == free and not seats.tokens
+    assert pool.get_num_free_blocks() == free and len(seats.prefixes.ledger) == 0
 
 
 def test_seats_run_out() -> None:
@@ -98,10 +99,10 @@ def test_a_step_costs_each_request_alike_whatever_the_others(
     costs = []
     for running in (256, 1024):
         pool = BlockPool(num_gpu_blocks=running + 1, enable_caching=False, hash_block_size=BLOCK)
+        monkeypatch.setattr(IceCacheSpec, "slots_of", counting)
         seats = manager(pool, 10_000_000, room_step)
         for request in range(running):
             seats.allocate_new_blocks(str(request), request)
-        monkeypatch.setattr(IceCacheSpec, "slots_of", counting)
         counted = 0
         for request in range(running):
             assert needed(seats, str(request), request + 1) == 0
@@ -109,14 +110,14 @@ def test_a_step_costs_each_request_alike_whatever_the_others(
         costs.append(counted / running)
         monkeypatch.setattr(IceCacheSpec, "slots_of", slots_of)
         expected = [seats.kv_cache_spec.slots_of(tokens + 1) for tokens in range(running)]
-        assert seats.slots == sum(expected)
+        assert seats.prefixes.ledger.used == sum(expected)
         for request in range(0, running, 2):
             seats.free(str(request))
-        assert seats.slots == sum(expected[1::2])
+        assert seats.prefixes.ledger.used == sum(expected[1::2])
         for request in range(1, running, 2):
             seats.free(str(request))
-        assert seats.slots == 0
-    assert costs[0] == costs[1] <= 4
+        assert seats.prefixes.ledger.used == 0
+    assert 0 < costs[0] == costs[1] <= 5
 
 
 def test_an_index_that_opens_more_pages_takes_more_room() -> None:
@@ -203,19 +204,19 @@ def test_metadata_as_the_v2_runner_builds_it() -> None:
 class SomeStore:
     """Has no requests."""
 
-    def release(self, requests: set[str]) -> None:
-        assert requests == {"gone"}
+    def change(self, changes: Changes) -> None:
+        assert changes.gone == {7}
 
 
 def test_a_batch_that_is_not_the_schedulers_is_an_error() -> None:
     made = worker()
     made.store = SomeStore()  # type: ignore[assignment]
-    row = ScheduledRow("a", block=3, position=0, count=4, phase=Phase.PREFILL)
-    other = ScheduledRow("b", block=4, position=9, count=1, phase=Phase.AUTO)
+    row = ScheduledRow("a", 1, block=3, position=0, count=4, phase=Phase.PREFILL)
+    other = ScheduledRow("b", 2, block=4, position=9, count=1, phase=Phase.AUTO)
     for starts, blocks in (([0, 4], [2]), ([0, 5], [3])):
         made.metadata = IceCacheMetadata(starts, blocks)
         with pytest.raises(RuntimeError, match="not what the scheduler announced"):
-            made.begin(StepMetadata([row], {"gone"}))
+            made.begin(StepMetadata([row], Changes({7})))
     made.metadata = IceCacheMetadata([0, 4], [3])
     with pytest.raises(RuntimeError, match=r"rows that are not in the batch.*'b'"):
-        made.begin(StepMetadata([row, other], {"gone"}))
+        made.begin(StepMetadata([row, other], Changes({7})))

@@ -24,6 +24,7 @@ from icecache.vllm import engine_args
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
 from icecache.vllm.connector import IceCacheConnector
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
+from icecache.vllm.prefixes import Changes
 from icecache.vllm.names import (
     AttentionCGSupport,
     CUDAGraphMode,
@@ -162,7 +163,8 @@ class Server:
         starts = [sum(row.count for row in step.rows[:n]) for n in range(len(step.rows) + 1)]
         metadata = self.build(starts, [row.block for row in step.rows])
         with set_forward_context(metadata, self.vllm_config):
-            self.connector.bind_connector_metadata(StepMetadata(step.rows, step.gone))
+            gone = {int(request[1:]) for request in step.gone}
+            self.connector.bind_connector_metadata(StepMetadata(step.rows, Changes(gone)))
         tensors = self.static if replayed else [inputs(count) for _ in NAMES]
         for layer, given in zip(tensors, step.given, strict=True):
             for mine, theirs in zip(layer[:3], given, strict=True):
@@ -217,7 +219,8 @@ def traffic(count: int) -> list[Step]:
             phase = Phase.AUTO
             if left > 0:
                 phase = Phase.PROMPT_END if tokens == left else Phase.PREFILL
-            rows.append(ScheduledRow(request, 1 + int(request[1:]), first, tokens, phase))
+            number_of = int(request[1:])
+            rows.append(ScheduledRow(request, number_of, 1 + number_of, first, tokens, phase))
             position[request] += tokens
         total = sum(row.count for row in rows)
         given = [
@@ -269,7 +272,7 @@ def prompts_of_three(vllm_config: Any, steps: int = 0) -> tuple[Server, list[Sch
     """Three requests of 40 tokens and `steps` more, and their rows of the next step."""
     server = Server(vllm_config)
     server.capture()
-    rows = [ScheduledRow(f"r{n}", n + 1, 0, 40, Phase.PROMPT_END) for n in range(SEATS)]
+    rows = [ScheduledRow(f"r{n}", n, n + 1, 0, 40, Phase.PROMPT_END) for n in range(SEATS)]
     server.step(Step(rows, set(), random_given(120)))
     for position in range(40, 40 + steps):
         server.step(Step(decoding(position), set(), random_given(SEATS)), replayed=True)
@@ -277,7 +280,7 @@ def prompts_of_three(vllm_config: Any, steps: int = 0) -> tuple[Server, list[Sch
 
 
 def decoding(position: int) -> list[ScheduledRow]:
-    return [ScheduledRow(f"r{n}", n + 1, position, 1, Phase.AUTO) for n in range(SEATS)]
+    return [ScheduledRow(f"r{n}", n, n + 1, position, 1, Phase.AUTO) for n in range(SEATS)]
 
 
 def random_given(rows: int) -> list[list[torch.Tensor]]:
@@ -288,7 +291,7 @@ def test_a_request_that_cannot_go_on_fails_alone_in_a_replay(vllm_config: Any) -
     server, rows = prompts_of_three(vllm_config, REBUILD_AFTER)
     server.cache.no_rebuild = 1
     outputs = server.step(Step(rows, set(), random_given(SEATS)), replayed=True)
-    assert server.store.failed == {"r1": "no room"}
+    assert server.store.failed == {1: "no room"}
     assert server.lengths() == [[40 + REBUILD_AFTER + 1, 0, 40 + REBUILD_AFTER + 1]] * LAYERS
     for output in outputs:
         assert (output[1] == 0).all() and (output[[0, 2]] != 0).any()
@@ -298,7 +301,7 @@ def test_indexes_that_could_not_be_built_fail_their_own_requests(vllm_config: An
     server, rows = prompts_of_three(vllm_config)
     server.cache.no_index = (1, 2)
     server.step(Step(rows, set(), random_given(SEATS)), replayed=True)
-    assert server.store.failed == {"r2": "no room for an index"}
+    assert server.store.failed == {2: "no room for an index"}
     assert server.lengths() == [[41, 41, 0]] * LAYERS
 
 

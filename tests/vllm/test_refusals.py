@@ -30,7 +30,6 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"enable_prefix_caching": True}, "prefix caching.*--no-enable-prefix-caching"),
         ({"kv_transfer_config": None}, "no KV connector: add --kv-transfer-config.*icecache serve"),
         ({"additional_config": {}}, "no settings: add --additional-config"),
         ({"additional_config": {"icecache": {"token_budgets": 3}}}, "token_budgets"),
@@ -154,7 +153,10 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
             },
         ),
         (IceCacheSpec, {"max_memory_usage_bytes"}),
-        (IceCacheScheduler.__mro__[1], {"update_from_output"}),
+        (
+            IceCacheScheduler.__mro__[1],
+            {"has_finished_requests", "reset_prefix_cache", "update_from_output"},
+        ),
         (
             IceCacheConnector,
             {
@@ -175,6 +177,8 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
                 "build_kv_connector_stats",
                 "build_prom_metrics",
                 "requires_kv_delivery",
+                "reset_cache",
+                "take_events",
             },
         ),
     ],
@@ -182,7 +186,8 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
 def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
     own: Callable[[str], bool] = lambda name: not name.startswith("_")  # noqa: E731
     public = {name for name in vars(ours) if own(name) and callable(getattr(ours, name))}
-    assert public - {"of", "slots_of", "get_num_common_prefix_blocks"} <= methods
+    added = {"of", "slots_of", "get_num_common_prefix_blocks", "use_prefixes"}
+    assert public - added <= methods
     for name in methods:
         assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
 
