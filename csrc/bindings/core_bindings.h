@@ -25,7 +25,7 @@ void bind_errors();
 void bind_config(pybind11::module_& module);
 void bind_telemetry(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
-void bind_prefix_store(pybind11::module_& module);
+void bind_prefix_table(pybind11::module_& module);
 // Of a cache whose tensors are on devices of this type (dlpack::DeviceType).
 void bind_device_cache(pybind11::module_& module, std::int32_t device_type);
 

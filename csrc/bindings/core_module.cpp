@@ -8,6 +8,6 @@ PYBIND11_MODULE(_core, module) {
   bind_config(module);
   bind_telemetry(module);
   bind_engine(module);
-  bind_prefix_store(module);
+  bind_prefix_table(module);
   bind_device_cache(module, dlpack::kCuda);
 }

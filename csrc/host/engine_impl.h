@@ -24,7 +24,7 @@ struct Engine::Impl {
 
   // Throw InvalidArgument for ids, layers and views that are not this engine's.
   SequenceCache& sequence(SeqId id);
-  SequenceCache& changeable(SeqId id);  // a sequence that is not retained
+  SequenceCache& changeable(SeqId id);        // a sequence that is not retained
   LayerCache& layer_of(SeqId id, int layer);  // settled
   LayerCache& layer_to_change(SeqId id, int layer);
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;

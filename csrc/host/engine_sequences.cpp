@@ -102,9 +102,8 @@ void Engine::release(SeqId sequence) {
 SequenceCache& Engine::Impl::changeable(SeqId id) {
   SequenceCache& cache = sequence(id);
   if (cache.retained != 0) {
-    throw InvalidArgument(
-        message("sequence must not be a retained one, which takes no tokens, got ", id,
-                "; fork it"));
+    throw InvalidArgument(message(
+        "sequence must not be a retained one, which takes no tokens, got ", id, "; fork it"));
   }
   return cache;
 }

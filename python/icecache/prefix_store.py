@@ -1,16 +1,18 @@
 """A prompt is paid once: sequences that are kept for prompts that begin as they do.
 
-SGLang's RadixAttention (Zheng et al. 2024) and vLLM's prefix caching share blocks of keys and values;
-here a sequence that is forked brings its index along.
+SGLang's RadixAttention (Zheng et al. 2024) and vLLM's prefix caching share blocks of keys and
+values; here a sequence that is forked brings its index along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icecache import _core
+from icecache._core import PrefixTable
 from icecache.engine import Engine
 from icecache.errors import InvalidArgument
+
+__all__ = ["PrefixStore", "PrefixTable"]
 
 
 class PrefixStore:
@@ -29,7 +31,7 @@ class PrefixStore:
     def __init__(self, engine: Engine, block_tokens: int = 16) -> None:
         """`block_tokens`: fewer common tokens are not shared."""
         self.engine = engine
-        self._texts = _core.PrefixStore(block_tokens)
+        self._texts = PrefixTable(block_tokens)
 
     def __len__(self) -> int:
         """Sequences that are kept."""

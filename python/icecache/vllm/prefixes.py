@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from icecache._core import PrefixStore
+from icecache.prefix_store import PrefixTable
 from icecache.vllm.ledger import Ledger
 from icecache.vllm.names import MEDIUM_CPU, BlockRemoved, BlockStored, RequestStatus
 
@@ -25,7 +25,7 @@ class Fork:
 
 
 class _Text(NamedTuple):
-    """As PrefixStore takes it."""
+    """As PrefixTable takes it."""
 
     tokens: list[int]
     hashes: list[bytes]
@@ -83,8 +83,8 @@ class Prefixes:
         self._make_stores()
 
     def _make_stores(self) -> None:
-        self._kept = PrefixStore(self._block_tokens)
-        self._prompts = PrefixStore(self._block_tokens)  # of running requests
+        self._kept = PrefixTable(self._block_tokens)
+        self._prompts = PrefixTable(self._block_tokens)  # of running requests
 
     # --- a request's life, in vLLM's order
 
@@ -261,7 +261,9 @@ class Prefixes:
     @property
     def kept_slots(self) -> int:
         """Slots that end with what is kept."""
-        return self.ledger.used - sum(self.ledger.cost_of(own.key) for own in self._running.values())
+        return self.ledger.used - sum(
+            self.ledger.cost_of(own.key) for own in self._running.values()
+        )
 
     # --- inside
 

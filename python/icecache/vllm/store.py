@@ -120,9 +120,7 @@ class Store:
             self._length.pop(key, None)
             sequence = self._sequence.pop(key, None)
             # The engine ends by itself what was kept, where it needs the pages.
-            if sequence is not None and (
-                key not in self._kept or self.engine.contains(sequence)
-            ):
+            if sequence is not None and (key not in self._kept or self.engine.contains(sequence)):
                 self.engine.release(sequence)
             self._kept.discard(key)
 

@@ -146,8 +146,20 @@ SeqId Life::fork(SeqId from) {
   return id;
 }
 
+SeqId Life::fork(SeqId from, std::int64_t length) {
+  SeqId id = -1;
+  attempt("fork of the first tokens", [&] { id = engine_->fork(from, length); });
+  models_[id] = models_[from];
+  cut(id, length);
+  return id;
+}
+
 void Life::truncate(SeqId id, std::int64_t length) {
   attempt("truncate", [&] { engine_->truncate(id, length); });
+  cut(id, length);
+}
+
+void Life::cut(SeqId id, std::int64_t length) {
   for (Layer& layer : models_[id]) {
     for (auto* side : {&layer.keys, &layer.values}) {
       for (std::vector<float>& x : *side) x.resize(length * kDim);
@@ -272,6 +284,10 @@ void Life::script() {
   record_.pool_bytes = engine_->pool_bytes();
   step({c}, 17, Phase::kPromptEnd);  // left pending
   const SeqId d = fork(c);
+  attempt("retain", [&] { engine_->retain(c); });
+  const SeqId e = fork(c, length(c) - 9);
+  step({e}, 1);
+  release(e);
   release(c);
   step({d}, 12);  // pending at destruction
   verify("at the end");

@@ -50,6 +50,8 @@ class Life {
 
   SeqId create();
   SeqId fork(SeqId from);
+  SeqId fork(SeqId from, std::int64_t length);
+  void cut(SeqId id, std::int64_t length);  // the model alone
   void truncate(SeqId id, std::int64_t length);
   void release(SeqId id);
   void append(SeqId id, int tokens);

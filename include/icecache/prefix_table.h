@@ -1,4 +1,5 @@
-// PrefixStore: which of the sequences that an engine retains (Engine::retain) begins as a prompt does.
+// PrefixTable: which of the sequences that an engine retains (Engine::retain) begins as a prompt
+// does.
 //
 // It holds token ids and hashes; keys and values are in the engine. A prompt is looked up by the
 // hashes of its blocks, longest first, and then token by token beyond the last whole block that
@@ -27,7 +28,7 @@ namespace icecache {
 std::vector<std::string> hash_blocks(std::span<const std::int32_t> tokens,
                                      std::int64_t block_tokens);
 
-class PrefixStore {
+class PrefixTable {
  public:
   // Tokens of a sequence and the hashes of its first whole blocks.
   struct Text {
@@ -44,7 +45,7 @@ class PrefixStore {
   };
 
   // Throws InvalidArgument unless block_tokens is at least 1.
-  explicit PrefixStore(std::int64_t block_tokens);
+  explicit PrefixTable(std::int64_t block_tokens);
 
   // Adds a sequence as the most recently used one. Those of which it holds all tokens leave, unless
   // they are pinned: they are returned. Throws InvalidArgument for a sequence that it has, or where

@@ -6,14 +6,14 @@
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
 #include "icecache/error.h"
-#include "icecache/prefix_store.h"
+#include "icecache/prefix_table.h"
 
 namespace py = pybind11;
 
 namespace icecache::bindings {
 namespace {
 
-using Store = Live<PrefixStore>;
+using Table = Live<PrefixTable>;
 
 std::vector<std::int32_t> tokens_of(py::handle values) {
   std::vector<std::int32_t> tokens;
@@ -37,9 +37,9 @@ std::vector<std::string> hashes_of(py::handle values) {
   return hashes;
 }
 
-PrefixStore::Text text_of(Store self, py::handle tokens, py::handle hashes, py::handle space,
+PrefixTable::Text text_of(Table self, py::handle tokens, py::handle hashes, py::handle space,
                           bool by_token) {
-  PrefixStore::Text result;
+  PrefixTable::Text result;
   result.tokens = tokens_of(tokens);
   result.hashes =
       hashes.is_none() ? hash_blocks(result.tokens, self->block_tokens()) : hashes_of(hashes);
@@ -50,39 +50,39 @@ PrefixStore::Text text_of(Store self, py::handle tokens, py::handle hashes, py::
 
 }  // namespace
 
-void bind_prefix_store(py::module_& module) {
-  py::class_<PrefixStore>(module, "PrefixStore", py::is_final(),
-                          "Sequences by what they begin with; see icecache.PrefixStore.")
+void bind_prefix_table(py::module_& module) {
+  py::class_<PrefixTable>(module, "PrefixTable", py::is_final(),
+                          "Sequences by what they begin with; see icecache.prefix_store.")
       .def(py::init([](py::handle block_tokens) {
-             return PrefixStore(integer("block_tokens", block_tokens));
+             return PrefixTable(integer("block_tokens", block_tokens));
            }),
            py::arg("block_tokens"))
       .def(
           "add",
-          [](Store self, py::handle seq, py::handle tokens, py::handle hashes, py::handle space,
+          [](Table self, py::handle seq, py::handle tokens, py::handle hashes, py::handle space,
              bool by_token) {
             return self->add(integer("seq", seq), text_of(self, tokens, hashes, space, by_token));
           },
-          py::arg("seq"), py::arg("tokens"), py::arg("hashes") = py::none(),
-          py::arg("space") = "", py::arg("by_token") = true)
+          py::arg("seq"), py::arg("tokens"), py::arg("hashes") = py::none(), py::arg("space") = "",
+          py::arg("by_token") = true)
       .def(
           "find",
-          [](Store self, py::handle tokens, py::handle hashes, py::handle space, bool by_token) {
-            const PrefixStore::Match match =
+          [](Table self, py::handle tokens, py::handle hashes, py::handle space, bool by_token) {
+            const PrefixTable::Match match =
                 self->find(text_of(self, tokens, hashes, space, by_token));
             return std::pair(match.sequence, match.length);
           },
           py::arg("tokens"), py::arg("hashes") = py::none(), py::arg("space") = "",
           py::arg("by_token") = true)
-      .def("use", [](Store self, py::handle seq) { self->use(integer("seq", seq)); })
-      .def("pin", [](Store self, py::handle seq) { self->pin(integer("seq", seq)); })
-      .def("unpin", [](Store self, py::handle seq) { self->unpin(integer("seq", seq)); })
-      .def("remove", [](Store self, py::handle seq) { self->remove(integer("seq", seq)); })
-      .def("oldest", [](Store self) { return self->oldest(); })
-      .def("sequences", [](Store self) { return self->sequences(); })
+      .def("use", [](Table self, py::handle seq) { self->use(integer("seq", seq)); })
+      .def("pin", [](Table self, py::handle seq) { self->pin(integer("seq", seq)); })
+      .def("unpin", [](Table self, py::handle seq) { self->unpin(integer("seq", seq)); })
+      .def("remove", [](Table self, py::handle seq) { self->remove(integer("seq", seq)); })
+      .def("oldest", [](Table self) { return self->oldest(); })
+      .def("sequences", [](Table self) { return self->sequences(); })
       .def("__contains__",
-           [](Store self, py::handle seq) { return self->contains(integer("seq", seq)); })
-      .def("__len__", [](Store self) { return self->size(); });
+           [](Table self, py::handle seq) { return self->contains(integer("seq", seq)); })
+      .def("__len__", [](Table self) { return self->size(); });
 }
 
 }  // namespace icecache::bindings

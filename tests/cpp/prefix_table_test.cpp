@@ -1,5 +1,5 @@
 // Which sequence begins as a prompt does, and who goes first.
-#include "icecache/prefix_store.h"
+#include "icecache/prefix_table.h"
 
 #include <gtest/gtest.h>
 
@@ -15,9 +15,9 @@ namespace {
 
 constexpr std::int64_t kBlock = 4;
 
-PrefixStore::Text text(std::vector<std::int32_t> tokens, std::string space = "",
+PrefixTable::Text text(std::vector<std::int32_t> tokens, std::string space = "",
                        bool by_token = true) {
-  PrefixStore::Text made{std::move(tokens), {}, std::move(space), by_token};
+  PrefixTable::Text made{std::move(tokens), {}, std::move(space), by_token};
   made.hashes = hash_blocks(made.tokens, kBlock);
   return made;
 }
@@ -34,8 +34,8 @@ std::vector<std::int32_t> joined(std::vector<std::int32_t> first,
   return first;
 }
 
-TEST(PrefixStore, FindsTheLongestCommonBeginningTokenByToken) {
-  PrefixStore store(kBlock);
+TEST(PrefixTable, FindsTheLongestCommonBeginningTokenByToken) {
+  PrefixTable store(kBlock);
   store.add(1, text(joined(counting(0, 10), {99, 98})));
   store.add(2, text(joined(counting(0, 14), {97})));
   const auto match = store.find(text(counting(0, 30)));
@@ -46,8 +46,8 @@ TEST(PrefixStore, FindsTheLongestCommonBeginningTokenByToken) {
   EXPECT_EQ(store.find(text(counting(1, 30))).length, 0);
 }
 
-TEST(PrefixStore, SharesNothingBetweenSpaces) {
-  PrefixStore store(kBlock);
+TEST(PrefixTable, SharesNothingBetweenSpaces) {
+  PrefixTable store(kBlock);
   store.add(1, text(counting(0, 12), "a"));
   EXPECT_EQ(store.find(text(counting(0, 12), "a")).length, 12);
   for (const char* other : {"", "b", "aa", "1:a"}) {
@@ -55,19 +55,19 @@ TEST(PrefixStore, SharesNothingBetweenSpaces) {
   }
 }
 
-TEST(PrefixStore, SharesWholeBlocksWhereTokensDoNotTellEverything) {
-  PrefixStore store(kBlock);
+TEST(PrefixTable, SharesWholeBlocksWhereTokensDoNotTellEverything) {
+  PrefixTable store(kBlock);
   store.add(1, text(counting(0, 11), "", false));
   EXPECT_EQ(store.find(text(counting(0, 11))).length, 8);
   EXPECT_EQ(store.find(text(counting(0, 11), "", false)).length, 8);
   // The caller's hashes tell what tokens do not.
-  PrefixStore::Text other = text(counting(0, 11), "", false);
+  PrefixTable::Text other = text(counting(0, 11), "", false);
   other.hashes[1] = "another picture";
   EXPECT_EQ(store.find(other).length, 4);
 }
 
-TEST(PrefixStore, ASequenceThatHoldsAnotherTakesItsPlace) {
-  PrefixStore store(kBlock);
+TEST(PrefixTable, ASequenceThatHoldsAnotherTakesItsPlace) {
+  PrefixTable store(kBlock);
   store.add(1, text(counting(0, 9)));
   store.add(2, text(counting(0, 9), "b"));
   store.add(3, text(counting(0, 8)));  // is held by 1, and holds nobody
@@ -76,8 +76,8 @@ TEST(PrefixStore, ASequenceThatHoldsAnotherTakesItsPlace) {
   EXPECT_EQ(store.sequences(), (std::vector<SeqId>{2, 3, 4})) << "pinned ones and others' stay";
 }
 
-TEST(PrefixStore, TheLeastRecentlyUsedWithoutAPinGoesFirst) {
-  PrefixStore store(kBlock);
+TEST(PrefixTable, TheLeastRecentlyUsedWithoutAPinGoesFirst) {
+  PrefixTable store(kBlock);
   for (int i = 0; i < 3; ++i) store.add(i, text(counting(100 * i, 100 * i + 8)));
   EXPECT_EQ(store.oldest(), 0);
   store.use(0);
@@ -91,35 +91,35 @@ TEST(PrefixStore, TheLeastRecentlyUsedWithoutAPinGoesFirst) {
   EXPECT_EQ(store.oldest(), 1);
 }
 
-TEST(PrefixStore, RefusesWhatItDoesNotHave) {
+TEST(PrefixTable, RefusesWhatItDoesNotHave) {
   const auto refused = [](const auto& call) { return testing::refusal<InvalidArgument>(call); };
-  EXPECT_MENTIONS(refused([] { PrefixStore none(0); }), "block_tokens must be at least 1, got 0");
-  PrefixStore store(kBlock);
+  EXPECT_MENTIONS(refused([] { PrefixTable none(0); }), "block_tokens must be at least 1, got 0");
+  PrefixTable store(kBlock);
   store.add(1, text(counting(0, 8)));
   EXPECT_MENTIONS(refused([&] { store.add(1, text(counting(0, 8))); }), "already, got 1");
   EXPECT_MENTIONS(refused([&] { store.remove(2); }), "sequence must be one of");
   EXPECT_MENTIONS(refused([&] { store.use(-1); }), "got -1");
   EXPECT_MENTIONS(refused([&] { store.unpin(1); }), "sequence must be pinned, got 1");
-  PrefixStore::Text more = text(counting(0, 8));
+  PrefixTable::Text more = text(counting(0, 8));
   more.hashes.resize(3);
   EXPECT_MENTIONS(refused([&] { store.add(3, more); }), "hashes must be of whole blocks");
   EXPECT_EQ(store.size(), 1u);
 }
 
 // Against a search over all texts.
-TEST(PrefixStore, AgreesWithASearchOverAll) {
+TEST(PrefixTable, AgreesWithASearchOverAll) {
   std::mt19937 random(5);
   const auto below = [&](int n) { return static_cast<int>(random() % n); };
-  PrefixStore store(kBlock);
-  std::map<SeqId, PrefixStore::Text> held;
-  std::vector<PrefixStore::Text> made = {text(counting(0, 40))};
+  PrefixTable store(kBlock);
+  std::map<SeqId, PrefixTable::Text> held;
+  std::vector<PrefixTable::Text> made = {text(counting(0, 40))};
   for (SeqId id = 0; id < 600; ++id) {
     const std::vector<std::int32_t>& begin = made[below(static_cast<int>(made.size()))].tokens;
     const std::vector<std::int32_t> some(begin.begin(),
                                          begin.begin() + below(static_cast<int>(begin.size()) + 1));
     std::vector<std::int32_t> more;
     for (int n = below(12); n > 0; --n) more.push_back(below(3));
-    const PrefixStore::Text asked = text(joined(some, more), below(2) == 0 ? "" : "b");
+    const PrefixTable::Text asked = text(joined(some, more), below(2) == 0 ? "" : "b");
     std::int64_t expected = 0;
     for (const auto& [other, entry] : held) {
       if (entry.space != asked.space) continue;
@@ -129,7 +129,7 @@ TEST(PrefixStore, AgreesWithASearchOverAll) {
         ++same;
       if (same >= kBlock) expected = std::max(expected, same);
     }
-    const PrefixStore::Match match = store.find(asked);
+    const PrefixTable::Match match = store.find(asked);
     // Of many with the same last common block it compares the newest.
     EXPECT_EQ(match.length / kBlock, expected / kBlock);
     EXPECT_LE(match.length, expected);

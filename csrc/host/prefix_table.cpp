@@ -1,4 +1,4 @@
-#include "icecache/prefix_store.h"
+#include "icecache/prefix_table.h"
 
 #include <algorithm>
 #include <array>
@@ -53,13 +53,13 @@ std::vector<std::string> hash_blocks(std::span<const std::int32_t> tokens,
   return hashes;
 }
 
-PrefixStore::PrefixStore(std::int64_t block_tokens) : block_tokens_(block_tokens) {
+PrefixTable::PrefixTable(std::int64_t block_tokens) : block_tokens_(block_tokens) {
   if (block_tokens < 1) {
     throw InvalidArgument(message("block_tokens must be at least 1, got ", block_tokens));
   }
 }
 
-PrefixStore::Entry& PrefixStore::entry(SeqId sequence) {
+PrefixTable::Entry& PrefixTable::entry(SeqId sequence) {
   const auto found = entries_.find(sequence);
   if (found == entries_.end()) {
     throw InvalidArgument(
@@ -69,17 +69,17 @@ PrefixStore::Entry& PrefixStore::entry(SeqId sequence) {
 }
 
 // Tokens that two texts have in common whose first `blocks` hashes agree.
-std::int64_t PrefixStore::agree(const Text& held, const Text& asked, std::int64_t blocks) const {
+std::int64_t PrefixTable::agree(const Text& held, const Text& asked, std::int64_t blocks) const {
   const std::int64_t known = blocks * block_tokens_;
   if (!held.by_token || !asked.by_token) return known;
   const auto most = static_cast<std::ptrdiff_t>(std::min(held.tokens.size(), asked.tokens.size()));
-  const auto differ = std::mismatch(held.tokens.begin(), held.tokens.begin() + most,
-                                    asked.tokens.begin());
+  const auto differ =
+      std::mismatch(held.tokens.begin(), held.tokens.begin() + most, asked.tokens.begin());
   const std::int64_t same = differ.first - held.tokens.begin();
   return same < known ? 0 : same;  // hashes of the caller's that collide
 }
 
-PrefixStore::Match PrefixStore::find(const Text& text) const {
+PrefixTable::Match PrefixTable::find(const Text& text) const {
   for (std::size_t blocks = text.hashes.size(); blocks > 0; --blocks) {
     const auto holders = holders_.find(key_of(text.space, text.hashes[blocks - 1]));
     if (holders == holders_.end()) continue;
@@ -95,7 +95,7 @@ PrefixStore::Match PrefixStore::find(const Text& text) const {
   return {};
 }
 
-std::vector<SeqId> PrefixStore::add(SeqId sequence, Text text) {
+std::vector<SeqId> PrefixTable::add(SeqId sequence, Text text) {
   if (entries_.contains(sequence)) {
     throw InvalidArgument(message("sequence must not be in the store already, got ", sequence));
   }
@@ -120,7 +120,7 @@ std::vector<SeqId> PrefixStore::add(SeqId sequence, Text text) {
   return covered;
 }
 
-void PrefixStore::insert(SeqId sequence, Text&& text) {
+void PrefixTable::insert(SeqId sequence, Text&& text) {
   order_.push_back(sequence);
   try {
     Entry& entry = entries_[sequence];
@@ -140,26 +140,26 @@ void PrefixStore::insert(SeqId sequence, Text&& text) {
   }
 }
 
-void PrefixStore::use(SeqId sequence) {
+void PrefixTable::use(SeqId sequence) {
   order_.splice(order_.end(), order_, entry(sequence).place);
 }
 
-void PrefixStore::pin(SeqId sequence) {
+void PrefixTable::pin(SeqId sequence) {
   ++entry(sequence).pins;
 }
 
-void PrefixStore::unpin(SeqId sequence) {
+void PrefixTable::unpin(SeqId sequence) {
   Entry& pinned = entry(sequence);
   if (pinned.pins == 0) throw InvalidArgument(message("sequence must be pinned, got ", sequence));
   --pinned.pins;
 }
 
-void PrefixStore::remove(SeqId sequence) {
+void PrefixTable::remove(SeqId sequence) {
   entry(sequence);
   forget(sequence);
 }
 
-void PrefixStore::forget(SeqId sequence) noexcept {
+void PrefixTable::forget(SeqId sequence) noexcept {
   const auto found = entries_.find(sequence);
   for (const std::string& key : found->second.keys) {
     const auto holders = holders_.find(key);
@@ -171,7 +171,7 @@ void PrefixStore::forget(SeqId sequence) noexcept {
   entries_.erase(found);
 }
 
-std::optional<SeqId> PrefixStore::oldest() const {
+std::optional<SeqId> PrefixTable::oldest() const {
   for (const SeqId id : order_) {
     if (entries_.at(id).pins == 0) return id;
   }
