@@ -139,6 +139,15 @@ class DeviceEngine:
         self._next += 1
         return self._next - 1
 
+    def retain(self, seq: int) -> None:
+        """Refused: a sequence takes a lane, which others want."""
+        raise InvalidArgument(f"seq: a device retains no sequences, got {seq}; release it")
+
+    def contains(self, seq: int) -> bool:
+        """False for what was released."""
+        has_lane = any(seq in lanes.of for lanes in self._batches)
+        return has_lane or seq in self._waiting or seq in self._forks
+
     def truncate(self, seq: int, length: int) -> None:
         """Keeps the first `length` tokens of every layer. Waits for the current stream."""
         if seq in self._waiting:

@@ -19,9 +19,9 @@ class CountingEngine(icecache.Engine):
         self.forks = 0
         self.truncations = 0
 
-    def fork(self, seq: int) -> int:
+    def fork(self, seq: int, length: int | None = None) -> int:
         self.forks += 1
-        return super().fork(seq)
+        return super().fork(seq, length)
 
     def truncate(self, seq: int, length: int) -> None:
         self.truncations += 1

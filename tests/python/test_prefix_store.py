@@ -50,7 +50,7 @@ def test_many_questions_on_one_document_get_the_answers_of_cold_runs() -> None:
     store = PrefixStore(engine)
     document = some(generator, 400)
     for number in range(5):
-        prompt = document + [number] + some(generator, 30)
+        prompt = [*document, number, *some(generator, 30)]
         seq, known = store.open(prompt)
         assert known == (400 if number else 0)
         got = feed(engine, seq, prompt[known:], Phase.PROMPT_END)

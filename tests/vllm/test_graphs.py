@@ -24,7 +24,6 @@ from icecache.vllm import engine_args
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
 from icecache.vllm.connector import IceCacheConnector
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
-from icecache.vllm.prefixes import Changes
 from icecache.vllm.names import (
     AttentionCGSupport,
     CUDAGraphMode,
@@ -32,6 +31,7 @@ from icecache.vllm.names import (
     KVConnectorRole,
     get_forward_context,
 )
+from icecache.vllm.prefixes import Changes
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.worker import worker_for
 from test_refusals import config

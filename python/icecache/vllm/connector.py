@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from icecache import InvalidArgument, Phase
-from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.host_memory import slot_bytes
+from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
     CUDAGraphMode,
