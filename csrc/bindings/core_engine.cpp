@@ -208,19 +208,19 @@ void bind_sequences(Class& engine) {
              const Unlocked unlocked;
              return self->new_sequence();
            })
-      .def(
-          "fork",
-          [](Self self, py::handle seq, py::handle length) {
-            const SeqId id = integer("seq", seq);
-            if (length.is_none()) {
-              const Unlocked unlocked;
-              return self->fork(id);
-            }
-            const std::int64_t kept = integer("length", length);
-            const Unlocked unlocked;
-            return self->fork(id, kept);
-          },
-          py::arg("seq"), py::arg("length") = py::none())
+      .def("fork",
+           [](Self self, py::handle seq) {
+             const SeqId id = integer("seq", seq);
+             const Unlocked unlocked;
+             return self->fork(id);
+           })
+      .def("fork",
+           [](Self self, py::handle seq, py::handle length) {
+             const SeqId id = integer("seq", seq);
+             const std::int64_t kept = integer("length", length);
+             const Unlocked unlocked;
+             return self->fork(id, kept);
+           })
       .def("retain",
            [](Self self, py::handle seq) {
              const SeqId id = integer("seq", seq);

@@ -127,7 +127,7 @@ class Engine:
 
         Segments and pages are shared until one side writes.
         """
-        return self._engine.fork(seq, length)
+        return self._engine.fork(seq) if length is None else self._engine.fork(seq, length)
 
     def retain(self, seq: int) -> None:
         """Keeps a sequence for forks of it alone, as long as nobody wants its memory.

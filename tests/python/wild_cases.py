@@ -79,9 +79,24 @@ CONFIG_METHODS: dict[str, list[str]] = {
 }
 
 
+PREFIX_TABLE_METHODS: dict[str, list[str]] = {
+    "use": ["seq"],
+    "pin": ["seq"],
+    "unpin": ["seq"],
+    "remove": ["seq"],
+    "oldest": [],
+    "sequences": [],
+}
+
+
 def self_cases() -> Iterator[Case]:
     """`self` of another class or not initialised, too few and too many arguments."""
-    classes = {"Engine": METHODS, "DeviceCache": DEVICE_METHODS, "Config": CONFIG_METHODS}
+    classes = {
+        "Engine": METHODS,
+        "DeviceCache": DEVICE_METHODS,
+        "Config": CONFIG_METHODS,
+        "PrefixTable": PREFIX_TABLE_METHODS,
+    }
     for owner, methods in classes.items():
         cls = getattr(_core, owner)
         unmade = cls.__new__(cls)
@@ -96,7 +111,9 @@ def self_cases() -> Iterator[Case]:
             yield refuses(f"{name} with one more", TypeError, function, unmade, *given, 0)
             yield refuses(f"{name} by name", TypeError, partial(function, x=0), unmade, *given)
             if parameters:
-                yield refuses(f"{name} with one less", TypeError, function, unmade, *given[1:])
+                # A fork may be of all tokens.
+                errors = InvalidArgument if name == "Engine.fork" else TypeError
+                yield refuses(f"{name} with one less", errors, function, unmade, *given[1:])
             yield refuses(f"{name} of an unmade one", InvalidArgument, function, unmade, *given)
         for verb in (copy.copy, copy.deepcopy, pickle.dumps):
             yield refuses(f"{verb.__name__} of an unmade {owner}", TypeError, verb, unmade)
@@ -110,7 +127,7 @@ def dropped(cls: Any) -> None:
 
 def record_cases() -> Iterator[Case]:
     """Records come from C++ only."""
-    made_by_hand = ("Engine", "DeviceCache", "Config")
+    made_by_hand = ("Engine", "DeviceCache", "Config", "PrefixTable")
     for name, cls in vars(_core).items():
         if not isinstance(cls, type) or name in made_by_hand:
             continue
@@ -157,6 +174,42 @@ def make(cls: Any, rest: dict[str, int], name: str, value: Any) -> Any:
     config.set("host_memory", str(2**60))
     given: dict[str, Any] = {**SHAPE, "dtype": "float32", "scale": 0.0, "config": config, **rest}
     return cls(*(given | {name: value}).values())
+
+
+def prefix_table_cases() -> Iterator[Case]:
+    def of(method: str, *values: Any) -> None:
+        table = _core.PrefixTable(4)
+        table.add(1, range(9))
+        try:
+            getattr(table, method)(*values)
+        finally:
+            assert table.sequences() == [1] and table.find(range(20)) == (1, 9)
+
+    errors = (InvalidArgument, TypeError, ValueError)
+    for value in [*EXTREMES, *NO_NUMBERS]:
+        name = f"{value!r:.30}"
+        for method in ("use", "pin", "unpin", "remove"):
+            yield refuses(f"PrefixTable.{method}({name})", errors, of, method, value)
+        if not (isinstance(value, int) and -(2**63) <= value < 2**63):
+            yield refuses(f"PrefixTable.add({name})", errors, of, "add", value, range(9))
+            yield refuses(f"PrefixTable.__contains__({name})", errors, of, "__contains__", value)
+            contains = wild.the_world().engine.contains
+            yield refuses(f"Engine.contains({name})", errors, contains, value)
+        if isinstance(value, int) and -(2**31) <= value < 2**31:
+            continue
+        yield refuses(f"PrefixTable.find([{name}])", errors, of, "find", [0, value])
+        yield refuses(f"PrefixTable.add(2, [{name}])", errors, of, "add", 2, [0, value])
+    for value in (-(2**63), -1, 0, None, 1.5, "4", 2**64):
+        yield refuses(f"PrefixTable({value!r})", errors, _core.PrefixTable, value)
+    hashes: list[Any] = [1, "ab", ["a"], [None], [b"a", 1], object(), [b""] * 3]
+    for value in hashes:
+        name = f"PrefixTable.add(hashes={value!r:.30})"
+        yield refuses(name, errors, of, "add", 2, range(9), value)
+    spaces: list[Any] = [1, b"a", None, [], "\ud800"]
+    for value in spaces:
+        yield refuses(f"PrefixTable.find(space={value!r})", errors, of, "find", [1], None, value)
+    yield refuses("PrefixTable.add(again)", errors, of, "add", 1, range(9))
+    yield refuses("PrefixTable.oldest(1)", errors, of, "oldest", 1)
 
 
 def constructor_cases() -> Iterator[Case]:
@@ -385,6 +438,7 @@ def all_cases() -> list[Case]:
     groups = (
         engine_cases,
         self_cases,
+        prefix_table_cases,
         record_cases,
         function_cases,
         constructor_cases,

@@ -118,7 +118,8 @@ def the_world() -> World:
 GOOD_NUMBERS = {"seq": 0, "layer": 1, "length": 5, "kv_head": 1, "phase": 0}
 METHODS: dict[str, list[str]] = {
     "new_sequence": [],
-    "fork": ["seq"],
+    "fork": ["seq", "length"],
+    "retain": ["seq"],
     "truncate": ["seq", "length"],
     "release": ["seq"],
     "length": ["seq", "layer"],
