@@ -199,14 +199,14 @@ class PrefixTable:
     def add(
         self,
         seq: SupportsIndex,
-        tokens: Ids,
+        tokens: _Ids,
         hashes: Iterable[bytes] | None = None,
         space: str = "",
         by_token: bool = True,
     ) -> list[int]: ...
     def find(
         self,
-        tokens: Ids,
+        tokens: _Ids,
         hashes: Iterable[bytes] | None = None,
         space: str = "",
         by_token: bool = True,

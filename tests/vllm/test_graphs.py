@@ -327,7 +327,7 @@ def test_full_graphs_are_offered_where_every_step_in_them_decodes(
 
 def test_a_step_with_prompts_is_kept_out_of_full_graphs(vllm_config: Any) -> None:
     server = Server(vllm_config)
-    prompt = StepMetadata([ScheduledRow("r0", 1, 0, 1, Phase.PROMPT_END)])
+    prompt = StepMetadata([ScheduledRow("r0", 0, 1, 0, 1, Phase.PROMPT_END)])
     for mode, then in (
         (CUDAGraphMode.FULL, CUDAGraphMode.NONE),
         (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE),
