@@ -142,15 +142,27 @@ class Engine:
         return {}
 
     def answer(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Greedy `tokens` of each prompt, and the `seconds` that all took together."""
+        """Greedy `tokens` of each prompt, and the `seconds` that all took together.
+
+        Of each also the seconds to its `first` token, and how many of its tokens were `cached`.
+        """
+        start = time.perf_counter()
         names = [self._add(prompt, tokens) for prompt in prompts]
         made: dict[str, list[int]] = {name: [] for name in names}
-        start = time.perf_counter()
+        first: dict[str, float] = {}
+        cached: dict[str, int] = {}
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
-                made[output.request_id] += output.outputs[0].token_ids
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": [made[name] for name in names]}
+                name = output.request_id
+                made[name] += output.outputs[0].token_ids
+                first.setdefault(name, time.perf_counter() - start)
+                cached[name] = output.num_cached_tokens or 0
+        return {
+            "seconds": time.perf_counter() - start,
+            "tokens": [made[name] for name in names],
+            "first": [first[name] for name in names],
+            "cached": [cached[name] for name in names],
+        }
 
     def _add(self, prompt: list[int], tokens: int) -> str:
         from vllm import SamplingParams

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from icecache import InvalidArgument, Phase
-from icecache.vllm.host_memory import slot_bytes
+from icecache.shape import CacheShape
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats
 from icecache.vllm.names import (
@@ -87,8 +87,9 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             longest = config.model_config.max_model_len
             with_events = events is not None and events.enable_kv_cache_events
             prefixes.turn_on(block_tokens, longest, with_events)
-            size = slot_bytes(self._layers, spec.num_kv_heads, spec.head_size, spec.dtype)
-            self._meter = PrefixMeter(prefixes, size)
+            heads = spec.num_kv_heads
+            shape = CacheShape(self._layers, heads, heads, spec.head_size, spec.dtype)
+            self._meter = PrefixMeter(prefixes, shape.token_bytes)
 
     @property
     def prefixes(self) -> Prefixes:

@@ -1,0 +1,242 @@
+"""Time to the first token where prompts begin alike: vLLM with IceCache, and vLLM alone.
+
+SmolLM2-135M-Instruct in float32 on real text, greedy, both with vLLM's prefix caching on. Each runs
+in a process of its own, and takes its turn at each measurement, so that drift of the machine meets
+both. Ratios are IceCache's seconds over stock's:
+
+- ttft_ratio_turns_2_to_5: a conversation about one document, five turns
+- ttft_ratio_shared_document: eight clients ask about one document at once, which nobody has read
+- agent_ratio: twenty calls, each the history so far and 200 tokens more; the whole of it
+- documents_kept: of three documents in turns, with memory for two, how many are never read again
+- cold_ratio: requests with nothing in common, IceCache with prefix caching over IceCache without
+- hit_rate_*: cached tokens over the most that could be (all but the last token of what was there)
+
+    python benchmarks/python/bench_vllm_prefix.py --json benchmarks/results/vllm_prefix.json
+
+Needs the environment of `make test-vllm`, and 12 GiB of memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import icecache
+import typer
+from head_tokens import text_tokens
+from icecache.bench.report import Result
+from icecache.vllm import engine_args
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+from vllm_process import EngineProcess
+from vllm_results import show_and_write
+
+OURS, STOCK, OFF = "icecache", "stock", "icecache_off"
+BLOCK = 128  # tokens of a block of vLLM's pool
+QUESTION, ANSWER = 40, 24  # tokens
+MORE = 200  # tokens that a call of the agent adds
+Prompt = list[int]
+Answers = dict[str, Any]
+
+
+def arguments(model: str, pool: int, longest: int) -> dict[str, Any]:
+    """Of vllm.LLM; `pool` tokens of KV memory."""
+    return {
+        "model": model,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "seed": 0,
+        "gpu_memory_utilization": 0.3,
+        "skip_tokenizer_init": True,
+        "block_size": BLOCK,
+        "max_model_len": longest,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "num_gpu_blocks_override": pool // BLOCK + 1,  # vLLM keeps one block for itself
+    }
+
+
+class Text:
+    """Real text, piece by piece: nobody has read the next one."""
+
+    def __init__(self, tokens: Prompt) -> None:
+        self._tokens = tokens
+        self._at = 0
+
+    def take(self, count: int) -> Prompt:
+        """The next tokens; the text begins anew at its end, at another place."""
+        while self._at + count > len(self._tokens):
+            self._at -= len(self._tokens) - 1009
+        piece = self._tokens[self._at : self._at + count]
+        self._at += count
+        return piece
+
+
+class Comparison:
+    """Engines that get the same prompts, one after the other."""
+
+    def __init__(self, engines: dict[str, EngineProcess]) -> None:
+        self.engines = engines
+        self.hits: dict[str, list[int]] = {name: [0, 0] for name in engines}  # cached, at most
+
+    def ask(self, prompts: list[Prompt], known: list[int]) -> dict[str, Answers]:
+        """`known`: tokens of each prompt that an engine could have, at most all but the last."""
+        answers = {name: engine.answer(prompts, ANSWER) for name, engine in self.engines.items()}
+        for name, answer in answers.items():
+            self.hits[name][0] += sum(answer["cached"])
+            self.hits[name][1] += sum(known)
+        return answers
+
+    def hit_rate(self, name: str) -> float:
+        """Since the last call."""
+        cached, most = self.hits[name]
+        self.hits[name] = [0, 0]
+        return cached / most
+
+
+def conversation(some: Comparison, text: Text, length: int, turns: int) -> list[dict[str, float]]:
+    """Seconds to the first token of each turn but the first, by engine."""
+    prompt, known, seconds = text.take(length) + text.take(QUESTION), 0, []
+    for turn in range(turns):
+        answers = some.ask([prompt], [known])
+        if turn:
+            seconds.append({name: answer["first"][0] for name, answer in answers.items()})
+        known = len(prompt) + ANSWER - 1
+        # The same words for both, whatever each has answered.
+        prompt = prompt + answers[STOCK]["tokens"][0] + text.take(QUESTION)
+    return seconds
+
+
+def shared_document(some: Comparison, text: Text, length: int, clients: int) -> dict[str, float]:
+    """Mean seconds to the first token of clients that ask about one document at once."""
+    document = text.take(length)
+    prompts = [document + text.take(QUESTION) for _ in range(clients)]
+    answers = some.ask(prompts, [0] + [length] * (clients - 1))
+    return {name: sum(answer["first"]) / clients for name, answer in answers.items()}
+
+
+def agent(some: Comparison, text: Text, calls: int) -> dict[str, float]:
+    """Seconds of the whole trace."""
+    history, known = text.take(MORE), 0
+    total = dict.fromkeys(some.engines, 0.0)
+    for _ in range(calls):
+        answers = some.ask([history], [known])
+        for name, answer in answers.items():
+            total[name] += answer["seconds"]
+        known = len(history) + ANSWER - 1
+        history = history + answers[STOCK]["tokens"][0] + text.take(MORE)
+    return total
+
+
+def cold(some: Comparison, text: Text, length: int, requests: int) -> dict[str, float]:
+    """Seconds of requests with nothing in common."""
+    prompts = [text.take(length) for _ in range(requests)]
+    return {name: answer["seconds"] for name, answer in some.ask(prompts, [0] * requests).items()}
+
+
+def documents_kept(engine: EngineProcess, documents: list[Prompt], text: Text) -> int:
+    """Of documents that are asked about in turns, those that are read once."""
+    kept = [True] * len(documents)
+    for turn in range(3):
+        for number, document in enumerate(documents):
+            answer = engine.answer([document + text.take(QUESTION)], ANSWER)
+            kept[number] &= turn == 0 or answer["cached"][0] > len(document) - BLOCK
+    return sum(kept)
+
+
+def main(
+    length: Annotated[int, typer.Option(min=256, help="Tokens of a document.")] = 5000,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
+    turns: Annotated[int, typer.Option(min=2, help="Of a conversation.")] = 5,
+    clients: Annotated[int, typer.Option(min=2, help="That ask at once.")] = 8,
+    calls: Annotated[int, typer.Option(min=2, help="Of the agent.")] = 20,
+    requests: Annotated[int, typer.Option(min=1, help="With nothing in common.")] = 16,
+    cold_length: Annotated[int, typer.Option(min=1, help="Tokens of each of them.")] = 600,
+    token_budget: Annotated[int, typer.Option(min=1, help="Tokens attended exactly.")] = 256,
+    json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+) -> None:
+    """Ask about documents that were read before; takes about 30 minutes."""
+    folder = str(icecache.models.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = Text(text_tokens(tokenizer, 30 * length).tolist())
+    longest = max(length + turns * (QUESTION + ANSWER), calls * (MORE + ANSWER)) + 512
+    pool = (clients + 4) * length
+    token_bytes = 30 * 2 * 3 * 64 * 4  # of SmolLM2: layers, keys and values, KV heads, dims
+    plenty = engine_args(token_budget=token_budget, host_memory=2 * pool * token_bytes)
+    results: list[Result] = []
+    params = {"length": length, "token_budget": token_budget, "rounds": rounds}
+    with Progress(console=Console(), transient=True) as bar, ExitStack() as stack:
+        task = bar.add_task("", total=6 + 4 * rounds)
+
+        def tick(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        def start(name: str, pool_tokens: int, **options: Any) -> EngineProcess:
+            tick(f"{name}: start")
+            engine = EngineProcess({**arguments(folder, pool_tokens, longest), **options})
+            stack.callback(engine.close)
+            return engine
+
+        engines = {OURS: start(OURS, pool, **plenty), STOCK: start(STOCK, pool)}
+        both = Comparison(engines)
+        both.ask([text.take(300)], [0])  # warms up
+        both.hits = {name: [0, 0] for name in engines}
+
+        def measure(name: str, seconds: list[dict[str, float]], what: str, **given: Any) -> None:
+            ratios = [each[OURS] / each[STOCK] for each in seconds]
+            spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
+            results.append(Result(name, median(ratios), "ratio", {**params, **given, **spread}))
+            for engine in engines:
+                each = [one[engine] for one in seconds]
+                results.append(Result(f"{what}_s_{engine}", median(each), "s", params))
+                rate = both.hit_rate(engine)
+                results.append(Result(f"hit_rate_{what}_{engine}", rate, "ratio", params))
+
+        seconds = []
+        for _ in range(rounds):
+            tick("a conversation")
+            seconds += conversation(both, text, length, turns)
+        measure("ttft_ratio_turns_2_to_5", seconds, "turns", turns=turns)
+        seconds = []
+        for _ in range(rounds):
+            tick("clients ask about one document")
+            seconds.append(shared_document(both, text, length, clients))
+        measure("ttft_ratio_shared_document", seconds, "shared", clients=clients)
+        seconds = []
+        for _ in range(rounds):
+            tick("an agent")
+            seconds.append(agent(both, text, calls))
+        measure("agent_ratio", seconds, "agent", calls=calls)
+        engines[STOCK].close()
+        off = start(OFF, pool, **{**plenty, "enable_prefix_caching": False})
+        pair = Comparison({OURS: engines[OURS], OFF: off})
+        pair.ask([text.take(300)], [0])
+        seconds = []
+        for _ in range(rounds):
+            tick("requests with nothing in common")
+            seconds.append(cold(pair, text, cold_length, requests))
+        ratios = [each[OURS] / each[OFF] for each in seconds]
+        given = {"length": cold_length, "requests": requests, "rounds": rounds}
+        spread = {"least": min(ratios), "most": max(ratios)}
+        results.append(Result("cold_ratio", median(ratios), "ratio", {**given, **spread}))
+        for engine in (engines[OURS], off):
+            engine.close()
+        # The same bytes: two documents with their questions, and half of a third one.
+        small = 5 * length // 2 // BLOCK * BLOCK
+        documents = [text.take(length) for _ in range(3)]
+        tight = engine_args(token_budget=token_budget, host_memory=small * token_bytes)
+        for name, options in ((OURS, tight), (STOCK, {})):
+            engine = start(f"{name}, small", small, **options)
+            kept = documents_kept(engine, documents, text)
+            given = {**params, "pool_tokens": small}
+            results.append(Result(f"documents_kept_{name}", kept, "documents", given))
+            engine.close()
+    show_and_write("SmolLM2-135M-Instruct, float32", results, json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
