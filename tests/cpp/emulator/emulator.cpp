@@ -4,16 +4,13 @@
 #include <ucontext.h>
 #endif
 
+#include <bit>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 #include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#define ICECACHE_FIBRES_UNDER_ASAN 1
-#endif
 
 #ifdef __x86_64__
 // Saves the registers that a call keeps and its stack in *from, and goes on with those of `to`:
@@ -87,31 +84,27 @@ struct Context {
 #endif
 };
 
-struct Fibre {
-  Context context;
-  bool ended = false;
-  // What it waits for: the block's barrier or its warp's exchange of this number; -1: nothing.
-  int waits_barrier = -1, waits_exchange = -1;
-};
-
 struct Warp {
   std::uint64_t values[2][kWarp] = {};
   int arrived = 0, number = 0;
+  // A bit for each lane: it can go on; it waits for the block's barrier.
+  std::uint32_t ready = ~std::uint32_t{0}, at_barrier = 0;
 };
 
-// The block that this host thread runs.
+// The block that this host thread runs. Each of its threads is a fibre. The address sanitizer is not told
+// when fibres change, which would take a fifth of a test's time: it needs that for exceptions, which no
+// kernel throws, and still watches what is on their stacks.
 struct Block {
-  std::vector<Fibre> fibres;
+  std::vector<Context> fibres;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> stacks;
   Context scheduler;
   const std::function<void()>* kernel = nullptr;
   int running = 0, live = 0;
   int arrived = 0, barrier = 0, count = 0, counts[2] = {};
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  const void* scheduler_stack = nullptr;  // null: not left yet
-  std::size_t scheduler_stack_bytes = 0;
-#endif
+
+  Warp& warp() { return warps[running / kWarp]; }  // that of the running fibre
+  std::uint32_t lane() const { return std::uint32_t{1} << running % kWarp; }  // its bit
 };
 constinit thread_local Block* block = nullptr;
 constexpr int kScheduler = -1;
@@ -122,64 +115,33 @@ char* stack(int fibre) {
   return block->stacks.get() + fibre * (kStack + kStagger);
 }
 
-// What a fibre, or the scheduler, does when it goes on.
-void arrive(void* fake) {
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  const void* left = nullptr;
-  std::size_t bytes = 0;
-  __sanitizer_finish_switch_fiber(fake, &left, &bytes);
-  if (block->scheduler_stack == nullptr) {
-    block->scheduler_stack = left;
-    block->scheduler_stack_bytes = bytes;
-  }
-#else
-  (void)fake;
-#endif
-}
-
 // Leaves `from`, and returns when it is gone on with.
-void change(Context& from, int to, bool for_ever = false) {
+void change(Context& from, int to) {
   block->running = to;
   thread_index = dim3(static_cast<unsigned>(to));
-  Context& context = to == kScheduler ? block->scheduler : block->fibres[to].context;
-  void* fake = nullptr;
-#ifdef ICECACHE_FIBRES_UNDER_ASAN
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fake,
-                                 to == kScheduler ? block->scheduler_stack : stack(to),
-                                 to == kScheduler ? block->scheduler_stack_bytes : kStack);
-#else
-  (void)for_ever;
-#endif
-  Context::change(from, context);
-  arrive(fake);
-}
-
-bool waits(int i) {
-  const Fibre& fibre = block->fibres[i];
-  return fibre.ended || fibre.waits_barrier == block->barrier ||
-         fibre.waits_exchange == block->warps[i / kWarp].number;
+  Context::change(from, to == kScheduler ? block->scheduler : block->fibres[to]);
 }
 
 // A fibre that can go on: of the warp that runs, so that few stacks are in use, else of the next
 // warps. The scheduler if there is none.
 int next_fibre() {
-  const int warp = block->running / kWarp * kWarp;
-  for (int i = 1; i < kWarp; ++i) {
-    const int fibre = warp + (block->running + i) % kWarp;
-    if (!waits(fibre)) return fibre;
+  const int warp = block->running / kWarp, next_lane = block->running % kWarp + 1;
+  if (const std::uint32_t ready = block->warps[warp].ready; ready != 0) {
+    return warp * kWarp + (next_lane + std::countr_zero(std::rotr(ready, next_lane))) % kWarp;
   }
-  const int threads = static_cast<int>(block_size.x);
-  for (int i = kWarp; i < threads; ++i) {
-    const int fibre = (warp + i) % threads;
-    if (!waits(fibre)) return fibre;
+  const int warps = static_cast<int>(block_size.x) / kWarp;
+  for (int i = 1; i < warps; ++i) {
+    const int other = (warp + i) % warps;
+    const std::uint32_t ready = block->warps[other].ready;
+    if (ready != 0) return other * kWarp + std::countr_zero(ready);
   }
   return kScheduler;
 }
 
+// Until what the running fibre waits for makes it ready; for ever once it has ended.
 void wait() {
-  Fibre& fibre = block->fibres[block->running];
-  change(fibre.context, next_fibre());
-  fibre.waits_barrier = fibre.waits_exchange = -1;
+  block->warp().ready &= ~block->lane();
+  change(block->fibres[block->running], next_fibre());
 }
 
 void release_barrier() {
@@ -187,26 +149,21 @@ void release_barrier() {
   block->counts[block->barrier % 2] = block->count;
   ++block->barrier;
   block->arrived = block->count = 0;
+  for (Warp& warp : block->warps) warp.ready |= std::exchange(warp.at_barrier, 0);
 }
 
 void entry() {
-  arrive(nullptr);
   (*block->kernel)();
-  Fibre& fibre = block->fibres[block->running];
-  fibre.ended = true;
   --block->live;
   release_barrier();  // threads that have ended are not waited for
-  change(fibre.context, next_fibre(), true);
+  wait();
 }
 
 void run_block(int threads) {
   block->live = threads;
   block->arrived = block->count = 0;
   for (Warp& warp : block->warps) warp = {};
-  for (int i = 0; i < threads; ++i) {
-    block->fibres[i] = {};
-    block->fibres[i].context.start(stack(i), entry);
-  }
+  for (int i = 0; i < threads; ++i) block->fibres[i].start(stack(i), entry);
   change(block->scheduler, 0);
   if (block->live > 0) {
     throw std::logic_error("the threads of a block wait for each other for ever");
@@ -224,21 +181,21 @@ int barrier(bool predicate) {
   block->count += predicate ? 1 : 0;
   release_barrier();
   if (block->barrier == number) {
-    block->fibres[block->running].waits_barrier = number;
+    block->warp().at_barrier |= block->lane();
     wait();
   }
   return block->counts[number % 2];
 }
 
 const std::uint64_t* exchange(std::uint64_t value) {
-  Warp& warp = block->warps[block->running / kWarp];
+  Warp& warp = block->warp();
   const int number = warp.number;
   warp.values[number % 2][block->running % kWarp] = value;
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.number;
+    warp.ready = ~std::uint32_t{0};
   } else {
-    block->fibres[block->running].waits_exchange = number;
     wait();
   }
   return warp.values[number % 2];

@@ -8,12 +8,14 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -68,12 +70,9 @@ const std::uint64_t* exchange(std::uint64_t value);
 
 template <typename T>
 T shuffle(T value, int lane) {
-  static_assert(sizeof(T) <= 8);
-  std::uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(bits)[lane];
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+  return std::bit_cast<T>(static_cast<Bits>(exchange(std::bit_cast<Bits>(value))[lane]));
 }
 
 // As the functions of these names in cuda/gpu.h say, for the running lane.
@@ -151,14 +150,10 @@ inline int __dp4a(int a, int b, int sum) {
   return sum;
 }
 inline float __uint_as_float(unsigned x) {
-  float result;
-  std::memcpy(&result, &x, sizeof result);
-  return result;
+  return std::bit_cast<float>(x);
 }
 inline unsigned __float_as_uint(float x) {
-  unsigned result;
-  std::memcpy(&result, &x, sizeof result);
-  return result;
+  return std::bit_cast<unsigned>(x);
 }
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);
