@@ -17,7 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 
-MAX_MODEL_LEN = 4096
+MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
