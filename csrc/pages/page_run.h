@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pages/head_context.h"
+#include "pages/held_pages.h"
 #include "pages/page_pool.h"
 #include "pages/tokens.h"
 
@@ -17,10 +18,6 @@ namespace icecache {
 class PageRun {
  public:
   PageRun(const HeadContext& context, std::int32_t first_position);
-  PageRun(const PageRun& other);
-  PageRun(PageRun&& other) noexcept;
-  PageRun& operator=(PageRun other) noexcept;
-  ~PageRun();
 
   std::int32_t first_position() const { return first_; }
   std::int32_t count() const { return count_; }
@@ -56,20 +53,18 @@ class PageRun {
     PageId id;
     std::uint64_t epoch;
   };
-  void swap(PageRun& other) noexcept;
   // True where the next append has to copy the last page first.
   bool writes_shared_page() const;
   // Pages that n more tokens need beside the ones that are there.
   std::size_t fresh_pages(std::int64_t n) const;
 
-  PagePool* pool_;
   PageOwner owner_;
   std::int32_t page_size_;
   std::size_t row_bytes_;
   std::int32_t first_;
   std::int32_t count_ = 0;
   std::int32_t offset_ = 0;  // slot of the first token in the first page
-  std::vector<Page> pages_;
+  HeldPages<Page> pages_;
 };
 
 }  // namespace icecache

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "pages/held_pages.h"
 #include "pages/page_pool.h"
 
 namespace icecache {
@@ -17,61 +18,49 @@ class PageSet {
   // `count` pages; page i belongs to head i % heads. In memory the pages of one head lie next to
   // each other: a device reads one head at a time, and its TLB then covers what it reads.
   PageSet(PagePool& pool, std::size_t count, std::size_t heads, const PageOwner& owner)
-      : pool_(&pool) {
+      : pages_(pool) {
     std::vector<PageId> fresh;
-    ids_.reserve(count);
+    pages_.reserve(count);
     pool.allocate(count, owner, fresh);
     for (std::size_t i = 0; i < count; ++i) {
-      ids_.push_back(fresh[i % heads * (count / heads) + i / heads]);
+      pages_.add({fresh[i % heads * (count / heads) + i / heads]});
     }
   }
   // The first `shared` pages of another set, and new ones in place of those behind them.
-  PageSet(const PageSet& other, std::size_t shared, const PageOwner& owner) : pool_(other.pool_) {
+  PageSet(const PageSet& other, std::size_t shared, const PageOwner& owner)
+      : pages_(other.pages_.pool()) {
     std::vector<PageId> fresh;
-    ids_.reserve(other.size());  // nothing throws once there are pages
-    pool_->allocate(other.size() - shared, owner, fresh);
-    for (std::size_t i = 0; i < shared; ++i) pool_->retain(other.ids_[i]);
-    ids_.assign(other.ids_.begin(), other.ids_.begin() + static_cast<std::ptrdiff_t>(shared));
-    ids_.insert(ids_.end(), fresh.begin(), fresh.end());
-  }
-  PageSet(PageSet&& other) noexcept { swap(other); }
-  PageSet& operator=(PageSet&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~PageSet() {
-    for (const PageId id : ids_) pool_->release(id);
+    pages_.reserve(other.size());  // nothing throws once there are pages
+    pages_.pool().allocate(other.size() - shared, owner, fresh);
+    for (std::size_t i = 0; i < shared; ++i) pages_.share(other.pages_[i]);
+    for (const PageId id : fresh) pages_.add({id});
   }
   // Lets the set grow to `count` pages without an allocation of its own.
-  void reserve(std::size_t count) { ids_.reserve(count); }
+  void reserve(std::size_t count) { pages_.reserve(count); }
   // Takes over the pages of another set, behind its own. REQUIRES: reserve() for all of them.
-  void append(PageSet&& other) noexcept {
-    for (const PageId id : other.ids_) ids_.push_back(id);  // a range: GCC 13 warns of nothing
-    other.ids_.clear();
-  }
-  std::byte* data(std::size_t i) const { return pool_->data(ids_[i]); }
+  void append(PageSet&& other) noexcept { pages_.append(std::move(other.pages_)); }
+  std::byte* data(std::size_t i) const { return pages_.pool().data(pages_[i].id); }
   // Addresses of the pages, beginning with page `first`.
   std::vector<std::byte*> table(std::size_t first = 0) const {
     std::vector<std::byte*> addresses;
-    for (std::size_t i = first; i < ids_.size(); ++i) addresses.push_back(pool_->data(ids_[i]));
+    for (std::size_t i = first; i < pages_.size(); ++i)
+      addresses.push_back(pages_.pool().data(pages_[i].id));
     return addresses;
   }
-  std::size_t size() const { return ids_.size(); }
+  std::size_t size() const { return pages_.size(); }
   // Whether another set shares one of the pages, beginning with page `first`.
   bool is_shared(std::size_t first = 0) const {
-    for (std::size_t i = first; i < ids_.size(); ++i) {
-      if (!pool_->unique(ids_[i])) return true;
+    for (std::size_t i = first; i < pages_.size(); ++i) {
+      if (!pages_.pool().unique(pages_[i].id)) return true;
     }
     return false;
   }
 
  private:
-  void swap(PageSet& other) noexcept {
-    std::swap(pool_, other.pool_);
-    ids_.swap(other.ids_);
-  }
-  PagePool* pool_ = nullptr;
-  std::vector<PageId> ids_;
+  struct Page {
+    PageId id;
+  };
+  HeldPages<Page> pages_;
 };
 
 }  // namespace icecache

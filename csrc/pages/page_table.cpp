@@ -20,64 +20,12 @@ std::uint32_t slot_mask(int count) {
 }  // namespace
 
 PageTable::PageTable(const HeadContext& context)
-    : pool_(context.pool),
-      owner_(context.owner),
+    : owner_(context.owner),
       page_size_(static_cast<int>(context.config->page_size)),
       head_dim_(context.head_dim),
       dtype_(context.dtype),
-      row_bytes_(static_cast<std::size_t>(context.head_dim) * size_of(context.dtype)) {}
-
-PageTable::PageTable(const PageTable& other)
-    : pool_(other.pool_),
-      owner_(other.owner_),
-      page_size_(other.page_size_),
-      head_dim_(other.head_dim_),
-      dtype_(other.dtype_),
-      row_bytes_(other.row_bytes_),
-      tokens_(other.tokens_),
-      pages_(other.pages_),
-      masks_(other.masks_),
-      positions_(other.positions_) {
-  free_numbers_.reserve(pages_.capacity());  // drop() does not throw
-  free_numbers_ = other.free_numbers_;
-  for (const Page& page : pages_) {
-    if (page.id != kNoPage) pool_->retain(page.id);
-  }
-}
-
-PageTable::PageTable(PageTable&& other) noexcept
-    : pool_(other.pool_),
-      owner_(other.owner_),
-      page_size_(other.page_size_),
-      head_dim_(other.head_dim_),
-      dtype_(other.dtype_),
-      row_bytes_(other.row_bytes_),
-      tokens_(std::exchange(other.tokens_, 0)),
-      pages_(std::exchange(other.pages_, {})),
-      masks_(std::exchange(other.masks_, {})),
-      positions_(std::exchange(other.positions_, {})),
-      free_numbers_(std::exchange(other.free_numbers_, {})) {}
-
-PageTable& PageTable::operator=(PageTable other) noexcept {
-  std::swap(pool_, other.pool_);
-  std::swap(owner_, other.owner_);
-  std::swap(page_size_, other.page_size_);
-  std::swap(head_dim_, other.head_dim_);
-  std::swap(dtype_, other.dtype_);
-  std::swap(row_bytes_, other.row_bytes_);
-  std::swap(tokens_, other.tokens_);
-  std::swap(pages_, other.pages_);
-  std::swap(masks_, other.masks_);
-  std::swap(positions_, other.positions_);
-  std::swap(free_numbers_, other.free_numbers_);
-  return *this;
-}
-
-PageTable::~PageTable() {
-  for (const Page& page : pages_) {
-    if (page.id != kNoPage) pool_->release(page.id);
-  }
-}
+      row_bytes_(static_cast<std::size_t>(context.head_dim) * size_of(context.dtype)),
+      pages_(*context.pool) {}
 
 void PageTable::key(int local, int slot, float* out) const {
   simd::kernels().to_float(key(local, slot), dtype_, out, head_dim_);
@@ -98,12 +46,11 @@ void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t
   ids.reserve(added);
   pages_.reserve(pages_.size() + added);
   masks_.reserve(masks_.size() + added);
-  free_numbers_.reserve(pages_.capacity());
   positions_.reserve(positions_.size() + added * page_size_);
-  pool_->allocate(added, owner_, ids);
+  pages_.pool().allocate(added, owner_, ids);
   for (std::size_t p = 0; p < added; ++p) {
     const std::int32_t count = bounds[p + 1] - bounds[p];
-    std::byte* keys = pool_->data(ids[p]);
+    std::byte* keys = pages_.pool().data(ids[p]);
     std::byte* values = keys + page_size_ * row_bytes_;
     for (std::int32_t s = 0; s < count; ++s) {
       const std::size_t row = static_cast<std::size_t>(order[bounds[p] + s]);
@@ -115,24 +62,23 @@ void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t
     // Slots without a token stay readable: kernels may load a whole page.
     std::memset(keys + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
     std::memset(values + count * row_bytes_, 0, (page_size_ - count) * row_bytes_);
-    pages_.push_back({ids[p], pool_->seal(ids[p]), keys});
+    pages_.add({.id = ids[p], .epoch = pages_.pool().seal(ids[p]), .memory = keys});
     masks_.push_back(slot_mask(count));
     tokens_ += count;
   }
 }
 
 void PageTable::own(int local) {
-  Page& page = pages_[local];
-  if (pool_->unique(page.id)) return;
-  const PageId copy = pool_->allocate(owner_);
-  std::byte* memory = pool_->data(copy);
-  std::memcpy(memory, page.memory, pool_->page_bytes());
-  pool_->release(page.id);
-  page = {copy, pool_->seal(copy), memory};
+  PagePool& pool = pages_.pool();
+  if (pool.unique(pages_[local].id)) return;
+  const PageId copy = pool.allocate(owner_);
+  std::byte* memory = pool.data(copy);
+  std::memcpy(memory, pages_[local].memory, pool.page_bytes());
+  pages_.replace(local, {.id = copy, .epoch = pool.seal(copy), .memory = memory});
 }
 
 void PageTable::reserve_number() {
-  if (!free_numbers_.empty()) return;
+  if (first_free_ >= 0) return;
   const auto grown = [](std::size_t size, std::size_t capacity, std::size_t added) {
     return size + added <= capacity ? capacity : 2 * size + added;
   };
@@ -140,34 +86,32 @@ void PageTable::reserve_number() {
   pages_.reserve(grown(pages_.size(), pages_.capacity(), 1));
   masks_.reserve(grown(masks_.size(), masks_.capacity(), 1));
   positions_.reserve(grown(positions_.size(), positions_.capacity(), slots));
-  free_numbers_.reserve(pages_.capacity());
 }
 
 int PageTable::take_number() noexcept {
-  if (!free_numbers_.empty()) {
-    const int local = free_numbers_.back();
-    free_numbers_.pop_back();
+  if (first_free_ >= 0) {
+    const int local = std::exchange(first_free_, pages_[first_free_].next_free);
+    --free_numbers_;
     return local;
   }
-  pages_.emplace_back();
+  pages_.add({});
   masks_.push_back(0);
   positions_.resize(positions_.size() + page_size_, -1);
   return page_count() - 1;
 }
 
 void PageTable::drop(int local) noexcept {
-  pool_->release(pages_[local].id);
-  pages_[local] = {};
-  free_numbers_.push_back(local);  // it has room for the numbers of all pages
+  pages_.replace(local, {.next_free = std::exchange(first_free_, local)});
+  ++free_numbers_;
 }
 
 int PageTable::open(const std::byte* key, const std::byte* value, std::int32_t position) {
   reserve_number();
-  const PageId fresh = pool_->allocate(owner_);
+  const PageId fresh = pages_.pool().allocate(owner_);
   const int local = take_number();
-  std::byte* memory = pool_->data(fresh);
-  std::memset(memory, 0, pool_->page_bytes());
-  pages_[local] = {fresh, 0, memory};
+  std::byte* memory = pages_.pool().data(fresh);
+  std::memset(memory, 0, pages_.pool().page_bytes());
+  pages_[local] = {.id = fresh, .memory = memory};
   masks_[local] = 0;
   append(local, key, value, position);
   return local;
@@ -184,21 +128,21 @@ int PageTable::append(int local, const std::byte* key, const std::byte* value,
   masks_[local] |= 1u << slot;
   positions_[local * page_size_ + slot] = position;
   ++tokens_;
-  page.epoch = pool_->seal(page.id);
+  page.epoch = pages_.pool().seal(page.id);
   return slot;
 }
 
 int PageTable::split(int local, std::uint32_t moved) {
   reserve_number();
-  const PageId fresh = pool_->allocate(owner_);
+  const PageId fresh = pages_.pool().allocate(owner_);
   const int other = take_number();
   const Page& page = pages_[local];
   std::int32_t* from = positions_.data() + local * page_size_;
   std::int32_t* to = positions_.data() + other * page_size_;
   const std::byte* source = page.memory;
-  std::byte* target = pool_->data(fresh);
+  std::byte* target = pages_.pool().data(fresh);
   const std::size_t values = page_size_ * row_bytes_;
-  std::memset(target, 0, pool_->page_bytes());
+  std::memset(target, 0, pages_.pool().page_bytes());
   int taken = 0;
   for (int s = 0; s < page_size_; ++s) {
     if ((moved & masks_[local]) >> s & 1u) {
@@ -209,7 +153,7 @@ int PageTable::split(int local, std::uint32_t moved) {
     }
   }
   masks_[local] &= ~moved;
-  pages_[other] = {fresh, pool_->seal(fresh), target};
+  pages_[other] = {.id = fresh, .epoch = pages_.pool().seal(fresh), .memory = target};
   masks_[other] = slot_mask(taken);
   return other;
 }
@@ -253,7 +197,7 @@ void PageTable::check_integrity() const {
       if (mask(p) != 0) throw IntegrityError(message("page ", p, " is free but not empty"));
       continue;
     }
-    pool_->verify(page.id, page.epoch, owner_.layer, owner_.head);
+    pages_.pool().verify(page.id, page.epoch, owner_.layer, owner_.head);
     if (mask(p) == 0 || (mask(p) & ~slot_mask(page_size_)) != 0)
       throw IntegrityError(message("page ", p, " has slot mask ", mask(p)));
     std::uint32_t held = 0;

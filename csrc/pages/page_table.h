@@ -19,6 +19,7 @@
 
 #include "icecache/step_trace.h"
 #include "pages/head_context.h"
+#include "pages/held_pages.h"
 #include "pages/page_pool.h"
 #include "pages/tokens.h"
 
@@ -28,18 +29,15 @@ class PageTable {
  public:
   struct Page {
     PageId id = kNoPage;  // kNoPage: the number is not in use
+    int next_free = -1;   // of such a number: the next one, -1: none
     std::uint64_t epoch = 0;
     std::byte* memory = nullptr;
   };
 
   explicit PageTable(const HeadContext& context);
-  PageTable(const PageTable& other);
-  PageTable(PageTable&& other) noexcept;
-  PageTable& operator=(PageTable other) noexcept;
-  ~PageTable();
 
   int page_count() const { return static_cast<int>(pages_.size()); }
-  int used_pages() const { return page_count() - static_cast<int>(free_numbers_.size()); }
+  int used_pages() const { return page_count() - free_numbers_; }
   int page_size() const { return page_size_; }
   int head_dim() const { return head_dim_; }
   DType dtype() const { return dtype_; }
@@ -108,17 +106,16 @@ class PageTable {
   int take_number() noexcept;
   void drop(int local) noexcept;
 
-  PagePool* pool_;
   PageOwner owner_;
   int page_size_;
   int head_dim_;
   DType dtype_;
   std::size_t row_bytes_;
   std::int32_t tokens_ = 0;
-  std::vector<Page> pages_;
+  HeldPages<Page> pages_;
   std::vector<std::uint32_t> masks_;
   std::vector<std::int32_t> positions_;
-  std::vector<int> free_numbers_;
+  int first_free_ = -1, free_numbers_ = 0;  // numbers of pages that were dropped, last first
 };
 
 }  // namespace icecache
