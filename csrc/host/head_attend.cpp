@@ -157,8 +157,8 @@ void HeadCache::add_values(std::int64_t nodes, float* out, HeadStats& stats,
   const std::size_t half = context_.config->page_size * row_bytes;
   const std::int64_t known = step.near + step.selection.tokens;
   std::fill_n(out, group * d, 0.0f);
+  verify(step.selection.picks);  // the others were, when they were scored
   step.picks.insert(step.picks.end(), step.selection.picks.begin(), step.selection.picks.end());
-  verify(step.picks);
   set_rows(half, step);
   kernels.add_rows({step.rows.data(), context_.dtype, known, group, d}, step.weights.data(), known,
                    out);

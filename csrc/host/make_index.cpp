@@ -5,6 +5,7 @@
 #include "compared/dci_index.h"
 #include "compared/faiss_index.h"
 #include "compared/positional_index.h"
+#include "icecache/error.h"
 #include "index/tree_index.h"
 
 namespace icecache {
@@ -14,13 +15,17 @@ bool grows(const Config& config) {
 }
 
 std::unique_ptr<SemanticIndex> make_index(const HeadContext& context) {
-  if (context.config->index == "faiss") return make_faiss_index(context);
-  return std::make_unique<TreeIndex>(context);
+  const std::string& name = context.config->index;
+  if (name == "tree") return std::make_unique<TreeIndex>(context);
+  if (name == "faiss") return make_faiss_index(context);
+  throw Error(message("no index of segments is named ", name));
 }
 
 std::unique_ptr<GrowingIndex> make_growing_index(const HeadContext& context) {
-  if (context.config->index == "dci") return std::make_unique<DciIndex>(context);
-  return std::make_unique<PositionalIndex>(context);
+  const std::string& name = context.config->index;
+  if (name == "dci") return std::make_unique<DciIndex>(context);
+  if (name == "positional") return std::make_unique<PositionalIndex>(context);
+  throw Error(message("no index that grows is named ", name));
 }
 
 std::size_t most_build_pages(const Config& config, std::int32_t tokens) {
