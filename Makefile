@@ -34,8 +34,8 @@ TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .PHONY: help demo test build build-test install lint format test-cpp test-python test-vllm sanitize sanitize-address \
-  sanitize-thread bench build-bench bench-quality setup setup-test setup-bench setup-vllm \
-  setup-vllm-environment clean
+  sanitize-thread bench build-bench bench-quality docs coverage setup setup-test setup-tools setup-bench \
+  setup-vllm setup-vllm-environment clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
@@ -44,6 +44,8 @@ help:
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
+	@echo "make docs            write the Python API, from its docstrings, into build/docs"
+	@echo "make coverage        run the Python tests, and say which lines of the package they do not reach"
 	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
 	@echo "make bench           measure kernels, steps, builds, searches, a whole model; draw the plots (1 hour)"
 	@echo "make bench-quality   measure what a token budget costs in quality (10 minutes)"
@@ -53,6 +55,9 @@ setup:
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-tools:
+	@scripts/setup.sh tools
 
 setup-bench:
 	@scripts/setup.sh bench
@@ -123,6 +128,14 @@ bench: build-bench
 bench-quality: build
 	$(IN_TREE) $(PYTHON) benchmarks/python/bench_quality.py \
 	  --json benchmarks/results/quality.json $(ARGS)
+
+# What `icecache` exports, and the engine's contract in plain torch. The plugin, which needs vLLM, has docs/vllm.md.
+docs: setup-tools build
+	$(IN_TREE) $(PYTHON) -m pdoc --output-directory build/docs icecache icecache.reference
+
+coverage: setup-tools build-test
+	$(IN_TREE) $(TWO_AT_ONCE) $(PYTHON) -m pytest -n 2 --dist worksteal --cov=icecache \
+	  --cov-report=term-missing:skip-covered $(ARGS)
 
 clean:
 	rm -rf build python/icecache/*.so

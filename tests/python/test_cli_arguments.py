@@ -124,6 +124,7 @@ def wild_outputs() -> Iterator[Case]:
     wrong = [f"{FILES}/folder", f"{FILES}/file/below", f"{FILES}/{LONG}", f"{FILES}/circle", ""]
     for command, option in (
         (["demo"], "--report"),
+        (["demo"], "--picture"),
         (["bench", "step"], "--json"),
         (["bench", "passkey"], "--json"),
     ):

@@ -18,6 +18,7 @@ from icecache.bench.quality import decode_freely
 from icecache.cli import app
 from icecache.demo.document import make_document
 from icecache.demo.methods import compared
+from icecache.demo.picture import write_picture
 from icecache.demo.report import Facts, write_report
 from icecache.demo.run import STEPS, Question, Row, run_demo
 from icecache.demo.trace import QuestionTrace, trace_question
@@ -172,6 +173,23 @@ def test_traces_hold_what_was_attended(
             assert len(head.picked) == 128 - 4 - 32
             assert sum(head.exact) == pytest.approx(1 - head.mass, abs=1e-4)
             assert sum(head.summarised) == pytest.approx(1 - head.mass, abs=0.1)
+
+
+FACTS = Facts("tiny", 2, 2, 128, "a machine", {})
+
+
+def test_the_picture_is_drawn(
+    outcome: tuple[Any, list[Row], list[QuestionTrace]], tmp_path: Path
+) -> None:
+    document, rows, traces = outcome
+    path = tmp_path / "demo.svg"
+    write_picture(path, FACTS, document, rows, traces[0])
+    drawn = path.read_text(encoding="utf-8")
+    assert drawn.startswith("<?xml") and f"asked for: {traces[0].answer}" in drawn
+    for row in rows:
+        assert f"<!-- {row.name} -->" in drawn
+    with pytest.raises(icecache.Error, match="cannot be written"):
+        write_picture(tmp_path / "demo.none", FACTS, document, rows, traces[0])
 
 
 class Page(HTMLParser):

@@ -34,16 +34,23 @@ def demo(
     report: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = Path(
         "icecache-report.html"
     ),
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the same goes as a picture (.png, .svg).")
+    ] = None,
     model: Annotated[
         str, typer.Option(help='A local folder with a transformers model, or "smollm2".')
     ] = "smollm2",
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
 ) -> None:
     """Hide needles in a long document, ask for them, and show what attention looked at."""
+    from icecache.bench.libraries import library
     from icecache.documents import read_document
     from icecache.models.local import check_model
 
     check_output_file("--report", report, make_folders=False)
+    if picture is not None:
+        check_output_file("--picture", picture, make_folders=False)
+        library("matplotlib.figure")
     if document is not None:
         read_document(document)
     check_model(model)
@@ -72,19 +79,20 @@ def demo(
         "same most likely token as full attention; KL: divergence from it, nats; mass: share of "
         "the attention that was exact; read per step and held on the device: MiB, all heads.[/]"
     )
-    write(report)
+    write(report, picture)
     console.print(f"The report: [bold]{escape(str(report.resolve()))}[/] (open it in a browser)")
 
 
 def _run(
     console: Any, model: Any, tokenizer: Any, document: Any, name: str
-) -> tuple[list[Row], Callable[[Path], None]]:
-    """The rows, and what writes the report to a path."""
+) -> tuple[list[Row], Callable[[Path, Path | None], None]]:
+    """The rows, and what writes the report and the picture."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from icecache.bench.decoder import Decoder
     from icecache.config import Config
     from icecache.demo.methods import compared
+    from icecache.demo.picture import write_picture
     from icecache.demo.report import Facts, write_report
     from icecache.demo.run import Question, run_demo
     from icecache.demo.trace import QuestionTrace, trace_question
@@ -114,8 +122,10 @@ def _run(
     )
     pieces = [tokenizer.decode([int(token)]) for token in document.tokens]
 
-    def write(path: Path) -> None:
-        write_report(path, facts, document, pieces, rows, traces)
+    def write(report: Path, picture: Path | None) -> None:
+        write_report(report, facts, document, pieces, rows, traces)
+        if picture is not None:
+            write_picture(picture, facts, document, rows, traces[0])
 
     return rows, write
 
