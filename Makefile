@@ -72,7 +72,7 @@ build: setup
 	$(call cmake_build,build/release,$(RELEASE))
 
 install: setup
-	$(TOOLS) $(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(TOOLS) CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PYTHON) -m pip install --no-build-isolation --no-deps .
 
 demo: build
 	$(IN_TREE) $(PYTHON) -m icecache demo $(ARGS)
