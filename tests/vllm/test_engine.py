@@ -121,17 +121,17 @@ def test_a_full_host_memory_preempts_and_resumes(
     assert result["blocks_lost"] == 0 and result["requests"] == 0
 
 
-def test_500_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> None:
+def test_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> None:
     result = run(
         "storm",
         model=llama,
-        count=500,
+        count=250,
         abort_share=0.15,
         icecache={"exact": True, "host_memory": "8M", "integrity": "always"},
         llm={**SMALL, "num_gpu_blocks_override": 13, "max_num_batched_tokens": 96},
     )
     assert result["most_requests"] >= 8
-    assert 100 < result["answered"] < 500
+    assert 100 < result["answered"] < 250
     assert result["differing"] == []
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
