@@ -95,8 +95,9 @@ def test_generate_with_left_padding(model: LlamaForCausalLM) -> None:
     found = model.generate(prompt, attention_mask=mask, **settings)
     # Random weights make near ties: most of the tokens, not all.
     assert (found == expected).float().mean() > 0.95
+    longer = torch.nn.functional.pad(mask, (0, 50), value=1)
     with pytest.raises(icecache.InvalidArgument, match="max_tokens: the sequence has 256 tokens"):
-        model.generate(prompt, attention_mask=mask, max_new_tokens=100, do_sample=False)
+        model.generate(words(2, 250), attention_mask=longer, **settings)
     assert icecache.stats(model).memory.sequences == 0
 
 
