@@ -33,9 +33,9 @@ TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: help demo test build build-test install lint format test-cpp test-python test-vllm sanitize sanitize-address \
-  sanitize-thread bench build-bench bench-quality docs coverage setup setup-test setup-tools setup-bench \
-  setup-vllm setup-vllm-environment clean
+.PHONY: help demo test build build-test install lint tidy format test-cpp test-python test-vllm sanitize \
+  sanitize-address sanitize-thread bench build-bench bench-quality docs coverage setup setup-test \
+  setup-tools setup-bench setup-vllm setup-vllm-environment clean
 
 help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
@@ -44,6 +44,7 @@ help:
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
+	@echo "make tidy            check csrc with clang-tidy (15 seconds)"
 	@echo "make docs            write the Python API, from its docstrings, into build/docs"
 	@echo "make coverage        run the Python tests, and say which lines of the package they do not reach"
 	@echo "make sanitize        C++ tests under the address, undefined and thread sanitizers"
@@ -99,6 +100,16 @@ lint: setup-test
 	$(TOOLS) mypy
 	$(IN_TREE) $(PYTHON) -m pytest -q --noconftest tests/python/test_layering.py \
 	  tests/python/test_function_sizes.py
+
+# Sources of a folder are one unit, as in unity builds: each header is read once. Left out: bindings,
+# whose headers are torch's, FAISS's, what is for one instruction set, and stand-ins for parts.
+tidy: setup-tools
+	@mkdir -p build/tidy
+	@git ls-files 'csrc/*.cpp' | grep -vE '/(bindings|device)/|faiss_search|kernels_avx|/no_' | \
+	  sed 's/.*/#include "&"/' >build/tidy/host.cpp
+	@git ls-files 'csrc/device/*.cpp' | grep -v /no_ | sed 's/.*/#include "&"/' >build/tidy/device.cpp
+	$(TOOLS) clang-tidy --quiet build/tidy/host.cpp build/tidy/device.cpp -- \
+	  -std=c++20 -I. -Icsrc -Iinclude
 
 format: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format -i

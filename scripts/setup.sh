@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh run    for `make demo`: compiler, Python environment with torch and transformers
 #   scripts/setup.sh test   the same, and what the tests and checks need
-#   scripts/setup.sh tools  as test, and what `make docs` and `make coverage` need
+#   scripts/setup.sh tools  as test, and what `make tidy`, `docs` and `coverage` need
 #   scripts/setup.sh bench  for `make bench`: as run, and what the benchmarks need
 #   scripts/setup.sh base   compiler and interpreter alone, which goes into build/base-python: for
 #                           environments that are made elsewhere (setup_vllm.sh)
