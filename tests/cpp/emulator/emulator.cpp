@@ -49,7 +49,7 @@ int multiprocessors = 8;
 
 namespace {
 
-constexpr std::size_t kStack = 256 << 10;
+constexpr std::size_t kStack = 64 << 10;
 constexpr std::size_t kStagger = 320;
 constexpr int kWarp = 32;
 
