@@ -18,6 +18,7 @@ Needs the environment of `make test-vllm`, and 12 GiB of memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -138,6 +139,33 @@ def cold(some: Comparison, text: Text, length: int, requests: int) -> dict[str, 
     return {name: answer["seconds"] for name, answer in some.ask(prompts, [0] * requests).items()}
 
 
+def compared(
+    both: Comparison,
+    name: str,
+    seconds: list[dict[str, float]],
+    what: str,
+    params: dict[str, Any],
+    given: dict[str, Any],
+) -> list[Result]:
+    """The ratio of a measurement, and seconds and hit rate of each engine."""
+    ratios = [each[OURS] / each[STOCK] for each in seconds]
+    spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
+    results = [Result(name, median(ratios), "ratio", {**params, **given, **spread})]
+    for engine in both.engines:
+        each = [one[engine] for one in seconds]
+        results.append(Result(f"{what}_s_{engine}", median(each), "s", params))
+        rate = both.hit_rate(engine)
+        results.append(Result(f"hit_rate_{what}_{engine}", rate, "ratio", params))
+    return results
+
+
+def cold_ratio(seconds: list[dict[str, float]], given: dict[str, Any]) -> Result:
+    """IceCache with prefix caching over IceCache without."""
+    ratios = [each[OURS] / each[OFF] for each in seconds]
+    spread = {"least": min(ratios), "most": max(ratios)}
+    return Result("cold_ratio", median(ratios), "ratio", {**given, **spread})
+
+
 def documents_kept(engine: EngineProcess, documents: list[Prompt], text: Text) -> int:
     """Of documents that are asked about in turns, those that are read once."""
     kept = [True] * len(documents)
@@ -146,6 +174,24 @@ def documents_kept(engine: EngineProcess, documents: list[Prompt], text: Text) -
             answer = engine.answer([document + text.take(QUESTION)], ANSWER)
             kept[number] &= turn == 0 or answer["cached"][0] > len(document) - BLOCK
     return sum(kept)
+
+
+def kept_in_little_memory(
+    start: Callable[..., EngineProcess], text: Text, params: dict[str, Any], token_bytes: int
+) -> list[Result]:
+    """Each engine has the same bytes: two documents with their questions, and half of a third."""
+    length = params["length"]
+    small = 5 * length // 2 // BLOCK * BLOCK
+    documents = [text.take(length) for _ in range(3)]
+    tight = engine_args(token_budget=params["token_budget"], host_memory=small * token_bytes)
+    results = []
+    for name, options in ((OURS, tight), (STOCK, {})):
+        engine = start(f"{name}, small", small, **options)
+        kept = documents_kept(engine, documents, text)
+        given = {**params, "pool_tokens": small}
+        results.append(Result(f"documents_kept_{name}", kept, "documents", given))
+        engine.close()
+    return results
 
 
 def main(
@@ -187,14 +233,7 @@ def main(
         both.hits = {name: [0, 0] for name in engines}
 
         def measure(name: str, seconds: list[dict[str, float]], what: str, **given: Any) -> None:
-            ratios = [each[OURS] / each[STOCK] for each in seconds]
-            spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
-            results.append(Result(name, median(ratios), "ratio", {**params, **given, **spread}))
-            for engine in engines:
-                each = [one[engine] for one in seconds]
-                results.append(Result(f"{what}_s_{engine}", median(each), "s", params))
-                rate = both.hit_rate(engine)
-                results.append(Result(f"hit_rate_{what}_{engine}", rate, "ratio", params))
+            results.extend(compared(both, name, seconds, what, params, given))
 
         seconds = []
         for _ in range(rounds):
@@ -219,22 +258,11 @@ def main(
         for _ in range(rounds):
             tick("requests with nothing in common")
             seconds.append(cold(pair, text, cold_length, requests))
-        ratios = [each[OURS] / each[OFF] for each in seconds]
         given = {"length": cold_length, "requests": requests, "rounds": rounds}
-        spread = {"least": min(ratios), "most": max(ratios)}
-        results.append(Result("cold_ratio", median(ratios), "ratio", {**given, **spread}))
+        results.append(cold_ratio(seconds, given))
         for engine in (engines[OURS], off):
             engine.close()
-        # The same bytes: two documents with their questions, and half of a third one.
-        small = 5 * length // 2 // BLOCK * BLOCK
-        documents = [text.take(length) for _ in range(3)]
-        tight = engine_args(token_budget=token_budget, host_memory=small * token_bytes)
-        for name, options in ((OURS, tight), (STOCK, {})):
-            engine = start(f"{name}, small", small, **options)
-            kept = documents_kept(engine, documents, text)
-            given = {**params, "pool_tokens": small}
-            results.append(Result(f"documents_kept_{name}", kept, "documents", given))
-            engine.close()
+        results += kept_in_little_memory(start, text, params, token_bytes)
     show_and_write("SmolLM2-135M-Instruct, float32", results, json)
 
 
