@@ -38,3 +38,39 @@ def test_in_a_pool_that_is_too_small_what_is_kept_goes_first(run: Run, llama: Pa
     check(result)
     assert result["cached_tokens"] > 1_000 and result["evictions"] > 0
     assert result["preemptions"] > 0
+
+
+def test_a_request_whose_beginning_is_gone_starts_cold(run: Run, llama: Path) -> None:
+    result = run(
+        "lost_owner", model=llama, icecache={"exact": True, "host_memory": "64M"}, llm=SMALL
+    )
+    assert result["same"] and result["reasons"] == ["length", "length"]
+    assert result["failed"] == 1, "the one that was to fork what was gone"
+
+
+def test_what_is_cached_is_what_is_alike_and_of_the_same_user(run: Run, llama: Path) -> None:
+    document = [8 + i % 400 for i in range(300)]
+    question, other = [*document, 17, 19], [*document, 11, 12, 13]
+    requests: list[dict[str, Any]] = [
+        {"prompt_token_ids": question},
+        {"prompt_token_ids": other},
+        {"prompt_token_ids": other},  # as if its answer were asked for again
+        {"prompt_token_ids": document, "cache_salt": "alice"},
+        {"prompt_token_ids": other, "cache_salt": "alice"},
+        {"prompt_token_ids": other, "cache_salt": "bob"},
+        {"prompt_token_ids": other, "sampling": {"skip_reading_prefix_cache": True}},
+        {"prompt_token_ids": document[:20]},  # less than a block
+        {"prompt_token_ids": document[:33]},
+    ]
+    given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": True}}
+    result = run("reuse", model=llama, icecache={"exact": True, "host_memory": "64M"}, **given)
+    assert result["cached"] == [0, 300, 302, 0, 300, 0, 0, 0, 32]
+    assert result["made"][1] == result["made"][2] == result["made"][4] == result["made"][5]
+    assert result["blocks"] > 0 and result["consistent"] and result["left"] == 0
+
+
+def test_a_server_may_turn_it_off(run: Run, llama: Path) -> None:
+    requests = [{"prompt_token_ids": [9] * 100}] * 2
+    given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": False}}
+    result = run("reuse", model=llama, icecache={"exact": True, "host_memory": "64M"}, **given)
+    assert result["cached"] == [0, 0] and result["blocks"] == 0
