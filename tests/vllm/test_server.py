@@ -20,7 +20,8 @@ from serving import MAX_MODEL_LEN, Server, ask, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BUDGET = 128
-OPTIONS = ("--token-budget", str(BUDGET), "--set", f"dense_tokens={BUDGET}", "--host-memory", "1G")
+OPTIONS: tuple[str, ...] = ("--enable-prompt-tokens-details",)
+OPTIONS += ("--token-budget", str(BUDGET), "--set", f"dense_tokens={BUDGET}", "--host-memory", "1G")
 SHARED_MEMORY = Path("/dev/shm")
 CHARACTERS = 5000  # of a text with a needle
 
@@ -104,6 +105,20 @@ def test_equal_prompts_with_different_salts_are_answered_alike(server: Server) -
     assert len(texts) == 1
 
 
+def test_a_second_question_about_a_text_reads_only_itself(server: Server) -> None:
+    client = server.client()
+    given: Any = {"model": server.model, "temperature": 0, "max_tokens": 8}
+    # `manual` texts begin alike: this one is of a user that asks for nothing else.
+    given["extra_body"] = {"cache_salt": "a second question"}
+    text = manual(2500)
+    first = client.completions.create(prompt=f"{text}\nIn short:", **given)
+    again = client.completions.create(prompt=f"{text}\nIn one word:", **given)
+    details = first.usage.prompt_tokens_details
+    assert details is None or not details.cached_tokens
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert again.usage.prompt_tokens - 8 < cached < again.usage.prompt_tokens
+
+
 def test_prometheus_has_our_metrics(server: Server) -> None:
     prompt = manual(6000)
     server.client().completions.create(
@@ -116,6 +131,7 @@ def test_prometheus_has_our_metrics(server: Server) -> None:
     assert metrics["icecache:read_bytes_total"] > 0
     assert metrics["icecache:host_capacity_bytes"] == 2**30
     assert metrics["icecache:failed_requests_total"] == 0
+    assert metrics["icecache:prefixes"] > 0 and metrics["icecache:prefix_bytes"] > 0
 
 
 def needle(number: int, characters: int) -> tuple[str, str]:
