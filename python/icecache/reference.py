@@ -96,6 +96,14 @@ class ReferenceEngine:
         source = self._get(seq)
         return self._add(_Sequence(list(source.keys), list(source.values)))
 
+    def retain(self, seq: int) -> None:
+        """Nothing: memory is not bounded here."""
+        self._get(seq)
+
+    def contains(self, seq: int) -> bool:
+        """False for what was released."""
+        return seq in self._sequences
+
     def truncate(self, seq: int, length: int) -> None:
         """Keeps the first `length` tokens of every layer."""
         sequence = self._get(seq)

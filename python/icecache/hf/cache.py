@@ -121,7 +121,7 @@ class IceCache(Cache):
 
     Full-attention layers share one engine; sliding, chunked and recurrent layers keep transformers'
     own. A batch row is one engine sequence without its padding. Sequences are released with the
-    cache. `copy.deepcopy` forks: both sides share pages until one of them writes.
+    cache. `fork` and `copy.deepcopy` share pages until one side writes.
     Threads: one forward call at a time, as for any Cache; caches that share an engine are
     independent.
     """
@@ -333,6 +333,19 @@ class IceCache(Cache):
         self._arrange(rows.tolist())
         for layer in self._stock_layers().values():
             layer.batch_select_indices(indices)
+
+    def fork(self, tokens: int | None = None) -> IceCache:
+        """A cache with the same tokens, or the first `tokens` of every row, padding included.
+
+        Both share segments and pages until one of them writes. Raises InvalidArgument for more
+        tokens than there are, and where a layer of transformers' own takes no tokens back.
+        """
+        if tokens is not None and not 0 <= tokens <= self.rows.seen:
+            raise InvalidArgument(f"tokens: expected 0 to {self.rows.seen}, got {tokens}")
+        other = copy.deepcopy(self)
+        if tokens is not None and tokens < self.rows.seen:
+            other.crop(tokens - self.rows.seen)
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IceCache:
         self.check_usable()

@@ -174,6 +174,21 @@ class Rows:
             other._real = self._real
         return other
 
+    def retain(self) -> None:
+        """Keeps the rows for copies of them alone, until the engine needs their pages."""
+        assert self._engine is not None
+        for sequence in self.sequences:
+            self._engine.retain(sequence)
+
+    def is_held(self) -> bool:
+        """False where the engine has ended a row that it was to retain."""
+        engine = self._engine
+        return engine is not None and all(map(engine.contains, self.sequences))
+
+    def is_text(self) -> bool:
+        """True for one row without padding."""
+        return len(self.sequences) == 1 and self._real is None
+
     def clear(self) -> None:
         """Releases every sequence."""
         if self._engine is not None:
@@ -224,4 +239,6 @@ class Rows:
 
 def _release(engine: EngineLike, sequences: list[int]) -> None:
     while sequences:
-        engine.release(sequences.pop())
+        sequence = sequences.pop()
+        if engine.contains(sequence):
+            engine.release(sequence)

@@ -22,6 +22,7 @@ from icecache.hf.lossless import Lossless
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.placement import compute_device, wrapped_model
 from icecache.hf.refresh import Refresh
+from icecache.hf.reuse import Reuse
 from icecache.hf.support import (
     CACHE,
     check_forward,
@@ -64,6 +65,7 @@ def enable(
     lossless: bool = False,
     draft_tokens: int = 16,
     refresh_every: int = 0,
+    reuse_prefixes: bool = False,
     **config_fields: Any,
 ) -> ModelT:
     """Lets `model.generate` and plain forward calls of `model` use IceCache. Returns `model`.
@@ -82,6 +84,12 @@ def enable(
     every n tokens once more, exactly, so that what the budget costs does not add up; the text stays
     as it is. Neither is there on a CUDA device, or for models with recurrent layers.
 
+    With `reuse_prefixes`, `generate` goes on from what earlier calls of this model had in common
+    with the prompt, token by token: one row of text, not with beams. What is kept goes where the
+    engine needs its pages. All callers share it: the texts of one user then serve another. Not on a
+    CUDA device, not for models with sliding or recurrent layers, not with lossless or
+    refresh_every.
+
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
     `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
@@ -94,7 +102,17 @@ def enable(
         decoding = Lossless(draft_tokens)
     elif refresh_every:
         decoding = Refresh(refresh_every)
-    _enable(wrapped_model(model), token_budget, engine_class, max_tokens, decoding, config_fields)
+    if reuse_prefixes and decoding is not None:
+        raise InvalidArgument(f"reuse_prefixes: expected False with {decoding.setting}, got True")
+    _enable(
+        wrapped_model(model),
+        token_budget,
+        engine_class,
+        max_tokens,
+        decoding,
+        reuse_prefixes,
+        config_fields,
+    )
     return model
 
 
@@ -104,11 +122,17 @@ def _enable(
     engine_class: EngineFactory | None,
     max_tokens: int | None,
     decoding: Decoding | None,
+    reuse_prefixes: bool,
     config_fields: dict[str, Any],
 ) -> None:
     check_model(model)
     place = compute_device(model)
     on_device = place.type == device.KIND
+    if reuse_prefixes and on_device:
+        raise InvalidArgument(
+            f"reuse_prefixes: expected a model on the CPU, got one on {place}, where a sequence "
+            "that is kept would take the place of another"
+        )
     if decoding is not None and on_device:
         raise InvalidArgument(
             f"lossless, refresh_every: expected a model on the CPU, got one on {place}: the exact "
@@ -131,6 +155,7 @@ def _enable(
     handle.is_lossless = isinstance(decoding, Lossless)
     if decoding is not None:
         IceCache(model.config, handle=handle).savepoint()  # refuses layers that take no tokens back
+    reuse = Reuse(model.config, handle) if reuse_prefixes else None
     handle.bind(_expected_shape(model))  # refuses settings now and not at the first token
     disable(model)
 
@@ -154,8 +179,8 @@ def _enable(
         for name in _CONTINUOUS_BATCHING
         if hasattr(model, name)
     }
-    if decoding is not None:
-        methods["generate"] = functools.partial(_generate, weakref.ref(model), decoding)
+    if (stand_in := decoding or reuse) is not None:
+        methods["generate"] = functools.partial(_generate, weakref.ref(model), stand_in)
     for name, method in methods.items():
         model.__dict__[name] = method
     handle.is_enabled = True
@@ -216,13 +241,13 @@ def _prepare_cache(
 
 def _generate(
     model_ref: weakref.ref[PreTrainedModel],
-    decoding: Decoding,
+    stand_in: Decoding | Reuse,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """Stands in for the model's `generate`."""
     model: Any = _alive(model_ref)
-    return decoding.generate(functools.partial(type(model).generate, model), *args, **kwargs)
+    return stand_in.generate(functools.partial(type(model).generate, model), *args, **kwargs)
 
 
 def _alive(model_ref: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
