@@ -9,7 +9,7 @@ both. Ratios are IceCache's seconds over stock's:
 - agent_ratio: twenty calls, each the history so far and 200 tokens more; the whole of it
 - documents_kept: of three documents in turns, with memory for two, how many are never read again
 - cold_ratio: requests with nothing in common, IceCache with prefix caching over IceCache without
-- hit_rate_*: cached tokens over the most that could be (all but the last token of what was there)
+- *_hit_rate_*: cached tokens over the most that could be (all but the last token of what was there)
 
     python benchmarks/python/bench_vllm_prefix.py --json benchmarks/results/vllm_prefix.json
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -39,6 +40,7 @@ OURS, STOCK, OFF = "icecache", "stock", "icecache_off"
 BLOCK = 128  # tokens of a block of vLLM's pool
 QUESTION, ANSWER = 40, 24  # tokens
 MORE = 200  # tokens that a call of the agent adds
+TOKEN_BYTES = 30 * 2 * 3 * 64 * 4  # of SmolLM2: layers, keys and values, KV heads, dims
 Prompt = list[int]
 Answers = dict[str, Any]
 
@@ -82,7 +84,8 @@ class Comparison:
 
     def __init__(self, engines: dict[str, EngineProcess]) -> None:
         self.engines = engines
-        self.hits: dict[str, list[int]] = {name: [0, 0] for name in engines}  # cached, at most
+        self.hits: dict[str, list[int]] = {}  # tokens that were cached, and that could be at most
+        self.reset()
 
     def ask(self, prompts: list[Prompt], known: list[int]) -> dict[str, Answers]:
         """`known`: tokens of each prompt that an engine could have, at most all but the last."""
@@ -92,11 +95,9 @@ class Comparison:
             self.hits[name][1] += sum(known)
         return answers
 
-    def hit_rate(self, name: str) -> float:
-        """Since the last call."""
-        cached, most = self.hits[name]
-        self.hits[name] = [0, 0]
-        return cached / most
+    def reset(self) -> None:
+        """Counts hits from here on."""
+        self.hits = {name: [0, 0] for name in self.engines}
 
 
 def conversation(some: Comparison, text: Text, length: int, turns: int) -> list[dict[str, float]]:
@@ -139,33 +140,6 @@ def cold(some: Comparison, text: Text, length: int, requests: int) -> dict[str, 
     return {name: answer["seconds"] for name, answer in some.ask(prompts, [0] * requests).items()}
 
 
-def compared(
-    both: Comparison,
-    name: str,
-    seconds: list[dict[str, float]],
-    what: str,
-    params: dict[str, Any],
-    given: dict[str, Any],
-) -> list[Result]:
-    """The ratio of a measurement, and seconds and hit rate of each engine."""
-    ratios = [each[OURS] / each[STOCK] for each in seconds]
-    spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
-    results = [Result(name, median(ratios), "ratio", {**params, **given, **spread})]
-    for engine in both.engines:
-        each = [one[engine] for one in seconds]
-        results.append(Result(f"{what}_s_{engine}", median(each), "s", params))
-        rate = both.hit_rate(engine)
-        results.append(Result(f"hit_rate_{what}_{engine}", rate, "ratio", params))
-    return results
-
-
-def cold_ratio(seconds: list[dict[str, float]], given: dict[str, Any]) -> Result:
-    """IceCache with prefix caching over IceCache without."""
-    ratios = [each[OURS] / each[OFF] for each in seconds]
-    spread = {"least": min(ratios), "most": max(ratios)}
-    return Result("cold_ratio", median(ratios), "ratio", {**given, **spread})
-
-
 def documents_kept(engine: EngineProcess, documents: list[Prompt], text: Text) -> int:
     """Of documents that are asked about in turns, those that are read once."""
     kept = [True] * len(documents)
@@ -176,22 +150,114 @@ def documents_kept(engine: EngineProcess, documents: list[Prompt], text: Text) -
     return sum(kept)
 
 
-def kept_in_little_memory(
-    start: Callable[..., EngineProcess], text: Text, params: dict[str, Any], token_bytes: int
-) -> list[Result]:
-    """Each engine has the same bytes: two documents with their questions, and half of a third."""
-    length = params["length"]
-    small = 5 * length // 2 // BLOCK * BLOCK
-    documents = [text.take(length) for _ in range(3)]
-    tight = engine_args(token_budget=params["token_budget"], host_memory=small * token_bytes)
-    results = []
-    for name, options in ((OURS, tight), (STOCK, {})):
-        engine = start(f"{name}, small", small, **options)
-        kept = documents_kept(engine, documents, text)
-        given = {**params, "pool_tokens": small}
-        results.append(Result(f"documents_kept_{name}", kept, "documents", given))
+@dataclass
+class Run:
+    """One run of the benchmark."""
+
+    length: int  # tokens of a document
+    rounds: int
+    token_budget: int
+    folder: str  # of the model
+    text: Text
+    tick: Callable[[str], None]
+    stack: ExitStack
+    longest: int = 0  # tokens that a request may have
+    results: list[Result] = field(default_factory=list)
+
+    def params(self, **more: Any) -> dict[str, Any]:
+        given = {"length": self.length, "token_budget": self.token_budget, "rounds": self.rounds}
+        return {**given, **more}
+
+    def start(self, name: str, pool: int, **options: Any) -> EngineProcess:
+        """An engine with KV memory for `pool` tokens in vLLM's own pool."""
+        self.tick(f"{name}: start")
+        engine = EngineProcess({**arguments(self.folder, pool, self.longest), **options})
+        self.stack.callback(engine.close)
+        return engine
+
+    def ours(self, tokens: int) -> dict[str, Any]:
+        """Arguments of IceCache with host memory for so many tokens."""
+        return engine_args(token_budget=self.token_budget, host_memory=tokens * TOKEN_BYTES)
+
+    def measure(
+        self,
+        name: str,
+        pair: Comparison,
+        once: Callable[[], list[dict[str, float]]],
+        what: str,
+        **given: Any,
+    ) -> None:
+        """Seconds of the first engine over the other's, of all rounds."""
+        pair.reset()
+        seconds = []
+        for _ in range(self.rounds):
+            self.tick(what)
+            seconds += once()
+        first, second = pair.engines
+        ratios = [each[first] / each[second] for each in seconds]
+        spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
+        params = self.params(**given)
+        self.results.append(Result(name, median(ratios), "ratio", {**params, **spread}))
+        for engine in pair.engines:
+            took = median(one[engine] for one in seconds)
+            self.results.append(Result(f"{what}_s_{engine}", took, "s", params))
+            cached, most = pair.hits[engine]
+            if most:
+                rate = Result(f"{what}_hit_rate_{engine}", cached / most, "ratio", params)
+                self.results.append(rate)
+
+
+def prompts_that_begin_alike(run: Run, turns: int, clients: int, calls: int) -> EngineProcess:
+    """IceCache against stock. Returns IceCache's engine."""
+    pool = (clients + 4) * run.length
+    ours = run.start(OURS, pool, **run.ours(2 * pool))
+    both = Comparison({OURS: ours, STOCK: run.start(STOCK, pool)})
+    both.ask([run.text.take(300)], [0])  # warms up
+    text, length = run.text, run.length
+
+    def talk() -> list[dict[str, float]]:
+        return conversation(both, text, length, turns)
+
+    def share() -> list[dict[str, float]]:
+        return [shared_document(both, text, length, clients)]
+
+    def act() -> list[dict[str, float]]:
+        return [agent(both, text, calls)]
+
+    run.measure("ttft_ratio_turns_2_to_5", both, talk, "turns", turns=turns)
+    run.measure("ttft_ratio_shared_document", both, share, "shared", clients=clients)
+    run.measure("agent_ratio", both, act, "agent", calls=calls)
+    both.engines[STOCK].close()
+    return ours
+
+
+def prompts_with_nothing_in_common(
+    run: Run, ours: EngineProcess, pool: int, length: int, requests: int
+) -> None:
+    """IceCache with prefix caching against IceCache without."""
+    off = run.start(OFF, pool, **{**run.ours(2 * pool), "enable_prefix_caching": False})
+    pair = Comparison({OURS: ours, OFF: off})
+    pair.ask([run.text.take(300)], [0])
+
+    def once() -> list[dict[str, float]]:
+        return [cold(pair, run.text, length, requests)]
+
+    given = {"length": length, "requests": requests}
+    run.measure("cold_ratio", pair, once, "cold", **given)
+    for engine in (ours, off):
         engine.close()
-    return results
+
+
+def documents_in_little_memory(run: Run) -> None:
+    """The same bytes for both: two documents with their questions, and half of a third one."""
+    pool = 5 * run.length // 2 // BLOCK * BLOCK
+    documents = [run.text.take(run.length) for _ in range(3)]
+    for name, options in ((OURS, run.ours(pool)), (STOCK, {})):
+        engine = run.start(f"{name}, little memory", pool, **options)
+        kept = documents_kept(engine, documents, run.text)
+        params = run.params(pool_tokens=pool)
+        run.results.append(Result(f"documents_kept_{name}", kept, "documents", params))
+        engine.close()
 
 
 def main(
@@ -209,61 +275,18 @@ def main(
     folder = str(icecache.models.smollm2())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = Text(text_tokens(tokenizer, 30 * length).tolist())
-    longest = max(length + turns * (QUESTION + ANSWER), calls * (MORE + ANSWER)) + 512
-    pool = (clients + 4) * length
-    token_bytes = 30 * 2 * 3 * 64 * 4  # of SmolLM2: layers, keys and values, KV heads, dims
-    plenty = engine_args(token_budget=token_budget, host_memory=2 * pool * token_bytes)
-    results: list[Result] = []
-    params = {"length": length, "token_budget": token_budget, "rounds": rounds}
     with Progress(console=Console(), transient=True) as bar, ExitStack() as stack:
-        task = bar.add_task("", total=6 + 4 * rounds)
+        task = bar.add_task("", total=5 + 4 * rounds)
 
         def tick(what: str) -> None:
             bar.update(task, description=what, advance=1)
 
-        def start(name: str, pool_tokens: int, **options: Any) -> EngineProcess:
-            tick(f"{name}: start")
-            engine = EngineProcess({**arguments(folder, pool_tokens, longest), **options})
-            stack.callback(engine.close)
-            return engine
-
-        engines = {OURS: start(OURS, pool, **plenty), STOCK: start(STOCK, pool)}
-        both = Comparison(engines)
-        both.ask([text.take(300)], [0])  # warms up
-        both.hits = {name: [0, 0] for name in engines}
-
-        def measure(name: str, seconds: list[dict[str, float]], what: str, **given: Any) -> None:
-            results.extend(compared(both, name, seconds, what, params, given))
-
-        seconds = []
-        for _ in range(rounds):
-            tick("a conversation")
-            seconds += conversation(both, text, length, turns)
-        measure("ttft_ratio_turns_2_to_5", seconds, "turns", turns=turns)
-        seconds = []
-        for _ in range(rounds):
-            tick("clients ask about one document")
-            seconds.append(shared_document(both, text, length, clients))
-        measure("ttft_ratio_shared_document", seconds, "shared", clients=clients)
-        seconds = []
-        for _ in range(rounds):
-            tick("an agent")
-            seconds.append(agent(both, text, calls))
-        measure("agent_ratio", seconds, "agent", calls=calls)
-        engines[STOCK].close()
-        off = start(OFF, pool, **{**plenty, "enable_prefix_caching": False})
-        pair = Comparison({OURS: engines[OURS], OFF: off})
-        pair.ask([text.take(300)], [0])
-        seconds = []
-        for _ in range(rounds):
-            tick("requests with nothing in common")
-            seconds.append(cold(pair, text, cold_length, requests))
-        given = {"length": cold_length, "requests": requests, "rounds": rounds}
-        results.append(cold_ratio(seconds, given))
-        for engine in (engines[OURS], off):
-            engine.close()
-        results += kept_in_little_memory(start, text, params, token_bytes)
-    show_and_write("SmolLM2-135M-Instruct, float32", results, json)
+        run = Run(length, rounds, token_budget, folder, text, tick, stack)
+        run.longest = max(length + turns * (QUESTION + ANSWER), calls * (MORE + ANSWER)) + 512
+        ours = prompts_that_begin_alike(run, turns, clients, calls)
+        prompts_with_nothing_in_common(run, ours, (clients + 4) * length, cold_length, requests)
+        documents_in_little_memory(run)
+    show_and_write("SmolLM2-135M-Instruct, float32", run.results, json)
 
 
 if __name__ == "__main__":
