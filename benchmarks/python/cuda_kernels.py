@@ -55,6 +55,20 @@ def warm_up() -> None:
     torch.cuda.synchronize()
 
 
+def added_by_kernel(recorded: profile, runs: int) -> dict[str, float]:
+    """Microseconds that each of our kernels adds to one of `runs` runs."""
+    kernels: dict[str, float] = defaultdict(float)
+    times = [(e.time_range.end, e.time_range.start, e.name) for e in recorded.events()]
+    ended = 0.0
+    for end, start, name in sorted(times):
+        if "_kernel" in name and "icecache" in name:
+            # A kernel may have begun before the one ahead of it had ended.
+            added = end - max(start, ended)
+            kernels[name.split("_kernel")[0].split("::")[-1]] += added / runs
+            ended = end
+    return dict(kernels)
+
+
 def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, Any]:
     """Each kernel of a step, over eight layers, so that caches of the chip hold little."""
     layers = 8
@@ -79,17 +93,8 @@ def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, An
             for _ in range(steps):
                 graph.replay()
             torch.cuda.synchronize()
-        kernels: dict[str, float] = defaultdict(float)
-        times = [(e.time_range.end, e.time_range.start, e.name) for e in recorded.events()]
-        ended = 0.0
-        for end, start, name in sorted(times):
-            if "_kernel" in name and "icecache" in name:
-                # A kernel may have begun before the one ahead of it had ended.
-                added = end - max(start, ended)
-                kernels[name.split("_kernel")[0].split("::")[-1]] += added / (steps * layers)
-                ended = end
         after = sum(cache.stats(layer).bytes_moved for layer in range(layers))
-        return dict(kernels), (after - before) // (steps * layers)
+        return added_by_kernel(recorded, steps * layers), (after - before) // (steps * layers)
 
     cold, cold_bytes = measure(1)  # nothing is in the row cache
     for _ in range(3):
@@ -102,7 +107,7 @@ def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, An
     attended = pairs * ((BUDGET + nodes) * (row + 16))
     scanned = pairs * tokens * (config.sketch_rank // 2 + 2 * GROUP)
     found = pairs * config.candidates * row
-    result = {
+    return {
         "batch": batch,
         "tokens": tokens,
         "prefill_index_ms_per_layer": took / layers * 1e3,
@@ -119,4 +124,3 @@ def bench_kernels(batch: int, tokens: int, roof: dict[str, Any]) -> dict[str, An
         "staged_rows_us": staged_us(pairs * config.candidates, row),
         "staged_pages_us": staged_us(pairs * config.candidates, row * config.page_size),
     }
-    return result

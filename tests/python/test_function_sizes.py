@@ -13,7 +13,6 @@ HOST, DEVICE = 60, 100
 LONGER = {
     ("python/icecache/cli/bench_suites.py", "_command"): 119,  # options with their help
     ("benchmarks/python/bench_vllm_capacity.py", "main"): 102,
-    ("benchmarks/python/cuda_kernels.py", "bench_kernels"): 64,
 }
 # A line in the first column that begins something else than a function.
 _ELSE = re.compile(
