@@ -36,7 +36,7 @@ step build build_all || exit 1
 step tests "$build/tests/icecache_cuda_tests" --gtest_brief=1
 export PYTHONPATH=$PWD/python
 step python-tests "$python" -m pytest -q -n 0 -p no:cacheprovider tests/python/test_device.py \
-  tests/python/test_device_hf.py
+  tests/python/test_device_engine.py tests/python/test_device_hf.py
 if [ "${ICECACHE_BENCHMARK:-1}" = 1 ]; then
   step benchmark "$python" benchmarks/python/bench_cuda.py --json "$results/$name.json" \
     --seconds "${ICECACHE_BENCHMARK_SECONDS:-180}"

@@ -27,16 +27,7 @@ using Class = py::class_<DeviceCache, std::unique_ptr<DeviceCache, UnlockedDelet
 
 std::int32_t device_type = dlpack::kCuda;  // of this module
 
-void bind_records(py::module_& module) {
-  forbid_new(py::class_<DeviceCacheStats>(module, "DeviceCacheStats", py::module_local(),
-                                          py::is_final(), "Sums over steps of one layer.")
-                 .def_readonly("steps", &DeviceCacheStats::steps)
-                 .def_readonly("hits", &DeviceCacheStats::hits)
-                 .def_readonly("misses", &DeviceCacheStats::misses)
-                 .def_readonly("bytes_moved", &DeviceCacheStats::bytes_moved)
-                 .def("__repr__", [](const py::object& self) {
-                   return describe(self, "steps", "hits", "misses", "bytes_moved");
-                 }));
+void bind_memory(py::module_& module) {
   forbid_new(py::class_<DeviceCacheMemory>(module, "DeviceCacheMemory", py::module_local(),
                                            py::is_final(), "Bytes held.")
                  .def_readonly("device_bytes", &DeviceCacheMemory::device_bytes)
@@ -238,7 +229,7 @@ void bind_sequences(Class& cache) {
 
 void bind_device_cache(py::module_& module, std::int32_t tensors_on) {
   device_type = tensors_on;
-  bind_records(module);
+  bind_memory(module);
   Class cache(module, "DeviceCache", py::module_local(), "See icecache.DeviceCache.");
   cache
       .def_property_readonly_static("room_step",

@@ -1,6 +1,8 @@
 // Plain records: statistics, traces, build information.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
 #include "config/machine.h"
@@ -11,12 +13,29 @@ namespace py = pybind11;
 namespace icecache::bindings {
 namespace {
 
+HeadStats sum_of(const HeadStats& one, const HeadStats& other) {
+  HeadStats sum = one;
+  for (const auto field :
+       {&HeadStats::steps, &HeadStats::dense_steps, &HeadStats::tokens_selected,
+        &HeadStats::pages_selected, &HeadStats::widened_steps, &HeadStats::doubtful_steps,
+        &HeadStats::seals, &HeadStats::merges, &HeadStats::bytes_read, &HeadStats::hits,
+        &HeadStats::misses, &HeadStats::bytes_moved}) {
+    sum.*field += other.*field;
+  }
+  for (const auto field : {&HeadStats::mass, &HeadStats::select_seconds, &HeadStats::attend_seconds,
+                           &HeadStats::index_seconds}) {
+    sum.*field += other.*field;
+  }
+  sum.worst_mass = std::min(one.worst_mass, other.worst_mass);
+  return sum;
+}
+
 void bind_stats(py::module_& module) {
   forbid_new(
       py::class_<HeadStats>(
           module, "HeadStats", py::is_final(),
           "Sums since the start (or reset_stats) for one layer and KV head, over all "
-          "sequences.")
+          "sequences. Two of them add up.")
           .def_readonly("steps", &HeadStats::steps, "decode queries answered with an index")
           .def_readonly("dense_steps", &HeadStats::dense_steps,
                         "decode queries that attended to everything")
@@ -31,20 +50,25 @@ void bind_stats(py::module_& module) {
           .def_readonly("merges", &HeadStats::merges, "segments built of other segments")
           .def_readonly("bytes_read", &HeadStats::bytes_read,
                         "sketches, summaries, candidates, attended K and V")
+          .def_readonly("hits", &HeadStats::hits, "candidates whose key was on the device")
+          .def_readonly("misses", &HeadStats::misses, "and those whose key was in host memory")
+          .def_readonly("bytes_moved", &HeadStats::bytes_moved,
+                        "keys and values, from host to device")
           .def_readonly(
               "mass", &HeadStats::mass,
               "sum over steps of the share of attention mass that was attended exactly, mean "
-              "over the group's heads; divide by steps")
+              "over the group's heads; divide by steps; NaN of a DeviceCache")
           .def_readonly("worst_mass", &HeadStats::worst_mass,
                         "least such share of any head and step")
           .def_readonly("select_seconds", &HeadStats::select_seconds)
           .def_readonly("attend_seconds", &HeadStats::attend_seconds)
           .def_readonly("index_seconds", &HeadStats::index_seconds)
+          .def("__add__", &sum_of, py::is_operator())
           .def("__repr__", [](const py::object& self) {
             return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
                             "widened_steps", "doubtful_steps", "seals", "merges", "bytes_read",
-                            "mass", "worst_mass", "select_seconds", "attend_seconds",
-                            "index_seconds");
+                            "hits", "misses", "bytes_moved", "mass", "worst_mass", "select_seconds",
+                            "attend_seconds", "index_seconds");
           }));
 
   forbid_new(

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "cuda/cuda_info.h"
 #include "device/device_build.h"
 #include "device/device_cache_impl.h"
@@ -181,7 +183,7 @@ std::int64_t DeviceCache::length(int layer_number, int sequence, Stream stream) 
   return std::max(0, tokens);
 }
 
-DeviceCacheStats DeviceCache::stats(int layer_number, int kv_head, Stream stream) {
+HeadStats DeviceCache::stats(int layer_number, int kv_head, Stream stream) {
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
   if (kv_head < -1 || kv_head >= self.step.kv_heads) {
@@ -193,7 +195,8 @@ DeviceCacheStats DeviceCache::stats(int layer_number, int kv_head, Stream stream
   gpu::copy_to_host(counters.data(), layer.state.counters,
                     counters.size() * sizeof(unsigned long long), stream);
   gpu::synchronize(stream);
-  DeviceCacheStats sum;
+  HeadStats sum;
+  sum.mass = sum.worst_mass = std::numeric_limits<double>::quiet_NaN();
   for (std::size_t i = 0; i < counters.size(); i += 4) {
     if (kv_head >= 0 && static_cast<int>(i / 4) % self.step.kv_heads != kv_head) continue;
     sum.hits += static_cast<std::int64_t>(counters[i]);

@@ -58,7 +58,7 @@ std::int64_t DeviceCache::length(int, int, Stream) {
 void DeviceCache::gather(int, int, void*, void*, Stream) {
   refuse();
 }
-DeviceCacheStats DeviceCache::stats(int, int, Stream) {
+HeadStats DeviceCache::stats(int, int, Stream) {
   refuse();
 }
 DeviceCacheMemory DeviceCache::memory() const {

@@ -20,16 +20,10 @@
 #include <memory>
 
 #include "icecache/config.h"
+#include "icecache/head_stats.h"
 #include "icecache/types.h"
 
 namespace icecache {
-
-struct DeviceCacheStats {
-  std::int64_t steps = 0;        // of one KV head
-  std::int64_t hits = 0;         // candidates whose key was on the device
-  std::int64_t misses = 0;       // and those whose key came from host memory
-  std::int64_t bytes_moved = 0;  // keys and values, host to device
-};
 
 struct DeviceCacheMemory {
   std::int64_t device_bytes = 0;   // all that the cache holds on the device
@@ -103,8 +97,8 @@ class DeviceCache {
   // Tokens of a sequence in order of position: keys, values [Hkv, length, D], contiguous on the
   // device.
   void gather(int layer, int sequence, void* keys, void* values, Stream stream);
-  // Of one KV head; -1: of all.
-  DeviceCacheStats stats(int layer, int kv_head, Stream stream);
+  // Of one KV head; -1: sums over all.
+  HeadStats stats(int layer, int kv_head, Stream stream);
   DeviceCacheMemory memory() const;
 
   const CacheShape& shape() const;

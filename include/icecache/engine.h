@@ -27,27 +27,11 @@
 #include <vector>
 
 #include "icecache/config.h"
+#include "icecache/head_stats.h"
 #include "icecache/step_trace.h"
 #include "icecache/types.h"
 
 namespace icecache {
-
-// Sums since the start (or reset_stats) for one layer and KV head, over all sequences.
-struct HeadStats {
-  std::int64_t steps =
-      0;  // decode queries (of calls with up to decode_tokens tokens) within the budget
-  std::int64_t dense_steps = 0;      // decode queries that attended to everything
-  std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
-  std::int64_t pages_selected = 0;
-  // Steps with more candidates than at first, lest a main token of a head be missed; and those
-  // where one may have been all the same.
-  std::int64_t widened_steps = 0, doubtful_steps = 0;
-  std::int64_t seals = 0, merges = 0;  // segments built of decoded tokens, of other segments
-  std::int64_t bytes_read = 0;         // sketches, summaries, candidates, attended K and V
-  double mass = 0.0;  // sum over steps of the exactly attended share, mean over the group
-  double worst_mass = 1.0;
-  double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;
-};
 
 struct MemoryStats {
   std::int64_t pool_bytes = 0;  // pages in use x page size

@@ -265,7 +265,7 @@ class DeviceCache:
         self._cache.gather(layer, sequence, keys, values)
         return keys, values
 
-    def stats(self, layer: int, kv_head: int | None = None) -> _core.DeviceCacheStats:
+    def stats(self, layer: int, kv_head: int | None = None) -> _core.HeadStats:
         """Sums over steps, sequences and KV heads of one layer. Waits for the current stream.
 
         With `kv_head` of that head alone.

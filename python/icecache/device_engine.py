@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, NoReturn
 
 import torch
 
+from icecache import HeadStats
 from icecache.device import ROOM_STEP, DeviceCache
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument, OutOfPages
@@ -20,18 +23,6 @@ from icecache.prompt_attention import AttendPrompt, attend_prompt
 _NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
 _GONE = -1  # in place of what a fork copies: it is no longer what it was
 _ELSE = "or run the model on the CPU, or without IceCache"
-
-
-@dataclass(frozen=True)
-class DeviceHeadStats:
-    """Counters of one layer and KV head. What the CPU's engine estimates besides is not: NaN."""
-
-    steps: int
-    hits: int
-    misses: int
-    bytes_moved: int
-    mass: float = float("nan")
-    worst_mass: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,6 @@ class DeviceEngine:
         self._batches: list[Lanes] = []
         self._waiting: list[int] = []  # sequences that get a lane with their prompt
         self._forks: dict[int, _Fork] = {}
-        self._past: dict[tuple[int, int], DeviceHeadStats] = {}  # of batches that are gone
         self._next = 0
         if lanes is None:
             # Refuses settings now and not at the first token.
@@ -110,6 +100,12 @@ class DeviceEngine:
             self._batches.append(self._shared)
         self.config = cache.config
         self.shape = cache.shape
+        # By layer and KV head, of batches that are gone: nothing so far, like a new cache's.
+        self._past = {
+            (layer, head): cache.stats(layer, head)
+            for layer in range(self.shape.num_layers)
+            for head in range(self.shape.num_kv_heads)
+        }
 
     def new_sequence(self) -> int:
         """An empty sequence; its number is never used again.
@@ -178,11 +174,8 @@ class DeviceEngine:
         if lanes is self._shared or len(lanes.of) > 1:
             lanes.leave(seq)
             return
-        self._past = {
-            (layer, head): self._sums([lanes], layer, head)
-            for layer in range(self.shape.num_layers)
-            for head in range(self.shape.num_kv_heads)
-        }
+        for (layer, head), past in self._past.items():
+            self._past[layer, head] = past + lanes.cache.stats(layer, head)
         self._batches.remove(lanes)
 
     def _hand_on(self, seq: int, lanes: Lanes, lane: int) -> bool:
@@ -367,24 +360,13 @@ class DeviceEngine:
             else:
                 lanes.prompts.pop((layer, lane), None)
 
-    def stats(self, layer: int, kv_head: int) -> DeviceHeadStats:
+    def stats(self, layer: int, kv_head: int) -> HeadStats:
         """Sums since the start, over all sequences. Waits for the current stream."""
-        return self._sums(self._batches, layer, kv_head)
+        now = [lanes.cache.stats(layer, kv_head) for lanes in self._batches]
+        return reduce(add, now, self._past[layer, kv_head])
 
-    def _sums(self, batches: Sequence[Lanes], layer: int, kv_head: int) -> DeviceHeadStats:
-        """Of `batches` and of those that are gone."""
-        all_stats: list[Any] = [lanes.cache.stats(layer, kv_head) for lanes in batches]
-        if (layer, kv_head) in self._past:
-            all_stats.append(self._past[layer, kv_head])
-        return DeviceHeadStats(
-            steps=sum(s.steps for s in all_stats),
-            hits=sum(s.hits for s in all_stats),
-            misses=sum(s.misses for s in all_stats),
-            bytes_moved=sum(s.bytes_moved for s in all_stats),
-        )
-
-    def all_stats(self) -> list[Any]:
-        """The DeviceCacheStats of each layer of each batch. Waits for the current stream."""
+    def all_stats(self) -> list[HeadStats]:
+        """Sums of each layer of each batch. Waits for the current stream."""
         layers = range(self.shape.num_layers)
         return [lanes.cache.stats(layer) for lanes in self._batches for layer in layers]
 

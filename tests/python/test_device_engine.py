@@ -6,10 +6,11 @@ tests/python/test_device_hf.py has those that a transformers model calls.
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
-from device_engines import DIM, make_engine, random_rows
+from device_engines import DIM, KV_HEADS, make_engine, random_rows
 from icecache import Engine, Error, InvalidArgument, Phase
 from icecache.device_engine import DeviceEngine
 from icecache.reference import dense_attention
@@ -122,3 +123,18 @@ def test_a_prompt_in_chunks_is_attended_as_a_whole(engine: DeviceEngine) -> None
     expected = dense_attention(q, k, v, DIM**-0.5).transpose(0, 1)
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
     assert engine.length(seq) == total
+
+
+def test_statistics_are_those_of_the_engine_on_the_cpu(engine: DeviceEngine) -> None:
+    seq = engine.new_sequence()
+    step(engine, {seq: 300}, Phase.PROMPT_END)
+    step(engine, {seq: 1})
+    first, second = (engine.stats(0, head) for head in range(KV_HEADS))
+    assert first.steps == second.steps == 1
+    assert first.hits + first.misses > 0 and first.bytes_moved > 0
+    assert math.isnan(first.mass) and math.isnan(first.worst_mass)
+    both = first + second
+    assert (both.steps, both.hits) == (2, first.hits + second.hits)
+    assert both.bytes_moved == first.bytes_moved + second.bytes_moved
+    engine.release(seq)
+    assert engine.stats(0, 0).misses == first.misses

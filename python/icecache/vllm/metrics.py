@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -23,8 +24,8 @@ class Metric:
     name: str
     help: str
     is_gauge: bool = False  # else a counter: a worker reports what was added
-    # The field of an engine's statistics whose sum over layers and KV heads it is; engines that do
-    # not have it, since they need not move pages or do not estimate, count nothing.
+    # The field of HeadStats whose sum over layers and KV heads it is, where it is a number: a
+    # device does not estimate mass.
     of_heads: str = ""
 
 
@@ -167,7 +168,9 @@ def sums(store: Store) -> dict[str, float]:
     """Every counter since the start."""
     parts = store.engine.all_stats()
     total: dict[str, float] = {
-        metric.name: sum(getattr(part, metric.of_heads, 0) for part in parts)
+        metric.name: sum(
+            value for part in parts if not isnan(value := getattr(part, metric.of_heads))
+        )
         for metric in METRICS
         if metric.of_heads
     }

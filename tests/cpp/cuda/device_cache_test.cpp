@@ -185,8 +185,8 @@ TEST_F(DeviceCacheTest, EvictionChangesNoResult) {
   large.prefill(0, 2800);
   small.prefill(0, 2800);
   for (int t = 0; t < 30; ++t) ASSERT_TRUE(same(large.step(), small.step())) << "step " << t;
-  const DeviceCacheStats few = small.cache->stats(0, -1, nullptr),
-                         many = large.cache->stats(0, -1, nullptr);
+  const HeadStats few = small.cache->stats(0, -1, nullptr),
+                  many = large.cache->stats(0, -1, nullptr);
   EXPECT_GT(few.misses, many.misses);
   EXPECT_EQ(few.misses + few.hits, many.misses + many.hits);
   EXPECT_GT(few.bytes_moved, many.bytes_moved);
