@@ -1,6 +1,5 @@
 """Many questions about one document: it is read once, and each question continues a copy."""
 
-import copy
 from pydoc_data.topics import topics
 
 import icecache
@@ -24,7 +23,7 @@ with torch.inference_mode():
 for question in QUESTIONS:
     asked = f"{question}<|im_end|>\n<|im_start|>assistant\n"
     prompt = torch.cat([ids, tokenizer(asked, return_tensors="pt").input_ids], 1)
-    fork = copy.deepcopy(cache)  # shares all pages of the document
+    fork = cache.fork()  # shares all pages of the document
     answer = model.generate(prompt, past_key_values=fork, max_new_tokens=24, do_sample=False)
     print(f"{question} {tokenizer.decode(answer[0, prompt.shape[1] :])!r}")
 

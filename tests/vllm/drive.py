@@ -325,9 +325,11 @@ def reuse(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def announced(events: list[Any]) -> set[Any]:
-    """The blocks that a router takes for stored."""
+    """The blocks that a router takes for stored in host memory."""
     held: set[Any] = set()
     for event in events:
+        if getattr(event, "medium", "CPU") != "CPU":  # of vLLM's own pool
+            continue
         kind = type(event).__name__
         if kind == "AllBlocksCleared":  # by vLLM, of its own pool
             held.clear()

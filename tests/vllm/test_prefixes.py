@@ -74,3 +74,21 @@ def test_a_server_may_turn_it_off(run: Run, llama: Path) -> None:
     given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": False}}
     result = run("reuse", model=llama, icecache={"exact": True, "host_memory": "64M"}, **given)
     assert result["cached"] == [0, 0] and result["blocks"] == 0
+
+
+def test_a_model_with_sliding_windows_shares_nothing_and_answers_right(
+    run: Run, gemma: Path
+) -> None:
+    prompt = [8 + i % 400 for i in range(300)]
+    requests = [{"prompt_token_ids": [*prompt, 8 + i]} for i in (0, 0, 1)]
+    llm = {**SMALL, "enable_prefix_caching": True}
+    stock = run(
+        "generate",
+        model=gemma,
+        prompts=[r["prompt_token_ids"] for r in requests],
+        tokens=8,
+        llm=SMALL,
+    )
+    given = {"requests": requests, "llm": llm}
+    result = run("reuse", model=gemma, icecache={"exact": True, "host_memory": "64M"}, **given)
+    assert result["made"] == stock["tokens"] and result["cached"] == [0, 0, 0]
