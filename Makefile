@@ -27,7 +27,7 @@ RELEASE = -DICECACHE_INPLACE=ON -DICECACHE_CUDA=$(ICECACHE_CUDA) -DICECACHE_FAIS
 CHECKED = -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-Og -g1" -DICECACHE_BINDINGS=OFF \
   -DICECACHE_TESTS=ON -DICECACHE_CUDA=OFF
 # Sanitizers make every step many times as slow: there the random trace is shorter, and fewer faults are tried.
-SAMPLED = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-4000} ICECACHE_FAULT_CASES=$${ICECACHE_FAULT_CASES:-60}
+SAMPLED = ICECACHE_TRACE_STEPS=$${ICECACHE_TRACE_STEPS:-2500} ICECACHE_FAULT_CASES=$${ICECACHE_FAULT_CASES:-30}
 # Threads that wait give their cores away.
 TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.

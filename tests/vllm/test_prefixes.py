@@ -13,7 +13,7 @@ SMALL: dict[str, Any] = {"max_model_len": 1024, "block_size": 32, "max_num_seqs"
 def storm(run: Run, model: Path, icecache: dict[str, Any], **spec: Any) -> dict[str, Any]:
     llm = {**SMALL, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 128}
     llm |= spec.pop("llm", {})
-    given = {"count": 300, "abort_share": 0.1, "longest": 400, "llm": llm, **spec}
+    given = {"count": 200, "abort_share": 0.1, "longest": 400, "llm": llm, **spec}
     return run("prefix_storm", model=model, icecache={"exact": True, **icecache}, **given)
 
 
@@ -29,7 +29,7 @@ def test_random_requests_that_share_prefixes_get_the_answers_of_cold_ones(
 ) -> None:
     result = storm(run, llama, {"host_memory": "64M", "integrity": "always"})
     check(result)
-    assert result["cached_tokens"] > 10_000 and result["kept"] > 0
+    assert result["cached_tokens"] > 6_000 and result["kept"] > 0
 
 
 def test_in_a_pool_that_is_too_small_what_is_kept_goes_first(run: Run, llama: Path) -> None:
