@@ -11,7 +11,7 @@ from typing import Any
 from icecache import InvalidArgument, Phase
 from icecache.shape import CacheShape
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
-from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats
+from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats, StoreMeter
 from icecache.vllm.names import (
     CUDAGraphMode,
     KVConnectorBase_V1,
@@ -56,7 +56,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._prompt_given: dict[str, int] = {}
         self._prefixes: Prefixes | None = None
         self._store = None
-        self._meter: Meter | PrefixMeter | None = None
+        self._meter: Meter | None = None
         self._layers = len(groups[self._group].layer_names)
         if role == KVConnectorRole.WORKER:
             worker = current_worker()
@@ -64,7 +64,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker = worker
             self._store = worker.open_store(spec.dtype)
             self._store.name_layers(groups[self._group].layer_names)
-            self._meter = Meter(self._store)
+            self._meter = StoreMeter(self._store)
         else:
             longest = vllm_config.model_config.max_model_len
             logger.info(

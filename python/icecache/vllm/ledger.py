@@ -25,10 +25,6 @@ class Ledger:
         self._slots_of = slots_of
         self._accounts: dict[int, _Account] = {}
 
-    def __contains__(self, key: int) -> bool:
-        account = self._accounts.get(key)
-        return account is not None and account.is_open
-
     def __len__(self) -> int:
         """Open accounts."""
         return sum(account.is_open for account in self._accounts.values())

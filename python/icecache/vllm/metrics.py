@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
@@ -114,13 +115,10 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
         return not self.data
 
 
-class Meter:
-    """Turns the engine's sums into what was added since the last look."""
+class Meter(ABC):
+    """What happened since the last look."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._last = dict.fromkeys(_OF_WORKERS, 0.0)
-        self._next = 0.0
+    _next = 0.0
 
     def since_last(self) -> Stats | None:
         """None within a second of the last look."""
@@ -128,6 +126,21 @@ class Meter:
         if now < self._next:
             return None
         self._next = now + _INTERVAL
+        return Stats(data=self._look())
+
+    @abstractmethod
+    def _look(self) -> dict[str, Any]:
+        """Gauges, and what was added to counters."""
+
+
+class StoreMeter(Meter):
+    """Turns the engine's sums into what was added."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last = dict.fromkeys(_OF_WORKERS, 0.0)
+
+    def _look(self) -> dict[str, Any]:
         totals = sums(self._store)
         data = {name: totals[name] - self._last[name] for name in _OF_WORKERS}
         self._last = totals
@@ -135,33 +148,25 @@ class Meter:
         data["host_bytes"] = engine.pool_bytes()
         data["host_capacity_bytes"] = self._store.host_memory
         data["requests"] = self._store.requests
-        return Stats(data=data)
+        return data
 
 
-class PrefixMeter:
+class PrefixMeter(Meter):
     """What the scheduler knows of its prefix store."""
 
     def __init__(self, prefixes: Prefixes, slot_bytes: int) -> None:
         """`slot_bytes`: of a token in all layers and KV heads of a worker."""
         self._prefixes, self._slot_bytes = prefixes, slot_bytes
         self._evictions = 0  # that were reported
-        self._next = 0.0
 
-    def since_last(self) -> Stats | None:
-        """None within a second of the last look."""
-        now = time.monotonic()
-        if now < self._next:
-            return None
-        self._next = now + _INTERVAL
+    def _look(self) -> dict[str, Any]:
         more = self._prefixes.evictions - self._evictions
         self._evictions += more
-        return Stats(
-            data={
-                "prefixes": self._prefixes.kept,
-                "prefix_bytes": self._prefixes.kept_slots * self._slot_bytes,
-                "prefix_evictions": more,
-            }
-        )
+        return {
+            "prefixes": self._prefixes.kept,
+            "prefix_bytes": self._prefixes.kept_slots * self._slot_bytes,
+            "prefix_evictions": more,
+        }
 
 
 def sums(store: Store) -> dict[str, float]:

@@ -214,8 +214,7 @@ class Prefixes:
         covered = self._kept.add(own.key, *text)
         self._announce(request, own.key, text)
         for old in covered:
-            self._withdraw(old)
-            self._drop(old)
+            self._end(old)
         self.ledger.set_tokens(own.key, length)
         self.changes.kept.add(own.key)
 
@@ -240,14 +239,12 @@ class Prefixes:
         self._running[name].is_stale = True
         if owner in self._kept:
             self._kept.remove(owner)
-            self._withdraw(owner)
-            self._drop(owner)
+            self._end(owner)
 
     def reset(self) -> None:
         """Nothing computed so far is shared again: weights have changed, or a user asked for it."""
         for key in self._kept.sequences():
-            self._drop(key)
-            self._withdraw(key)
+            self._end(key)
         self._matches.clear()
         self._make_stores()
         for own in self._running.values():
@@ -289,10 +286,14 @@ class Prefixes:
         if key is None:
             return False
         self._kept.remove(key)
-        self._withdraw(key)
-        self._drop(key)
+        self._end(key)
         self.evictions += 1
         return True
+
+    def _end(self, key: int) -> None:
+        """A sequence that was kept goes."""
+        self._withdraw(key)
+        self._drop(key)
 
     def _drop(self, key: int) -> None:
         """The workers release the sequence."""
