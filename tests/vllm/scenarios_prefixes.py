@@ -1,0 +1,80 @@
+"""Scenarios of prefix caching: what is found again, what is announced, what is lost."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from engines import answers, make, sampling, scheduler_of, store_of
+from models import VOCABULARY
+
+
+def lost_owner(spec: dict[str, Any]) -> dict[str, Any]:
+    """A request whose beginning the workers do not have any more, beside one that they have."""
+    llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
+    generator = random.Random(2)
+    first, second = ([generator.randrange(8, VOCABULARY) for _ in range(300)] for _ in range(2))
+    expected = answers(llm, [first, second], 12)
+    llm.llm_engine.step()  # tells the workers to keep both
+    store = store_of()
+    gone = min(store._kept)
+    store.engine.release(store._sequence[gone])  # as the engine does where it needs the pages
+    again = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in (first, second)], sampling(12), use_tqdm=False
+    )
+    after = answers(llm, [first, second], 12)
+    return {
+        "same": [list(output.outputs[0].token_ids) for output in again] == expected == after,
+        "reasons": [output.outputs[0].finish_reason for output in again],
+        "failed": store.requests_failed,
+    }
+
+
+def reuse(spec: dict[str, Any]) -> dict[str, Any]:
+    """Requests one after another: their cached tokens, what the API and the metrics say of them,
+    and events of the prefix store."""
+    from vllm import SamplingParams
+    from vllm.config import KVEventsConfig
+
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    llm = make({**spec, "llm": {**spec["llm"], "kv_events_config": events}})
+    scheduler, taken = scheduler_of(llm), []
+    scheduler.kv_event_publisher.publish = lambda batch: taken.extend(batch.events)
+    cached, made = [], []
+    for request in spec["requests"]:
+        params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=8)
+        for name, value in request.pop("sampling", {}).items():
+            setattr(params, name, value)
+        (output,) = llm.generate([request], params, use_tqdm=False)
+        cached.append(output.num_cached_tokens)
+        made.append(list(output.outputs[0].token_ids))
+    llm.llm_engine.step()
+    kept = {block for blocks in scheduler._prefixes._hashes.values() for block in blocks}
+    told = announced(taken)
+    llm.reset_prefix_cache()
+    answers(llm, [[9] * 5], 2)
+    return {
+        "cached": cached,
+        "made": made,
+        "blocks": len(told),
+        "consistent": told == kept,
+        "left": len(announced(taken)),
+    }
+
+
+def announced(events: list[Any]) -> set[Any]:
+    """The blocks that a router takes for stored in host memory."""
+    held: set[Any] = set()
+    for event in events:
+        if getattr(event, "medium", "CPU") != "CPU":  # of vLLM's own pool
+            continue
+        kind = type(event).__name__
+        if kind == "AllBlocksCleared":  # by vLLM, of its own pool
+            held.clear()
+        elif kind == "BlockRemoved":
+            held -= set(event.block_hashes)
+        else:
+            assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+            assert event.parent_block_hash is None or event.parent_block_hash in held
+            held |= set(event.block_hashes)
+    return held

@@ -1,0 +1,150 @@
+"""Scenarios of storms: random requests that come, are aborted and end; each then served alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from engines import answers, inner, make, sampling, scheduler_of, store_of
+from models import VOCABULARY
+
+MOST_AT_ONCE = 12  # requests
+
+
+class Request(NamedTuple):
+    """What a storm asks of the engine."""
+
+    prompt: dict[str, Any]  # as vLLM takes it
+    params: Any  # vLLM's SamplingParams
+
+
+def steps(
+    llm: Any, generator: random.Random, spec: dict[str, Any], ask: Callable[[str], Request]
+) -> Iterator[list[Any]]:
+    """Steps the engine until spec["count"] requests have ended; `ask` makes each, by its name.
+
+    Before a step a few requests come, and with a chance of spec["abort_share"] one is aborted.
+    After each step: the outputs of the requests that ended with it, aborted ones left out.
+    """
+    engine = llm.llm_engine
+    names = [f"r{number}" for number in range(spec["count"])]
+    running: set[str] = set()
+    while names or engine.has_unfinished_requests():
+        for _ in range(generator.randint(0, 3)):
+            if names and len(running) < MOST_AT_ONCE:
+                name = names.pop()
+                engine.add_request(name, *ask(name))
+                running.add(name)
+        if running and generator.random() < spec["abort_share"]:
+            victim = generator.choice(sorted(running))
+            engine.abort_request([victim])
+            running.discard(victim)
+        outputs = [output for output in engine.step() if output.finished]
+        ended = [output for output in outputs if output.request_id in running]
+        running.difference_update(output.request_id for output in ended)
+        yield ended
+    engine.step()  # tells the workers of the last ones that finished
+
+
+def some_tokens(generator: random.Random, size: int) -> list[int]:
+    return [generator.randrange(8, VOCABULARY) for _ in range(size)]
+
+
+def storm(spec: dict[str, Any]) -> dict[str, Any]:
+    """Requests of random lengths that have nothing in common."""
+    llm = make(spec)
+    seen = inner(llm)
+    free = seen["pool"].get_num_free_blocks()
+    generator = random.Random(spec.get("seed", 0))
+    requests: dict[str, Request] = {}
+
+    def ask(name: str) -> Request:
+        sizes = spec.get("sizes") or [1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)]
+        prompt = some_tokens(generator, generator.choice(sizes))
+        tokens = generator.randint(1, 16)
+        requests[name] = Request({"prompt_token_ids": prompt}, sampling(tokens))
+        return requests[name]
+
+    made: dict[str, list[int]] = {}
+    most = 0
+    for ended in steps(llm, generator, spec, ask):
+        made |= {output.request_id: list(output.outputs[0].token_ids) for output in ended}
+        most = max(most, store_of().requests)
+    store = store_of()
+    if not spec.get("emulated"):
+        store.engine.check_integrity()
+    result = {
+        "answered": len(made),
+        "most_requests": most,
+        "preemptions": seen["preemptions"][0],
+        "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+        "requests_left": store.requests,
+        "page_bytes_left": store.engine.pool_bytes(),
+    }
+    return {**result, "differing": differing(llm, requests, {n: [a] for n, a in made.items()})}
+
+
+def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
+    """Requests over shared beginnings, some with salts, several choices or an early end; each is
+    then served once more with nothing to share."""
+    llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
+    seen = inner(llm)
+    free = seen["pool"].get_num_free_blocks()
+    generator = random.Random(spec.get("seed", 0))
+    sizes = [generator.randint(1, spec["longest"] // 2) for _ in range(20)]
+    shared = [some_tokens(generator, size) for size in sizes]
+    said: list[list[int]] = []  # prompts with their answers, for turns to come
+    requests: dict[str, Request] = {}
+
+    def ask(name: str) -> Request:
+        begin = generator.choice(said[-8:] if said and generator.random() < 0.3 else shared)
+        more = some_tokens(generator, generator.choice([0, 0, 1, 5, 17, 40]))
+        prompt: dict[str, Any] = {"prompt_token_ids": begin[: spec["longest"]] + more}
+        if salt := generator.choice([None, None, "a", "b"]):
+            prompt["cache_salt"] = salt
+        params = sampling(generator.randint(1, 16))
+        if generator.random() < 0.2:  # of which vLLM wants no temperature of 0
+            params.n, params.temperature, params.top_k = 3, 1.0, 1
+        requests[name] = Request(prompt, params)
+        return requests[name]
+
+    made: dict[str, list[list[int]]] = {}
+    cached = 0
+    for ended in steps(llm, generator, spec, ask):
+        for output in ended:
+            made[output.request_id] = [list(choice.token_ids) for choice in output.outputs]
+            cached += output.num_cached_tokens
+            said.append([*output.prompt_token_ids, *made[output.request_id][0]])
+        if generator.random() < spec.get("reset_share", 0.0):
+            llm.reset_prefix_cache()
+    prefixes = scheduler_of(llm)._prefixes
+    result = {"cached_tokens": cached, "kept": prefixes.kept, "evictions": prefixes.evictions}
+    llm.reset_prefix_cache()
+    llm.llm_engine.step()
+    store = store_of()
+    store.engine.check_integrity()
+    result |= {
+        "answered": len(made),
+        "preemptions": seen["preemptions"][0],
+        "failed": store.requests_failed,
+        "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+        "sequences_left": store.engine.memory().sequences,
+        "page_bytes_left": store.engine.pool_bytes(),
+        "slots_left": prefixes.ledger.used,
+    }
+    return {**result, "differing": differing(llm, requests, made)}
+
+
+def differing(
+    llm: Any, requests: dict[str, Request], made: dict[str, list[list[int]]]
+) -> list[str]:
+    """The requests of which an answer is not that of the request served alone, sharing nothing."""
+    found = []
+    for name in sorted(made):
+        llm.reset_prefix_cache()
+        prompt, params = requests[name]
+        alone = answers(llm, [prompt["prompt_token_ids"]], params.max_tokens)
+        if any(answer != alone[0] for answer in made[name]):
+            found.append(name)
+    return found
