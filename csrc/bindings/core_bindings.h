@@ -6,15 +6,15 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace icecache::bindings {
 
 // "HeadStats(steps=3, ...)"
-template <typename... Names>
-std::string describe(const pybind11::object& record, const Names&... names) {
+inline std::string describe(const pybind11::object& record, const std::vector<const char*>& names) {
   std::string text = pybind11::str(pybind11::type::of(record).attr("__name__"));
   const char* separator = "(";
-  for (const char* name : {names...}) {
+  for (const char* name : names) {
     text += separator + std::string(name) + "=" + std::string(pybind11::repr(record.attr(name)));
     separator = ", ";
   }

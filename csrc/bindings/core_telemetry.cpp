@@ -2,6 +2,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <vector>
 
 #include "bindings/core_arguments.h"
 #include "bindings/core_bindings.h"
@@ -13,84 +17,120 @@ namespace py = pybind11;
 namespace icecache::bindings {
 namespace {
 
+// A field that Python reads, and gives to of().
+template <typename Record, typename Value>
+struct Field {
+  const char* name;
+  Value Record::* member;
+  const char* doc;
+};
+
+constexpr Field<HeadStats, std::int64_t> kHeadCounts[] = {
+    {"steps", &HeadStats::steps, "decode queries answered with an index"},
+    {"dense_steps", &HeadStats::dense_steps, "decode queries that attended to everything"},
+    {"tokens_selected", &HeadStats::tokens_selected,
+     "by the index; sink and window not counted"},
+    {"pages_selected", &HeadStats::pages_selected, "by the index"},
+    {"widened_steps", &HeadStats::widened_steps,
+     "steps with more candidates than at first, lest a main token be missed"},
+    {"doubtful_steps", &HeadStats::doubtful_steps,
+     "steps where one may have been missed all the same"},
+    {"seals", &HeadStats::seals, "segments built of decoded tokens"},
+    {"merges", &HeadStats::merges, "segments built of other segments"},
+    {"bytes_read", &HeadStats::bytes_read, "sketches, summaries, candidates, attended K and V"},
+    {"hits", &HeadStats::hits, "candidates whose key was on the device"},
+    {"misses", &HeadStats::misses, "and those whose key was in host memory"},
+    {"bytes_moved", &HeadStats::bytes_moved, "keys and values, from host to device"},
+};
+constexpr Field<HeadStats, double> kHeadNumbers[] = {
+    {"mass", &HeadStats::mass,
+     "sum over steps of the share of attention mass that was attended exactly, mean over the "
+     "group's heads; divide by steps; NaN of a DeviceCache"},
+    {"worst_mass", &HeadStats::worst_mass, "least such share of any head and step"},
+    {"select_seconds", &HeadStats::select_seconds, "part of attend_seconds"},
+    {"attend_seconds", &HeadStats::attend_seconds, "of decode steps"},
+    {"index_seconds", &HeadStats::index_seconds, "of building and growing indexes"},
+};
+constexpr Field<MemoryStats, std::int64_t> kMemoryCounts[] = {
+    {"pool_bytes", &MemoryStats::pool_bytes, "pages in use, in host memory"},
+    {"pool_capacity", &MemoryStats::pool_capacity, "the bound: host_memory"},
+    {"index_bytes", &MemoryStats::index_bytes, "sketches, summaries, tables"},
+    {"query_bytes", &MemoryStats::query_bytes,
+     "recent queries, and sums of them, that shape the metric"},
+    {"device_bytes", &MemoryStats::device_bytes,
+     "what the device holds, or would hold, for these sequences"},
+    {"sequences", &MemoryStats::sequences, "that were not released"},
+    {"retained_sequences", &MemoryStats::retained_sequences, "of `sequences`"},
+    {"retained_bytes", &MemoryStats::retained_bytes, "pages that only retained sequences hold"},
+    {"evicted_sequences", &MemoryStats::evicted_sequences,
+     "retained ones that have ended for want of pages"},
+};
+
 HeadStats sum_of(const HeadStats& one, const HeadStats& other) {
   HeadStats sum = one;
-  for (const auto field :
-       {&HeadStats::steps, &HeadStats::dense_steps, &HeadStats::tokens_selected,
-        &HeadStats::pages_selected, &HeadStats::widened_steps, &HeadStats::doubtful_steps,
-        &HeadStats::seals, &HeadStats::merges, &HeadStats::bytes_read, &HeadStats::hits,
-        &HeadStats::misses, &HeadStats::bytes_moved}) {
-    sum.*field += other.*field;
-  }
-  for (const auto field : {&HeadStats::mass, &HeadStats::select_seconds, &HeadStats::attend_seconds,
-                           &HeadStats::index_seconds}) {
-    sum.*field += other.*field;
-  }
+  for (const auto& field : kHeadCounts) sum.*field.member += other.*field.member;
+  for (const auto& field : kHeadNumbers) sum.*field.member += other.*field.member;
   sum.worst_mass = std::min(one.worst_mass, other.worst_mass);
   return sum;
 }
 
-void bind_stats(py::module_& module) {
-  forbid_new(
-      py::class_<HeadStats>(
-          module, "HeadStats", py::is_final(),
-          "Sums since the start (or reset_stats) for one layer and KV head, over all "
-          "sequences. Two of them add up.")
-          .def_readonly("steps", &HeadStats::steps, "decode queries answered with an index")
-          .def_readonly("dense_steps", &HeadStats::dense_steps,
-                        "decode queries that attended to everything")
-          .def_readonly("tokens_selected", &HeadStats::tokens_selected,
-                        "by the index; sink and window not counted")
-          .def_readonly("pages_selected", &HeadStats::pages_selected)
-          .def_readonly("widened_steps", &HeadStats::widened_steps,
-                        "steps with more candidates than at first, lest a main token be missed")
-          .def_readonly("doubtful_steps", &HeadStats::doubtful_steps,
-                        "steps where one may have been missed all the same")
-          .def_readonly("seals", &HeadStats::seals, "segments built of decoded tokens")
-          .def_readonly("merges", &HeadStats::merges, "segments built of other segments")
-          .def_readonly("bytes_read", &HeadStats::bytes_read,
-                        "sketches, summaries, candidates, attended K and V")
-          .def_readonly("hits", &HeadStats::hits, "candidates whose key was on the device")
-          .def_readonly("misses", &HeadStats::misses, "and those whose key was in host memory")
-          .def_readonly("bytes_moved", &HeadStats::bytes_moved,
-                        "keys and values, from host to device")
-          .def_readonly(
-              "mass", &HeadStats::mass,
-              "sum over steps of the share of attention mass that was attended exactly, mean "
-              "over the group's heads; divide by steps; NaN of a DeviceCache")
-          .def_readonly("worst_mass", &HeadStats::worst_mass,
-                        "least such share of any head and step")
-          .def_readonly("select_seconds", &HeadStats::select_seconds)
-          .def_readonly("attend_seconds", &HeadStats::attend_seconds)
-          .def_readonly("index_seconds", &HeadStats::index_seconds)
-          .def("__add__", &sum_of, py::is_operator())
-          .def("__repr__", [](const py::object& self) {
-            return describe(self, "steps", "dense_steps", "tokens_selected", "pages_selected",
-                            "widened_steps", "doubtful_steps", "seals", "merges", "bytes_read",
-                            "hits", "misses", "bytes_moved", "mass", "worst_mass", "select_seconds",
-                            "attend_seconds", "index_seconds");
-          }));
+// Sets the field of that name; false where the table has none.
+template <typename Record, typename Value>
+bool set_field(std::span<const Field<Record, Value>> fields, Record& record,
+               const std::string& name, py::handle value) {
+  for (const auto& field : fields) {
+    if (name != field.name) continue;
+    if constexpr (std::is_integral_v<Value>) {
+      record.*field.member = integer(name, value);
+    } else {
+      record.*field.member = py::float_(py::reinterpret_borrow<py::object>(value));
+    }
+    return true;
+  }
+  return false;
+}
 
-  forbid_new(
-      py::class_<MemoryStats>(module, "MemoryStats", py::is_final(), "Bytes that an engine holds.")
-          .def_readonly("pool_bytes", &MemoryStats::pool_bytes, "pages in use, in host memory")
-          .def_readonly("pool_capacity", &MemoryStats::pool_capacity, "the bound: host_memory")
-          .def_readonly("index_bytes", &MemoryStats::index_bytes, "sketches, summaries, tables")
-          .def_readonly("query_bytes", &MemoryStats::query_bytes,
-                        "recent queries, and sums of them, that shape the metric")
-          .def_readonly("device_bytes", &MemoryStats::device_bytes,
-                        "what the device holds, or would hold, for these sequences")
-          .def_readonly("sequences", &MemoryStats::sequences)
-          .def_readonly("retained_sequences", &MemoryStats::retained_sequences, "of `sequences`")
-          .def_readonly("retained_bytes", &MemoryStats::retained_bytes,
-                        "pages that only retained sequences hold")
-          .def_readonly("evicted_sequences", &MemoryStats::evicted_sequences,
-                        "retained ones that have ended for want of pages")
-          .def("__repr__", [](const py::object& self) {
-            return describe(self, "pool_bytes", "pool_capacity", "index_bytes", "query_bytes",
-                            "device_bytes", "sequences", "retained_sequences", "retained_bytes",
-                            "evicted_sequences");
-          }));
+// A record whose fields are those of the tables, each readable, in repr() and an argument of of().
+template <typename Record, typename... Tables>
+py::class_<Record> bind_record(py::module_& module, const char* name, const char* doc,
+                               const Tables&... tables) {
+  py::class_<Record> made(module, name, py::is_final(), doc);
+  const auto each = [&](const auto& table) {
+    for (const auto& field : table) made.def_readonly(field.name, field.member, field.doc);
+  };
+  (each(tables), ...);
+  made.def_static(
+      "of",
+      [name, &tables...](const py::kwargs& given) {
+        Record record;
+        for (const auto& [key, value] : given) {
+          const auto field = py::cast<std::string>(key);
+          if (!(set_field(std::span(tables), record, field, value) || ...)) {
+            throw py::type_error(message(name, " has no field ", field));
+          }
+        }
+        return record;
+      },
+      "With these fields; others are as at the start.");
+  made.def("__repr__", [&tables...](const py::object& self) {
+    std::vector<const char*> names;
+    const auto note = [&](const auto& table) {
+      for (const auto& field : table) names.push_back(field.name);
+    };
+    (note(tables), ...);
+    return describe(self, names);
+  });
+  forbid_new(made);
+  return made;
+}
+
+void bind_stats(py::module_& module) {
+  bind_record<HeadStats>(module, "HeadStats",
+                         "Sums since the start (or reset_stats) for one layer and KV head, over "
+                         "all sequences. Two of them add up.",
+                         kHeadCounts, kHeadNumbers)
+      .def("__add__", &sum_of, py::is_operator());
+  bind_record<MemoryStats>(module, "MemoryStats", "Bytes that an engine holds.", kMemoryCounts);
 }
 
 void bind_trace(py::module_& module) {
@@ -99,7 +139,7 @@ void bind_trace(py::module_& module) {
                  .def_readonly("node", &PageInfo::node, "far-field node, -1 where there is none")
                  .def_readonly("positions", &PageInfo::positions, "of its tokens, in slot order")
                  .def("__repr__", [](const py::object& self) {
-                   return describe(self, "page", "node", "positions");
+                   return describe(self, {"page", "node", "positions"});
                  }));
 
   forbid_new(py::class_<FarNodeInfo>(module, "FarNodeInfo", py::is_final(),
@@ -108,7 +148,7 @@ void bind_trace(py::module_& module) {
                                "[G] log weight of the tokens that were not picked")
                  .def_readonly("tokens", &FarNodeInfo::tokens, "members, picked ones included")
                  .def("__repr__",
-                      [](const py::object& self) { return describe(self, "weight", "tokens"); }));
+                      [](const py::object& self) { return describe(self, {"weight", "tokens"}); }));
 
   forbid_new(py::class_<StepTrace>(
                  module, "StepTrace", py::is_final(),
@@ -145,8 +185,8 @@ void bind_telemetry(py::module_& module) {
           .def_readonly("faiss_version", &BuildInfo::faiss_version)
           .def_readonly("debug", &BuildInfo::debug)
           .def("__repr__", [](const py::object& self) {
-            return describe(self, "version", "compiler", "cuda", "cuda_version", "faiss",
-                            "faiss_version", "debug");
+            return describe(self, {"version", "compiler", "cuda", "cuda_version", "faiss",
+                            "faiss_version", "debug"});
           }));
   module.def("build_info", &build_info, "Versions and what was built in.");
   module.def("simd_level", &simd_level,

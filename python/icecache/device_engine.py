@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from icecache import HeadStats
+from icecache import HeadStats, MemoryStats
 from icecache.device import ROOM_STEP, DeviceCache
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument, OutOfPages
@@ -23,15 +23,6 @@ from icecache.prompt_attention import AttendPrompt, attend_prompt
 _NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
 _GONE = -1  # in place of what a fork copies: it is no longer what it was
 _ELSE = "or run the model on the CPU, or without IceCache"
-
-
-@dataclass(frozen=True)
-class DeviceMemoryStats:
-    """Bytes held on the device and in pinned host memory, and sequences."""
-
-    device_bytes: int
-    pool_bytes: int
-    sequences: int
 
 
 @dataclass
@@ -370,10 +361,10 @@ class DeviceEngine:
         layers = range(self.shape.num_layers)
         return [lanes.cache.stats(layer) for lanes in self._batches for layer in layers]
 
-    def memory(self) -> DeviceMemoryStats:
+    def memory(self) -> MemoryStats:
         """Bytes held."""
         held = [lanes.cache.memory() for lanes in self._batches]
-        return DeviceMemoryStats(
+        return MemoryStats.of(
             device_bytes=sum(m.device_bytes for m in held),
             pool_bytes=sum(m.host_bytes for m in held),
             sequences=len(self._waiting) + sum(len(lanes.of) for lanes in self._batches),

@@ -18,32 +18,9 @@ from typing import Any
 
 import torch
 
-from icecache import InvalidArgument
+from icecache import HeadStats, InvalidArgument, MemoryStats
 
 Tensors = torch.Tensor | list[torch.Tensor]
-
-
-@dataclass
-class ReferenceHeadStats:
-    """The fields of the engine's HeadStats that exact attention has."""
-
-    steps: int = 0
-    dense_steps: int = 0
-    bytes_read: int = 0
-    tokens_selected: int = 0
-    mass: float = 0.0
-    worst_mass: float = 1.0
-
-
-@dataclass(frozen=True)
-class ReferenceMemoryStats:
-    """The fields of the engine's MemoryStats; shared tokens are counted once per sequence."""
-
-    pool_bytes: int
-    index_bytes: int
-    query_bytes: int
-    device_bytes: int
-    sequences: int
 
 
 @dataclass
@@ -83,7 +60,7 @@ class ReferenceEngine:
         self.config_fields = config_fields
         self._sequences: dict[int, _Sequence] = {}
         self._ids = itertools.count()
-        self._stats: list[ReferenceHeadStats] = []
+        self._stats: list[HeadStats] = []
         self.reset_stats()
 
     def new_sequence(self) -> int:
@@ -157,9 +134,10 @@ class ReferenceEngine:
                 )
             outputs.append(dense_attention(query, keys, values, self.scale))
             for head in range(self.num_kv_heads):
-                stats = self._stats[layer * self.num_kv_heads + head]
-                stats.dense_steps += query.shape[1]
-                stats.bytes_read += 2 * keys[0].numel() * keys.element_size()
+                self._stats[layer * self.num_kv_heads + head] += HeadStats.of(
+                    dense_steps=query.shape[1],
+                    bytes_read=2 * keys[0].numel() * keys.element_size(),
+                )
         if isinstance(queries, torch.Tensor):
             return torch.stack(outputs) if outputs else torch.empty_like(queries)
         return outputs
@@ -188,21 +166,17 @@ class ReferenceEngine:
         sequence = self._get(seq)
         return sequence.keys[layer].clone(), sequence.values[layer].clone()
 
-    def stats(self, layer: int, kv_head: int) -> ReferenceHeadStats:
+    def stats(self, layer: int, kv_head: int) -> HeadStats:
         return self._stats[layer * self.num_kv_heads + kv_head]
 
     def reset_stats(self) -> None:
-        self._stats = [ReferenceHeadStats() for _ in range(self.num_layers * self.num_kv_heads)]
+        self._stats = [HeadStats.of() for _ in range(self.num_layers * self.num_kv_heads)]
 
-    def memory(self) -> ReferenceMemoryStats:
+    def memory(self) -> MemoryStats:
         tensors = [t for s in self._sequences.values() for t in (*s.keys, *s.values)]
         used = sum(t.numel() * t.element_size() for t in tensors)
-        return ReferenceMemoryStats(
-            pool_bytes=used,
-            index_bytes=0,
-            query_bytes=0,
-            device_bytes=used,
-            sequences=len(self._sequences),
+        return MemoryStats.of(
+            pool_bytes=used, device_bytes=used, sequences=len(self._sequences)
         )
 
     def synchronize(self) -> None:
