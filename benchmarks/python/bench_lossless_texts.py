@@ -1,0 +1,194 @@
+"""Lossless decoding on many kinds of text: whether each token is full attention's, and its logits.
+
+SmolLM2-135M-Instruct in float32 through transformers' own `generate`, greedy. Prompts are samples
+of LongBench, questions of GSM8K behind worked examples, and stretches of novels and essays, 500 to
+7,500 tokens each. Stock transformers then reads prompt and answer in one call: where its best token
+is another than the answer's, the token counts as different, unless the two best logits lie within
+1e-4. As every token is checked behind the same text, none different means that stock's own
+`generate` gives the same text.
+
+- different_tokens, of all kinds and of each
+- kl_largest: the largest KL(stock || lossless) of a token, nats; kl_mean the mean
+- kept: the share of drafted tokens that were full attention's
+
+    python benchmarks/python/bench_lossless_texts.py --json benchmarks/results/lossless_texts.json
+
+`--prompts 1 --steps 5500 --kinds novels --lengths 500` is one long generation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json as json_lines
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import icecache
+import torch
+import typer
+from bench_lossless import TIE
+from icecache.bench.prompts import as_chat, longbench_prompts
+from icecache.bench.quality import kl_divergence
+from icecache.bench.report import Result, machine, write_json
+from icecache.models.local import check_context, load_model, twin
+from lengths import parse_lengths
+from quality_prompts import DATA, check_data
+from rich.console import Console
+from rich.progress import Progress
+
+EXAMPLES = 8  # worked, before a question
+Ids = torch.Tensor  # [T]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found of one prompt."""
+
+    kind: str
+    length: int  # tokens of the prompt
+    different: int  # tokens of the answer
+    kl: torch.Tensor  # [steps], nats
+    kept: int
+    drafted: int
+
+
+def longbench(tokenizer: Any, data: Path) -> Iterator[Ids]:
+    """Samples of all tasks."""
+    for prompt in longbench_prompts(tokenizer, data / "longbench_mini"):
+        yield prompt.tokens
+
+
+def questions(tokenizer: Any, data: Path) -> Iterator[Ids]:
+    """Each question behind worked examples."""
+    lines = (data / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json_lines.loads(line) for line in lines]
+    for start in range(0, len(rows) - EXAMPLES, EXAMPLES + 1):
+        *worked, asked = rows[start : start + EXAMPLES + 1]
+        text = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in worked)
+        yield as_chat(tokenizer, f"{text}Question: {asked['question']}\nThink step by step.")
+
+
+def stretches(tokenizer: Any, data: Path, lengths: list[int]) -> Iterator[Ids]:
+    """Of novels, plays and essays in turn, of each length in turn."""
+    sizes = itertools.cycle(lengths)
+    texts = []
+    for name in ("mobydick.txt", "tinyshakespeare.txt", "wikitext2_test.txt"):
+        text = (data / "text" / name).read_text(encoding="utf-8")
+        texts.append(torch.tensor(tokenizer(text[:1_000_000], verbose=False).input_ids))
+    for start in itertools.count(1000, 20_000):
+        for ids in texts:
+            size = next(sizes)
+            if start + size > ids.shape[0]:
+                return
+            yield ids[start : start + size]
+
+
+def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer:
+    """`steps` tokens of the lossless model behind `prompt`, read again by the stock one."""
+    before = icecache.stats(lossless).lossless
+    output = lossless.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt)[None],
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=False,
+        output_logits=True,
+    )
+    after = icecache.stats(lossless).lossless
+    length = prompt.shape[0]
+    with torch.inference_mode():
+        stock = model(output.sequences[:, :-1], logits_to_keep=steps).logits[0]
+    chosen = output.sequences[0, length:]
+    # min_new_tokens forbids the end of the text, to both.
+    forbidden = torch.tensor(model.generation_config.eos_token_id).view(-1)
+    stock[:, forbidden] = -torch.inf
+    best = stock.topk(2, 1).values
+    own = stock.gather(1, chosen[:, None])[:, 0]
+    different = (own < best[:, 0]) & (best[:, 0] - best[:, 1] >= TIE)
+    logits = torch.cat(output.logits)
+    logits[:, forbidden] = -torch.inf
+    kl = kl_divergence(stock[:, _others(forbidden, stock)], logits[:, _others(forbidden, stock)])
+    return Answer(
+        kind,
+        length,
+        int(different.sum()),
+        kl,
+        after.kept - before.kept,
+        after.drafted - before.drafted,
+    )
+
+
+def _others(forbidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """All tokens but those."""
+    kept = torch.ones(logits.shape[1], dtype=torch.bool)
+    kept[forbidden] = False
+    return kept
+
+
+def results(answers: list[Answer], steps: int, budget: int) -> list[Result]:
+    found = []
+    kinds = sorted({one.kind for one in answers})
+    for kind in [*kinds, "all"]:
+        own = [one for one in answers if kind in (one.kind, "all")]
+        kl = torch.cat([one.kl for one in own])
+        params = {
+            "kind": kind,
+            "n": len(own),
+            "steps": steps,
+            "token_budget": budget,
+            "shortest": min(one.length for one in own),
+            "longest": max(one.length for one in own),
+        }
+        kept = sum(one.kept for one in own) / max(1, sum(one.drafted for one in own))
+        found += [
+            Result("different_tokens", sum(one.different for one in own), "tokens", params),
+            Result("kl_largest", float(kl.max()), "nats", params),
+            Result("kl_mean", float(kl.mean()), "nats", params),
+            Result("kept", kept, "share", params),
+        ]
+    return found
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the texts.")] = DATA,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 256,
+    kinds: Annotated[str, typer.Option(help="Kinds of text.")] = "longbench,questions,novels",
+    lengths: Annotated[str, typer.Option(help="Tokens of novels.")] = "500,1500,3000,5000,7500",
+    token_budget: Annotated[int, typer.Option(min=1, help="Of a draft.")] = 64,
+) -> None:
+    """Check lossless decoding on many texts; takes about an hour."""
+    check_data(data)
+    model, tokenizer = load_model(icecache.models.smollm2(), "float32")
+    lossless = icecache.enable(twin(model), token_budget, lossless=True)
+    sources = {
+        "longbench": longbench(tokenizer, data),
+        "questions": questions(tokenizer, data),
+        "novels": stretches(tokenizer, data, parse_lengths(lengths)),
+    }
+    chosen = kinds.split(",")
+    answers: list[Answer] = []
+    with Progress(console=Console(), transient=True) as bar:
+        task = bar.add_task("", total=prompts * len(chosen))
+        # Kind by kind in turn, so that results of a run that was cut short are of all of them.
+        for _ in range(prompts):
+            for kind in chosen:
+                prompt = next(sources[kind])
+                check_context(model.config, prompt.shape[0], steps)
+                answers.append(ask(model, lossless, kind, prompt, steps))
+                bar.advance(task)
+                if json is not None:
+                    meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32"}
+                    write_json(json, meta, results(answers, steps, token_budget))
+    for result in results(answers, steps, token_budget):
+        print(f"{result.params['kind']:10} {result.name:18} {result.value:.4g}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
