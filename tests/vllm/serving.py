@@ -38,10 +38,10 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
 
     def metrics(self) -> dict[str, float]:
-        """Sums over labels of every metric of ours."""
+        """Sums over labels of every metric of ours and vLLM's."""
         sums: dict[str, float] = {}
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        for name, value in re.findall(r"^(icecache:\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE):
+        for name, value in re.findall(r"^((?:icecache|vllm):\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE):
             sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 

@@ -23,6 +23,7 @@ BUDGET = 128
 OPTIONS: tuple[str, ...] = ("--enable-prompt-tokens-details",)
 OPTIONS += ("--token-budget", str(BUDGET), "--set", f"dense_tokens={BUDGET}", "--host-memory", "1G")
 SHARED_MEMORY = Path("/dev/shm")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 CHARACTERS = 5000  # of a text with a needle
 
 
@@ -132,6 +133,13 @@ def test_prometheus_has_our_metrics(server: Server) -> None:
     assert metrics["icecache:host_capacity_bytes"] == 2**30
     assert metrics["icecache:failed_requests_total"] == 0
     assert metrics["icecache:prefixes"] > 0 and metrics["icecache:prefix_bytes"] > 0
+    named = re.compile(r"(?:icecache|vllm):\w+")
+    for page in ("vllm-grafana.json", "vllm-metrics.md", "vllm.md"):
+        told = set(named.findall((DOCS / page).read_text()))
+        assert {"icecache:host_bytes"} <= told <= set(metrics), page
+    listed = set(named.findall((DOCS / "vllm-metrics.md").read_text()))
+    made = {name for name in metrics if name.startswith("icecache:")}
+    assert {name for name in made if not name.endswith("_created")} <= listed
 
 
 def needle(number: int, characters: int) -> tuple[str, str]:
