@@ -73,6 +73,15 @@ def test_a_parallelism_that_cannot_be_served(
         support.check_config(given)
 
 
+def test_a_vllm_that_did_not_load_the_plugin(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(llama)
+    monkeypatch.setattr(plugin, "_loaded", False)
+    with pytest.raises(InvalidArgument, match="not loaded.*install icecache.*VLLM_PLUGINS"):
+        support.check_config(given)
+
+
 def test_another_connector(llama: Path) -> None:
     given = config(llama)
     given.kv_transfer_config.kv_connector = "OffloadingConnector"

@@ -17,9 +17,10 @@ spec         how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheMa
 connector    request ids, lifecycle and statistics between scheduler and workers
 backend      the attention backends
 metadata     what the scheduler tells the workers with every step
+prefixes     what a new request begins with, and who goes for whom
+ledger       what sequences take of host memory
 worker       what one worker process knows: its layers, its store and the step under way
 store        the worker's engine: requests, their sequences and their steps
-slots        that engine on a CUDA device: one sequence of a DeviceCache for each request
 metrics      statistics, for the log and for Prometheus
 """
 

@@ -17,6 +17,7 @@ KEY = "icecache"  # of vLLM's additional_config
 CONNECTOR = "IceCacheConnector"
 # Those that vLLM's platforms choose for full attention on a CPU and on CUDA devices.
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+_loaded = False  # by vLLM, in this process
 
 
 def installed_version() -> str | None:
@@ -36,6 +37,11 @@ def is_supported_version() -> bool:
         return FIRST <= (int(parts[0]), int(parts[1])) < END
     except (IndexError, ValueError):
         return False
+
+
+def is_loaded() -> bool:
+    """True where vLLM has loaded the plugin in this process."""
+    return _loaded
 
 
 def has_settings(vllm_config: Any) -> bool:
@@ -77,6 +83,7 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """The plugin's entry point."""
+    global _loaded
     # Without a word: this runs wherever both packages are installed. A server that asks for
     # IceCache under another vLLM is refused by the connector.
     if not is_supported_version():
@@ -85,3 +92,4 @@ def register() -> None:
 
     for name in BACKENDS:
         register_backend(AttentionBackendEnum[name], f"{__name__}.{name}")
+    _loaded = True

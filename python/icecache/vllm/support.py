@@ -16,6 +16,7 @@ from icecache.vllm.plugin import (
     KEY,
     has_settings,
     installed_version,
+    is_loaded,
     is_supported_version,
 )
 from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, engine_config
@@ -36,6 +37,11 @@ def check_version() -> None:
 def check_config(vllm_config: Any) -> None:
     """Raises InvalidArgument where a server could not give right tokens, or not start."""
     check_version()
+    if not is_loaded():
+        _refuse(
+            "its plugin not loaded by vLLM",
+            "install icecache where vLLM runs, and where VLLM_PLUGINS is set name icecache in it",
+        )
     engine_config(vllm_config)
     transfer = vllm_config.kv_transfer_config
     flags = f"--kv-transfer-config '{json.dumps(KV_TRANSFER)}'"
