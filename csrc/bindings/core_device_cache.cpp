@@ -39,9 +39,9 @@ void bind_memory(py::module_& module) {
                  .def_readonly("free_bytes", &DeviceCacheMemory::free_bytes)
                  .def_readonly("total_bytes", &DeviceCacheMemory::total_bytes)
                  .def("__repr__", [](const py::object& self) {
-                   return describe(self, {"device_bytes", "rows_bytes", "index_bytes",
-                                   "scratch_bytes", "host_bytes", "token_bytes", "free_bytes",
-                                   "total_bytes"});
+                   return describe(self,
+                                   {"device_bytes", "rows_bytes", "index_bytes", "scratch_bytes",
+                                    "host_bytes", "token_bytes", "free_bytes", "total_bytes"});
                  }));
 }
 

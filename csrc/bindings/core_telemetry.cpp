@@ -2,7 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <span>
+#include <cstddef>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -21,15 +21,14 @@ namespace {
 template <typename Record, typename Value>
 struct Field {
   const char* name;
-  Value Record::* member;
+  Value Record::*member;
   const char* doc;
 };
 
 constexpr Field<HeadStats, std::int64_t> kHeadCounts[] = {
     {"steps", &HeadStats::steps, "decode queries answered with an index"},
     {"dense_steps", &HeadStats::dense_steps, "decode queries that attended to everything"},
-    {"tokens_selected", &HeadStats::tokens_selected,
-     "by the index; sink and window not counted"},
+    {"tokens_selected", &HeadStats::tokens_selected, "by the index; sink and window not counted"},
     {"pages_selected", &HeadStats::pages_selected, "by the index"},
     {"widened_steps", &HeadStats::widened_steps,
      "steps with more candidates than at first, lest a main token be missed"},
@@ -75,9 +74,9 @@ HeadStats sum_of(const HeadStats& one, const HeadStats& other) {
 }
 
 // Sets the field of that name; false where the table has none.
-template <typename Record, typename Value>
-bool set_field(std::span<const Field<Record, Value>> fields, Record& record,
-               const std::string& name, py::handle value) {
+template <typename Record, typename Value, std::size_t N>
+bool set_field(const Field<Record, Value> (&fields)[N], Record& record, const std::string& name,
+               py::handle value) {
   for (const auto& field : fields) {
     if (name != field.name) continue;
     if constexpr (std::is_integral_v<Value>) {
@@ -105,7 +104,7 @@ py::class_<Record> bind_record(py::module_& module, const char* name, const char
         Record record;
         for (const auto& [key, value] : given) {
           const auto field = py::cast<std::string>(key);
-          if (!(set_field(std::span(tables), record, field, value) || ...)) {
+          if (!(set_field(tables, record, field, value) || ...)) {
             throw py::type_error(message(name, " has no field ", field));
           }
         }
@@ -147,8 +146,9 @@ void bind_trace(py::module_& module) {
                  .def_readonly("weight", &FarNodeInfo::weight,
                                "[G] log weight of the tokens that were not picked")
                  .def_readonly("tokens", &FarNodeInfo::tokens, "members, picked ones included")
-                 .def("__repr__",
-                      [](const py::object& self) { return describe(self, {"weight", "tokens"}); }));
+                 .def("__repr__", [](const py::object& self) {
+                   return describe(self, {"weight", "tokens"});
+                 }));
 
   forbid_new(py::class_<StepTrace>(
                  module, "StepTrace", py::is_final(),
@@ -186,7 +186,7 @@ void bind_telemetry(py::module_& module) {
           .def_readonly("debug", &BuildInfo::debug)
           .def("__repr__", [](const py::object& self) {
             return describe(self, {"version", "compiler", "cuda", "cuda_version", "faiss",
-                            "faiss_version", "debug"});
+                                   "faiss_version", "debug"});
           }));
   module.def("build_info", &build_info, "Versions and what was built in.");
   module.def("simd_level", &simd_level,
