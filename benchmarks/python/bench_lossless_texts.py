@@ -32,6 +32,7 @@ from bench_lossless import TIE
 from icecache.bench.prompts import as_chat, longbench_prompts
 from icecache.bench.quality import kl_divergence
 from icecache.bench.report import Result, machine, write_json
+from icecache.hf.model_stats import LosslessStats
 from icecache.models.local import check_context, load_model, twin
 from lengths import parse_lengths
 from quality_prompts import DATA, check_data
@@ -66,7 +67,9 @@ def questions(tokenizer: Any, data: Path) -> Iterator[Ids]:
     rows = [json_lines.loads(line) for line in lines]
     for start in range(0, len(rows) - EXAMPLES, EXAMPLES + 1):
         *worked, asked = rows[start : start + EXAMPLES + 1]
-        text = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in worked)
+        text = "".join(
+            f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in worked
+        )
         yield as_chat(tokenizer, f"{text}Question: {asked['question']}\nThink step by step.")
 
 
@@ -85,9 +88,16 @@ def stretches(tokenizer: Any, data: Path, lengths: list[int]) -> Iterator[Ids]:
             yield ids[start : start + size]
 
 
+def drafts_of(lossless: Any) -> LosslessStats:
+    """Counts since the model was enabled."""
+    stats = icecache.stats(lossless).lossless
+    assert stats is not None
+    return stats
+
+
 def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer:
     """`steps` tokens of the lossless model behind `prompt`, read again by the stock one."""
-    before = icecache.stats(lossless).lossless
+    before = drafts_of(lossless)
     output = lossless.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
@@ -99,20 +109,18 @@ def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer
         output_scores=False,
         output_logits=True,
     )
-    after = icecache.stats(lossless).lossless
+    after = drafts_of(lossless)
     length = prompt.shape[0]
     with torch.inference_mode():
         stock = model(output.sequences[:, :-1], logits_to_keep=steps).logits[0]
     chosen = output.sequences[0, length:]
     # min_new_tokens forbids the end of the text, to both.
     forbidden = torch.tensor(model.generation_config.eos_token_id).view(-1)
+    kl = kl_divergence(stock, torch.cat(output.logits))
     stock[:, forbidden] = -torch.inf
     best = stock.topk(2, 1).values
     own = stock.gather(1, chosen[:, None])[:, 0]
     different = (own < best[:, 0]) & (best[:, 0] - best[:, 1] >= TIE)
-    logits = torch.cat(output.logits)
-    logits[:, forbidden] = -torch.inf
-    kl = kl_divergence(stock[:, _others(forbidden, stock)], logits[:, _others(forbidden, stock)])
     return Answer(
         kind,
         length,
@@ -121,13 +129,6 @@ def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer
         after.kept - before.kept,
         after.drafted - before.drafted,
     )
-
-
-def _others(forbidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """All tokens but those."""
-    kept = torch.ones(logits.shape[1], dtype=torch.bool)
-    kept[forbidden] = False
-    return kept
 
 
 def results(answers: list[Answer], steps: int, budget: int) -> list[Result]:

@@ -175,9 +175,7 @@ class ReferenceEngine:
     def memory(self) -> MemoryStats:
         tensors = [t for s in self._sequences.values() for t in (*s.keys, *s.values)]
         used = sum(t.numel() * t.element_size() for t in tensors)
-        return MemoryStats.of(
-            pool_bytes=used, device_bytes=used, sequences=len(self._sequences)
-        )
+        return MemoryStats.of(pool_bytes=used, device_bytes=used, sequences=len(self._sequences))
 
     def synchronize(self) -> None:
         """Nothing runs in the background."""

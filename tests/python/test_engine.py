@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from icecache import Engine, InvalidArgument, OutOfPages, Phase, _core, ops
+from icecache import Engine, HeadStats, InvalidArgument, MemoryStats, OutOfPages, Phase, _core, ops
 from icecache.reference import ReferenceEngine
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 6, 2, 32
@@ -411,3 +411,13 @@ def test_step_packed_refuses_what_does_not_fit_and_changes_nothing() -> None:
     assert engine.length(0) == 0
     step()
     assert engine.length(0) == 4
+
+
+def test_records_of_statistics_are_made_by_name_and_add_up() -> None:
+    both = HeadStats.of(steps=3, mass=1.5, worst_mass=0.5) + HeadStats.of(steps=1, worst_mass=0.9)
+    assert (both.steps, both.mass, both.worst_mass, both.bytes_read) == (4, 1.5, 0.5, 0)
+    assert MemoryStats.of(sequences=2).sequences == 2
+    with pytest.raises(TypeError, match="MemoryStats has no field steps"):
+        MemoryStats.of(steps=1)
+    with pytest.raises(TypeError, match="sequences must be"):
+        MemoryStats.of(sequences="2")  # type: ignore[arg-type]

@@ -41,7 +41,9 @@ class Server:
         """Sums over labels of every metric of ours and vLLM's."""
         sums: dict[str, float] = {}
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        for name, value in re.findall(r"^((?:icecache|vllm):\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE):
+        for name, value in re.findall(
+            r"^((?:icecache|vllm):\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE
+        ):
             sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 

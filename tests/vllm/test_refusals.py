@@ -73,12 +73,10 @@ def test_a_parallelism_that_cannot_be_served(
         support.check_config(given)
 
 
-def test_a_vllm_that_did_not_load_the_plugin(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vllm_that_did_not_load_the_plugin(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = config(llama)
     monkeypatch.setattr(plugin, "_loaded", False)
-    with pytest.raises(InvalidArgument, match="not loaded.*install icecache.*VLLM_PLUGINS"):
+    with pytest.raises(InvalidArgument, match=r"not loaded.*install icecache.*VLLM_PLUGINS"):
         support.check_config(given)
 
 
