@@ -100,19 +100,19 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& 
   DciTree::Found& found = scratch.found;
   std::vector<const void*>& rows = scratch.rows;
   const int d = table().head_dim(), s = table().page_size(), group = request.group;
-  scan.heads_of_cell.assign(cells_.cell_count(), 0);
+  scan.heads_of_cell.assign(cells_.cell_count(), {});
   scan.bytes = 0;
   for (int g = 0; g < group; ++g) {
     tree_.search(request.queries + static_cast<std::size_t>(g) * d, static_cast<int>(beam()),
                  wanted, found);
-    for (int cell : found.cells) scan.heads_of_cell[cell] |= 1u << g;
+    for (int cell : found.cells) scan.heads_of_cell[cell].set(g);
     scan.unseen_lse[g] = found.unseen_lse;
     scan.bytes += found.scored * d * static_cast<std::int64_t>(sizeof(float));
   }
   scan.pages.clear();
   scan.heads.clear();
   for (int page = 0; page < table().page_count(); ++page) {
-    if (!table().in_use(page) || scan.heads_of_cell[cells_.cell_of(page)] == 0) continue;
+    if (!table().in_use(page) || scan.heads_of_cell[cells_.cell_of(page)].none()) continue;
     scan.pages.push_back(page);
     scan.heads.push_back(scan.heads_of_cell[cells_.cell_of(page)]);
   }
@@ -153,7 +153,7 @@ void DciIndex::find(const SelectRequest& request, std::int64_t wanted, SearchScr
   const auto collect = [&](int g) {
     own.clear();
     for (std::size_t i = 0; i < scan.pages.size(); ++i) {
-      if ((scan.heads[i] >> g & 1u) == 0) continue;
+      if (!scan.heads[i].test(g)) continue;
       const float* logits = scan.logits.data() + (i * group + g) * s;
       for (std::uint32_t mask = table().mask(scan.pages[i]); mask != 0; mask &= mask - 1) {
         const int slot = std::countr_zero(mask);
@@ -209,7 +209,7 @@ void DciIndex::choose_pages(const SelectRequest& request, SearchScratch& kept,
       const float* logits = found.logits.data() + (i * group + g) * s;
       best[g * pages + i] = *std::max_element(logits, logits + s);
       lse[g * pages + i] = log_sum(logits, s);
-      if ((found.heads[i] >> g & 1u) == 0) continue;
+      if (!found.heads[i].test(g)) continue;
       list.push_back(static_cast<std::int32_t>(i));
       total[g] = log_add(total[g], lse[g * pages + i]);
     }

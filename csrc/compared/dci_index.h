@@ -13,6 +13,7 @@
 // upper half to a new one. Every e-th token (DciTree) opens a cell and a page of its own.
 #pragma once
 
+#include <bitset>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -43,13 +44,14 @@ class DciIndex final : public GrowingIndex, CandidateFinder, PageChooser, PageSp
 
  private:
   // The pages that any head's search reached, with exact logits for all heads.
+  using Heads = std::bitset<kMaxGroup>;
   struct Scan {
-    std::vector<std::int32_t> pages;   // ascending
-    std::vector<std::uint32_t> heads;  // [pages] bit g: in a cell that head g found
-    std::vector<float> logits;         // [pages, G, S]; -inf for slots not in use
+    std::vector<std::int32_t> pages;  // ascending
+    std::vector<Heads> heads;         // [pages] those that found the page's cell
+    std::vector<float> logits;        // [pages, G, S]; -inf for slots not in use
     float unseen_lse[kMaxGroup];
     std::int64_t bytes = 0;
-    std::vector<std::uint32_t> heads_of_cell;  // [cells]
+    std::vector<Heads> heads_of_cell;  // [cells] those that found it
   };
 
   struct Scratch;

@@ -136,9 +136,10 @@ std::int64_t picked_tokens(const Config& config) {
 
 void resolve_index(Config& config, const CacheShape& shape) {
   if (config.sketch_rank == 0) config.sketch_rank = shape.head_dim > 64 ? 64 : 32;
-  if (config.sketch_rank < 8 || config.sketch_rank > kMaxHeadDim || config.sketch_rank % 8 != 0) {
+  if (config.sketch_rank < 8 || config.sketch_rank > kMaxSketchRank ||
+      config.sketch_rank % 8 != 0) {
     throw InvalidArgument(message("sketch_rank must be 0 or a multiple of 8 from 8 to ",
-                                  kMaxHeadDim, ", got ", config.sketch_rank));
+                                  kMaxSketchRank, ", got ", config.sketch_rank));
   }
   config.sketch_rank = std::min<std::int64_t>(config.sketch_rank, shape.head_dim);
   if (config.sketch_bits != 4 && config.sketch_bits != 8) {

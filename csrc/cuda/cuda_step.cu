@@ -106,8 +106,9 @@ void check_shape(const StepShape& s) {
     throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
   };
   if (s.head_dim != 64 && s.head_dim != 96 && s.head_dim != 128 && s.head_dim != 256)
-    refuse("head_dim", "64, 96, 128 or 256", s.head_dim);
-  if (s.group < 1 || s.group > kMaxGroup) refuse("num_q_heads / num_kv_heads", "1..16", s.group);
+    refuse("head_dim", "64, 96, 128 or 256 (run other models on the CPU)", s.head_dim);
+  if (s.group < 1 || s.group > kMaxStepGroup)
+    refuse("num_q_heads / num_kv_heads", "1..16 (run other models on the CPU)", s.group);
   if (s.rank != 32 && s.rank != 64) refuse("sketch_rank", "32 or 64", s.rank);
   if (s.rank > s.head_dim) refuse("sketch_rank", "at most head_dim", s.rank);
   if (s.far_node_tokens != 32 && s.far_node_tokens != 64)

@@ -32,6 +32,7 @@ constexpr int kMaxCandidates = 512;    // a step's candidates, at most
 constexpr int kRanks = 2048;           // bins of the histogram
 constexpr float kRanksPerNat = 64.0f;  // so it spans 32 nats below the best
 constexpr int kChunkTokens = 1024;     // index tokens of a chunk: what a sequence grows by
+constexpr int kMaxStepGroup = 16;      // G, at most: of the CPU's kMaxGroup
 constexpr int kMaxNear = 256;          // tokens of sink and window together
 constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build

@@ -73,7 +73,7 @@ template <typename T, int D>
 __device__ void score_near(const StepParams& p, int x, int input, int length) {
   using Shape = RowShape<T, D>;
   constexpr int kWarps = kBlock / kWarp;
-  __shared__ float query[kMaxGroup * D];
+  __shared__ float query[kMaxStepGroup * D];
   __shared__ float4 logits[kMaxNear];
   const StepShape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
@@ -126,9 +126,9 @@ __device__ void score_near(const StepParams& p, int x, int input, int length) {
 template <typename T, int D>
 __device__ void project_queries(const StepParams& p, int x, int input, int length) {
   constexpr int kMaxRank = 64, kWarps = kBlock / kWarp;
-  __shared__ float query[kMaxGroup * D];
+  __shared__ float query[kMaxStepGroup * D];
   __shared__ float slices[kHeadTile * kBlock];
-  __shared__ float projected[kMaxGroup * kMaxRank];
+  __shared__ float projected[kMaxStepGroup * kMaxRank];
   __shared__ float room[kWarps];
   const StepShape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;

@@ -134,7 +134,8 @@ struct PickMemory {
   float4 shares[kMaxCandidates];
   float4 of_warps[kPickBlock / kWarp];
   int scan_room[kPickBlock / kWarp];
-  float references[kMaxGroup], far_scales[kMaxGroup], near_lse[kMaxGroup], all_lse[kMaxGroup];
+  float references[kMaxStepGroup], far_scales[kMaxStepGroup], near_lse[kMaxStepGroup],
+      all_lse[kMaxStepGroup];
 };
 
 // A thread's candidate, and what it has in common with the others of the pair.

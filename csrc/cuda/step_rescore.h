@@ -10,7 +10,7 @@ constexpr int kRescoreUnroll = 4;  // rows in flight of each part of a warp
 template <typename T, int D>
 __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
   using Shape = RowShape<T, D>;
-  __shared__ float query[kMaxGroup * D];
+  __shared__ float query[kMaxStepGroup * D];
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;

@@ -27,7 +27,7 @@ __device__ __forceinline__ int token_of(int begin, int k) {
 // Shared memory of a scan. Words: of a token's sketch. Nodes: far-field nodes of a chunk.
 template <int Words, int Nodes>
 struct ScanMemory {
-  static constexpr int kMaxTiles = kMaxGroup / kHeadTile;
+  static constexpr int kMaxTiles = kMaxStepGroup / kHeadTile;
   uint4 cells[kScanSteps][Words / 4][kBlock];
   int queries[kMaxTiles][Words][2][kHeadTile];  // even dimensions of a word, then odd
   // Of a chunk; the next one's are others, while some warps still read these.
@@ -274,7 +274,7 @@ constexpr int kNoHead = 1 << 22;
 static __global__ void __launch_bounds__(kBlock) rank_kernel(const StepParams p) {
   constexpr int kOwn = kRanks / kBlock;
   __shared__ std::uint32_t histogram[kRanks];
-  __shared__ int offset[kMaxGroup];
+  __shared__ int offset[kMaxStepGroup];
   __shared__ int room[kBlock / kWarp];
   __shared__ int last_rank;
   wait_for_earlier_kernel();

@@ -10,8 +10,11 @@
 namespace icecache {
 namespace {
 
-// Query tokens of one task in exact attention.
+// Query tokens of one task in exact attention, and of a call that may be done in one.
 constexpr int kQueryBlock = 64;
+// Query rows of one task of a prompt, which bound what a thread needs for them. With up to 16 query
+// heads per KV head kQueryBlock tokens have no more.
+constexpr int kQueryRows = 16 * kQueryBlock;
 // Steps of decoding from one whose queries shape the metric to the next.
 constexpr std::int32_t kObserveEvery = 8;
 // All layers build a segment, one after the other, within this share of its tokens.
@@ -99,9 +102,11 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
         if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
         continue;
       }
-      for (std::int64_t first = 0; first < tokens; first += kQueryBlock) {
-        tasks_.push_back(
-            {b, h, first, std::min<std::int64_t>(kQueryBlock, tokens - first), false, is_alone(b)});
+      const bool alone = is_alone(b);  // its queries are observed together, in one task
+      const std::int64_t most =
+          alone ? kQueryBlock : std::min(kQueryBlock, kQueryRows / engine_.shape.group());
+      for (std::int64_t first = 0; first < tokens; first += most) {
+        tasks_.push_back({b, h, first, std::min(most, tokens - first), false, alone});
       }
     }
   }

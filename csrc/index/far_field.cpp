@@ -43,15 +43,17 @@ void FarField::accumulate(int node, const float* value) {
 }
 
 void FarField::publish(int node) {
-  float mean[kMaxHeadDim] = {};
+  float mean[kMaxHeadDim];
+  std::fill_n(mean, head_dim_, 0.0f);
   const float share = 1.0f / static_cast<float>(std::max(1, counts_[node]));
   simd::kernels().axpy(share, sums_.data() + static_cast<std::size_t>(node) * head_dim_, mean,
                        head_dim_);
   if (scale_ < 1.0f) {
     // Rounding may leave the range of float, or of the type.
     const float most = largest_number(dtype_);
-    for (float& x : mean) {
-      x = static_cast<float>(std::clamp<double>(static_cast<double>(x) / scale_, -most, most));
+    for (int i = 0; i < head_dim_; ++i) {
+      mean[i] = static_cast<float>(
+          std::clamp<double>(static_cast<double>(mean[i]) / scale_, -most, most));
     }
   }
   simd::kernels().from_float(mean, means_.data() + node * row_bytes_, dtype_, head_dim_);

@@ -171,7 +171,9 @@ bool Selector::find_more(const SelectRequest& request, std::int64_t count, float
 float Selector::score_error() const {
   const Candidates& c = candidates_;
   const auto count = static_cast<std::int64_t>(c.size());
-  float sum[kMaxGroup] = {}, square[kMaxGroup] = {};
+  float sum[kMaxGroup], square[kMaxGroup];
+  std::fill_n(sum, group_, 0.0f);
+  std::fill_n(square, group_, 0.0f);
   for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t) {
     for (int g = 0; g < group_; ++g) {
       const float error = c.logits[g * count + static_cast<std::int64_t>(i)] -

@@ -57,8 +57,10 @@ void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
 void Sketch::prepare(const QueryMetric& metric, const float* queries, int group,
                      Query& query) const {
   const simd::Kernels& kernels = simd::kernels();
-  float projected[kMaxGroup * kMaxHeadDim];
-  kernels.matmul(queries, metric.from_query.data(), projected, group, metric.head_dim, rank_);
+  std::vector<float>& projected = query.projected;
+  projected.resize(static_cast<std::size_t>(group) * rank_);
+  kernels.matmul(queries, metric.from_query.data(), projected.data(), group, metric.head_dim,
+                 rank_);
   float largest = 0.0f;
   for (int g = 0; g < group; ++g) {
     for (int j = 0; j < rank_; ++j) {

@@ -31,6 +31,7 @@ class Sketch {
   // on a scale common to the group; that adds a tenth at most to the error that 4 bits a coordinate
   // make.
   struct Query {
+    std::vector<float> projected;      // [G, R]
     std::vector<std::int8_t> rounded;  // [G, R]
     std::int32_t base[kMaxGroup];      // such that no score is below 0
     float bias[kMaxGroup];             // nats of a score of 0

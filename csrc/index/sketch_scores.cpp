@@ -55,7 +55,7 @@ float SketchScores::log_max(int g) const {
 
 void SketchScores::log_totals(float* out) const {
   std::fill_n(out, group_, -INFINITY);
-  float sum[kMaxGroup + 3];
+  float sum[kMaxGroup];
   for (int part = 0; part < static_cast<int>(parts_.size()); ++part) {
     for (int first = 0; first < mass_columns_; first += 4) {
       simd::store_four(sum + first, simd::sum_rows(page_mass(part, 0) + first, parts_[part].pages,

@@ -37,7 +37,8 @@ void Selector::weigh_nodes(std::vector<float>& shift) {
   const int columns = simd::mass_stride(group_);
   node_mass_.assign(static_cast<std::size_t>(nodes_) * columns, 0.0f);
   shift.assign(group_, 0.0f);
-  float of_candidates[kMaxGroup] = {};
+  float of_candidates[kMaxGroup];
+  std::fill_n(of_candidates, group_, 0.0f);
   for (int g = 0; g < group_; ++g) {
     const float max = std::max(has_scores_ ? scores_.log_max(g) : -INFINITY, c.max[g]);
     if (max == -INFINITY) continue;
@@ -46,7 +47,8 @@ void Selector::weigh_nodes(std::vector<float>& shift) {
   }
   for (std::size_t p = 0; has_scores_ && p < parts_.size(); ++p) {
     const Part& part = parts_[p];
-    float of_scan[kMaxGroup + 3] = {};
+    float of_scan[kMaxGroup];
+    std::fill_n(of_scan + group_, columns - group_, 0.0f);
     for (int g = 0; g < group_; ++g)
       of_scan[g] = std::exp(scores_.log_max(part.number, g) - shift[g]);
     float* const mass = node_mass_.data() + static_cast<std::size_t>(part.first_node) * columns;
@@ -68,7 +70,7 @@ void Selector::weigh_nodes(std::vector<float>& shift) {
 void Selector::weigh_rest(Selection& selection) {
   const int columns = simd::mass_stride(group_);
   weigh_nodes(selection.far_shift);
-  float total[kMaxGroup + 3];
+  float total[kMaxGroup];
   for (int first = 0; first < columns; first += 4) {
     simd::store_four(total + first, simd::sum_rows(node_mass_.data() + first, nodes_, columns));
   }

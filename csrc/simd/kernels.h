@@ -30,7 +30,7 @@ struct BlockArgs {
   DType dtype = DType::kFloat32;
   int count = 0;     // at most kMaxBlock
   int rows = 0;      // G, or G x T in prefill; any number
-  int head_dim = 0;  // D, a multiple of 8, at most 256
+  int head_dim = 0;  // D, a multiple of 8, at most kMaxHeadDim
   // The block that comes next, [next_count] each: few rows ask for its memory as they go.
   const void* const* next_keys = nullptr;
   const void* const* next_values = nullptr;
@@ -43,7 +43,7 @@ struct RowsArgs {
   DType dtype = DType::kFloat32;
   std::int64_t count = 0;  // N
   int group = 0;           // G
-  int head_dim = 0;        // D, a multiple of 8, at most 256
+  int head_dim = 0;        // D, a multiple of 8, at most kMaxHeadDim
 };
 
 // A score is the base-2 logarithm of a weight as a fixed-point number: from 0 to kMaxScore, in

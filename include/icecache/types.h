@@ -30,9 +30,10 @@ using SeqId = std::int64_t;
 // Far above any model, and low enough for one record of each (layer, KV head) to fit into memory.
 constexpr int kMaxLayers = 1024;
 constexpr int kMaxKvHeads = 1024;
-constexpr int kMaxGroup = 16;     // largest G
-constexpr int kMaxHeadDim = 256;  // largest D; D is a multiple of 8
-constexpr int kMaxPageSize = 32;  // S is 8, 16 or 32: the slots of a page fit a 32-bit mask
+constexpr int kMaxGroup = 128;       // largest G; a multiple of 4, as mass_stride() is
+constexpr int kMaxHeadDim = 512;     // largest D; D is a multiple of 8
+constexpr int kMaxSketchRank = 256;  // largest R; R is a multiple of 8
+constexpr int kMaxPageSize = 32;     // S is 8, 16 or 32: the slots of a page fit a 32-bit mask
 
 // What one model's attention layers look like. `scale` multiplies q.k before the softmax;
 // 0 means 1 / sqrt(head_dim).

@@ -31,7 +31,7 @@ def paged_attention(
     """Attention of one query per head over the chosen slots of the chosen pages.
 
     Args:
-        queries: [B, Hq, D], float32, bfloat16 or float16; D a multiple of 8 up to 256.
+        queries: [B, Hq, D], float32, bfloat16 or float16; D a multiple of 8 up to 512.
         pages: [P, 2, S, D] in the dtype of queries: S key rows, then S value rows; S 8, 16 or 32.
         block_table: [B, Hkv, N] int32: pages of each sequence and KV head, -1 for none.
         slot_masks: [B, Hkv, N] int32: bit s stands for slot s of that page.

@@ -30,7 +30,7 @@ std::string setup_name(const ::testing::TestParamInfo<Setup>& info) {
   return info.param.name;
 }
 
-constexpr int kSetups = 9;
+constexpr int kSetups = 11;
 
 // How far log weights that sketches of 4 bits tell may be from what the tokens weigh, in nats: of
 // one node, and of all tokens that were not picked. Measured over 40 seeds: at most 0.035 and 0.018
@@ -329,9 +329,11 @@ INSTANTIATE_TEST_SUITE_P(
     AllIndexes, EngineTrace,
     ::testing::Values(Setup{"tree_token", "tree", "token", "on", 2, 4, 2, 16, 8, 40},
                       Setup{"tree_page", "tree", "page", "on", 1, 6, 2, 24, 16, 24},
+                      Setup{"tree_many_heads", "tree", "token", "on", 1, 40, 1, 8, 8, 40},
                       Setup{"tree_no_tail", "tree", "token", "off", 1, 3, 1, 8, 8, 40},
                       Setup{"dci_page", "dci", "page", "off", 1, 4, 2, 16, 8, 60},
                       Setup{"dci_far_field", "dci", "token", "on", 1, 8, 1, 16, 16, 50},
+                      Setup{"dci_many_heads", "dci", "page", "off", 1, 66, 2, 16, 8, 60},
                       Setup{"faiss_sketch", "faiss", "token", "on", 1, 4, 2, 16, 8, 60},
                       Setup{"faiss_flat", "faiss", "page", "off", 1, 4, 2, 16, 8, 60},
                       Setup{"positional_page", "positional", "page", "off", 2, 2, 2, 16, 8, 40},

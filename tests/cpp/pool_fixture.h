@@ -10,6 +10,7 @@
 
 #include "index/query_moments.h"
 #include "index/selection.h"
+#include "pages/head_context.h"
 #include "pages/page_pool.h"
 #include "simd/kernels.h"
 

@@ -168,7 +168,7 @@ TEST_P(SimdBlockTest, PartialPagesReadOnlyTheirSlots) {
 
 TEST_P(SimdBlockTest, ManyRows) {
   for (const int rows : {17, 47, 95, 96, 97, 129, 512}) {
-    for (const int dim : {8, 24, 64, 136, 256}) {
+    for (const int dim : {8, 24, 64, 136, 256, 512}) {
       for (const int page_size : {8, 16, 32, 64}) {
         check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3],
                all(page_size) & ~std::uint64_t{2}});

@@ -44,16 +44,31 @@ inline auto all_levels() {
   return ::testing::Values("scalar", "avx2", "avx512", "avx512vnni");
 }
 
-// Head dims, or ranks, of tests that meet all; under a sanitizer those that differ in what is left
-// of vectors of 4 to 16 numbers, and the largest.
-inline std::vector<int> all_dims() {
+// Ranks of tests that meet all; under a sanitizer those that differ in what is left of vectors of 4
+// to 16 numbers, and the largest.
+inline std::vector<int> all_ranks() {
 #ifdef __SANITIZE_ADDRESS__
-  return {8, 16, 24, 64, 104, 128, kMaxHeadDim};
+  return {8, 16, 24, 64, 104, 128, kMaxSketchRank};
 #else
-  std::vector<int> dims;
-  for (int dim = 8; dim <= kMaxHeadDim; dim += 8) dims.push_back(dim);
-  return dims;
+  std::vector<int> ranks;
+  for (int rank = 8; rank <= kMaxSketchRank; rank += 8) ranks.push_back(rank);
+  return ranks;
 #endif
+}
+
+// Head dims: the same, and some of those above.
+inline std::vector<int> all_dims() {
+  std::vector<int> dims = all_ranks();
+  for (const int dim : {264, 328, kMaxHeadDim}) dims.push_back(dim);
+  return dims;
+}
+
+// Query heads per KV head: all of the usual ones, and some of those above.
+inline std::vector<int> all_groups() {
+  std::vector<int> groups;
+  for (int group = 1; group <= 17; ++group) groups.push_back(group);
+  for (const int group : {32, 33, 71, kMaxGroup}) groups.push_back(group);
+  return groups;
 }
 
 inline std::string level_name(const ::testing::TestParamInfo<const char*>& info) {

@@ -89,7 +89,7 @@ class SimdScoreTest : public SimdLevel {
 INSTANTIATE_TEST_SUITE_P(Levels, SimdScoreTest, all_levels(), level_name);
 
 TEST_P(SimdScoreTest, MassIsWithinItsBoundsOfTheExponentials) {
-  for (int group = 1; group <= kMaxGroup; ++group) {
+  for (const int group : all_groups()) {
     for (const int page_size : {8, 16, 32}) {
       for (const std::int64_t pages : {0, 1, 2, 3, 65}) {
         for (const int coarse : {0, 1, 4, kMaxCoarse}) {
@@ -166,7 +166,7 @@ TEST_P(SimdScoreTest, AnyUnitIsFine) {
 }
 
 TEST_P(SimdScoreTest, Rank) {
-  for (int group = 1; group <= kMaxGroup; ++group) {
+  for (const int group : all_groups()) {
     for (const std::int64_t slots : {0, 16, 32, 240, 256, 272, 512, 1040}) {
       const std::int64_t stride = slots + 7;
       std::vector<std::int16_t> scores(static_cast<std::size_t>(group * stride)), offset(group);

@@ -133,7 +133,7 @@ def test_compile_fullgraph() -> None:
     ("name", "change", "message"),
     [
         ("queries", lambda x: x.double(), "queries must be float32, bfloat16 or float16"),
-        ("queries", lambda x: x[..., :12], "multiple of 8 up to 256, got 12"),
+        ("queries", lambda x: x[..., :12], "multiple of 8 up to 512, got 12"),
         ("queries", lambda x: x[:, :5].contiguous(), "heads as block_table"),
         ("queries", lambda x: x[0], r"queries must be \[\*, \*, \*\], got \[6, 32\]"),
         ("pages", lambda x: x.half(), "pages must be Float, got Half"),

@@ -24,7 +24,7 @@ ICECACHE_INLINE VecU four_bytes(const std::int8_t* p) {
 
 // Up to kScanQueries queries, spread over lanes: [dims / 4][query].
 struct ScanQueries {
-  alignas(64) VecU weights[kMaxHeadDim / 4][kScanQueries];
+  alignas(64) VecU weights[kMaxSketchRank / 4][kScanQueries];
   std::int32_t base[kScanQueries] = {};
   int first = 0;
   int count = 0;
@@ -118,7 +118,7 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
   const int blocks = args.rank * kBits / 32;
   const int width = 4 * args.page_size;  // bytes of a block
   const int together = kSlots / args.page_size;
-  alignas(64) std::uint8_t codes[kMaxHeadDim / 4 * 4 * kSlots] = {};
+  alignas(64) std::uint8_t codes[kMaxSketchRank / 4 * 4 * kSlots] = {};
   std::int16_t scores[kQueries * kSlots];
   for (std::int64_t page = first; page < end; page += together) {
     const int here = static_cast<int>(smaller<std::int64_t>(together, end - page));
@@ -240,7 +240,8 @@ ICECACHE_INLINE void rescale_mass(const SketchScanArgs& args, std::int64_t first
                                   const std::int16_t* from) {
   const int columns = mass_stride(args.group);
   const float unit = kScoreUnit * static_cast<float>(1 << args.coarse);
-  float factor[kMaxGroup + 3] = {};
+  float factor[kMaxGroup];
+  for (int g = args.group; g < columns; ++g) factor[g] = 0.0f;
   bool same = true;
   for (int g = 0; g < args.group; ++g) {
     same = same && from[g] == args.max[g];

@@ -14,7 +14,7 @@ from icecache.engine import Phase
 from icecache.hf.support import CACHE
 from icecache.shape import CacheShape
 
-_HEAD_DIMS = range(8, 257, 8)  # the engine's; refused here with what to do instead
+_HEAD_DIMS = range(8, 513, 8)  # the engine's; refused here with what to do instead
 
 
 class EngineLike(Protocol):
@@ -99,7 +99,7 @@ class EngineHandle:
                 )
             if shape.head_dim not in _HEAD_DIMS:
                 raise InvalidArgument(
-                    f"model: expected a head_dim that is a multiple of 8 up to 256, got "
+                    f"model: expected a head_dim that is a multiple of 8 up to 512, got "
                     f"{shape.head_dim}. Use the model without IceCache"
                 )
             self._engine = self._engine_class(**vars(shape), **self._fields)

@@ -24,8 +24,14 @@ TEST_F(DeviceCacheTest, RefusesWithWhatIsSupported) {
     }
     return std::string("accepted");
   };
-  EXPECT_EQ(refusal(), "device=cuda: head_dim must be 64, 96, 128 or 256, got 80");
+  const std::string elsewhere = " (run other models on the CPU), got ";
+  EXPECT_EQ(refusal(), "device=cuda: head_dim must be 64, 96, 128 or 256" + elsewhere + "80");
+  shape.head_dim = 512;
+  EXPECT_EQ(refusal(), "device=cuda: head_dim must be 64, 96, 128 or 256" + elsewhere + "512");
   shape.head_dim = 64;
+  shape.num_q_heads = 34;
+  EXPECT_EQ(refusal(), "device=cuda: num_q_heads / num_kv_heads must be 1..16" + elsewhere + "17");
+  shape.num_q_heads = 4;
   EXPECT_EQ(refusal(0), "batch must be from 1 to 65535, got 0");
   EXPECT_NE(refusal(1, 8).find("max_tokens must be above"), std::string::npos);
   EXPECT_NE(refusal(1, 1000, 99).find("device must be from 0 to"), std::string::npos);
