@@ -61,6 +61,19 @@ TensorForm form_of(Self self, const char* name, Use use = Use::kRead) {
   return form;
 }
 
+TensorForm lse_form() {
+  TensorForm form;
+  form.name = "lse";
+  form.has_dim = false;
+  form.use = Use::kWritten;
+  return form;
+}
+
+// Of a tensor, or a list, or None.
+Rows lse_rows(py::handle tensors, std::size_t sequences) {
+  return tensors.is_none() ? Rows() : batch_or_list_rows(lse_form(), tensors, sequences);
+}
+
 Phase phase_of(const char* name, std::int64_t number) {
   if (number < 0 || number > static_cast<int>(Phase::kVerify)) {
     throw InvalidArgument(message(name, " must be from 0 to 3, got ", number));
@@ -112,7 +125,7 @@ void append(Self self, py::handle seqs, py::handle layer_number, py::handle keys
 
 // New tensors of the form of the queries.
 py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
-                  py::handle phase) {
+                  py::handle phase, py::handle lse_tensors) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
   const std::vector<Phase> phases = phases_of(phase, ids.size());
@@ -122,6 +135,7 @@ py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handl
   if (!given) PyErr_Clear();  // no list: named below
   const Rows q =
       batch_or_list_rows(form_of(self, "queries"), given ? py::handle(given) : queries, ids.size());
+  const Rows lse = lse_rows(lse_tensors, ids.size());
   py::object result;
   if (is_batch) {
     result = new_like(given);
@@ -133,13 +147,13 @@ py::object attend(Self self, py::handle seqs, py::handle layer_number, py::handl
   const Rows out = batch_or_list_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
   {
     const Unlocked unlocked;
-    self->attend(ids, layer, q.views, out.views, phases);
+    self->attend(ids, layer, q.views, out.views, phases, lse.views);
   }
   return result;
 }
 
 py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
-                py::handle keys, py::handle values, py::handle phase) {
+                py::handle keys, py::handle values, py::handle phase, py::handle lse_tensor) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
   const std::vector<Phase> phases = phases_of(phase, ids.size());
@@ -151,16 +165,18 @@ py::object step(Self self, py::handle seqs, py::handle layer_number, py::handle 
     throw InvalidArgument(message("queries must have as many tokens as keys (", k.held[0].size(2),
                                   "), got ", q.held[0].size(2)));
   }
+  const Rows lse = lse_rows(lse_tensor, ids.size());
   py::object result = new_like(queries);
   const Rows out = batch_rows(form_of(self, "outputs", Use::kMade), result, ids.size());
-  append_or_not(self, ids, layer, k.views,
-                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views, phases); });
+  append_or_not(self, ids, layer, k.views, [&] {
+    self->step(ids, layer, k.views, v.views, q.views, out.views, phases, lse.views);
+  });
   return result;
 }
 
 void step_packed(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
                  py::handle keys, py::handle values, py::handle outputs, py::handle row_firsts,
-                 py::handle row_counts, py::handle row_phases) {
+                 py::handle row_counts, py::handle row_phases, py::handle lse_tensor) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
   const auto firsts = integers("firsts", row_firsts), counts = integers("counts", row_counts);
@@ -174,8 +190,11 @@ void step_packed(Self self, py::handle seqs, py::handle layer_number, py::handle
   const Rows k = packed_rows(form_of(self, "keys"), keys, firsts, counts);
   const Rows v = packed_rows(form_of(self, "values"), values, firsts, counts);
   const Rows out = packed_rows(form_of(self, "outputs", Use::kWritten), outputs, firsts, counts);
-  append_or_not(self, ids, layer, k.views,
-                [&] { self->step(ids, layer, k.views, v.views, q.views, out.views, phases); });
+  const Rows lse =
+      lse_tensor.is_none() ? Rows() : packed_rows(lse_form(), lse_tensor, firsts, counts);
+  append_or_not(self, ids, layer, k.views, [&] {
+    self->step(ids, layer, k.views, v.views, q.views, out.views, phases, lse.views);
+  });
 }
 
 void observe(Self self, py::handle seqs, py::handle layer_number, py::handle queries) {

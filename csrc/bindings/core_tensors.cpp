@@ -103,7 +103,8 @@ bool has_dtype(const dlpack::Tensor& tensor, const TensorForm& form) {
   const std::string dtype = attribute_text(tensor, "dtype");
   if (dtype != dtype_text(form)) {
     throw InvalidArgument(message(name, " must be ", dtype_text(form),
-                                  form.is_int32 ? "" : " as the cache", ", got ", dtype));
+                                  form.is_int32 || !form.has_dim ? "" : " as the cache", ", got ",
+                                  dtype));
   }
   throw InvalidArgument(message(name, " must be a tensor with memory of its own, got ", reason));
 }
@@ -238,7 +239,7 @@ TensorMemory::TensorMemory(const TensorForm& form, py::handle tensor)
   for (int i = 0; i < dims_; ++i) is_empty = is_empty || borrowed.shape[i] == 0;
   if (!is_empty) {
     check_storage(form, held_);
-    if (borrowed.strides[dims_ - 1] != 1 && borrowed.shape[dims_ - 1] != 1) {
+    if (form.has_dim && borrowed.strides[dims_ - 1] != 1 && borrowed.shape[dims_ - 1] != 1) {
       if (form.use != Use::kRead) {
         throw InvalidArgument(message(form.title(), " must have unit stride in D, got ",
                                       borrowed.strides[dims_ - 1]));
@@ -285,8 +286,19 @@ bool is_tensor(py::handle value) {
   return py::isinstance(value, torch().tensor);
 }
 
+namespace {
+
+const char* batch_dims(const TensorForm& form) {
+  return form.has_dim ? "[B, H, T, D]" : "[B, H, T]";
+}
+const char* list_dims(const TensorForm& form) {
+  return form.has_dim ? "[H, T, D]" : "[H, T]";
+}
+
+}  // namespace
+
 Rows batch_rows(TensorForm form, py::handle tensor, std::size_t sequences) {
-  form.dims = "[B, H, T, D]";
+  form.dims = batch_dims(form);
   Rows rows;
   const TensorMemory& memory = rows.held.emplace_back(form, tensor);
   if (memory.size(0) != static_cast<std::int64_t>(sequences)) {
@@ -296,7 +308,8 @@ Rows batch_rows(TensorForm form, py::handle tensor, std::size_t sequences) {
   rows.views.reserve(static_cast<std::size_t>(memory.size(0)));
   for (std::int64_t b = 0; b < memory.size(0); ++b) {
     rows.views.push_back({memory.element(b * memory.stride(0)), form.dtype, memory.size(1),
-                          memory.size(2), memory.size(3), memory.stride(1), memory.stride(2)});
+                          memory.size(2), form.has_dim ? memory.size(3) : 1, memory.stride(1),
+                          memory.stride(2)});
   }
   return rows;
 }
@@ -304,10 +317,10 @@ Rows batch_rows(TensorForm form, py::handle tensor, std::size_t sequences) {
 Rows batch_or_list_rows(TensorForm form, py::handle tensors, std::size_t sequences) {
   if (is_tensor(tensors)) {
     // A nested tensor has no shape.
-    if (naming(form, tensors, [&] { return py::len(tensors.attr("shape")); }) != 4) {
-      throw InvalidArgument(message(form.name,
-                                    " must be [B, H, T, D] or a list of [H, T, D], got a tensor "
-                                    "of shape ",
+    const std::size_t dims = form.has_dim ? 4 : 3;
+    if (naming(form, tensors, [&] { return py::len(tensors.attr("shape")); }) != dims) {
+      throw InvalidArgument(message(form.name, " must be ", batch_dims(form), " or a list of ",
+                                    list_dims(form), ", got a tensor of shape ",
                                     std::string(py::str(py::list(tensors.attr("shape"))))));
     }
     return batch_rows(form, tensors, sequences);
@@ -316,23 +329,23 @@ Rows batch_or_list_rows(TensorForm form, py::handle tensors, std::size_t sequenc
   if (!items) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
-    throw InvalidArgument(message(form.name, " must be [B, H, T, D] or a list of [H, T, D], got ",
-                                  type_name(tensors)));
+    throw InvalidArgument(message(form.name, " must be ", batch_dims(form), " or a list of ",
+                                  list_dims(form), ", got ", type_name(tensors)));
   }
-  form.dims = "[H, T, D]";
+  form.dims = list_dims(form);
   Rows rows;
   for (const py::handle item : items) {
     ++form.index;
     const TensorMemory& memory = rows.held.emplace_back(form, item);
     rows.views.push_back({memory.element(0), form.dtype, memory.size(0), memory.size(1),
-                          memory.size(2), memory.stride(0), memory.stride(1)});
+                          form.has_dim ? memory.size(2) : 1, memory.stride(0), memory.stride(1)});
   }
   return rows;
 }
 
 Rows packed_rows(TensorForm form, py::handle tensor, std::span<const std::int64_t> firsts,
                  std::span<const std::int64_t> counts) {
-  form.dims = "[N, H, D]";
+  form.dims = form.has_dim ? "[N, H, D]" : "[N, H]";
   Rows rows;
   const TensorMemory& memory = rows.held.emplace_back(form, tensor);
   rows.views.reserve(firsts.size());
@@ -344,7 +357,8 @@ Rows packed_rows(TensorForm form, py::handle tensor, std::span<const std::int64_
                                     " on, got ", memory.shape_text()));
     }
     rows.views.push_back({memory.element(first * memory.stride(0)), form.dtype, memory.size(1),
-                          count, memory.size(2), memory.stride(1), memory.stride(0)});
+                          count, form.has_dim ? memory.size(2) : 1, memory.stride(1),
+                          memory.stride(0)});
   }
   return rows;
 }

@@ -32,6 +32,7 @@ struct TensorForm {
   std::string_view dims;  // "[B, H, T, D]": so many dimensions as letters
   DType dtype = DType::kFloat32;
   bool is_int32 = false;  // in place of dtype
+  bool has_dim = true;    // false: one number in place of each row of D, in float32
   Use use = Use::kRead;
   std::int32_t device_type = dlpack::kCpu;
   int device = 0;
@@ -70,7 +71,8 @@ struct Rows {
 };
 
 bool is_tensor(pybind11::handle value);
-// Of a tensor [B, H, T, D] for B = `sequences`.
+// Of a tensor [B, H, T, D] for B = `sequences`. Here and below, D = 1 is left out where the form has
+// no D.
 Rows batch_rows(TensorForm form, pybind11::handle tensor, std::size_t sequences);
 // The same, or of an iterable of B tensors [H, T_b, D].
 Rows batch_or_list_rows(TensorForm form, pybind11::handle tensors, std::size_t sequences);

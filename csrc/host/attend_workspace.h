@@ -18,6 +18,7 @@ namespace icecache {
 
 struct alignas(64) AttendWorkspace {    // no cache line is written by two threads
   std::vector<float> queries, outputs;  // of a task: [T, G, D]
+  std::vector<float> lse;               // of a task: [T, G], or empty
   std::vector<std::byte> moving;        // keys and values on their way into a growing index
   // Tokens that are attended exactly: of one part after another, or of a whole step.
   std::vector<PagePick> picks;
@@ -30,9 +31,11 @@ struct alignas(64) AttendWorkspace {    // no cache line is written by two threa
   std::vector<const void*> rows;  // keys, then values, then means
   std::vector<float> logits, weights, far_weights;
   std::int64_t near = 0;  // tokens of sink and window
-  // Of sink and window, of all that is attended exactly, of everything.
+  // Of sink and window, of all that is attended exactly, of everything; the last two over
+  // exp(shift).
   WeightSum near_sum[kMaxGroup];
   float near_lse[kMaxGroup], exact_lse[kMaxGroup], exact[kMaxGroup], total[kMaxGroup];
+  float shift[kMaxGroup];
 };
 
 }  // namespace icecache

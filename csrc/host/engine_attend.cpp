@@ -1,5 +1,6 @@
 // Attention, and what it leaves to the background.
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -34,10 +35,8 @@ constexpr std::int32_t kPostponed = 64;
 // What throws does so before the fourth, which alone changes what a later call can tell.
 class Engine::Impl::AttendCall {
  public:
-  AttendCall(Impl& engine, std::span<const SeqId> ids, int layer,
-             std::span<const TensorView> queries, std::span<const TensorView> outputs,
-             std::span<const Phase> phases)
-      : engine_(engine), layer_(layer), queries_(queries), outputs_(outputs), phases_(phases) {
+  AttendCall(Impl& engine, std::span<const SeqId> ids, int layer, const AttendArgs& args)
+      : engine_(engine), layer_(layer), args_(args) {
     for (const SeqId id : ids) caches_.push_back(&engine_.layer_to_change(id, layer));
   }
 
@@ -57,10 +56,12 @@ class Engine::Impl::AttendCall {
     StepTrace trace = {};
   };
 
-  Phase phase_of(std::size_t b) const { return phases_.empty() ? Phase::kAuto : phases_[b]; }
+  Phase phase_of(std::size_t b) const {
+    return args_.phases.empty() ? Phase::kAuto : args_.phases[b];
+  }
   // True where a sequence's tokens come from decoding, not from a prompt.
   bool decodes(std::size_t b) const {
-    const std::int64_t tokens = queries_[b].tokens;
+    const std::int64_t tokens = args_.queries[b].tokens;
     return phase_of(b) == Phase::kVerify
                ? tokens <= kQueryBlock
                : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
@@ -72,15 +73,14 @@ class Engine::Impl::AttendCall {
   // True where the step itself does all that is due, and nothing is left to index threads.
   bool is_alone(std::size_t b) const {
     return decodes(b) &&
-           (caches_[b]->sparse() || (caches_[b]->is_short() && queries_[b].tokens <= kQueryBlock));
+           (caches_[b]->sparse() || (caches_[b]->is_short() && args_.queries[b].tokens <= kQueryBlock));
   }
   void run(Task& task, AttendWorkspace& workspace);
   void observe(Task& task, std::int32_t first, float* scaled) const;
 
   Impl& engine_;
   const int layer_;
-  const std::span<const TensorView> queries_, outputs_;
-  const std::span<const Phase> phases_;
+  const AttendArgs args_;
   std::vector<LayerCache*> caches_;
   std::vector<Task> tasks_;
   std::vector<FollowUp> follow_ups_;
@@ -89,7 +89,7 @@ class Engine::Impl::AttendCall {
 void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     LayerCache& cache = *caches_[b];
-    const std::int64_t tokens = queries_[b].tokens;
+    const std::int64_t tokens = args_.queries[b].tokens;
     if (tokens > cache.length()) {
       throw InvalidArgument(message("queries must be of tokens already appended (", cache.length(),
                                     " in sequence ", ids[b], "), got ", tokens));
@@ -132,34 +132,40 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
   const CacheShape& shape = engine_.shape;
   const int group = shape.group(), d = shape.head_dim;
   HeadCache& head = caches_[task.item]->heads[task.head];
-  const TensorView& queries = queries_[task.item];
+  const TensorView& queries = args_.queries[task.item];
   const std::int32_t first = head.length() - static_cast<std::int32_t>(queries.tokens - task.first);
   const std::size_t rows = static_cast<std::size_t>(task.tokens) * group;
-  auto &scaled = workspace.queries, &result = workspace.outputs;
+  auto &scaled = workspace.queries, &result = workspace.outputs, &lse = workspace.lse;
   scaled.resize(rows * d);
   result.resize(rows * d);
+  lse.resize(args_.lse.empty() ? 0 : rows);
+  float* const any_lse = lse.empty() ? nullptr : lse.data();
   load_queries(queries, task.head, group, task.first, task.tokens, shape.softmax_scale(),
                scaled.data());
   if (task.sparse) {
     for (std::int64_t t = 0; t < task.tokens; ++t) {
-      const std::int64_t at = t * group * d;
+      const std::int64_t row = t * group;
       const std::int32_t position = first + static_cast<std::int32_t>(t);
       head.insert_due(position, task.stats, workspace);
-      head.decode(scaled.data() + at, position, result.data() + at, task.stats, task.trace,
-                  workspace);
+      head.decode(scaled.data() + row * d, position,
+                  {result.data() + row * d, any_lse == nullptr ? nullptr : any_lse + row}, task.stats,
+                  task.trace, workspace);
     }
   } else {
     if (task.alone && head.sparse()) head.insert_due(first, task.stats, workspace);
-    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, result.data(),
-                      task.stats, workspace);
+    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first,
+                      {result.data(), any_lse}, task.stats, workspace);
     if (decodes(task.item)) task.stats.dense_steps = task.tokens;
   }
   if (task.alone) observe(task, first, scaled.data());
-  const TensorView& out = outputs_[task.item];
+  const TensorView& out = args_.outputs[task.item];
   for (std::int64_t t = 0; t < task.tokens; ++t) {
     for (int g = 0; g < group; ++g) {
-      simd::kernels().from_float(result.data() + (t * group + g) * d,
-                                 out.at(task.head * group + g, task.first + t), out.dtype, d);
+      const std::int64_t row = t * group + g, q_head = task.head * group + g;
+      simd::kernels().from_float(result.data() + row * d, out.at(q_head, task.first + t), out.dtype,
+                                 d);
+      if (lse.empty()) continue;
+      std::memcpy(args_.lse[task.item].at(q_head, task.first + t), &lse[row], sizeof(float));
     }
   }
 }
@@ -182,9 +188,9 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
 void Engine::Impl::AttendCall::prepare() {
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     if (!is_alone(b)) {
-      follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, queries_[b], phase_of(b)));
+      follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
     } else if (caches_[b]->sparse()) {
-      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, queries_[b].tokens));
+      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, args_.queries[b].tokens));
     }
   }
 }
@@ -199,10 +205,8 @@ void Engine::Impl::AttendCall::commit() noexcept {
   for (FollowUp& work : follow_ups_) engine_.start(std::move(work));
 }
 
-void Engine::Impl::attend(std::span<const SeqId> ids, int layer,
-                          std::span<const TensorView> queries, std::span<const TensorView> outputs,
-                          std::span<const Phase> phases) {
-  AttendCall call(*this, ids, layer, queries, outputs, phases);
+void Engine::Impl::attend(std::span<const SeqId> ids, int layer, const AttendArgs& args) {
+  AttendCall call(*this, ids, layer, args);
   call.plan(ids);
   call.compute();
   call.prepare();

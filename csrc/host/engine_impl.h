@@ -29,23 +29,24 @@ struct Engine::Impl {
   LayerCache& layer_to_change(SeqId id, int layer);
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
-  void check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const;
   void check_layer(int layer) const;
   void check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
                     std::span<const TensorView> values) const;
-  // Throws where an output row shares memory with another one, or with a row of an input.
-  static void check_outputs(
-      std::span<const TensorView> outputs,
-      std::initializer_list<std::pair<const char*, std::span<const TensorView>>> inputs);
+  // Throws where a row of `written` shares memory with another one, or with a row of the others.
+  using Named = std::pair<const char*, std::span<const TensorView>>;
+  static void check_written(const Named& written, std::initializer_list<Named> others);
+  // What a call attends with, an entry for each sequence; `lse` and `phases` may be empty.
+  struct AttendArgs {
+    std::span<const TensorView> queries, outputs, lse;
+    std::span<const Phase> phases;
+  };
 
   // Engine::append and Engine::attend, with the mutex held. REQUIRES: check_append(),
   // check_attend().
   void append(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
               std::span<const TensorView> values);
-  void attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
-              std::span<const TensorView> outputs, std::span<const Phase> phases = {});
-  void check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
-                    std::span<const TensorView> outputs) const;
+  void attend(std::span<const SeqId> ids, int layer, const AttendArgs& args);
+  void check_attend(std::span<const SeqId> ids, const AttendArgs& args) const;
 
   // Keeps the first tokens of some layers: of all of them, or where it throws, of none.
   struct Kept {

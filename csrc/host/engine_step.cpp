@@ -26,6 +26,19 @@ void check_finite(std::string_view name, const TensorView& view, SeqId id, int l
   }
 }
 
+void check_lse(const TensorView& view, std::int64_t heads, std::int64_t tokens) {
+  if (view.heads != heads || view.tokens != tokens || view.dim != 1) {
+    throw InvalidArgument(message("lse must be [", heads, ", ", tokens, ", 1] as queries, got [",
+                                  view.heads, ", ", view.tokens, ", ", view.dim, "]"));
+  }
+  if (view.dtype != DType::kFloat32) {
+    throw InvalidArgument(message("lse must be float32, got ", name_of(view.dtype)));
+  }
+  if (view.data == nullptr && tokens > 0) {
+    throw InvalidArgument("lse must point to data, got a null pointer");
+  }
+}
+
 }  // namespace
 
 void Engine::Impl::check_view(std::string_view name, const TensorView& view,
@@ -50,24 +63,14 @@ void Engine::Impl::check_layer(int layer) const {
   }
 }
 
-void Engine::Impl::check_outputs(
-    std::span<const TensorView> outputs,
-    std::initializer_list<std::pair<const char*, std::span<const TensorView>>> inputs) {
-  if (rows_overlap(outputs)) {
-    throw InvalidArgument("outputs must have memory of its own for every row, got rows that share");
+void Engine::Impl::check_written(const Named& written, std::initializer_list<Named> others) {
+  if (rows_overlap(written.second)) {
+    throw InvalidArgument(
+        message(written.first, " must have memory of its own for every row, got rows that share"));
   }
-  for (const auto& [name, views] : inputs) {
-    if (rows_overlap(outputs, views)) {
-      throw InvalidArgument(message("outputs must not share memory with ", name));
-    }
-  }
-}
-
-void Engine::Impl::check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const {
-  if (!phases.empty()) check_call(ids, phases.size(), "phases");
-  for (const Phase phase : phases) {
-    if (phase > Phase::kVerify) {
-      throw InvalidArgument(message("phases must be from 0 to 3, got ", static_cast<int>(phase)));
+  for (const auto& [name, views] : others) {
+    if (rows_overlap(written.second, views)) {
+      throw InvalidArgument(message(written.first, " must not share memory with ", name));
     }
   }
 }
@@ -96,32 +99,39 @@ void Engine::append(std::span<const SeqId> ids, int layer, std::span<const Tenso
 }
 
 void Engine::attend(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
-                    std::span<const TensorView> outputs, std::span<const Phase> phases) {
+                    std::span<const TensorView> outputs, std::span<const Phase> phases,
+                    std::span<const TensorView> lse) {
   const std::lock_guard lock(impl_->mutex);
+  const Impl::AttendArgs args{queries, outputs, lse, phases};
   impl_->check_layer(layer);
-  impl_->check_attend(ids, queries, outputs);
-  impl_->check_phases(ids, phases);
-  Impl::check_outputs(outputs, {{"queries", queries}});
-  impl_->attend(ids, layer, queries, outputs, phases);
+  impl_->check_attend(ids, args);
+  Impl::check_written({"outputs", outputs}, {{"queries", queries}});
+  Impl::check_written({"lse", lse}, {{"queries", queries}, {"outputs", outputs}});
+  impl_->attend(ids, layer, args);
 }
 
 void Engine::step(std::span<const SeqId> ids, int layer, std::span<const TensorView> keys,
                   std::span<const TensorView> values, std::span<const TensorView> queries,
-                  std::span<const TensorView> outputs, std::span<const Phase> phases) {
+                  std::span<const TensorView> outputs, std::span<const Phase> phases,
+                  std::span<const TensorView> lse) {
   const std::lock_guard lock(impl_->mutex);
+  const Impl::AttendArgs args{queries, outputs, lse, phases};
   impl_->check_layer(layer);
-  impl_->check_attend(ids, queries, outputs);
-  impl_->check_phases(ids, phases);
+  impl_->check_attend(ids, args);
   impl_->check_append(ids, keys, values);
   for (std::size_t b = 0; b < ids.size(); ++b) {
     if (queries[b].tokens == keys[b].tokens) continue;
     throw InvalidArgument(message("queries must have as many tokens as keys (", keys[b].tokens,
                                   "), got ", queries[b].tokens));
   }
-  Impl::check_outputs(outputs, {{"queries", queries}, {"keys", keys}, {"values", values}});
+  Impl::check_written({"outputs", outputs},
+                      {{"queries", queries}, {"keys", keys}, {"values", values}});
+  Impl::check_written(
+      {"lse", lse},
+      {{"queries", queries}, {"outputs", outputs}, {"keys", keys}, {"values", values}});
   impl_->append(ids, layer, keys, values);
   try {
-    impl_->attend(ids, layer, queries, outputs, phases);
+    impl_->attend(ids, layer, args);
   } catch (...) {
     for (std::size_t b = 0; b < ids.size(); ++b) {
       LayerCache& cache = impl_->sequence(ids[b]).layers[layer];
@@ -217,16 +227,24 @@ void Engine::Impl::append(std::span<const SeqId> ids, int layer, std::span<const
   }
 }
 
-void Engine::Impl::check_attend(std::span<const SeqId> ids, std::span<const TensorView> queries,
-                                std::span<const TensorView> outputs) const {
-  check_call(ids, queries.size(), "queries");
-  check_call(ids, outputs.size(), "outputs");
+void Engine::Impl::check_attend(std::span<const SeqId> ids, const AttendArgs& args) const {
+  check_call(ids, args.queries.size(), "queries");
+  check_call(ids, args.outputs.size(), "outputs");
+  if (!args.lse.empty()) check_call(ids, args.lse.size(), "lse");
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    check_view("queries", queries[b], shape.num_q_heads);
-    check_view("outputs", outputs[b], shape.num_q_heads);
-    if (outputs[b].tokens != queries[b].tokens) {
-      throw InvalidArgument(message("outputs must have as many tokens as queries (",
-                                    queries[b].tokens, "), got ", outputs[b].tokens));
+    const std::int64_t tokens = args.queries[b].tokens;
+    check_view("queries", args.queries[b], shape.num_q_heads);
+    check_view("outputs", args.outputs[b], shape.num_q_heads);
+    if (args.outputs[b].tokens != tokens) {
+      throw InvalidArgument(message("outputs must have as many tokens as queries (", tokens,
+                                    "), got ", args.outputs[b].tokens));
+    }
+    if (!args.lse.empty()) check_lse(args.lse[b], shape.num_q_heads, tokens);
+  }
+  if (!args.phases.empty()) check_call(ids, args.phases.size(), "phases");
+  for (const Phase phase : args.phases) {
+    if (phase > Phase::kVerify) {
+      throw InvalidArgument(message("phases must be from 0 to 3, got ", static_cast<int>(phase)));
     }
   }
 }

@@ -47,8 +47,8 @@ void HeadCache::attend_picks(std::int64_t seen, ExactAttention& attention, HeadS
 }
 
 void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
-                             float* out, HeadStats& stats, AttendWorkspace& workspace) const {
-  ExactAttention attention(queries, tokens, context_.group, layout(), held_, out);
+                             Out out, HeadStats& stats, AttendWorkspace& workspace) const {
+  ExactAttention attention(queries, tokens, context_.group, layout(), held_, out.rows);
   std::vector<PagePick>& picks = workspace.picks;
   const auto attend_run = [&](const PageRun& run) {
     picks.clear();
@@ -68,7 +68,7 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   for (const Segment& segment : segments_) attend_index(segment);
   if (growing_) attend_index(Segment(*growing_));
   attend_run(tail_);
-  attention.finish();
+  attention.finish(out.lse);
 }
 
 void HeadCache::insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace) {
@@ -141,6 +141,7 @@ void HeadCache::weigh(std::int64_t nodes, AttendWorkspace& step) const {
     step.exact[g] = step.near_sum[g].over(scale) + pick_sum.over(scale);
     step.exact_lse[g] = log_add(step.near_lse[g], pick_sum.log());
     step.total[g] = step.exact[g] + far_scale * selection.far_total[g];
+    step.shift[g] = scale;
     if (nodes == 0) continue;
     // What the nodes' sums count of the picked tokens is taken back.
     kernels.axpy(-far_scale, selection.far_share.data() + g * picked, row + near, picked);
@@ -183,7 +184,7 @@ void HeadCache::add_values(std::int64_t nodes, float* out, HeadStats& stats,
 
 // One softmax over three kinds of rows: sink and window, picked tokens, and far-field nodes. Their
 // values are added up once, with weights that are final.
-void HeadCache::decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+void HeadCache::decode(const float* queries, std::int32_t position, Out out, HeadStats& stats,
                        StepTrace& trace, AttendWorkspace& step) const {
   const auto start = std::chrono::steady_clock::now();
   const Config& config = *context_.config;
@@ -221,7 +222,10 @@ void HeadCache::decode(const float* queries, std::int32_t position, float* out, 
   // Far-field nodes that have weights.
   const auto nodes = static_cast<std::int64_t>(step.selection.far_weights.size()) / group;
   weigh(nodes, step);
-  add_values(nodes, out, stats, step);
+  add_values(nodes, out.rows, stats, step);
+  for (int g = 0; g < group && out.lse != nullptr; ++g) {
+    out.lse[g] = step.shift[g] + std::log(step.total[g]);
+  }
   if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);
   if (config.telemetry == "trace") {
     trace = traced(request, step.selection, position, step.exact_lse, step.selector);

@@ -60,17 +60,23 @@ class HeadCache {
   // True where there is no index and none is due.
   bool is_short() const;
 
-  // Exact causal attention of queries [T, G, D] (scaled), query t at position first_position + t;
-  // out [T, G, D] fp32, normalised. Any finite numbers give what exact arithmetic would, to float's
-  // rounding of the logits; a query with NaN or Inf gives NaN.
-  void attend_exact(const float* queries, int tokens, std::int32_t first_position, float* out,
+  // What attention writes, fp32: normalised rows [T, G, D], and the logs of their total weights
+  // [T, G] unless null.
+  struct Out {
+    float* rows;
+    float* lse;
+  };
+  // Exact causal attention of queries [T, G, D] (scaled), query t at position first_position + t.
+  // Any finite numbers give what exact arithmetic would, to float's rounding of the logits; a query
+  // with NaN or Inf gives NaN.
+  void attend_exact(const float* queries, int tokens, std::int32_t first_position, Out out,
                     HeadStats& stats, AttendWorkspace& workspace) const;
-  // One query per head of the group [G, D] (scaled) at `position`; out [G, D] fp32, normalised.
+  // One query per head of the group [G, D] (scaled) at `position`; T = 1.
   // Attends to everything where logits may be too large for a float to tell tokens apart, or a
   // query has NaN or Inf.
   // With telemetry = "trace", `trace` becomes what it looked at.
   // REQUIRES: sparse(), insert_due() for this position.
-  void decode(const float* queries, std::int32_t position, float* out, HeadStats& stats,
+  void decode(const float* queries, std::int32_t position, Out out, HeadStats& stats,
               StepTrace& trace, AttendWorkspace& step) const;
   // What comes first in a step whose query is at `position`: segments that background threads have
   // built take their place, and an index that grows takes in the tokens that have left the window.

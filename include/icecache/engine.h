@@ -91,17 +91,24 @@ class Engine {
   // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands
   // at position length - T + t. Within the token budget where the sequence is indexed and T <=
   // decode_tokens, exact else. `phases`: one per sequence, or none for kAuto. Throws
-  // InvalidArgument where rows of outputs share memory with one another or with an input; so does
-  // step().
+  // InvalidArgument where rows of outputs or lse share memory with one another or with an input; so
+  // does step().
+  // lse[b], if there are any, is [Hq, T, 1] in float32, and becomes the log of the sum of exp(logit)
+  // over the tokens that a row of outputs is the mean of: all that the query sees, and within the
+  // budget those attended exactly and the estimated weight of the summaries. An attention sink of
+  // logit s turns a row into sigmoid(lse - s) times itself. Infinite where logits are no floats, NaN
+  // for a query with NaN or Inf.
   void attend(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
-              std::span<const TensorView> outputs, std::span<const Phase> phases = {});
+              std::span<const TensorView> outputs, std::span<const Phase> phases = {},
+              std::span<const TensorView> lse = {});
 
   // append() and then attend() for the same tokens, in one call: both or neither. A prompt in
   // chunks of kPrefill and one of kPromptEnd has the index that it would have in one chunk, however
   // it is cut.
   void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
             std::span<const TensorView> values, std::span<const TensorView> queries,
-            std::span<const TensorView> outputs, std::span<const Phase> phases = {});
+            std::span<const TensorView> outputs, std::span<const Phase> phases = {},
+            std::span<const TensorView> lse = {});
 
   // Takes the last counts[b] tokens of one layer back: for a caller that cannot use what append()
   // or step() did, as after an interrupt. Throws InvalidArgument for more than there are.

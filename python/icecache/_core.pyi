@@ -164,7 +164,13 @@ class Engine:
     ) -> None: ...
     # A tensor for a tensor, a list for a list.
     def attend(
-        self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, phase: SupportsIndex, /
+        self,
+        seqs: _Ids,
+        layer: SupportsIndex,
+        queries: _Tensors,
+        phase: SupportsIndex,
+        lse: _Tensors | None,
+        /,
     ) -> Any: ...
     def step(
         self,
@@ -174,6 +180,7 @@ class Engine:
         keys: torch.Tensor,
         values: torch.Tensor,
         phase: SupportsIndex,
+        lse: torch.Tensor | None,
         /,
     ) -> torch.Tensor: ...
     def step_packed(
@@ -187,6 +194,7 @@ class Engine:
         firsts: _Ids,
         counts: _Ids,
         phases: _Ids,
+        lse: torch.Tensor | None,
         /,
     ) -> None: ...
     def observe(self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, /) -> None: ...

@@ -158,15 +158,26 @@ class Engine:
         self._engine.append(seqs, layer, keys, values)
 
     def attend(
-        self, seqs: Sequence[int], layer: int, queries: Tensors, phase: Phase = Phase.AUTO
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: Tensors,
+        phase: Phase = Phase.AUTO,
+        lse: Tensors | None = None,
     ) -> Any:
         """Causal attention of the last T tokens of each sequence, which were appended before.
 
         Queries [B, Hq, T, D] or B of [Hq, T_b, D]; the result has the same form. Within the token
         budget where T <= decode_tokens and the sequence has outgrown the budget, exact else; with
         another `phase`, exact.
+
+        `lse`, float32 [B, Hq, T] or B of [Hq, T_b], is filled with the log of the sum of exp(logit)
+        over the tokens that each row of the result is the mean of: all that the query sees, and
+        within the budget those attended exactly and the estimated weight of the summaries. So an
+        attention sink of logit s [Hq, 1] makes result * sigmoid(lse - s)[..., None] of the result.
+        It is infinite where logits leave the range of float32, and NaN for a query with NaN or Inf.
         """
-        return self._engine.attend(seqs, layer, queries, phase)
+        return self._engine.attend(seqs, layer, queries, phase, lse)
 
     def step(
         self,
@@ -176,14 +187,15 @@ class Engine:
         keys: torch.Tensor,
         values: torch.Tensor,
         phase: Phase = Phase.AUTO,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """append() and then attend() for the same T tokens of each sequence, in one call.
 
-        Queries [B, Hq, T, D], keys and values [B, Hkv, T, D]; the result is [B, Hq, T, D]. What a
-        decode step calls: for one token it takes less time than the two calls. Both are done or
-        neither.
+        Queries [B, Hq, T, D], keys and values [B, Hkv, T, D], `lse` [B, Hq, T] as in attend(); the
+        result is [B, Hq, T, D]. What a decode step calls: for one token it takes less time than the
+        two calls. Both are done or neither.
         """
-        return self._engine.step(seqs, layer, queries, keys, values, phase)
+        return self._engine.step(seqs, layer, queries, keys, values, phase, lse)
 
     def step_packed(
         self,
@@ -196,17 +208,19 @@ class Engine:
         firsts: Sequence[int],
         counts: Sequence[int],
         phases: Sequence[Phase],
+        lse: torch.Tensor | None = None,
     ) -> None:
         """append() and then attend(), for sequences with unequal numbers of tokens.
 
-        Queries and outputs [N, Hq, D], keys and values [N, Hkv, D]; rows firsts[b] up to
-        firsts[b] + counts[b] are those of seqs[b]. `outputs` shares memory with no input, and its
-        rows with one another; other rows of it stay as they are. A prompt in chunks of PREFILL and
+        Queries and outputs [N, Hq, D], keys and values [N, Hkv, D], `lse` [N, Hq] as in attend();
+        rows firsts[b] up to firsts[b] + counts[b] are those of seqs[b]. `outputs` and `lse` share
+        memory with no other tensor, nor their rows with one another; other rows of them stay as
+        they are. A prompt in chunks of PREFILL and
         one of PROMPT_END has the index that it would have in one chunk, however it is cut. All
         sequences take their tokens or none does.
         """
         self._engine.step_packed(
-            seqs, layer, queries, keys, values, outputs, firsts, counts, phases
+            seqs, layer, queries, keys, values, outputs, firsts, counts, phases, lse
         )
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:

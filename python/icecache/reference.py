@@ -121,18 +121,31 @@ class ReferenceEngine:
             sequence.keys[layer] = torch.cat([sequence.keys[layer], key], 1)
             sequence.values[layer] = torch.cat([sequence.values[layer], value], 1)
 
-    def attend(self, seqs: Sequence[int], layer: int, queries: Tensors, phase: int = 0) -> Any:
-        """Causal attention of the last T tokens, exact in every phase; in the form of `queries`."""
+    def attend(
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: Tensors,
+        phase: int = 0,
+        lse: Tensors | None = None,
+    ) -> Any:
+        """Causal attention of the last T tokens, exact in every phase; in the form of `queries`.
+
+        Fills `lse`, [B, Hq, T] or a list of [Hq, T_b].
+        """
         rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
         outputs = []
-        for seq, query in zip(seqs, rows, strict=True):
+        for b, (seq, query) in enumerate(zip(seqs, rows, strict=True)):
             keys, values = self._get(seq).keys[layer], self._get(seq).values[layer]
             if query.shape[1] > keys.shape[1]:
                 raise InvalidArgument(
                     f"queries: expected at most {keys.shape[1]} (tokens of sequence {seq}), got "
                     f"{query.shape[1]}"
                 )
-            outputs.append(dense_attention(query, keys, values, self.scale))
+            output, log_weights = dense_attention(query, keys, values, self.scale)
+            outputs.append(output)
+            if lse is not None:
+                lse[b][...] = log_weights
             for head in range(self.num_kv_heads):
                 self._stats[layer * self.num_kv_heads + head] += HeadStats.of(
                     dense_steps=query.shape[1],
@@ -150,10 +163,11 @@ class ReferenceEngine:
         keys: Tensors,
         values: Tensors,
         phase: int = 0,
+        lse: torch.Tensor | None = None,
     ) -> Any:
         """append() and attend() of the same tokens."""
         self.append(seqs, layer, keys, values)
-        return self.attend(seqs, layer, queries, phase)
+        return self.attend(seqs, layer, queries, phase, lse)
 
     def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
         """Checks the form; exact attention needs no metric."""
@@ -216,16 +230,19 @@ class ReferenceEngine:
 
 def dense_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Causal attention of the last T tokens. [Hq, T, D], [Hkv, L, D] -> [Hq, T, D]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of the last T tokens, and the log of the sum of the weights.
+
+    [Hq, T, D], [Hkv, L, D] -> [Hq, T, D], [Hq, T] in double.
+    """
     groups = queries.shape[0] // keys.shape[0]
     new, length = queries.shape[1], keys.shape[1]
     k = keys.double().repeat_interleave(groups, 0)
     v = values.double().repeat_interleave(groups, 0)
     scores = scale * queries.double() @ k.transpose(1, 2)
     visible = torch.ones(new, length, dtype=torch.bool).tril(length - new)
-    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
-    return (weights @ v).to(queries.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    return (torch.softmax(scores, -1) @ v).to(queries.dtype), scores.logsumexp(-1)
 
 
 def query_metric(queries: torch.Tensor) -> torch.Tensor:
@@ -320,11 +337,22 @@ def sparse_attention(
     values: torch.Tensor,
     attended: torch.Tensor,
     far: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Exact attention over `attended` [N] bool with a far field: [G, D], [N, D] -> [G, D]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over `attended` [N] bool with a far field, and the log of all weights.
+
+    [G, D], [N, D] -> [G, D], [G].
+    """
     q, k, v = queries.double(), keys.double(), values.double()
     logits = (q @ k.T).masked_fill(~attended, -torch.inf)
     if far is not None:
         logits = torch.cat([logits, far[0]], 1)
         v = torch.cat([v, far[1]], 0)
-    return torch.softmax(logits, -1) @ v
+    return torch.softmax(logits, -1) @ v, logits.logsumexp(-1)
+
+
+def with_sinks(
+    outputs: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:
+    """What attention [Hq, T, D] with log weights [Hq, T] becomes where one more logit `sinks` [Hq],
+    of a token with value 0, takes part in each softmax."""
+    return outputs * torch.sigmoid(lse - sinks[:, None])[..., None].to(outputs.dtype)

@@ -26,7 +26,7 @@ struct FarWeight {
 
 struct OracleResult {
   std::vector<double> out;
-  double near_lse = -INFINITY;   // of sink, window and selected
+  double near_lse = -INFINITY;   // of what is attended exactly: sink, window and selected, or all
   std::vector<FarWeight> nodes;  // [C], empty without a far field
   FarWeight rest;                // over all nodes
 };
@@ -57,6 +57,7 @@ inline OracleResult full_attention(const OracleHead& head, const std::vector<dou
     for (std::size_t x = 0; x < d; ++x) result.out[x] += w * head.values[i][x];
   }
   for (double& x : result.out) x /= sum;
+  result.near_lse = max + std::log(sum);
   return result;
 }
 

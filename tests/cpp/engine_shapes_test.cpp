@@ -52,10 +52,12 @@ class EngineShapes : public ::testing::TestWithParam<Form> {
     std::vector<float> keys = normal(tokens * d), values = normal(tokens * d);
     queries_ = normal(shape_.num_q_heads * tokens * d);
     std::vector<float> outputs(queries_.size());
+    lse_.assign(queries_.size() / d, NAN);
     const TensorView k = view(keys, 1, tokens), v = view(values, 1, tokens);
     const TensorView q = view(queries_, shape_.num_q_heads, tokens);
     const TensorView out = view(outputs, shape_.num_q_heads, tokens);
-    engine.step({&id, 1}, 0, {&k, 1}, {&v, 1}, {&q, 1}, {&out, 1});
+    const TensorView lse{lse_.data(), DType::kFloat32, shape_.num_q_heads, tokens, 1, tokens, 1};
+    engine.step({&id, 1}, 0, {&k, 1}, {&v, 1}, {&q, 1}, {&out, 1}, {}, {&lse, 1});
     for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
       const auto row = [&](const std::vector<float>& from) {
         return std::vector<float>(from.begin() + t * d, from.begin() + (t + 1) * d);
@@ -81,7 +83,7 @@ class EngineShapes : public ::testing::TestWithParam<Form> {
   CacheShape shape_;
   Config config_;
   OracleHead head_;
-  std::vector<float> queries_;
+  std::vector<float> queries_, lse_;  // of the last step
   std::mt19937 random_{3};
 };
 
@@ -94,6 +96,7 @@ TEST_P(EngineShapes, APromptAndStepsWithinTheBudgetAgreeWithTheOracle) {
     for (const int t : {0, 1, 63, 64, kPrompt - 1}) {
       const auto want = testing::full_attention(head_, query(g, t, kPrompt), t + 1);
       expect_near(prompt.data() + (g * kPrompt + t) * d, want.out);
+      ASSERT_NEAR(lse_[g * kPrompt + t], want.near_lse, 1e-4);
     }
   }
   for (int steps = 0; steps < 3; ++steps) {
@@ -103,6 +106,7 @@ TEST_P(EngineShapes, APromptAndStepsWithinTheBudgetAgreeWithTheOracle) {
     for (int g = 0; g < GetParam().group; ++g) {
       const auto want = testing::sparse_attention(head_, query(g, 0, 1), trace, g);
       expect_near(got.data() + g * d, want.out);
+      ASSERT_NEAR(lse_[g], testing::log_sum({want.near_lse, want.rest.said}), 1e-4);
     }
   }
   engine.check_integrity();

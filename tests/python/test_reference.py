@@ -60,7 +60,7 @@ def test_engine_takes_rows_of_different_length() -> None:
     made.append(seqs, 0, keys, keys)
     outputs = made.attend(seqs, 0, queries)
     for key, query, output in zip(keys, queries, outputs, strict=True):
-        torch.testing.assert_close(output, dense_attention(query, key, key, SCALE))
+        torch.testing.assert_close(output, dense_attention(query, key, key, SCALE)[0])
 
 
 def test_fork_and_truncate_do_not_touch_the_other_side() -> None:
@@ -186,8 +186,8 @@ def test_far_field_of_equal_tokens_is_exact() -> None:
     far = far_field(logits(queries, keys), values, nodes, attended)
     everything = torch.ones(40, dtype=torch.bool)
     torch.testing.assert_close(
-        sparse_attention(queries, keys, values, attended, far),
-        sparse_attention(queries, keys, values, everything),
+        sparse_attention(queries, keys, values, attended, far)[0],
+        sparse_attention(queries, keys, values, everything)[0],
     )
 
 
@@ -197,8 +197,8 @@ def test_far_field_of_single_tokens_is_exact() -> None:
     attended = torch.zeros(40, dtype=torch.bool)
     far = far_field(logits(query, keys), values, torch.arange(40), attended)
     torch.testing.assert_close(
-        sparse_attention(query, keys, values, attended, far),
-        dense_attention(query[:, None], keys[None], values[None], 1.0)[:, 0].double(),
+        sparse_attention(query, keys, values, attended, far)[0],
+        dense_attention(query[:, None], keys[None], values[None], 1.0)[0][:, 0].double(),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -223,9 +223,9 @@ def test_far_field_helps_where_values_of_a_node_are_alike() -> None:
     queries = random(4, HEAD_DIM, seed=3)
     attended = torch.arange(200) < 20
     far = far_field(logits(queries, keys), values, nodes, attended)
-    exact = sparse_attention(queries, keys, values, torch.ones(200, dtype=torch.bool))
-    without = (sparse_attention(queries, keys, values, attended) - exact).norm()
-    with_far = (sparse_attention(queries, keys, values, attended, far) - exact).norm()
+    exact, _ = sparse_attention(queries, keys, values, torch.ones(200, dtype=torch.bool))
+    without = (sparse_attention(queries, keys, values, attended)[0] - exact).norm()
+    with_far = (sparse_attention(queries, keys, values, attended, far)[0] - exact).norm()
     assert with_far < 0.2 * without
 
 
@@ -238,7 +238,8 @@ def test_far_field_of_fully_attended_nodes_is_empty() -> None:
     assert torch.isneginf(weights[:, 0]).all()
     assert torch.isfinite(weights[:, 1]).all()
     assert torch.isfinite(means).all()
-    assert torch.isfinite(sparse_attention(queries, keys, values, attended, (weights, means))).all()
+    output, lse = sparse_attention(queries, keys, values, attended, (weights, means))
+    assert torch.isfinite(output).all() and torch.isfinite(lse).all()
 
 
 def test_far_field_without_nodes_is_empty() -> None:
@@ -282,7 +283,8 @@ def test_engine_computes_the_formulas_on_what_it_picked(index: str, select: str)
         new = random(3, 1, 2, 1, HEAD_DIM, seed=10 + step)
         query = 0.5 + random(1, 6, 1, HEAD_DIM, seed=40 + step)
         made.append([seq], 0, 2 * new[0], new[1])
-        output = made.attend([seq], 0, query)[0, :, 0].view(2, 3, HEAD_DIM)
+        lse = torch.full((1, 6, 1), torch.nan)
+        output = made.attend([seq], 0, query, lse=lse)[0, :, 0].view(2, 3, HEAD_DIM)
         keys, values = made.gather(seq, 0)
         for head in range(2):
             trace = made.trace(seq, 0, head)
@@ -302,8 +304,9 @@ def test_engine_computes_the_formulas_on_what_it_picked(index: str, select: str)
             errors.append((weights - exact)[exact.isfinite()])
             rest_errors.append(weights.logsumexp(1) - exact.logsumexp(1))
             far = weights, means
-            expected = sparse_attention(scaled, keys[head], values[head], attended, far)
+            expected, total = sparse_attention(scaled, keys[head], values[head], attended, far)
             torch.testing.assert_close(output[head].double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lse.view(2, 3)[head].double(), total, rtol=1e-5, atol=1e-4)
             near = (scaled @ keys[head][attended].T).logsumexp(-1)
             torch.testing.assert_close(torch.tensor(trace.near_lse), near, rtol=1e-4, atol=1e-4)
     of_nodes, of_rest = torch.cat(errors).abs(), torch.cat(rest_errors).abs()
