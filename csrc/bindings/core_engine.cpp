@@ -186,23 +186,33 @@ void step_packed(Self self, py::handle seqs, py::handle layer_number, py::handle
                                   ids.size(), ", ", firsts.size(), ", ", counts.size(), " and ",
                                   phases.size()));
   }
+  if (keys.is_none() != values.is_none()) {
+    throw InvalidArgument(message("keys and values must be two tensors, or None both, got ",
+                                  type_name(keys), " and ", type_name(values)));
+  }
   const Rows q = packed_rows(form_of(self, "queries"), queries, firsts, counts);
-  const Rows k = packed_rows(form_of(self, "keys"), keys, firsts, counts);
-  const Rows v = packed_rows(form_of(self, "values"), values, firsts, counts);
   const Rows out = packed_rows(form_of(self, "outputs", Use::kWritten), outputs, firsts, counts);
   const Rows lse =
       lse_tensor.is_none() ? Rows() : packed_rows(lse_form(), lse_tensor, firsts, counts);
+  if (keys.is_none()) {
+    const Unlocked unlocked;
+    return self->attend(ids, layer, q.views, out.views, phases, lse.views);
+  }
+  const Rows k = packed_rows(form_of(self, "keys"), keys, firsts, counts);
+  const Rows v = packed_rows(form_of(self, "values"), values, firsts, counts);
   append_or_not(self, ids, layer, k.views, [&] {
     self->step(ids, layer, k.views, v.views, q.views, out.views, phases, lse.views);
   });
 }
 
-void observe(Self self, py::handle seqs, py::handle layer_number, py::handle queries) {
+void observe(Self self, py::handle seqs, py::handle layer_number, py::handle queries,
+             py::handle phase) {
   const Ids ids = integers("seqs", seqs);
   const int layer = narrow_integer("layer", layer_number);
+  const std::vector<Phase> phases = phases_of(phase, ids.size());
   const Rows q = batch_or_list_rows(form_of(self, "queries"), queries, ids.size());
   const Unlocked unlocked;
-  self->observe(ids, layer, q.views);
+  self->observe(ids, layer, q.views, phases);
 }
 
 void gather(Self self, py::handle seq, py::handle layer_number, py::handle keys,

@@ -68,12 +68,13 @@ class Engine::Impl::AttendCall {
   }
   // True where a head of a sequence answers within the token budget.
   bool is_sparse(std::size_t b, int head) const {
-    return decodes(b) && phase_of(b) == Phase::kAuto && caches_[b]->heads[head].sparse();
+    const auto first = caches_[b]->length() - static_cast<std::int32_t>(args_.queries[b].tokens);
+    return decodes(b) && phase_of(b) == Phase::kAuto && caches_[b]->heads[head].sparse_from(first);
   }
   // True where the step itself does all that is due, and nothing is left to index threads.
   bool is_alone(std::size_t b) const {
-    return decodes(b) &&
-           (caches_[b]->sparse() || (caches_[b]->is_short() && args_.queries[b].tokens <= kQueryBlock));
+    return decodes(b) && (caches_[b]->sparse() ||
+                          (caches_[b]->is_short() && args_.queries[b].tokens <= kQueryBlock));
   }
   void run(Task& task, AttendWorkspace& workspace);
   void observe(Task& task, std::int32_t first, float* scaled) const;
@@ -148,13 +149,13 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
       const std::int32_t position = first + static_cast<std::int32_t>(t);
       head.insert_due(position, task.stats, workspace);
       head.decode(scaled.data() + row * d, position,
-                  {result.data() + row * d, any_lse == nullptr ? nullptr : any_lse + row}, task.stats,
-                  task.trace, workspace);
+                  {result.data() + row * d, any_lse == nullptr ? nullptr : any_lse + row},
+                  task.stats, task.trace, workspace);
     }
   } else {
     if (task.alone && head.sparse()) head.insert_due(first, task.stats, workspace);
-    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first,
-                      {result.data(), any_lse}, task.stats, workspace);
+    head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, {result.data(), any_lse},
+                      task.stats, workspace);
     if (decodes(task.item)) task.stats.dense_steps = task.tokens;
   }
   if (task.alone) observe(task, first, scaled.data());
@@ -188,7 +189,8 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
 void Engine::Impl::AttendCall::prepare() {
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     if (!is_alone(b)) {
-      follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
+      follow_ups_.push_back(
+          engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
     } else if (caches_[b]->sparse()) {
       follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, args_.queries[b].tokens));
     }

@@ -29,6 +29,7 @@ struct Engine::Impl {
   LayerCache& layer_to_change(SeqId id, int layer);
   void check_view(std::string_view name, const TensorView& view, std::int64_t heads) const;
   void check_call(std::span<const SeqId> ids, std::size_t views, std::string_view name) const;
+  void check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const;
   void check_layer(int layer) const;
   void check_append(std::span<const SeqId> ids, std::span<const TensorView> keys,
                     std::span<const TensorView> values) const;
@@ -105,8 +106,7 @@ struct Engine::Impl {
   };
   // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
   // background.
-  FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries,
-                          Phase phase = Phase::kAuto);
+  FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries, Phase phase);
   // After decoding `new_tokens` tokens of an indexed sequence: starts building the segments that
   // are due, in the background. While a layer builds a segment, it holds the tokens of it twice; so
   // layers take turns.

@@ -241,18 +241,24 @@ void Engine::Impl::check_attend(std::span<const SeqId> ids, const AttendArgs& ar
     }
     if (!args.lse.empty()) check_lse(args.lse[b], shape.num_q_heads, tokens);
   }
-  if (!args.phases.empty()) check_call(ids, args.phases.size(), "phases");
-  for (const Phase phase : args.phases) {
+  check_phases(ids, args.phases);
+}
+
+void Engine::Impl::check_phases(std::span<const SeqId> ids, std::span<const Phase> phases) const {
+  if (!phases.empty()) check_call(ids, phases.size(), "phases");
+  for (const Phase phase : phases) {
     if (phase > Phase::kVerify) {
       throw InvalidArgument(message("phases must be from 0 to 3, got ", static_cast<int>(phase)));
     }
   }
 }
 
-void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries) {
+void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const TensorView> queries,
+                     std::span<const Phase> phases) {
   const std::lock_guard lock(impl_->mutex);
   impl_->check_layer(layer);
   impl_->check_call(ids, queries.size(), "queries");
+  impl_->check_phases(ids, phases);
   std::vector<LayerCache*> layers;
   for (std::size_t b = 0; b < ids.size(); ++b) {
     layers.push_back(&impl_->layer_to_change(ids[b], layer));
@@ -260,7 +266,8 @@ void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const Tens
   }
   std::vector<Impl::FollowUp> work;
   for (std::size_t b = 0; b < ids.size(); ++b) {
-    work.push_back(impl_->prepare_update(*layers[b], layer, queries[b]));
+    const Phase phase = phases.empty() ? Phase::kAuto : phases[b];
+    work.push_back(impl_->prepare_update(*layers[b], layer, queries[b], phase));
   }
   for (Impl::FollowUp& item : work) impl_->start(std::move(item));
 }

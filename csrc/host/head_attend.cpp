@@ -15,6 +15,19 @@
 namespace icecache {
 namespace {
 
+// The tokens of a segment in order of position, as picks of one slot.
+void add_in_order(const Segment& segment, std::vector<PagePick>& picks) {
+  const PageTable& table = segment.index().table();
+  const std::span<const std::uint32_t> masks = segment.masks();
+  picks.resize(static_cast<std::size_t>(segment.size()));
+  for (int page = 0; page < static_cast<int>(masks.size()); ++page) {
+    for (std::uint32_t slots = masks[page]; slots != 0; slots &= slots - 1) {
+      const int slot = std::countr_zero(slots);
+      picks[table.position(page, slot) - segment.first_position()] = table.pick(page, 1u << slot);
+    }
+  }
+}
+
 int token_count(std::span<const PagePick> picks) {
   int tokens = 0;
   for (const PagePick& pick : picks) tokens += std::popcount(pick.slots);
@@ -58,6 +71,11 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   attend_run(sink_);
   const auto attend_index = [&](const Segment& segment) {
     picks.clear();
+    const std::int64_t seen = first_position + 1 - segment.first_position();
+    if (seen < segment.size()) {  // another layer's call for the same tokens has indexed them
+      add_in_order(segment, picks);
+      return attend_picks(seen, attention, stats, workspace);
+    }
     const std::span<const std::uint32_t> masks = segment.masks();
     for (std::size_t page = 0; page < masks.size(); ++page) {
       if (masks[page] == 0) continue;

@@ -15,6 +15,7 @@
 // Threads: none of its own. Engine lets either one attend/append or one background update in.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -57,6 +58,10 @@ class HeadCache {
 
   // True where a query at the end is answered within the token budget.
   bool sparse() const;
+  // True where queries from `position` on are: no index holds a token behind the first of them.
+  bool sparse_from(std::int32_t position) const {
+    return sparse() && tail_.first_position() <= position + 1;
+  }
   // True where there is no index and none is due.
   bool is_short() const;
 
@@ -95,13 +100,13 @@ class HeadCache {
     observed_.reset();
   }
   // Moments with the queries of tokens up to `position`. Until the next append(), truncate() to
-  // that position or below takes them back.
+  // that position or below takes them back, with those of other layers for the same tokens.
   struct Observed {
     QueryMoments moments;
     std::int32_t position;
   };
   void set_observed(Observed observed) noexcept {
-    keep_observed();
+    if (observed_) observed.position = std::max(observed.position, observed_->position);
     observed_.emplace(std::move(observed));
   }
   std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments().counting(n); }

@@ -90,7 +90,10 @@ class Engine {
 
   // Causal attention of the last T tokens: queries[b] and outputs[b] are [Hq, T, D], query t stands
   // at position length - T + t. Within the token budget where the sequence is indexed and T <=
-  // decode_tokens, exact else. `phases`: one per sequence, or none for kAuto. Throws
+  // decode_tokens, exact else. `phases`: one per sequence, or none for kAuto. Several layers of a
+  // model may attend to the tokens of one, each with queries of its own, which all shape the metric:
+  // the layer that appends calls step(), the others attend(). Of the calls for one prompt the last
+  // one gives kPromptEnd and the others kPrefill, or else a call waits for the index. Throws
   // InvalidArgument where rows of outputs or lse share memory with one another or with an input; so
   // does step().
   // lse[b], if there are any, is [Hq, T, 1] in float32, and becomes the log of the sum of exp(logit)
@@ -115,8 +118,9 @@ class Engine {
   void take_back(std::span<const SeqId> sequences, int layer, std::span<const std::int64_t> counts);
 
   // For callers that computed the attention of a first chunk themselves: the chunk's last queries
-  // [Hq, T, D] shape the metric, and clustering starts behind the caller.
-  void observe(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries);
+  // [Hq, T, D] shape the metric, and clustering starts behind the caller, but not with kPrefill.
+  void observe(std::span<const SeqId> sequences, int layer, std::span<const TensorView> queries,
+               std::span<const Phase> phases = {});
 
   // Waits for all background work; throws nothing. What the work threw, the next call for the same
   // (sequence, layer) throws.

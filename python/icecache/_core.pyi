@@ -188,8 +188,8 @@ class Engine:
         seqs: _Ids,
         layer: SupportsIndex,
         queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
         outputs: torch.Tensor,
         firsts: _Ids,
         counts: _Ids,
@@ -197,7 +197,9 @@ class Engine:
         lse: torch.Tensor | None,
         /,
     ) -> None: ...
-    def observe(self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, /) -> None: ...
+    def observe(
+        self, seqs: _Ids, layer: SupportsIndex, queries: _Tensors, phase: SupportsIndex, /
+    ) -> None: ...
     def gather(
         self, seq: SupportsIndex, layer: SupportsIndex, keys: torch.Tensor, values: torch.Tensor, /
     ) -> None: ...

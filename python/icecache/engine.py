@@ -202,8 +202,8 @@ class Engine:
         seqs: Sequence[int],
         layer: int,
         queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
         outputs: torch.Tensor,
         firsts: Sequence[int],
         counts: Sequence[int],
@@ -218,18 +218,25 @@ class Engine:
         they are. A prompt in chunks of PREFILL and
         one of PROMPT_END has the index that it would have in one chunk, however it is cut. All
         sequences take their tokens or none does.
+
+        Without keys and values (None both) it only attends: for a layer that shares those of
+        another, which has appended them as `layer`. Each such layer selects for itself; the queries
+        of all shape the metric. Of the layers that attend to a prompt the last one gives
+        PROMPT_END and the others PREFILL, or else a call waits for the index.
         """
         self._engine.step_packed(
             seqs, layer, queries, keys, values, outputs, firsts, counts, phases, lse
         )
 
-    def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
+    def observe(
+        self, seqs: Sequence[int], layer: int, queries: Tensors, phase: Phase = Phase.AUTO
+    ) -> None:
         """Shows the engine the queries of tokens whose attention the caller computed itself.
 
-        The last 256 or fewer shape the metric in which keys are clustered; clustering starts on
-        the engine's threads. Form as in attend().
+        The last ones shape the metric in which keys are clustered; clustering starts on the
+        engine's threads, but not with PREFILL. Form as in attend().
         """
-        self._engine.observe(seqs, layer, queries)
+        self._engine.observe(seqs, layer, queries, phase)
 
     def gather(self, seq: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens in order of position: two of [Hkv, L, D]."""

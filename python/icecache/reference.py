@@ -169,7 +169,9 @@ class ReferenceEngine:
         self.append(seqs, layer, keys, values)
         return self.attend(seqs, layer, queries, phase, lse)
 
-    def observe(self, seqs: Sequence[int], layer: int, queries: Tensors) -> None:
+    def observe(
+        self, seqs: Sequence[int], layer: int, queries: Tensors, phase: int = 0
+    ) -> None:
         """Checks the form; exact attention needs no metric."""
         rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
         for seq, query in zip(seqs, rows, strict=True):
