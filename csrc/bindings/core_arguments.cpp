@@ -64,23 +64,24 @@ std::string text(std::string_view name, py::handle value) {
 
 namespace {
 
-float scale_of(py::handle value) {
+// `zero`: what 0 stands for.
+float real_of(std::string_view name, std::string_view zero, py::handle value) {
   if (PyUnicode_Check(value.ptr()) != 0) {
-    throw py::type_error("scale must be a number, got str");
+    throw py::type_error(message(name, " must be a number, got str"));
   }
   const double wide = PyFloat_AsDouble(value.ptr());
   if (wide == -1.0 && PyErr_Occurred() != nullptr) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
-    throw py::type_error(message("scale must be a number, got ", type_name(value)));
+    throw py::type_error(message(name, " must be a number, got ", type_name(value)));
   }
-  const float scale = static_cast<float>(wide);
-  if (wide != 0.0 && !std::isnormal(scale)) {
-    throw InvalidArgument(message("scale must be 0 for 1 / sqrt(head_dim), or from ",
+  const float narrow = static_cast<float>(wide);
+  if (wide != 0.0 && !std::isnormal(narrow)) {
+    throw InvalidArgument(message(name, " must be 0 for ", zero, ", or from ",
                                   std::numeric_limits<float>::min(), " to ",
                                   std::numeric_limits<float>::max(), ", got ", wide));
   }
-  return scale;
+  return narrow;
 }
 
 DType dtype_of(py::handle name) {
@@ -94,14 +95,16 @@ DType dtype_of(py::handle name) {
 }  // namespace
 
 CacheShape shape_of(py::handle num_layers, py::handle num_q_heads, py::handle num_kv_heads,
-                    py::handle head_dim, py::handle dtype, py::handle scale) {
+                    py::handle head_dim, py::handle dtype, py::handle scale,
+                    py::handle logit_softcap) {
   CacheShape shape;
   shape.num_layers = narrow_integer("num_layers", num_layers);
   shape.num_q_heads = narrow_integer("num_q_heads", num_q_heads);
   shape.num_kv_heads = narrow_integer("num_kv_heads", num_kv_heads);
   shape.head_dim = narrow_integer("head_dim", head_dim);
   shape.dtype = dtype_of(dtype);
-  shape.scale = scale_of(scale);
+  shape.scale = real_of("scale", "1 / sqrt(head_dim)", scale);
+  shape.logit_softcap = real_of("logit_softcap", "none", logit_softcap);
   return shape;
 }
 

@@ -20,11 +20,11 @@ int narrow_integer(std::string_view name, pybind11::handle value);    // of 32 b
 // Of any iterable.
 std::vector<std::int64_t> integers(std::string_view name, pybind11::handle values);
 std::string text(std::string_view name, pybind11::handle value);
-// What a cache is for; `dtype` is "float32", "bfloat16" or "float16". A scale of 0 means
-// 1 / sqrt(head_dim); throws for another one that float cannot hold.
+// What a cache is for; `dtype` is "float32", "bfloat16" or "float16". 0 stands for a scale of
+// 1 / sqrt(head_dim), and for no softcap; throws for others that float cannot hold.
 CacheShape shape_of(pybind11::handle num_layers, pybind11::handle num_q_heads,
                     pybind11::handle num_kv_heads, pybind11::handle head_dim,
-                    pybind11::handle dtype, pybind11::handle scale);
+                    pybind11::handle dtype, pybind11::handle scale, pybind11::handle logit_softcap);
 
 std::string type_name(pybind11::handle value);
 

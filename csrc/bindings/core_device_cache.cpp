@@ -47,9 +47,10 @@ void bind_memory(py::module_& module) {
 
 std::unique_ptr<DeviceCache, UnlockedDelete> make_cache(
     py::handle num_layers, py::handle num_q_heads, py::handle num_kv_heads, py::handle head_dim,
-    py::handle dtype, py::handle scale, Live<Config> config, py::handle sequences,
-    py::handle tokens, py::handle number) {
-  const CacheShape shape = shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale);
+    py::handle dtype, py::handle scale, py::handle logit_softcap, Live<Config> config,
+    py::handle sequences, py::handle tokens, py::handle number) {
+  const CacheShape shape =
+      shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, logit_softcap);
   const int batch = narrow_integer("batch", sequences);
   const std::int64_t max_tokens = integer("max_tokens", tokens);
   const int device = narrow_integer("device", number);

@@ -46,8 +46,9 @@ void use_parallel_for_of(const py::object& library) {
 std::unique_ptr<Engine, UnlockedDelete> make_engine(py::handle num_layers, py::handle num_q_heads,
                                                     py::handle num_kv_heads, py::handle head_dim,
                                                     py::handle dtype, py::handle scale,
-                                                    Live<Config> config) {
-  const CacheShape shape = shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale);
+                                                    py::handle logit_softcap, Live<Config> config) {
+  const CacheShape shape =
+      shape_of(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, logit_softcap);
   const Config values = *config;  // another thread may change it meanwhile
   const Unlocked unlocked;
   return std::unique_ptr<Engine, UnlockedDelete>(new Engine(shape, values));

@@ -103,8 +103,8 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& 
   scan.heads_of_cell.assign(cells_.cell_count(), {});
   scan.bytes = 0;
   for (int g = 0; g < group; ++g) {
-    tree_.search(request.queries + static_cast<std::size_t>(g) * d, static_cast<int>(beam()),
-                 wanted, found);
+    tree_.search(request.queries + static_cast<std::size_t>(g) * d, request.logit_softcap,
+                 static_cast<int>(beam()), wanted, found);
     for (int cell : found.cells) scan.heads_of_cell[cell].set(g);
     scan.unseen_lse[g] = found.unseen_lse;
     scan.bytes += found.scored * d * static_cast<std::int64_t>(sizeof(float));
@@ -128,6 +128,7 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& 
     float found_logits[kMaxGroup * kMaxPageSize];
     simd::kernels().row_logits({rows.data(), table().dtype(), count, group, d}, request.queries,
                                found_logits, count);
+    simd::kernels().soft_cap(found_logits, group * count, request.logit_softcap);
     for (int g = 0; g < group; ++g) {
       const float* next = found_logits + g * count;
       for (std::uint32_t mask = table().mask(page); mask != 0; mask &= mask - 1) {

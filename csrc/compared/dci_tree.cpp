@@ -244,7 +244,8 @@ void DciTree::add_tokens(int cell, std::int32_t change) {
   }
 }
 
-void DciTree::search(const float* query, int beam, std::int64_t wanted, Found& found) const {
+void DciTree::search(const float* query, float logit_softcap, int beam, std::int64_t wanted,
+                     Found& found) const {
   auto &frontier = found.frontier, &ranking = found.ranking;
   auto &scores = found.scores, &dropped = found.dropped;
   found.scored = 0;
@@ -277,7 +278,8 @@ void DciTree::search(const float* query, int beam, std::int64_t wanted, Found& f
         found.cells.push_back(node);
         kept += l.tokens[node];
       } else {
-        dropped.push_back(scores[i] + std::log(static_cast<float>(l.tokens[node])));
+        dropped.push_back(soft_cap(scores[i], logit_softcap) +
+                          std::log(static_cast<float>(l.tokens[node])));
       }
     }
     if (level == 0) break;

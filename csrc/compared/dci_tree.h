@@ -60,7 +60,8 @@ class DciTree {
     std::vector<int> frontier, ranking;
     std::vector<float> scores, dropped;
   };
-  void search(const float* query, int beam, std::int64_t wanted, Found& found) const;
+  void search(const float* query, float logit_softcap, int beam, std::int64_t wanted,
+              Found& found) const;
 
   int level_count() const { return static_cast<int>(levels_.size()); }
   int cell_count() const { return empty() ? 0 : levels_[0].size(); }

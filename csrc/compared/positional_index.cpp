@@ -101,7 +101,8 @@ void PositionalIndex::rank(const SelectRequest& request, Ranking& ranking) const
     float* lse = ranking.lse.data() + static_cast<std::size_t>(g) * pages;
     for (int page : order_) {
       const float* row = rows_.data() + static_cast<std::size_t>(page) * width;
-      lse[page] = kernels.dot(quest_ ? middle : query, row, width) +
+      const float logit = kernels.dot(quest_ ? middle : query, row, width);
+      lse[page] = soft_cap(logit, request.logit_softcap) +
                   std::log(static_cast<float>(table().count(page)));
       if (quest_) {
         ranking.worth[page] = std::max(ranking.worth[page], kernels.dot(upper, row, width));

@@ -51,6 +51,10 @@ void CacheShape::validate() const {
     throw InvalidArgument(
         message("scale must be finite and positive, or 0 for 1 / sqrt(head_dim), got ", scale));
   }
+  if (!std::isfinite(logit_softcap) || logit_softcap < 0.0f) {
+    throw InvalidArgument(
+        message("logit_softcap must be finite and positive, or 0 for none, got ", logit_softcap));
+  }
 }
 
 }  // namespace icecache

@@ -38,11 +38,11 @@ bool can_estimate(float query, const Magnitudes& held, int head_dim) {
          largest_logit(query, held, head_dim) <= kLargestEstimated;
 }
 
-ExactAttention::ExactAttention(const float* queries, int tokens, int group,
-                               const PageLayout& layout, const Magnitudes& held, float* out)
-    : block_{queries, tokens, group}, layout_(layout), out_(out) {
-  const int rows = tokens * group, d = layout.head_dim;
-  float largest = largest_element(queries, static_cast<std::ptrdiff_t>(rows) * d);
+ExactAttention::ExactAttention(const QueryBlock& queries, const PageLayout& layout,
+                               const Magnitudes& held, float* out)
+    : block_(queries), layout_(layout), out_(out) {
+  const int rows = queries.tokens * queries.group, d = layout.head_dim;
+  float largest = largest_element(queries.queries, static_cast<std::ptrdiff_t>(rows) * d);
   if (std::isinf(largest)) {
     set_aside_bad_rows();
     largest = largest_element(block_.queries, static_cast<std::ptrdiff_t>(rows) * d);

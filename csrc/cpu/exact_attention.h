@@ -32,8 +32,8 @@ bool can_estimate(float query, const Magnitudes& held, int head_dim);
 class ExactAttention {
  public:
   // Queries [T, G, D] (scaled) over nothing. `out` [T, G, D] is used from now on.
-  ExactAttention(const float* queries, int tokens, int group, const PageLayout& layout,
-                 const Magnitudes& held, float* out);
+  ExactAttention(const QueryBlock& queries, const PageLayout& layout, const Magnitudes& held,
+                 float* out);
 
   // Of the tokens of the pages, in order, query t sees the first seen + t.
   void attend(std::span<const PageSlots> pages, std::int64_t seen = QueryBlock::kAll);

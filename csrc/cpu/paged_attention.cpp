@@ -66,6 +66,7 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
   simd::BlockArgs args;
   args.dtype = layout.dtype;
   args.head_dim = layout.head_dim;
+  args.softcap = queries.softcap;
   RowPointers blocks[2];
   RowPointers *now = &blocks[0], *later = &blocks[1];
   tokens.next(*now);

@@ -35,6 +35,7 @@ struct QueryBlock {
   int tokens = 1;                  // T
   int group = 0;                   // G
   std::int64_t seen = kAll;        // by the first query; may be negative
+  float softcap = 0.0f;            // of the logits; 0: none
 };
 
 // state.group == T * G.

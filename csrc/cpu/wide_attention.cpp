@@ -56,7 +56,9 @@ void WideAttention::attend(std::span<const PageSlots> pages, const QueryBlock& b
         for (int i = 0; i < d; i += 4) {
           for (int j = 0; j < 4; ++j) parts[j] += query[i + j] * key[i + j];
         }
-        add(r, (parts[0] + parts[1]) + (parts[2] + parts[3]), value);
+        double logit = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+        if (block.softcap > 0.0f) logit = block.softcap * std::tanh(logit / block.softcap);
+        add(r, logit, value);
       }
     }
   }

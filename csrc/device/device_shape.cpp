@@ -33,6 +33,8 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
   if (config.dense_tokens > config.token_budget)
     refuse("dense_tokens", config.dense_tokens, "at most token_budget");
   if (config.sketch_bits != 4) refuse("sketch_bits", config.sketch_bits, "4");
+  if (shape.logit_softcap != 0.0f)
+    refuse("logit_softcap", shape.logit_softcap, "0 (run other models on the CPU)");
   gpu::StepShape s;
   s.batch = batch;
   s.kv_heads = shape.num_kv_heads;

@@ -24,6 +24,7 @@ SeqId Engine::new_sequence() {
       context.group = impl_->shape.group();
       context.dtype = impl_->shape.dtype;
       context.scale = impl_->shape.softmax_scale();
+      context.logit_softcap = impl_->shape.logit_softcap;
       layer.heads.emplace_back(context, impl_->config.exact || impl_->config.is_dense_layer(l));
     }
     layer.job_stats.resize(layer.heads.size());

@@ -59,9 +59,11 @@ void HeadCache::attend_picks(std::int64_t seen, ExactAttention& attention, HeadS
   stats.bytes_read += 2 * row_bytes * token_count(picks);
 }
 
-void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position,
-                             Out out, HeadStats& stats, AttendWorkspace& workspace) const {
-  ExactAttention attention(queries, tokens, context_.group, layout(), held_, out.rows);
+void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position, Out out,
+                             HeadStats& stats, AttendWorkspace& workspace) const {
+  ExactAttention attention(
+      {queries, tokens, context_.group, QueryBlock::kAll, context_.logit_softcap}, layout(), held_,
+      out.rows);
   std::vector<PagePick>& picks = workspace.picks;
   const auto attend_run = [&](const PageRun& run) {
     picks.clear();
@@ -132,6 +134,7 @@ void HeadCache::score_near(const float* queries, std::int32_t position,
   }
   simd::kernels().row_logits({step.rows.data(), context_.dtype, near, group, d}, queries,
                              step.logits.data(), near);
+  simd::kernels().soft_cap(step.logits.data(), near * group, context_.logit_softcap);
   for (int g = 0; g < group; ++g) {
     step.near_sum[g] = weight_sum(step.logits.data() + g * near, near);
     step.near_lse[g] = step.near_sum[g].log();
@@ -225,6 +228,7 @@ void HeadCache::decode(const float* queries, std::int32_t position, Out out, Hea
   SelectRequest request;
   request.queries = queries;
   request.group = group;
+  request.logit_softcap = context_.logit_softcap;
   request.near_lse = step.near_lse;
   request.budget = left(config.token_budget);
   request.mass_target = config.mass_target;

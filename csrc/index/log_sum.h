@@ -16,6 +16,11 @@ inline float log_add(float a, float b) {
   return high + std::log(std::exp(a - high) + std::exp(b - high));
 }
 
+// cap tanh(logit / cap); cap 0: the logit.
+inline float soft_cap(float logit, float cap) {
+  return cap > 0.0f ? cap * std::tanh(logit / cap) : logit;
+}
+
 // A sum of weights exp(x) as the largest x and the sum of exp(x - max): exact to rounding however
 // large x is. Its logarithm as one float is not: weights relative to it are off by a factor of
 // exp(x / 2^24), 1.06 at 10^6 and anything from 10^8 on.

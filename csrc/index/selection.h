@@ -14,6 +14,7 @@ namespace icecache {
 struct SelectRequest {
   const float* queries = nullptr;   // [G, D], already multiplied by the softmax scale
   int group = 0;                    // G
+  float logit_softcap = 0.0f;       // of all logits, estimated ones too; 0: none
   const float* near_lse = nullptr;  // [G] log weight of sink + window, -inf where there is none
   int budget = 0;                   // tokens to pick at most (sink and window already deducted)
   int max_budget = 0;               // with mass_target; >= budget

@@ -73,7 +73,7 @@ void Selector::scan(const SelectRequest& request) {
   scores_.resize(group_, page_size_, pages_, octave);
   for (const Part& part : parts_) {
     candidates_.bytes += part.segment->index().sketch().scan(
-        queries_[part.number], part.segment->masks(), part.number, scores_);
+        queries_[part.number], part.segment->masks(), part.number, request.logit_softcap, scores_);
   }
 }
 
@@ -120,6 +120,7 @@ void Selector::score(const SelectRequest& request, std::span<const std::int32_t>
   logits.resize(count * group_);
   simd::kernels().row_logits({rows_.data(), any.dtype(), count, group_, any.head_dim()},
                              request.queries, logits.data(), count);
+  simd::kernels().soft_cap(logits.data(), count * group_, request.logit_softcap);
   candidates_.bytes += count * static_cast<std::int64_t>(any.head_dim() * size_of(any.dtype()));
 }
 

@@ -99,7 +99,7 @@ void Sketch::prepare(const QueryMetric& metric, const float* queries, int group,
 }
 
 std::int64_t Sketch::scan(const Query& query, std::span<const std::uint32_t> masks, int part,
-                          SketchScores& out) const {
+                          float logit_softcap, SketchScores& out) const {
   const int pages = static_cast<int>(masks.size()), group = out.group();
   const int shift = std::clamp(out.octave() - query.level, 0, 30);
   std::int32_t base[kMaxGroup];
@@ -107,9 +107,11 @@ std::int64_t Sketch::scan(const Query& query, std::span<const std::uint32_t> mas
     base[g] = query.base[g] + (1 << shift) / 2;  // shifting rounds down
     out.bias(part)[g] = query.bias[g];
   }
+  simd::kernels().soft_cap(out.bias(part), group, logit_softcap);
   simd::kernels().sketch_scan({codes_.data(), masks.data(), query.rounded.data(), base,
                                out.scores(part), out.max(part), out.mass(part), out.stride(), pages,
-                               group, rank_, page_size_, bits_, shift, out.coarse()});
+                               group, rank_, page_size_, bits_, shift, out.coarse(), logit_softcap,
+                               out.unit(), query.bias, out.bias(part)});
   return static_cast<std::int64_t>(pages) * page_bytes();
 }
 

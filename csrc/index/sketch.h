@@ -39,10 +39,10 @@ class Sketch {
     int octave = 0;                    // of SketchScores, at least
   };
   void prepare(const QueryMetric& metric, const float* queries, int group, Query& query) const;
-  // Scores of all tokens, those that `masks` [P] has: near q.k. Part `part` of `out` becomes these,
-  // in out's unit, of at least query.octave. Returns the bytes read.
+  // Scores of all tokens, those that `masks` [P] has: near q.k, or that capped. Part `part` of `out`
+  // becomes these, in out's unit, of at least query.octave. Returns the bytes read.
   std::int64_t scan(const Query& query, std::span<const std::uint32_t> masks, int part,
-                    SketchScores& out) const;
+                    float logit_softcap, SketchScores& out) const;
 
   int page_size() const { return page_size_; }
   std::size_t memory_bytes() const { return codes_.capacity(); }

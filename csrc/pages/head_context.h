@@ -14,7 +14,8 @@ struct HeadContext {
   int head_dim = 0;
   int group = 0;
   DType dtype = DType::kFloat32;
-  float scale = 0.0f;  // softmax scale
+  float scale = 0.0f;          // softmax scale
+  float logit_softcap = 0.0f;  // 0: none
 };
 
 }  // namespace icecache

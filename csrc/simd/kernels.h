@@ -28,9 +28,10 @@ struct BlockArgs {
   const void* const* values = nullptr;  // [count] of [D]
   const int* seen = nullptr;            // [rows] row r sees the first seen[r] >= 1; null: all
   DType dtype = DType::kFloat32;
-  int count = 0;     // at most kMaxBlock
-  int rows = 0;      // G, or G x T in prefill; any number
-  int head_dim = 0;  // D, a multiple of 8, at most kMaxHeadDim
+  int count = 0;         // at most kMaxBlock
+  int rows = 0;          // G, or G x T in prefill; any number
+  int head_dim = 0;      // D, a multiple of 8, at most kMaxHeadDim
+  float softcap = 0.0f;  // of the logits, as soft_cap
   // The block that comes next, [next_count] each: few rows ask for its memory as they go.
   const void* const* next_keys = nullptr;
   const void* const* next_values = nullptr;
@@ -63,6 +64,8 @@ constexpr int kScoreSlots = 32;
 //   bits = 8: codes[P][R / 4][S][4]; byte j of a slot in block b: dim 4 b + j
 // At most 4 KiB of codes behind the last page are asked for and never read.
 // Outputs end with the last page rounded up to kScoreSlots: slots behind it hold no token.
+// With a softcap, scores become those of capped logits: a score of s, which stood for a logit of
+// bias[g] + unit x s, then stands for capped_bias[g] + unit x s, where capped_bias is bias, capped.
 struct SketchScanArgs {
   const std::uint8_t* codes = nullptr;
   const std::uint32_t* masks = nullptr;  // [P] bit s: slot s holds a token
@@ -76,6 +79,10 @@ struct SketchScanArgs {
   int group = 0, rank = 0, page_size = 0, bits = 0;
   int shift = 0;  // such that no score exceeds kMaxScore
   int coarse = 0;
+  float softcap = 0.0f;                // 0: none, and the following are not read
+  float unit = 0.0f;                   // nats
+  const float* bias = nullptr;         // [G]
+  const float* capped_bias = nullptr;  // [G]
 };
 
 // Floats of one row of a page's masses.
@@ -158,6 +165,8 @@ struct Kernels {
   void (*softmax_stats)(const float* x, std::int64_t n, float* max, float* sum);
   // y[i] += exp(x[i] - shift); relative error of exp <= 1e-6; exp(-inf) is 0.
   void (*add_exp)(const float* x, float shift, float* y, std::int64_t n);
+  // x[i] = cap tanh(x[i] / cap); error <= 3e-7 cap; cap 0: as it is.
+  void (*soft_cap)(float* x, std::int64_t n, float cap);
 };
 
 const Kernels& scalar_kernels();

@@ -36,7 +36,7 @@ constexpr int kMaxSketchRank = 256;  // largest R; R is a multiple of 8
 constexpr int kMaxPageSize = 32;     // S is 8, 16 or 32: the slots of a page fit a 32-bit mask
 
 // What one model's attention layers look like. `scale` multiplies q.k before the softmax;
-// 0 means 1 / sqrt(head_dim).
+// 0 means 1 / sqrt(head_dim). A `logit_softcap` c makes c tanh(logit / c) of each logit; 0: none.
 struct CacheShape {
   int num_layers = 0;
   int num_q_heads = 0;   // Hq
@@ -44,6 +44,7 @@ struct CacheShape {
   int head_dim = 0;      // D
   DType dtype = DType::kFloat32;
   float scale = 0.0f;
+  float logit_softcap = 0.0f;
 
   int group() const { return num_q_heads / num_kv_heads; }
   float softmax_scale() const;

@@ -146,6 +146,7 @@ class Engine:
         head_dim: SupportsIndex,
         dtype: str,
         scale: SupportsFloat,
+        logit_softcap: SupportsFloat,
         config: Config,
         /,
     ) -> None: ...
@@ -276,6 +277,7 @@ class DeviceCache:
         head_dim: SupportsIndex,
         dtype: str,
         scale: SupportsFloat,
+        logit_softcap: SupportsFloat,
         config: Config,
         batch: SupportsIndex,
         max_tokens: SupportsIndex,

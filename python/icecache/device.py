@@ -54,15 +54,19 @@ class DeviceCache:
         max_tokens: int,
         device: torch.device | str | int = "cuda",
         scale: float | None = None,
+        logit_softcap: float = 0.0,
         config: Config | None = None,
         **config_fields: Value,
     ) -> None:
-        """Head dims 64, 96, 128, 256; up to 16 query heads a KV head; any of three dtypes.
+        """Head dims 64, 96, 128, 256; up to 16 query heads a KV head; any of three dtypes;
+        no `logit_softcap`.
 
         `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
         bounds the row cache of a layer's sequence (default: three steps' candidates).
         """
-        self.shape = CacheShape(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale)
+        self.shape = CacheShape(
+            num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, logit_softcap
+        )
         settings = core_settings(self.shape, config, config_fields)
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if where.type != KIND:

@@ -225,8 +225,18 @@ class DeviceEngine:
         self._batches.append(lanes)
         self._waiting = [seq for seq in self._waiting if seq not in seqs]
 
-    def observe(self, seqs: Sequence[int], layer: int, queries: Any) -> None:
-        """The queries of prompts that were appended; their index is built behind the caller."""
+    def observe(
+        self, seqs: Sequence[int], layer: int, queries: Any, phase: Phase = Phase.AUTO
+    ) -> None:
+        """The queries of prompts that were appended; their index is built behind the caller.
+
+        Refuses PREFILL: a prompt is observed as a whole.
+        """
+        if phase == Phase.PREFILL:
+            raise InvalidArgument(
+                "phase: a CUDA device takes the queries of whole prompts, got PREFILL; call "
+                "step_packed() for chunks"
+            )
         for seq, query in zip(seqs, queries, strict=True):
             lanes, lane = self._place(seq)
             key, value = lanes.prompts.pop((layer, lane))
@@ -235,7 +245,12 @@ class DeviceEngine:
             lanes.lengths[layer][lane] = lanes.built[layer][lane] = key.shape[1]
 
     def attend(
-        self, seqs: Sequence[int], layer: int, queries: Any, phase: Phase = Phase.AUTO
+        self,
+        seqs: Sequence[int],
+        layer: int,
+        queries: Any,
+        phase: Phase = Phase.AUTO,
+        lse: Any = None,
     ) -> Any:
         """Refused: on a device tokens are attended by the step that appends them."""
         _refuse_chunks(len(queries))
@@ -248,11 +263,14 @@ class DeviceEngine:
         keys: torch.Tensor,
         values: torch.Tensor,
         phase: Phase = Phase.AUTO,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Appends T tokens to each of A sequences of one batch, and attends; one token by another.
 
-        Queries [A, Hq, T, D], keys and values [A, Hkv, T, D]; the result is [A, Hq, T, D].
+        Queries [A, Hq, T, D], keys and values [A, Hkv, T, D]; the result is [A, Hq, T, D]. Refuses
+        `lse`.
         """
+        _refuse_lse(lse)
         lanes, places = self._places(seqs)
         self._goes_on(seqs)
         rows = None
@@ -305,12 +323,13 @@ class DeviceEngine:
         seqs: Sequence[int],
         layer: int,
         queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
         outputs: torch.Tensor,
         firsts: Sequence[int],
         counts: Sequence[int],
         phases: Sequence[Phase],
+        lse: torch.Tensor | None = None,
     ) -> None:
         """As Engine.step_packed(): chunks of prompts, and sequences that take one more token.
 
@@ -318,8 +337,14 @@ class DeviceEngine:
         raises before any sequence has taken its token; prompts of the same call are written again
         when they come again. A step without prompts only launches work on the device, even a step
         of no sequences: vLLM captures it as a graph, and replays it for the sequences that begin()
-        has placed by then.
+        has placed by then. Refuses `lse`, and to attend without keys and values.
         """
+        _refuse_lse(lse)
+        if keys is None or values is None:
+            raise InvalidArgument(
+                "keys, values: a CUDA device attends in the step that appends them, got None; "
+                "run the model on the CPU"
+            )
         lanes, places = self._places(seqs)
         prompts: dict[int, tuple[torch.Tensor, torch.Tensor, Phase]] = {}
         for lane, first, count, phase in zip(places, firsts, counts, phases, strict=True):
@@ -434,6 +459,14 @@ def _decoding(
     """Lanes that take a token behind their prompt, each with its row."""
     given = zip(places, firsts, phases, strict=True)
     return tuple((lane, first) for lane, first, phase in given if phase == Phase.AUTO)
+
+
+def _refuse_lse(lse: Any) -> None:
+    if lse is not None:
+        raise InvalidArgument(
+            f"lse: expected None, a CUDA device gives none, got a {type(lse).__name__}; run the "
+            "model on the CPU"
+        )
 
 
 def _refuse_chunks(tokens: int) -> NoReturn:

@@ -44,12 +44,16 @@ class Phase(IntEnum):
 
 def core_settings(
     shape: CacheShape, config: Config | None, fields: dict[str, Value]
-) -> tuple[int, int, int, int, str, float, _core.Config]:
+) -> tuple[int, int, int, int, str, float, float, _core.Config]:
     """What a cache is made with, as C++ takes it; `fields` take precedence over `config`."""
     if shape.dtype not in _DTYPES:
         raise InvalidArgument(f"dtype must be float32, bfloat16 or float16, got {shape.dtype}")
     if shape.scale is not None and not shape.scale > 0:
         raise InvalidArgument(f"scale must be above 0, got {shape.scale}")
+    if not shape.logit_softcap >= 0:
+        raise InvalidArgument(
+            f"logit_softcap must be above 0, or 0 for none, got {shape.logit_softcap}"
+        )
     chosen = Config(**{**(config.to_dict() if config else {}), **fields})
     return (
         shape.num_layers,
@@ -58,6 +62,7 @@ def core_settings(
         shape.head_dim,
         _DTYPES[shape.dtype],
         shape.scale or 0.0,
+        shape.logit_softcap,
         chosen._values,
     )
 
@@ -91,16 +96,20 @@ class Engine:
         head_dim: int,
         dtype: torch.dtype,
         scale: float | None = None,
+        logit_softcap: float = 0.0,
         config: Config | None = None,
         **config_fields: Value,
     ) -> None:
         """A cache for `num_layers` layers of Hq query and Hkv KV heads of D dims.
 
         `dtype`: float32, bfloat16 or float16. `scale` multiplies q.k before the softmax (None:
-        1 / sqrt(D)). `config_fields` are fields of Config, and take precedence over `config`.
-        Raises InvalidArgument for what is not supported or contradicts itself.
+        1 / sqrt(D)); a `logit_softcap` c makes c tanh(logit / c) of each logit (Gemma 2), also of
+        what the index estimates. `config_fields` are fields of Config, and take precedence over
+        `config`. Raises InvalidArgument for what is not supported or contradicts itself.
         """
-        self.shape = CacheShape(num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale)
+        self.shape = CacheShape(
+            num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, logit_softcap
+        )
         self._engine = _core.Engine(*core_settings(self.shape, config, config_fields))
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads

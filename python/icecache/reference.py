@@ -47,6 +47,7 @@ class ReferenceEngine:
         head_dim: int,
         dtype: torch.dtype,
         scale: float | None = None,
+        logit_softcap: float = 0.0,
         config: Any = None,
         **config_fields: Any,
     ) -> None:
@@ -56,6 +57,7 @@ class ReferenceEngine:
         self.head_dim = head_dim
         self.dtype = dtype
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.logit_softcap = logit_softcap
         self.config = config
         self.config_fields = config_fields
         self._sequences: dict[int, _Sequence] = {}
@@ -142,7 +144,9 @@ class ReferenceEngine:
                     f"queries: expected at most {keys.shape[1]} (tokens of sequence {seq}), got "
                     f"{query.shape[1]}"
                 )
-            output, log_weights = dense_attention(query, keys, values, self.scale)
+            output, log_weights = dense_attention(
+                query, keys, values, self.scale, self.logit_softcap
+            )
             outputs.append(output)
             if lse is not None:
                 lse[b][...] = log_weights
@@ -169,9 +173,7 @@ class ReferenceEngine:
         self.append(seqs, layer, keys, values)
         return self.attend(seqs, layer, queries, phase, lse)
 
-    def observe(
-        self, seqs: Sequence[int], layer: int, queries: Tensors, phase: int = 0
-    ) -> None:
+    def observe(self, seqs: Sequence[int], layer: int, queries: Tensors, phase: int = 0) -> None:
         """Checks the form; exact attention needs no metric."""
         rows = self._rows(seqs, queries, (self.num_q_heads, self.head_dim))
         for seq, query in zip(seqs, rows, strict=True):
@@ -230,8 +232,17 @@ class ReferenceEngine:
         return rows
 
 
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap tanh(logits / cap); cap 0: the logits."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def dense_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    logit_softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of the last T tokens, and the log of the sum of the weights.
 
@@ -241,7 +252,7 @@ def dense_attention(
     new, length = queries.shape[1], keys.shape[1]
     k = keys.double().repeat_interleave(groups, 0)
     v = values.double().repeat_interleave(groups, 0)
-    scores = scale * queries.double() @ k.transpose(1, 2)
+    scores = soft_cap(scale * queries.double() @ k.transpose(1, 2), logit_softcap)
     visible = torch.ones(new, length, dtype=torch.bool).tril(length - new)
     scores = scores.masked_fill(~visible, -torch.inf)
     return (torch.softmax(scores, -1) @ v).to(queries.dtype), scores.logsumexp(-1)
@@ -339,22 +350,21 @@ def sparse_attention(
     values: torch.Tensor,
     attended: torch.Tensor,
     far: tuple[torch.Tensor, torch.Tensor] | None = None,
+    logit_softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention over `attended` [N] bool with a far field, and the log of all weights.
 
     [G, D], [N, D] -> [G, D], [G].
     """
     q, k, v = queries.double(), keys.double(), values.double()
-    logits = (q @ k.T).masked_fill(~attended, -torch.inf)
+    logits = soft_cap(q @ k.T, logit_softcap).masked_fill(~attended, -torch.inf)
     if far is not None:
         logits = torch.cat([logits, far[0]], 1)
         v = torch.cat([v, far[1]], 0)
     return torch.softmax(logits, -1) @ v, logits.logsumexp(-1)
 
 
-def with_sinks(
-    outputs: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
-) -> torch.Tensor:
+def with_sinks(outputs: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """What attention [Hq, T, D] with log weights [Hq, T] becomes where one more logit `sinks` [Hq],
     of a token with value 0, takes part in each softmax."""
     return outputs * torch.sigmoid(lse - sinks[:, None])[..., None].to(outputs.dtype)

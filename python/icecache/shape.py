@@ -11,7 +11,8 @@ import torch
 class CacheShape:
     """As CacheShape of include/icecache/types.h; its fields are arguments of every cache's class.
 
-    `scale` multiplies q.k before the softmax; None: 1 / sqrt(head_dim).
+    `scale` multiplies q.k before the softmax; None: 1 / sqrt(head_dim). A `logit_softcap` c makes
+    c tanh(logit / c) of each logit; 0: none.
     """
 
     num_layers: int
@@ -20,6 +21,7 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype = torch.float32
     scale: float | None = None
+    logit_softcap: float = 0.0
 
     @property
     def softmax_scale(self) -> float:
@@ -33,7 +35,8 @@ class CacheShape:
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else f", scale {self.scale:g}"
+        softcap = "" if not self.logit_softcap else f", logit_softcap {self.logit_softcap:g}"
         return (
             f"{self.num_q_heads} query heads, {self.num_kv_heads} KV heads, "
-            f"head_dim {self.head_dim}, {self.dtype}{scale}"
+            f"head_dim {self.head_dim}, {self.dtype}{scale}{softcap}"
         )

@@ -38,14 +38,20 @@ inline double log_sum(const std::vector<double>& x) {
   return sum == 0.0 ? -INFINITY : max + std::log(sum);
 }
 
+// c tanh(logit / c); c of 0: the logit.
+inline double soft_cap(double logit, double softcap) {
+  return softcap > 0.0 ? softcap * std::tanh(logit / softcap) : logit;
+}
+
 // Full causal attention of one query (scaled) over the first `length` tokens.
 inline OracleResult full_attention(const OracleHead& head, const std::vector<double>& query,
-                                   std::size_t length) {
+                                   std::size_t length, double softcap = 0.0) {
   const std::size_t d = query.size();
   std::vector<double> logits(length);
   double max = -INFINITY;
   for (std::size_t i = 0; i < length; ++i) {
     for (std::size_t x = 0; x < d; ++x) logits[i] += query[x] * head.keys[i][x];
+    logits[i] = soft_cap(logits[i], softcap);
     max = std::max(max, logits[i]);
   }
   OracleResult result;
@@ -63,7 +69,7 @@ inline OracleResult full_attention(const OracleHead& head, const std::vector<dou
 
 // The sparse answer of head g of the group for the selection in `trace`.
 inline OracleResult sparse_attention(const OracleHead& head, const std::vector<double>& query,
-                                     const StepTrace& trace, int g) {
+                                     const StepTrace& trace, int g, double softcap = 0.0) {
   const std::size_t d = query.size();
   std::set<std::int32_t> exact(trace.sink.begin(), trace.sink.end());
   exact.insert(trace.window.begin(), trace.window.end());
@@ -71,7 +77,7 @@ inline OracleResult sparse_attention(const OracleHead& head, const std::vector<d
   const auto logit = [&](std::int32_t i) {
     double sum = 0.0;
     for (std::size_t x = 0; x < d; ++x) sum += query[x] * head.keys[i][x];
-    return sum;
+    return soft_cap(sum, softcap);
   };
   OracleResult result;
   std::vector<double> logits;

@@ -14,6 +14,7 @@ class SimdBlockTest : public SimdLevel {
     int rows, dim, page_size;
     DType dtype;
     std::uint64_t slots;  // of a page of up to 64
+    float softcap = 0.0f;
   };
 
   // The tokens of a page whose free slots hold NaN, and queries for them.
@@ -38,14 +39,9 @@ class SimdBlockTest : public SimdLevel {
       key_rows.push_back(key_bytes.data() + s * row_bytes);
       value_rows.push_back(value_bytes.data() + s * row_bytes);
     }
-    args = BlockArgs{queries.data(),
-                     key_rows.data(),
-                     value_rows.data(),
-                     nullptr,
-                     c.dtype,
-                     static_cast<int>(key_rows.size()),
-                     c.rows,
-                     c.dim};
+    args = BlockArgs{queries.data(), key_rows.data(), value_rows.data(),
+                     nullptr,        c.dtype,         static_cast<int>(key_rows.size()),
+                     c.rows,         c.dim,           c.softcap};
   }
 
   double logit(const Case& c, int row, int slot) const {
@@ -53,7 +49,7 @@ class SimdBlockTest : public SimdLevel {
     for (int d = 0; d < c.dim; ++d) {
       sum += static_cast<double>(queries[row * c.dim + d]) * keys[slot * c.dim + d];
     }
-    return sum;
+    return c.softcap > 0.0f ? c.softcap * std::tanh(sum / c.softcap) : sum;
   }
 
   // Two merges: into the empty state, then into one with weight far above, beside and below.
@@ -173,6 +169,25 @@ TEST_P(SimdBlockTest, ManyRows) {
         check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3],
                all(page_size) & ~std::uint64_t{2}});
         if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(SimdBlockTest, LogitsAreCapped) {
+  for (const int rows : {1, 3, 16, 17, 100}) {
+    for (const int dim : {8, 64, 136}) {
+      for (const int page_size : {8, 16, 64}) {
+        for (const float softcap : {0.5f, 2.0f, 50.0f}) {
+          const Case c{rows,
+                       dim,
+                       page_size,
+                       kDTypes[(rows + dim / 8) % 3],
+                       all(page_size) & ~std::uint64_t{2},
+                       softcap};
+          check(c);
+          if (HasFatalFailure()) return;
+        }
       }
     }
   }

@@ -159,7 +159,7 @@ class SimdScanTest : public SimdLevel {
   std::vector<std::int32_t> sums_;  // [heads, slots]
   std::vector<double> mass_;        // [heads, P]
   std::vector<std::int32_t> base_;  // [heads]
-  int heads_ = 16;  // of queries_
+  int heads_ = 16;                  // of queries_
   int shift_ = 0, coarse_ = 0;
 };
 INSTANTIATE_TEST_SUITE_P(Levels, SimdScanTest, all_levels(), level_name);
@@ -192,6 +192,56 @@ TEST_P(SimdScanTest, ManyHeads) {
       for (const int group : all_groups()) {
         check(c, group);
         if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Scores of which one of 0 stands for a logit far below 0, and the largest for one far above.
+TEST_P(SimdScanTest, ScoresOfCappedLogits) {
+  for (const int page_size : {8, 16, 32}) {
+    const Case c{4, 32, page_size, 2100 / page_size};
+    make(c);
+    compute(c);
+    const float unit = std::ldexp(kScoreUnit, coarse_);
+    for (const float cap : {1.0f, 20.0f, 400.0f}) {
+      constexpr int kHeads = 3;
+      const std::vector<float> bias(kHeads, -unit * 5000.0f);
+      std::vector<float> capped(bias);
+      k().soft_cap(capped.data(), kHeads, cap);
+      const std::int64_t slots = c.pages * page_size;
+      const std::int64_t stride = (slots + kScoreSlots - 1) / kScoreSlots * kScoreSlots;
+      const int columns = mass_stride(kHeads);
+      std::vector<std::int16_t> scores(kHeads * stride), max(kHeads);
+      std::vector<float> mass(stride / page_size * columns);
+      k().sketch_scan({codes_.data(), masks_.data(), queries_.data(), base_.data(), scores.data(),
+                       max.data(), mass.data(), stride, c.pages, kHeads, c.rank, page_size, c.bits,
+                       shift_, coarse_, cap, unit, bias.data(), capped.data()});
+      for (int g = 0; g < kHeads; ++g) {
+        std::int16_t best = kNoScore;
+        for (std::int64_t i = 0; i < slots; ++i) {
+          const std::int16_t score = scores[g * stride + i], raw = expected_score(c, g, i);
+          best = std::max(best, score);
+          if (raw == kNoScore) {
+            ASSERT_EQ(score, kNoScore);
+            continue;
+          }
+          const double logit = double{bias[g]} + double{unit} * raw;
+          const double said = double{capped[g]} + double{unit} * score;
+          ASSERT_NEAR(said, cap * std::tanh(logit / cap), 0.51 * unit + 1e-6 * cap)
+              << "cap " << cap << ", raw " << raw;
+          ASSERT_TRUE(score >= 0 && score <= raw + 1) << score << " of " << raw;
+        }
+        ASSERT_EQ(max[g], best);
+        for (std::int64_t p = 0; p < c.pages; ++p) {
+          double exact = 0.0;
+          for (std::int64_t i = p * page_size; i < (p + 1) * page_size; ++i) {
+            if (!used(c, i)) continue;
+            exact += std::exp2(std::ldexp(1.0 / 128.0, coarse_) * (scores[g * stride + i] - best));
+          }
+          ASSERT_GE(mass[p * columns + g], 0.9585 * exact - 1e-36);
+          ASSERT_LE(mass[p * columns + g], 1.0215 * exact + 1e-36);
+        }
       }
     }
   }

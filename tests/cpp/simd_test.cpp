@@ -272,6 +272,32 @@ TEST_P(SimdTest, SoftmaxStats) {
   }
 }
 
+TEST_P(SimdTest, SoftCap) {
+  for (const float cap : {1e-3f, 1.0f, 30.0f, 1e4f}) {
+    for (const std::size_t n : kLengths) {
+      std::vector<float> x = normal(n, 2.0f * cap);
+      if (n > 2) x[1] = x[2] = 0.7f * cap;
+      for (std::size_t i = 0; i < n; i += 3) x[i] *= 1e-4f;
+      std::vector<float> y = x;
+      k().soft_cap(y.data(), static_cast<std::int64_t>(n), cap);
+      for (std::size_t i = 0; i < n; ++i) {
+        const double exact = cap * std::tanh(double{x[i]} / cap);
+        ASSERT_NEAR(y[i], exact, 3e-7 * cap) << x[i] << " of cap " << cap;
+        if (std::abs(x[i]) > 0.5f * cap) continue;
+        ASSERT_NEAR(y[i], exact, 4e-7 * std::abs(exact));
+      }
+      y = x;
+      k().soft_cap(y.data(), static_cast<std::int64_t>(n), 0.0f);
+      EXPECT_EQ(y, x);
+    }
+  }
+  std::vector<float> x = {kInf, -kInf, 1e38f, -1e38f, kNan, 0.0f};
+  k().soft_cap(x.data(), 6, 30.0f);
+  EXPECT_TRUE(std::isnan(x[4]));
+  x[4] = 0.0f;
+  EXPECT_EQ(x, (std::vector<float>{30.0f, -30.0f, 30.0f, -30.0f, 0.0f, 0.0f}));
+}
+
 TEST(SimdDispatchTest, FindsLevelsByName) {
   for (const std::string& name : available_levels()) EXPECT_EQ(find_kernels(name).name, name);
   EXPECT_EQ(available_levels().back(), "scalar");

@@ -22,7 +22,7 @@ std::int64_t scan(const Sketch& sketch, const QueryMetric& metric, const float* 
   sketch.prepare(metric, queries, group, query);
   scores.resize(group, sketch.page_size(), std::vector{static_cast<int>(masks.size())},
                 query.octave);
-  return sketch.scan(query, masks, 0, scores);
+  return sketch.scan(query, masks, 0, 0.0f, scores);
 }
 
 class SketchForms : public ::testing::TestWithParam<Form> {

@@ -79,6 +79,21 @@ def test_more_than_a_token_behind_a_prompt_is_refused(engine: DeviceEngine) -> N
     assert engine.length(first) == 30
 
 
+def test_what_only_the_cpu_computes_is_refused(engine: DeviceEngine) -> None:
+    seq = engine.new_sequence()
+    queries, keys, values, outputs = random_rows(9)
+    engine.prepare(seq, 9, Phase.PROMPT_END)
+    end = [0], [9], [Phase.PROMPT_END]
+    with pytest.raises(InvalidArgument, match=r"lse: expected None, .* run the model on the CPU"):
+        engine.step_packed([seq], 0, queries, keys, values, outputs, *end, queries[..., 0])
+    with pytest.raises(InvalidArgument, match=r"keys, values: .* run the model on the CPU"):
+        engine.step_packed([seq], 0, queries, None, None, outputs, *end)
+    with pytest.raises(InvalidArgument, match=r"phase: .* whole prompts, got PREFILL"):
+        engine.observe([seq], 0, queries[None], Phase.PREFILL)
+    engine.step_packed([seq], 0, queries, keys, values, outputs, *end)
+    assert step(engine, {seq: 1}).isfinite().all()
+
+
 def test_tokens_are_taken_back(engine: DeviceEngine) -> None:
     first = engine.new_sequence()
     step(engine, {first: 300}, Phase.PROMPT_END)

@@ -42,6 +42,8 @@ def engine_cases() -> Iterator[Case]:
                 values = wild.numbers(parameter)
             elif parameter in ("seqs", "firsts", "counts", "phases"):
                 values = wild.lists(parameter)
+            elif parameter == "lse":
+                values = wild.lse_tensors()
             elif parameter == "outputs" or method == "gather":
                 values = wild.written_tensors(parameter)
             else:
@@ -172,7 +174,8 @@ def make(cls: Any, rest: dict[str, int], name: str, value: Any) -> Any:
     """With one argument changed, and so large a pool that no bound of memory hides another."""
     config = _core.Config()
     config.set("host_memory", str(2**60))
-    given: dict[str, Any] = {**SHAPE, "dtype": "float32", "scale": 0.0, "config": config, **rest}
+    logits = {"scale": 0.0, "logit_softcap": 0.0}
+    given: dict[str, Any] = {**SHAPE, "dtype": "float32", **logits, "config": config, **rest}
     return cls(*(given | {name: value}).values())
 
 
@@ -223,10 +226,11 @@ def constructor_cases() -> Iterator[Case]:
             bad[field] = [(value, invalid) for value in (0, *EXTREMES, 2**30, 2**16)]
             bad[field] += [(value, (TypeError,)) for value in NO_NUMBERS]
         numbers = (float("nan"), float("inf"), -1.0, 1e300, 1e-300, -0.5)
-        bad["scale"] = [(value, invalid) for value in numbers]
         no_numbers: list[Any] = [None, "1", b"1", [], 1j]
-        bad["scale"] += [(value, (TypeError,)) for value in no_numbers]
-        bad["scale"] += [(10**400, (OverflowError,))]
+        for field in ("scale", "logit_softcap"):
+            bad[field] = [(value, invalid) for value in numbers]
+            bad[field] += [(value, (TypeError,)) for value in no_numbers]
+            bad[field] += [(10**400, (OverflowError,))]
         names = ("", "float64", "float32\0", "FLOAT32", "torch.float32")
         bad["dtype"] = [(value, invalid) for value in names]
         no_names: list[Any] = [None, 0, 7, torch.float32, b"float32"]
@@ -305,9 +309,9 @@ def configured(name: str, value: str) -> None:
     config = _core.Config()
     for field, text in (("num_threads", "1"), ("index_threads", "1"), (name, value)):
         config.set(field, text)
-    engine = _core.Engine(1, 2, 1, 64, "float32", 0.0, config)
+    engine = _core.Engine(1, 2, 1, 64, "float32", 0.0, 0.0, config)
     rows, queries = torch.ones(1, 1, 3, 64), torch.ones(1, 2, 3, 64)
-    out = engine.step([engine.new_sequence()], 0, queries, rows, rows, 0)
+    out = engine.step([engine.new_sequence()], 0, queries, rows, rows, 0, None)
     torch.testing.assert_close(out, queries)
 
 
@@ -319,13 +323,13 @@ def finds_enough() -> None:
         settings = {"token_budget": "64", "mass_target": "0.9", "num_threads": "1"}
         for name, value in (settings | {"max_token_budget": str(bound)}).items():
             config.set(name, value)
-        engine = _core.Engine(1, 1, 1, 64, "float32", 0.0, config)
+        engine = _core.Engine(1, 1, 1, 64, "float32", 0.0, 0.0, config)
         generator = torch.Generator().manual_seed(1)
         rows = torch.randn(1, 1, 1000, 64, generator=generator)
         engine.new_sequence()
-        engine.step([0], 0, rows, rows, rows, 0)
+        engine.step([0], 0, rows, rows, rows, 0, None)
         newest = torch.zeros(1, 1, 1, 64)
-        engine.step([0], 0, newest, newest, newest, 0)
+        engine.step([0], 0, newest, newest, newest, 0, None)
         picked.append(engine.stats(0, 0).tokens_selected)
     assert picked[0] == picked[1] > 64, picked
 

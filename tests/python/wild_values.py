@@ -44,7 +44,7 @@ class World:
         config = _core.Config()
         for name, value in (("num_threads", "1"), ("index_threads", "1"), ("host_memory", "8M")):
             config.set(name, value)
-        engine = _core.Engine(LAYERS, Q_HEADS, KV_HEADS, DIM, "float32", 0.0, config)
+        engine = _core.Engine(LAYERS, Q_HEADS, KV_HEADS, DIM, "float32", 0.0, 0.0, config)
         gone = [engine.new_sequence() for _ in range(3)][2]
         for layer in range(LAYERS):
             rows = self.tensor(2, KV_HEADS, LENGTH, DIM, seed=layer)
@@ -66,21 +66,23 @@ class World:
         keys, values = (self.tensor(2, KV_HEADS, NEW, DIM, seed=s) for s in (8, 9))
         tensors = {"queries": queries, "keys": keys, "values": values}
         step = {"seqs": [0, 1], "layer": 1, **tensors}
+        lse = self.tensor(2, Q_HEADS, NEW, seed=10)
         if method == "step":
-            return {**step, "phase": 0}
+            return {**step, "phase": 0, "lse": lse}
         if method == "append":
             del step["queries"]
             return step
         if method == "attend":
-            return {"seqs": [0, 1], "layer": 1, "queries": queries, "phase": 3}
+            return {"seqs": [0, 1], "layer": 1, "queries": queries, "phase": 3, "lse": lse}
         if method == "observe":
-            return {"seqs": [0, 1], "layer": 1, "queries": queries}
+            return {"seqs": [0, 1], "layer": 1, "queries": queries, "phase": 0}
         if method == "step_packed":
             packed = {
                 name: self.tensor(8, tensor.shape[1], DIM, seed=seed)
                 for seed, (name, tensor) in enumerate(tensors.items(), 20)
             }
-            rows = {"firsts": [1, 4], "counts": [2, 3], "phases": [0, 2]}
+            lse = self.tensor(8, Q_HEADS, seed=33)
+            rows = {"firsts": [1, 4], "counts": [2, 3], "phases": [0, 2], "lse": lse}
             outputs = self.tensor(8, Q_HEADS, DIM, seed=30)
             return {"seqs": [0, 1], "layer": 1, **packed, "outputs": outputs, **rows}
         if method == "gather":
@@ -124,8 +126,8 @@ METHODS: dict[str, list[str]] = {
     "release": ["seq"],
     "length": ["seq", "layer"],
     "append": ["seqs", "layer", "keys", "values"],
-    "attend": ["seqs", "layer", "queries", "phase"],
-    "step": ["seqs", "layer", "queries", "keys", "values", "phase"],
+    "attend": ["seqs", "layer", "queries", "phase", "lse"],
+    "step": ["seqs", "layer", "queries", "keys", "values", "phase", "lse"],
     "step_packed": [
         "seqs",
         "layer",
@@ -136,8 +138,9 @@ METHODS: dict[str, list[str]] = {
         "firsts",
         "counts",
         "phases",
+        "lse",
     ],
-    "observe": ["seqs", "layer", "queries"],
+    "observe": ["seqs", "layer", "queries", "phase"],
     "gather": ["seq", "layer", "keys", "values"],
     "synchronize": [],
     "stats": ["layer", "kv_head"],
@@ -378,6 +381,23 @@ def read_tensors(name: str, batch_is_first: bool) -> Iterator[Wild]:
             )
 
 
+def lse_tensors() -> Iterator[Wild]:
+    """For a number in place of each row of D: any strides will do."""
+    for form, change in NO_MEMORY.items():
+        if form not in ("None", "half of D", "sparse csr"):
+            yield Wild(form, change, (*INVALID, *TYPE))
+    yield constant(None, ())
+    refused = ("negative view", "imaginary part", "requires a gradient", "parameter", "inference")
+    for form in refused:
+        yield Wild(form, SAME_VALUE[form], INVALID)
+    for form in ("every second", "transposed", "reversed strides", "subclass", "odd address"):
+        yield Wild(form, SAME_VALUE[form])
+    yield Wild("expanded rows", lambda good: good[:1].expand(good.shape), INVALID)
+    yield Wild("expanded heads", lambda good: good[:, :1].expand(good.shape), INVALID)
+    yield Wild("fewer heads", lambda good: good[:, :1], INVALID)
+    yield Wild("more heads", lambda good: torch.cat([good, good], 1), INVALID)
+
+
 def written_tensors(name: str) -> Iterator[Wild]:
     for form, change in NO_MEMORY.items():
         yield Wild(form, change, (*INVALID, *TYPE))
@@ -424,8 +444,8 @@ def run_method(method: str, parameter: str, wild: Wild) -> None:
         world.check_guards()
         return
     got, want = call(*arguments.values()), getattr(world.twin, method)(*clean.values())
-    for name in ("outputs", *(("keys", "values") if method == "gather" else ())):
-        if name in clean:
+    for name in ("outputs", "lse", *(("keys", "values") if method == "gather" else ())):
+        if name in clean and arguments[name] is not None:
             assert same(arguments[name], clean[name]), f"{name} differ"
     if got is not None and not repr(got).startswith(("HeadStats", "StepTrace")):
         assert same(got, want), "the result differs"

@@ -5,6 +5,7 @@
 // written once for all of its tokens.
 #pragma once
 
+#include "simd/body/soft_cap.h"
 #include "simd/body/softmax.h"
 #include "simd/body/tile.h"
 
@@ -99,6 +100,7 @@ ICECACHE_INLINE void attend_few(const BlockArgs& args, int first_row, int rows, 
   float factor[kFewRows];
   for (int r = 0; r < rows; ++r) {
     float* row = logits + r * columns;
+    soft_cap(row, count, args.softcap);
     for (int s = count; s < columns; ++s) row[s] = -kInfinity;
     factor[r] = online_softmax(row, columns, state.max + first_row + r, state.sum + first_row + r);
   }
@@ -141,6 +143,7 @@ void attend_many(const BlockArgs& args, const AttentionState& state) {
     for (int r = 0; r < rows; ++r) {
       float* row = logits + r * columns;
       const int seen = args.seen == nullptr ? count : args.seen[first + r];
+      soft_cap(row, seen, args.softcap);
       for (int s = seen; s < columns; ++s) row[s] = -kInfinity;
       factor[r] = online_softmax(row, columns, state.max + first + r, state.sum + first + r);
     }

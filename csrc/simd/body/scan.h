@@ -7,6 +7,7 @@
 
 #include "simd/body/exp.h"
 #include "simd/body/score.h"
+#include "simd/body/soft_cap.h"
 
 namespace icecache::simd {
 namespace {
@@ -283,6 +284,10 @@ void sketch_scan(const SketchScanArgs& args) {
     }
     clear_free_slots(args, page, end_page);
     for (int g = 0; g < args.group; ++g) {
+      if (args.softcap > 0.0f) {
+        cap_scores(args.scores + g * args.score_stride + first, end - first, args.softcap,
+                   args.unit, args.bias[g], args.capped_bias[g]);
+      }
       args.max[g] =
           max_score(args.scores + g * args.score_stride + first, end - first, args.max[g]);
       so_far[chunk][g] = args.max[g];

@@ -12,9 +12,10 @@ namespace icecache::simd {
 namespace {
 
 constexpr Kernels make_table(std::string_view name) {
-  return Kernels{name,     to_float,    from_float,   largest,    all_finite,    dot,
-                 axpy,     matmul,      project_rows, power_step, attend_block,  row_logits,
-                 add_rows, sketch_scan, score_mass,   score_rank, softmax_stats, add_exp};
+  return Kernels{name,         to_float,      from_float, largest,      all_finite,
+                 dot,          axpy,          matmul,     project_rows, power_step,
+                 attend_block, row_logits,    add_rows,   sketch_scan,  score_mass,
+                 score_rank,   softmax_stats, add_exp,    soft_cap};
 }
 
 }  // namespace

@@ -32,6 +32,9 @@ TEST_F(DeviceCacheTest, RefusesWithWhatIsSupported) {
   shape.num_q_heads = 34;
   EXPECT_EQ(refusal(), "device=cuda: num_q_heads / num_kv_heads must be 1..16" + elsewhere + "17");
   shape.num_q_heads = 4;
+  shape.logit_softcap = 30.0f;
+  EXPECT_EQ(refusal(), "device=cuda: logit_softcap must be 0" + elsewhere + "30");
+  shape.logit_softcap = 0.0f;
   EXPECT_EQ(refusal(0), "batch must be from 1 to 65535, got 0");
   EXPECT_NE(refusal(1, 8).find("max_tokens must be above"), std::string::npos);
   EXPECT_NE(refusal(1, 1000, 99).find("device must be from 0 to"), std::string::npos);
