@@ -46,9 +46,10 @@ class FailingEngine(CountingEngine):
         keys: Any,
         values: Any,
         phase: icecache.Phase = icecache.Phase.AUTO,
+        lse: Any = None,
     ) -> torch.Tensor:
         self.append(seqs, layer, keys, values)
-        result: torch.Tensor = self.attend(seqs, layer, queries, phase)
+        result: torch.Tensor = self.attend(seqs, layer, queries, phase, lse)
         return result
 
 

@@ -45,6 +45,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _WINDOW = {"sliding_window": 16}
+_FULL = "full_attention"
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {
@@ -60,6 +61,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma2": {
+        **_WINDOW,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    # Layers that share the keys and values of others: of layers 0 and 1 there, of 1 and 2 here.
+    "gemma3n_text": {
+        **_WINDOW,
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "num_kv_shared_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {
+        **_WINDOW,
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "num_kv_shared_layers": 3,
+        "layer_types": ["full_attention", *["full_attention", "sliding_attention"] * 2, _FULL],
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
     },
     "phi3": {"original_max_position_embeddings": 512},
     "granite": {"attention_multiplier": 0.4},

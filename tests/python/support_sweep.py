@@ -29,7 +29,7 @@ MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TABLE = Path(__file__).parent / "data" / "support.json"
 # What differs between messages that give the same reason.
 _SPECIFICS = re.compile(
-    r"[\w-]+ (?=caches|caps|has a |has cross|does not use)|\w+_attention\w*, | = [\d.\[\], ]+|"
+    r"[\w-]+ (?=caches|has a |has cross|does not use)|\w+_attention\w*, | = [\d.\[\], ]+|"
     r"\d+|'\w+'|\(by \w+\)"
 )
 DOCUMENT = Path(__file__).parents[2] / "docs" / "support.md"

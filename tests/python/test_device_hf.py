@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import hf_models
 import icecache
 import pytest
 import torch
@@ -188,6 +189,23 @@ def test_assisted_generation_is_greedy_generation(
     assert torch.equal(found, expected)
     assert rejected
     assert icecache.stats(model).memory.sequences == 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ("gemma2", "logit_softcap must be 0"),
+        ("gpt_oss", "learned attention sinks"),
+        ("gemma3n_text", "attends to the tokens of layer 0"),
+    ],
+)
+@torch.inference_mode()
+def test_what_only_the_cpu_computes_is_refused(architecture: str, named: str) -> None:
+    made = hf_models.build(architecture, head_dim=64)
+    torch.nn.Module.to(made, torch.get_default_device())
+    with pytest.raises(icecache.InvalidArgument, match=f"{named}.*on the CPU"):
+        icecache.enable(made)
+        made(words(1, 40).clamp(max=hf_models.VOCABULARY - 1))
 
 
 def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:

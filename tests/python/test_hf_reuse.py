@@ -19,6 +19,22 @@ from icecache.hf.support import CACHE
 NEW = 6
 
 
+def test_layers_that_share_tokens_are_no_hindrance() -> None:
+    made = hf_models.build(
+        "gemma4_text",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["full_attention"] * 4,
+    )
+    ids = hf_models.prompt(1, 60)
+    longer = torch.cat([ids, hf_models.prompt(1, 9, seed=3)], 1)
+    expected = write(made, longer)
+    icecache.enable(made, exact=True, reuse_prefixes=True)
+    write(made, ids)
+    assert torch.equal(write(made, longer), expected)
+    assert icecache.stats(made).memory.retained_sequences == 2
+
+
 @pytest.fixture
 def model() -> Iterator[Any]:
     made = hf_models.model("llama")

@@ -15,11 +15,16 @@ from icecache.hf.support import CACHE
 BUDGET = 64
 LENGTH = 200
 NEW_TOKENS = 12
+INDEXES = ("tree", "dci", "positional")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt_oss"])
+# Of each layer whose tokens others share, how many layers attend to them.
+SHARING = {"gemma3n_text": {0: 3}, "gemma4_text": {1: 3}}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gemma3_text", "gpt_oss", *SHARING])
 def model(request: pytest.FixtureRequest) -> Any:
-    """An enabled model; gemma3_text and gpt_oss have stock layers, gpt_oss has sinks too."""
+    """An enabled model; all but llama have stock layers, gemma2 has a soft cap, gpt_oss sinks."""
     made = icecache.enable(hf_models.build(request.param), BUDGET)
     yield made
     icecache.disable(made)
@@ -39,7 +44,8 @@ def test_counters(model: Model) -> None:
     before = icecache.stats(model).total("steps")
     generate(model, hf_models.prompt(2, LENGTH))
     stats = icecache.stats(model)
-    heads = len(stats.layers) * len(next(iter(stats.layers.values())))
+    sharing = SHARING.get(model.config.model_type, {})
+    heads = sum(sharing.get(layer, 1) * len(heads) for layer, heads in stats.layers.items())
     assert stats.total("steps") - before == 2 * (NEW_TOKENS - 1) * heads
     assert 0 < stats.worst_mass < 1
     assert stats.total("tokens_selected") <= stats.total("steps") * BUDGET
@@ -55,6 +61,22 @@ def test_rows_do_not_depend_on_their_company(model: Model) -> None:
         alone = generate(model, ids[row : row + 1, start:])
         got, expected = (torch.stack(run.logits) for run in (together, alone))
         torch.testing.assert_close(got[:, row], expected[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_in_chunks_are_exact(model: Model) -> None:
+    """Also where a layer has indexed its tokens by the time others attend to them."""
+    ids = hf_models.prompt(2, LENGTH)
+    icecache.disable(model)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        icecache.enable(model, BUDGET)
+        cache: Any = None
+        got = []
+        for chunk in ids.split(50, dim=1):
+            output = model(chunk, **{CACHE: cache})
+            cache = output[CACHE]
+            got.append(output.logits)
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=2e-4)
 
 
 def test_copies_continue_alike(model: Model) -> None:
@@ -87,11 +109,19 @@ def test_the_same_call_gives_the_same_tokens(model: Model, settings: dict[str, A
     assert icecache.stats(model).memory.sequences == 0
 
 
-@pytest.mark.parametrize("index", ["tree", "dci", "positional"])
-@pytest.mark.parametrize("select", ["token", "page"])
-def test_indexes_stay_close_to_full(index: str, select: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "index", "select"),
+    [
+        *(("llama", index, select) for index in INDEXES for select in ("token", "page")),
+        *(("gemma2", index, "token") for index in INDEXES),
+        ("gpt_oss", "tree", "token"),
+        ("gemma3n_text", "tree", "token"),
+        ("gemma4_text", "tree", "token"),
+    ],
+)
+def test_indexes_stay_close_to_full(architecture: str, index: str, select: str) -> None:
     """A budget of three quarters of the sequence: top tokens mostly agree with stock attention."""
-    made = hf_models.build("llama", initializer_range=0.06)
+    made = hf_models.build(architecture, initializer_range=0.06)
     ids = hf_models.prompt(2, LENGTH)
     expected = torch.stack(generate(made, ids).logits)
     icecache.enable(made, 160, index=index, select=select)

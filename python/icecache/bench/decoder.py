@@ -45,7 +45,15 @@ def check_served(config: PreTrainedConfig) -> tuple[int, ...]:
     """
     with _served():
         check_config(config)
-        return tuple(full_attention_layers(config.get_text_config(decoder=True)))
+        text_config = config.get_text_config(decoder=True)
+        layers = tuple(full_attention_layers(text_config))
+    modes = getattr(text_config, "kv_sharing_modes", None) or ()
+    if "reuse" in modes:
+        raise InvalidArgument(
+            f"model: layers of {config.model_type} share the keys and values of others, from layer "
+            f"{modes.index('reuse')} on, which the methods do not; choose another model"
+        )
+    return layers
 
 
 class Decoder:

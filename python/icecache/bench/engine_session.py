@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +13,11 @@ from icecache import Engine, HeadStats, Phase
 from icecache.bench.decoder import Decoder
 from icecache.bench.prefill import Prefill
 from icecache.hf.engine_handle import EngineHandle
-from icecache.hf.sinks import narrow, widen_queries, widen_tokens, with_sink_token
+from icecache.hf.softmax import Softmax
 
 
 class EngineSession:
-    """A Session. Forks share the engine and with it the statistics.
-
-    A learned sink of the model is a token in front of the prompt, as in icecache.hf.
-    """
+    """A Session. Forks share the engine and with it the statistics."""
 
     _phase = Phase.AUTO  # of every step
 
@@ -32,33 +28,30 @@ class EngineSession:
 
         Raises the engine's errors.
         """
-        self._sinks = prefill.sinks if prefill.sinks.numel() else None
-        self._scale = decoder.scale
-        head_dim = self._tokens(prefill.keys[0], prefill.values[0])[0].shape[-1]
-        shape = replace(decoder.shape, head_dim=head_dim)
+        sinks = prefill.sinks if prefill.sinks.numel() else [None] * decoder.num_layers
+        self._softmax = [Softmax(decoder.scale, sinks=one) for one in sinks]
         handle = EngineHandle(decoder.layers, {"token_budget": budget, **fields}, None)
-        engine = handle.bind(shape)
+        engine = handle.bind(decoder.shape)
         assert isinstance(engine, Engine)
         self.engine = engine
         self._heads = [*itertools.product(range(decoder.num_layers), range(decoder.num_kv_heads))]
         self.sequence = self.engine.new_sequence()
         for layer in range(decoder.num_layers):
-            keys, values = self._tokens(prefill.keys[layer, None], prefill.values[layer, None])
-            if self._sinks is not None:
-                keys, values = with_sink_token(keys, values)
+            keys, values = prefill.keys[layer, None], prefill.values[layer, None]
             self.engine.append([self.sequence], layer, keys, values)
-            queries = self._queries(layer, prefill.queries[layer, None])
-            self.engine.observe([self.sequence], layer, queries)
+            self.engine.observe([self.sequence], layer, prefill.queries[layer, None])
         self.engine.synchronize()
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        self.engine.append([self.sequence], layer, *self._tokens(keys[None], values[None]))
+        self.engine.append([self.sequence], layer, keys[None], values[None])
+        softmax = self._softmax[layer]
+        asked = softmax.asks(queries[None])
         output: torch.Tensor = self.engine.attend(
-            [self.sequence], layer, self._queries(layer, queries[None]), self._phase
+            [self.sequence], layer, queries[None], self._phase, **asked
         )
-        return output[0] if self._sinks is None else narrow(output[0])
+        return softmax.with_sinks(output, asked.get("lse"))[0]
 
     def fork(self) -> EngineSession:
         other = copy.copy(self)
@@ -79,10 +72,7 @@ class EngineSession:
 
     def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens as the model made them, [Hkv, L, D]."""
-        keys, values = self.engine.gather(self.sequence, layer)
-        if self._sinks is None:
-            return keys, values
-        return narrow(keys[:, 1:]), narrow(values[:, 1:])
+        return self.engine.gather(self.sequence, layer)
 
     def changes(self) -> list[int]:
         """How often the indexes of all heads were sealed, and merged, so far."""
@@ -94,18 +84,6 @@ class EngineSession:
 
     def _stats(self) -> list[HeadStats]:
         return [self.engine.stats(layer, head) for layer, head in self._heads]
-
-    def _tokens(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._sinks is None:
-            return keys, values
-        return widen_tokens(keys), widen_tokens(values)
-
-    def _queries(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        if self._sinks is None:
-            return queries
-        return widen_queries(queries, self._sinks[layer], self._scale)
 
 
 class LosslessSession(EngineSession):

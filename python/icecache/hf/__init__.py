@@ -9,10 +9,11 @@
 Served: decoder-only models on transformers' attention interface, in float32, bfloat16 or float16 on
 the CPU; greedy, sampled, beam, assisted and prompt-lookup decoding, batches padded on either side,
 chunked prefill, continued conversations; with lossless=True greedy and sampled texts that are full
-attention's own (lossless.py). Layers that do not attend to the whole context (sliding,
-chunked, linear) keep transformers' own cache. A first chunk is attended by stock sdpa, chunks of
-more than `decode_tokens` exactly, decode steps within the token budget. Everything else is refused
-with InvalidArgument before the first token: see support.py.
+attention's own (lossless.py); attention sinks and soft caps (softmax.py), and layers that share the
+keys and values of others. Layers that do not attend to the whole context (sliding, chunked, linear)
+keep transformers' own cache. A first chunk is attended in torch, chunks of more than
+`decode_tokens` exactly, decode steps within the token budget. Everything else is refused with
+InvalidArgument before the first token: see support.py.
 """
 
 from icecache.hf.attention import register

@@ -1,4 +1,4 @@
-"""`attn_implementation="icecache"`: attention over the engine, stock sdpa for all else."""
+"""`attn_implementation="icecache"`: attention over the engine, and in torch for all else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from icecache import InvalidArgument
+from icecache import InvalidArgument, device
 from icecache.engine import Phase
 from icecache.hf.cache import IceLayer
 from icecache.hf.eager import outside_graphs
@@ -16,13 +15,7 @@ from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask, icecache_mask
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Chunk
-from icecache.hf.sinks import (
-    attend_with_sinks,
-    narrow,
-    widen_queries,
-    widen_tokens,
-    with_sink_token,
-)
+from icecache.hf.softmax import Softmax
 from icecache.hf.support import CACHE, check_attention, check_transformers
 from icecache.shape import CacheShape
 
@@ -38,72 +31,88 @@ def icecache_attention(
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' AttentionInterface.
 
-    Query `[B, Hq, T, D]`; key and value are what the cache's `update` returned. Returns
-    `[B, T, Hq, D]`. Raises InvalidArgument for attention that the engine does not compute, and the
-    engine's errors; then the cache is as it was before the forward call.
+    Query `[B, Hq, T, D]`; key and value are what the cache's `update` returned, for this layer or
+    for the one whose tokens it shares. Returns `[B, T, Hq, D]`. Raises InvalidArgument for
+    attention that the engine does not compute, and the engine's errors; then the cache is as it was
+    before the forward call.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    sinks = kwargs.get("s_aux")
+    softmax = Softmax(scale, softcap or 0.0, s_aux)
     if not isinstance(key, NewTokens) or not isinstance(value, NewTokens):
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
-        if sinks is None:
-            output: torch.Tensor = sdpa_attention_forward(
-                module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-            )[0]
-            return output, None
-        output = attend_with_sinks(query, key, value, mask, sinks, scale)
+        output = softmax.attend(module, query, key, value, mask, dropout=dropout, **kwargs)
         return output.transpose(1, 2).contiguous(), None
 
     layer = key.layer
-    cache = layer.cache
     try:
         mask = check_attention(query, key, value, attention_mask, dropout, kwargs)
-        output = _attend(module, layer, query, key.plain(), value.plain(), mask, scale, sinks)
+        if query.device.type == device.KIND:
+            _check_device(softmax, layer)
+        call = _begin(module, layer, query, key.plain(), mask, softmax)
+        output = call.run(query, key.plain(), value.plain())
     except BaseException as error:
-        cache.take_back(str(error))
+        layer.cache.take_back(str(error))
         raise
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(
+def _check_device(softmax: Softmax, layer: IceLayer) -> None:
+    """Raises InvalidArgument for what only the engine on the CPU computes."""
+    if softmax.sinks is not None:
+        raise InvalidArgument(
+            "model: it has learned attention sinks, which a CUDA device does not compute; run the "
+            "model on the CPU, or without IceCache"
+        )
+    if not layer.is_pending:
+        raise InvalidArgument(
+            f"model: a layer attends to the tokens of layer {layer.model_layer}, which a CUDA "
+            "device does not compute; run the model on the CPU, or without IceCache"
+        )
+
+
+def _begin(
     module: torch.nn.Module,
     layer: IceLayer,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     mask: LazyMask,
-    scale: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Appends the new tokens and attends; all tensors and the result are `[B, H, T, D]`."""
-    if sinks is not None:
-        query = widen_queries(query, sinks, scale)
-        key, value = widen_tokens(key), widen_tokens(value)
+    softmax: Softmax,
+) -> _Call:
+    """The call of a layer with queries `[B, Hq, T, D]` and new keys `[B, Hkv, T, D]`."""
     cache = layer.cache
-    layers = len(cache.handle.model_layers)
     engine = cache.handle.bind(
-        CacheShape(layers, query.shape[1], key.shape[1], key.shape[-1], key.dtype, scale)
+        CacheShape(
+            num_layers=len(cache.handle.model_layers),
+            num_q_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=key.shape[-1],
+            dtype=key.dtype,
+            scale=softmax.scale,
+            logit_softcap=softmax.softcap,
+        )
     )
-    cache.rows.prefix = 0 if sinks is None else 1
-    chunk = cache.rows.begin(engine, mask, query.shape[0])
+    chunk = cache.rows.begin(engine, mask.whole, query.shape[0])
     if layer.seen != chunk.start + chunk.length:
         raise InvalidArgument(
             f"{CACHE}: layer {layer.model_layer} holds "
-            f"{layer.seen - query.shape[2]} tokens where {chunk.start} were expected; an earlier "
+            f"{layer.seen - chunk.length} tokens where {chunk.start} were expected; an earlier "
             "forward call was interrupted. Call reset() and start again"
         )
-    call = _Call(module, engine, layer, chunk, scale, sinks is not None)
-    alike = chunk.real is None and len({earlier == 0 for earlier in chunk.earlier}) == 1
-    output = call.batch(query, key, value) if alike else call.ragged(query, key, value)
-    return output if sinks is None else narrow(output)
+    return _Call(module, engine, layer, chunk, softmax)
 
 
 class _Call:
-    """One layer's part of one forward call."""
+    """One layer's part of one forward call.
+
+    A layer appends the new tokens and attends, or shares the tokens that another one has appended,
+    and attends. One that shares may have queries for the last tokens of the chunk alone.
+    """
 
     def __init__(
         self,
@@ -111,67 +120,76 @@ class _Call:
         engine: EngineLike,
         layer: IceLayer,
         chunk: Chunk,
-        scale: float,
-        has_sinks: bool,
+        softmax: Softmax,
     ) -> None:
         self.module = module
         self.engine = engine
         self.layer = layer.engine_layer
         self.rows = layer.cache.rows
         self.chunk = chunk
-        self.scale = scale
-        self.has_sinks = has_sinks
+        self.softmax = softmax
+        # The first to attend to the new tokens is the layer whose they are.
+        self.appends, layer.is_pending = layer.is_pending, False
         self.phase = Phase.VERIFY if layer.cache.is_exact else Phase.AUTO
 
-    def batch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """All tensors and the result are `[B, H, T, D]`."""
+        alike = self.chunk.real is None and len({early == 0 for early in self.chunk.earlier}) == 1
+        return (self._batch if alike else self._ragged)(query, key, value)
+
+    def _batch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """All rows at once: no padding in the chunk, and all rows empty before it or none."""
         sequences = self.rows.sequences
-        is_first = self.chunk.earlier[0] == 0
-        if not is_first:
-            return self.engine.step(sequences, self.layer, query, key, value, self.phase)
-        if self.has_sinks:
-            self.engine.append(sequences, self.layer, *with_sink_token(key, value))
-            result: torch.Tensor = self.engine.attend(sequences, self.layer, query, self.phase)
-            return result
-        self.engine.append(sequences, self.layer, key, value)
-        output = self._stock(query, key, value)
-        self.engine.observe(sequences, self.layer, query)
-        return output
+        if self.chunk.earlier[0] == 0:
+            if self.appends:
+                self.engine.append(sequences, self.layer, key, value)
+            output = self._stock(query, key, value)
+            if self.appends:
+                self.engine.observe(sequences, self.layer, query)
+            return output
+        asked = self.softmax.asks(query)
+        if self.appends:
+            output = self.engine.step(sequences, self.layer, query, key, value, self.phase, **asked)
+        else:
+            output = self.engine.attend(sequences, self.layer, query, self.phase, **asked)
+        return self.softmax.with_sinks(output, asked.get("lse"))
 
-    def ragged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _ragged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Row by row, on the real tokens.
 
         The output of padding is 0, except in the last column: `generate` samples from it in
         right-padded batches. There padding sees the row's tokens, as in stock attention.
         """
         output = torch.zeros_like(query)
+        without = self.chunk.length - query.shape[2]  # columns that have no query
         columns = [self._columns(row) for row in range(query.shape[0])]
+        asking = [own[own >= without] - without for own in columns]
         filled = [row for row, own in enumerate(columns) if own.numel()]
         first = [row for row in filled if self.chunk.earlier[row] == 0]
-        later = [row for row in filled if self.chunk.earlier[row] != 0]
+        later = [row for row in filled if self.chunk.earlier[row] != 0 and asking[row].numel()]
         keys = {row: key[row][:, columns[row]] for row in filled}
         values = {row: value[row][:, columns[row]] for row in filled}
-        queries = {row: query[row][:, columns[row]] for row in filled}
-        appended = dict(zip(filled, zip(keys.values(), values.values(), strict=True), strict=True))
-        if self.has_sinks:
-            appended |= {row: with_sink_token(*appended[row]) for row in first}
-            first, later = [], filled
-        if filled:
+        queries = {row: query[row][:, asking[row]] for row in filled}
+        if filled and self.appends:
             self.engine.append(
-                self._sequences(filled),
-                self.layer,
-                [appended[row][0] for row in filled],
-                [appended[row][1] for row in filled],
+                self._sequences(filled), self.layer, list(keys.values()), list(values.values())
             )
         for row in first:
-            output[row][:, columns[row]] = self._stock(
-                queries[row][None], keys[row][None], values[row][None]
-            )[0]
-        if first:
+            if asking[row].numel():
+                output[row][:, asking[row]] = self._stock(
+                    queries[row][None], keys[row][None], values[row][None]
+                )[0]
+        if first and self.appends:
             self.engine.observe(self._sequences(first), self.layer, [queries[r] for r in first])
         if later:
-            self._attend(later, [queries[row] for row in later], output, columns)
-        # The last token of a row stands for padding behind it: both see all tokens of the row.
+            self._attend(later, [queries[row] for row in later], output, asking)
+        self._attend_padding(query, output, columns)
+        return output
+
+    def _attend_padding(
+        self, query: torch.Tensor, output: torch.Tensor, columns: list[torch.Tensor]
+    ) -> None:
+        """The last token of a row stands for padding behind it: both see all tokens of the row."""
         end = self.chunk.length - 1
         padded = [
             row
@@ -179,9 +197,8 @@ class _Call:
             if self.chunk.earlier[row] + own.numel() and not (own == end).any()
         ]
         if padded:
-            last = [torch.tensor([end])] * query.shape[0]
+            last = [torch.tensor([query.shape[2] - 1])] * query.shape[0]
             self._attend(padded, [query[row][:, -1:] for row in padded], output, last)
-        return output
 
     def _attend(
         self,
@@ -190,15 +207,16 @@ class _Call:
         output: torch.Tensor,
         columns: list[torch.Tensor],
     ) -> None:
-        results = self.engine.attend(self._sequences(rows), self.layer, queries, self.phase)
-        for row, result in zip(rows, results, strict=True):
-            output[row][:, columns[row]] = result
+        asked = [self.softmax.asks(query) for query in queries]
+        lse = [one["lse"] for one in asked if one]
+        results = self.engine.attend(
+            self._sequences(rows), self.layer, queries, self.phase, **({"lse": lse} if lse else {})
+        )
+        for row, result, one in zip(rows, results, asked, strict=True):
+            output[row][:, columns[row]] = self.softmax.with_sinks(result, one.get("lse"))
 
     def _stock(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = sdpa_attention_forward(
-            self.module, query, key, value, None, scaling=self.scale, is_causal=True
-        )[0]
-        return output.transpose(1, 2)
+        return self.softmax.attend(self.module, query, key, value, None, is_causal=True)
 
     def _columns(self, row: int) -> torch.Tensor:
         own = self.chunk.columns(row)

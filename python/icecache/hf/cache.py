@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from icecache import InvalidArgument
 from icecache.hf.engine_handle import EngineFactory, EngineHandle
-from icecache.hf.forward_call import ForwardCall, replaces_tensors
+from icecache.hf.forward_call import DUMMY_LAYERS, ForwardCall, replaces_tensors
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
@@ -29,7 +29,8 @@ from icecache.hf.support import CACHE, check_config, full_attention_layers
 class IceLayer(CacheLayerMixin):
     """A full-attention layer whose tokens live in the engine.
 
-    `update` only passes the new tokens on; the attention function appends them and attends.
+    `update` only passes the new tokens on; the attention function appends them and attends. Layers
+    that share them attend, too.
     """
 
     is_sliding = False
@@ -44,6 +45,7 @@ class IceLayer(CacheLayerMixin):
         self.model_layer = model_layer
         self.engine_layer = engine_layer
         self.seen = 0  # columns of the batch, padding included
+        self.is_pending = False  # the newest tokens wait for attention to append them
 
     @property
     def cache(self) -> IceCache:
@@ -60,7 +62,7 @@ class IceLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tags keys and values `[B, Hkv, T, D]` of the new tokens with this layer."""
-        self.is_initialized = True
+        self.is_initialized = self.is_pending = True
         self.seen += key_states.shape[-2]
         return NewTokens.wrap(key_states, self), NewTokens.wrap(value_states, self)
 
@@ -276,7 +278,7 @@ class IceCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i continues old row `beam_idx[i]`."""
         self._arrange(beam_idx.tolist())
-        for layer in self._stock_layers().values():
+        for layer in self.stock_layers().values():
             layer.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -290,7 +292,7 @@ class IceCache(Cache):
         self.rows.check_crop(-tokens_to_remove)
         stock_crop = ForwardCall()  # undone where one of the layers refuses
         try:
-            for index, layer in self._stock_layers().items():
+            for index, layer in self.stock_layers().items():
                 stock_crop.record(index, "crop", layer)
                 layer.crop(tokens_to_remove)
         except BaseException:
@@ -305,7 +307,7 @@ class IceCache(Cache):
         """
         self.check_usable()
         stock = {}
-        for index, layer in self._stock_layers().items():
+        for index, layer in self.stock_layers().items():
             if not replaces_tensors(layer):
                 raise InvalidArgument(
                     f"{CACHE}: layer {index} overwrites its state with every token, and cannot "
@@ -324,14 +326,14 @@ class IceCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, next to each other."""
         self._arrange([row for row in range(len(self.rows.sequences)) for _ in range(repeats)])
-        for layer in self._stock_layers().values():
+        for layer in self.stock_layers().values():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (integers or a bool mask over rows)."""
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._arrange(rows.tolist())
-        for layer in self._stock_layers().values():
+        for layer in self.stock_layers().values():
             layer.batch_select_indices(indices)
 
     def fork(self, tokens: int | None = None) -> IceCache:
@@ -385,9 +387,10 @@ class IceCache(Cache):
         self.rows.arrange(order)
         self.call.forget()
 
-    def _stock_layers(self) -> dict[int, Any]:
+    def stock_layers(self) -> dict[int, Any]:
+        """The layers of transformers' own that hold something."""
         return {
             index: layer
             for index, layer in enumerate(self.layers)
-            if not isinstance(layer, IceLayer)
+            if not isinstance(layer, IceLayer) and not isinstance(layer, DUMMY_LAYERS)
         }

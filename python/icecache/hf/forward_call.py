@@ -8,8 +8,9 @@ from typing import Any
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-# Layers of a cache that hold nothing, and that no call reaches; older versions have none.
-_DUMMY_LAYERS: Any = getattr(cache_utils, "DummyLayer", ())
+# Layers of a cache that hold nothing, and that no call reaches: those without attention, or that
+# share the tokens of others. Older versions have none.
+DUMMY_LAYERS: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 def replaces_tensors(stock: Any) -> bool:
@@ -38,7 +39,7 @@ class ForwardCall:
     def is_complete(self, layers: Sequence[Any]) -> bool:
         """Whether the call has reached all of `layers`, or none of them."""
         return self.is_empty or all(
-            index in self._reached or isinstance(layer, _DUMMY_LAYERS)
+            index in self._reached or isinstance(layer, DUMMY_LAYERS)
             for index, layer in enumerate(layers)
         )
 

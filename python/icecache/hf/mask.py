@@ -83,8 +83,24 @@ class LazyMask:
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    @property
+    def whole(self) -> LazyMask:
+        """The mask of all new tokens; this one may be of the last of them."""
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        """A LazyMask where the last query tokens are asked for, as layers that make no keys do."""
+        if isinstance(index, tuple) and len(index) == self.ndim:
+            *others, rows = (*index[:2], index[3], index[2])
+            if all(part == slice(None) for part in others) and isinstance(rows, slice):
+                start, stop, step = rows.indices(self.q_length)
+                if stop == self.q_length and step == 1 and start < stop:
+                    return self.last(stop - start)
         return self.tensor()[index]
+
+    def last(self, count: int) -> LazyMask:
+        """The mask of the last `count` query tokens."""
+        return self if count == self.q_length else _Rows(self, count)
 
     def __invert__(self) -> torch.Tensor:
         return ~self.tensor()
@@ -100,6 +116,28 @@ class LazyMask:
         """Runs a torch function on the tensors that masks among its arguments stand for."""
         args, kwargs = tree_map_only(LazyMask, LazyMask.tensor, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
+
+
+class _Rows(LazyMask):
+    """The last query tokens of another mask."""
+
+    def __init__(self, whole: LazyMask, count: int) -> None:
+        super().__init__(
+            (whole.shape[0], 1, count, whole.shape[3]),
+            device=whole.device,
+            q_offset=whole.q_offset + whole.q_length - count,
+            padding=whole.padding,
+            find_causal=lambda: whole.is_causal,
+            build=lambda allow_none: whole.tensor()[:, :, -count:],
+        )
+        self._whole = whole
+
+    @property
+    def whole(self) -> LazyMask:
+        return self._whole
+
+    def last(self, count: int) -> LazyMask:
+        return self._whole.last(count)
 
 
 def icecache_mask(

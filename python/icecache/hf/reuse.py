@@ -34,8 +34,7 @@ class Reuse:
         self._kept: dict[int, IceCache] = {}
         self._next = 0
         self.tokens_reused = 0  # since the start
-        cache = self._new_cache()
-        if len(cache.ice_layers) != len(cache.layers):
+        if self._new_cache().stock_layers():
             raise InvalidArgument(
                 "reuse_prefixes: expected a model whose layers all have full attention; this one "
                 "has others, whose tokens transformers keeps. Leave it out, and continue caches "

@@ -37,16 +37,15 @@ class Chunk:
 class Rows:
     """Row b of a batch is one engine sequence, without the row's padding.
 
-    Invariants between forward calls: sequence b holds `lengths[b]` tokens in every layer (and
-    `prefix` more in front of them where it is not empty); `real[b, c]` says whether column c of
-    the batch is one of them; every sequence is released once, at the latest with this object.
+    Invariants between forward calls: sequence b holds `lengths[b]` tokens in every layer;
+    `real[b, c]` says whether column c of the batch is one of them; every sequence is released once,
+    at the latest with this object.
     """
 
     def __init__(self) -> None:
         self.sequences: list[int] = []
         self.lengths: list[int] = []
         self.seen = 0  # columns, padding included
-        self.prefix = 0  # engine tokens in front of a row's own (attention sinks)
         self._real: torch.Tensor | None = None  # bool [B, seen]; None: no padding so far
         self._engine: EngineLike | None = None
         self._finalizer: weakref.finalize[..., Rows] | None = None
@@ -102,7 +101,7 @@ class Rows:
             return False
         self._mask = self._chunk = None
         for sequence, length in zip(self.sequences, chunk.earlier, strict=True):
-            self._engine.truncate(sequence, self._engine_length(length))
+            self._engine.truncate(sequence, length)
         self.lengths, self.seen = list(chunk.earlier), chunk.start
         self._real = None if self._real is None else self._real[:, : chunk.start]
         return True
@@ -123,7 +122,7 @@ class Rows:
         left = [length - n for length, n in zip(self.lengths, removed, strict=True)]
         if self._engine is not None:
             for sequence, length in zip(self.sequences, left, strict=True):
-                self._engine.truncate(sequence, self._engine_length(length))
+                self._engine.truncate(sequence, length)
         self.lengths = left
         self.seen -= columns
         self._real = None if self._real is None else self._real[:, : self.seen]
@@ -165,7 +164,7 @@ class Rows:
     def copy(self) -> Rows:
         """Rows with the same tokens; pages are shared until one side writes."""
         other = Rows()
-        other.seen, other.prefix = self.seen, self.prefix
+        other.seen = self.seen
         if self._engine is not None:
             other._attach(self._engine)
             for sequence in self.sequences:
@@ -209,9 +208,6 @@ class Rows:
         self._engine = engine
         self._finalizer = weakref.finalize(self, _release, engine, self.sequences)
         self._finalizer.atexit = False
-
-    def _engine_length(self, length: int) -> int:
-        return length + self.prefix if length else 0
 
     def _real_columns(self, mask: LazyMask, batch_size: int) -> torch.Tensor | None:
         """bool [B, seen + q_length] on the CPU, or None where all tokens so far are real."""

@@ -81,27 +81,16 @@ def check_config(config: PreTrainedConfig) -> None:
             f"model: {name} caches compressed keys and values (latent attention, kv_lora_rank = "
             f"{rank}), which the engine does not serve. Use the model without IceCache"
         )
-    for field in ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping"):
-        if value := _any_layer(text, field):
-            raise InvalidArgument(
-                f"model: {name} caps its attention logits ({field} = {value}), which the engine "
-                "does not compute. Use the model without IceCache, or one without "
-                "soft-capping"
-            )
-    # "store" is said of a layer whose keys others may reuse, also where none does.
-    modes = getattr(text, "kv_sharing_modes", None) or ()
-    reusing = [layer for layer, mode in enumerate(modes) if mode not in (None, "store")]
-    if reusing:
-        raise InvalidArgument(
-            f"model: layers of {name} reuse the keys and values of others (kv_sharing_modes, from "
-            f"layer {reusing[0]} on), which IceCache does not support. Use the model without "
-            "IceCache"
-        )
     if not getattr(text, "is_causal", True):
         raise InvalidArgument(
             f"model: {name} attends in both directions (is_causal = False); IceCache serves causal "
             "models. Use the model without IceCache"
         )
+
+
+def logit_softcap(text_config: PreTrainedConfig) -> float:
+    """The soft cap of attention logits; 0: none."""
+    return float(_any_layer(text_config, "attn_logit_softcapping") or 0)
 
 
 def _any_layer(text_config: PreTrainedConfig, field: str) -> Any:
@@ -198,7 +187,7 @@ def check_attention(
     Raises InvalidArgument else; the shapes are query `[B, Hq, T, D]`, key and value
     `[B, Hkv, T, D]`.
     """
-    for name in ("softcap", "position_bias", "sliding_window", "cache", *_PACKED):
+    for name in ("position_bias", "sliding_window", "cache", *_PACKED):
         if arguments.get(name) is not None:
             raise InvalidArgument(
                 f"{name}: the attention of a cached layer was called with it, which the engine "

@@ -29,6 +29,7 @@ from icecache.hf.support import (
     check_generation,
     check_model,
     full_attention_layers,
+    logit_softcap,
 )
 from icecache.shape import CacheShape
 
@@ -298,4 +299,5 @@ def _expected_shape(model: PreTrainedModel) -> CacheShape:
         head_dim=head_dim,
         dtype=model.dtype,
         scale=scales[0] if scales else head_dim**-0.5,
+        logit_softcap=logit_softcap(config),
     )
