@@ -14,6 +14,7 @@ namespace icecache::bindings {
 namespace {
 
 using Table = Live<PrefixTable>;
+using Text = PrefixTable::Text;
 
 std::vector<std::int32_t> tokens_of(py::handle values) {
   std::vector<std::int32_t> tokens;
@@ -37,9 +38,8 @@ std::vector<std::string> hashes_of(py::handle values) {
   return hashes;
 }
 
-PrefixTable::Text text_of(Table self, py::handle tokens, py::handle hashes, py::handle space,
-                          bool by_token) {
-  PrefixTable::Text result;
+Text text_of(Table self, py::handle tokens, py::handle hashes, py::handle space, bool by_token) {
+  Text result;
   result.tokens = tokens_of(tokens);
   result.hashes =
       hashes.is_none() ? hash_blocks(result.tokens, self->block_tokens()) : hashes_of(hashes);
@@ -51,29 +51,24 @@ PrefixTable::Text text_of(Table self, py::handle tokens, py::handle hashes, py::
 }  // namespace
 
 void bind_prefix_table(py::module_& module) {
+  forbid_new(py::class_<Text>(module, "PrefixText", py::is_final(),
+                              "A text as PrefixTable compares it; see PrefixTable.text."));
   py::class_<PrefixTable>(module, "PrefixTable", py::is_final(),
                           "Sequences by what they begin with; see icecache.prefix_store.")
       .def(py::init([](py::handle block_tokens) {
              return PrefixTable(integer("block_tokens", block_tokens));
            }),
            py::arg("block_tokens"))
-      .def(
-          "add",
-          [](Table self, py::handle seq, py::handle tokens, py::handle hashes, py::handle space,
-             bool by_token) {
-            return self->add(integer("seq", seq), text_of(self, tokens, hashes, space, by_token));
-          },
-          py::arg("seq"), py::arg("tokens"), py::arg("hashes") = py::none(), py::arg("space") = "",
-          py::arg("by_token") = true)
-      .def(
-          "find",
-          [](Table self, py::handle tokens, py::handle hashes, py::handle space, bool by_token) {
-            const PrefixTable::Match match =
-                self->find(text_of(self, tokens, hashes, space, by_token));
-            return std::pair(match.sequence, match.length);
-          },
-          py::arg("tokens"), py::arg("hashes") = py::none(), py::arg("space") = "",
-          py::arg("by_token") = true)
+      .def("text", &text_of, py::arg("tokens"), py::arg("hashes") = py::none(),
+           py::arg("space") = "", py::arg("by_token") = true)
+      .def("add", [](Table self, py::handle seq,
+                     Live<Text> text) { return self->add(integer("seq", seq), *text); })
+      .def("find",
+           [](Table self, Live<Text> text) {
+             const PrefixTable::Match match = self->find(*text);
+             return std::pair(match.sequence, match.length);
+           })
+      .def("version", [](Table self) { return self->version(); })
       .def("use", [](Table self, py::handle seq) { self->use(integer("seq", seq)); })
       .def("pin", [](Table self, py::handle seq) { self->pin(integer("seq", seq)); })
       .def("unpin", [](Table self, py::handle seq) { self->unpin(integer("seq", seq)); })

@@ -63,7 +63,7 @@ PrefixTable::Entry& PrefixTable::entry(SeqId sequence) {
   const auto found = entries_.find(sequence);
   if (found == entries_.end()) {
     throw InvalidArgument(
-        message("sequence must be one of the store's ", entries_.size(), ", got ", sequence));
+        message("sequence must be one of the ", entries_.size(), " in the table, got ", sequence));
   }
   return found->second;
 }
@@ -79,16 +79,32 @@ std::int64_t PrefixTable::agree(const Text& held, const Text& asked, std::int64_
   return same < known ? 0 : same;  // hashes of the caller's that collide
 }
 
+const PrefixTable::Holders* PrefixTable::holders(const Text& text, std::size_t block) const {
+  const auto found = blocks_.find(key_of(text.space, text.hashes[block]));
+  return found == blocks_.end() ? nullptr : &found->second;
+}
+
+// The first blocks of a text that some sequence has. Who has a block has those before it: a binary
+// search finds the last one.
+std::size_t PrefixTable::known_blocks(const Text& text) const {
+  std::size_t known = 0, unknown = text.hashes.size() + 1;
+  while (unknown - known > 1) {
+    const std::size_t middle = (known + unknown) / 2;
+    (holders(text, middle - 1) != nullptr ? known : unknown) = middle;
+  }
+  return known;
+}
+
 PrefixTable::Match PrefixTable::find(const Text& text) const {
-  for (std::size_t blocks = text.hashes.size(); blocks > 0; --blocks) {
-    const auto holders = holders_.find(key_of(text.space, text.hashes[blocks - 1]));
-    if (holders == holders_.end()) continue;
+  for (std::size_t blocks = known_blocks(text); blocks > 0; --blocks) {
+    const Holders* having = holders(text, blocks - 1);
+    if (having == nullptr) continue;  // hashes of the caller's that are not chained
     Match best;
-    const std::vector<SeqId>& all = holders->second;
-    for (std::size_t i = 0; i < std::min(all.size(), kCompared); ++i) {
-      const SeqId id = all[all.size() - 1 - i];
-      const auto length = agree(entries_.at(id).text, text, static_cast<std::int64_t>(blocks));
-      if (length > best.length) best = {id, length};
+    std::size_t compared = 0;
+    for (auto id = having->all.rbegin(); id != having->all.rend() && compared < kCompared; ++id) {
+      const auto length = agree(entries_.at(*id).text, text, static_cast<std::int64_t>(blocks));
+      if (length > best.length) best = {*id, length};
+      ++compared;
     }
     if (best.length > 0) return best;
   }
@@ -97,26 +113,38 @@ PrefixTable::Match PrefixTable::find(const Text& text) const {
 
 std::vector<SeqId> PrefixTable::add(SeqId sequence, Text text) {
   if (entries_.contains(sequence)) {
-    throw InvalidArgument(message("sequence must not be in the store already, got ", sequence));
+    throw InvalidArgument(message("sequence must not be in the table already, got ", sequence));
   }
   if (static_cast<std::int64_t>(text.hashes.size()) >
       static_cast<std::int64_t>(text.tokens.size()) / block_tokens_) {
     throw InvalidArgument(message("hashes must be of whole blocks of ", block_tokens_, " of ",
                                   text.tokens.size(), " tokens, got ", text.hashes.size()));
   }
-  std::vector<SeqId> covered;
-  for (const auto& [id, entry] : entries_) {
-    const Text& held = entry.text;
-    const std::size_t blocks = held.hashes.size();
-    const bool shorter = blocks <= text.hashes.size() && held.tokens.size() <= text.tokens.size();
-    if (entry.pins > 0 || blocks == 0 || !shorter || held.space != text.space ||
-        held.hashes.back() != text.hashes[blocks - 1])
-      continue;
-    const std::int64_t same = agree(held, text, static_cast<std::int64_t>(blocks));
-    if (same == static_cast<std::int64_t>(held.tokens.size())) covered.push_back(id);
-  }
+  std::vector<SeqId> covered = covered_by(text);
   insert(sequence, std::move(text));
   for (const SeqId id : covered) forget(id);
+  ++version_;
+  return covered;
+}
+
+// Sequences without pins of which a text holds all tokens, the shortest first.
+std::vector<SeqId> PrefixTable::covered_by(const Text& text) const {
+  std::vector<SeqId> covered;
+  for (std::size_t blocks = 1; blocks <= text.hashes.size(); ++blocks) {
+    const Holders* having = holders(text, blocks - 1);
+    if (having == nullptr) continue;
+    for (const SeqId id : having->ending) {
+      const Entry& entry = entries_.at(id);
+      const Text& held = entry.text;
+      if (entry.pins > 0 || held.tokens.size() > text.tokens.size()) continue;
+      // Many may end with this block, each with a few more tokens: most differ in the first.
+      const auto more = static_cast<std::ptrdiff_t>(blocks) * block_tokens_;
+      if (!std::equal(held.tokens.begin() + more, held.tokens.end(), text.tokens.begin() + more))
+        continue;
+      const std::int64_t same = agree(held, text, static_cast<std::int64_t>(blocks));
+      if (same == static_cast<std::int64_t>(held.tokens.size())) covered.push_back(id);
+    }
+  }
   return covered;
 }
 
@@ -126,10 +154,14 @@ void PrefixTable::insert(SeqId sequence, Text&& text) {
     Entry& entry = entries_[sequence];
     entry.place = std::prev(order_.end());
     entry.text = std::move(text);
+    entry.places.reserve(entry.text.hashes.size());
     for (const std::string& hash : entry.text.hashes) {
-      entry.keys.push_back(key_of(entry.text.space, hash));
+      std::list<SeqId> own = {sequence};
+      auto& block = *blocks_.try_emplace(key_of(entry.text.space, hash)).first;
+      entry.places.push_back({&block, own.begin()});
+      block.second.all.splice(block.second.all.end(), own);
     }
-    for (const std::string& key : entry.keys) holders_[key].push_back(sequence);
+    if (!entry.places.empty()) entry.places.back().block->second.ending.push_back(sequence);
   } catch (...) {
     if (entries_.contains(sequence)) {
       forget(sequence);
@@ -157,15 +189,16 @@ void PrefixTable::unpin(SeqId sequence) {
 void PrefixTable::remove(SeqId sequence) {
   entry(sequence);
   forget(sequence);
+  ++version_;
 }
 
 void PrefixTable::forget(SeqId sequence) noexcept {
   const auto found = entries_.find(sequence);
-  for (const std::string& key : found->second.keys) {
-    const auto holders = holders_.find(key);
-    if (holders == holders_.end()) continue;  // of an add() that ran out of memory
-    std::erase(holders->second, sequence);
-    if (holders->second.empty()) holders_.erase(holders);
+  const std::vector<Place>& places = found->second.places;
+  if (!places.empty()) std::erase(places.back().block->second.ending, sequence);
+  for (const Place& place : places) {
+    place.block->second.all.erase(place.at);
+    if (place.block->second.all.empty()) blocks_.erase(blocks_.find(place.block->first));
   }
   order_.erase(found->second.place);
   entries_.erase(found);

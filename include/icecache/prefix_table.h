@@ -30,7 +30,8 @@ std::vector<std::string> hash_blocks(std::span<const std::int32_t> tokens,
 
 class PrefixTable {
  public:
-  // Tokens of a sequence and the hashes of its first whole blocks.
+  // Tokens of a sequence and the chained hashes of its first whole blocks: texts with the same hash
+  // of a block have the same hashes of all blocks before it.
   struct Text {
     std::vector<std::int32_t> tokens;
     std::vector<std::string> hashes;
@@ -48,13 +49,14 @@ class PrefixTable {
   explicit PrefixTable(std::int64_t block_tokens);
 
   // Adds a sequence as the most recently used one. Those of which it holds all tokens leave, unless
-  // they are pinned: they are returned. Throws InvalidArgument for a sequence that it has, or where
-  // there are more hashes than whole blocks.
+  // they are pinned: they are returned, the shortest first. Throws InvalidArgument for a sequence
+  // that the table has, or if there are more hashes than whole blocks. Takes time by the blocks of
+  // `text` and by what leaves, not by what the table holds; so does remove().
   std::vector<SeqId> add(SeqId sequence, Text text);
   // The sequence that agrees longest with a text. Changes nothing.
   Match find(const Text& text) const;
-  // Makes a sequence the most recently used one. Throws InvalidArgument for one that it has not, as
-  // pin(), unpin() and remove() do.
+  // Makes a sequence the most recently used one. Throws InvalidArgument for one that the table does
+  // not have, as pin(), unpin() and remove() do.
   void use(SeqId sequence);
   // A sequence with pins is never the oldest one.
   void pin(SeqId sequence);
@@ -66,26 +68,42 @@ class PrefixTable {
   bool contains(SeqId sequence) const { return entries_.contains(sequence); }
   std::size_t size() const { return entries_.size(); }
   std::int64_t block_tokens() const { return block_tokens_; }
+  // Counts add() and remove(): find() answers alike until it changes.
+  std::int64_t version() const { return version_; }
   // Least recently used first.
   std::vector<SeqId> sequences() const { return {order_.begin(), order_.end()}; }
 
  private:
+  // Sequences that have a block; the newest last.
+  struct Holders {
+    std::list<SeqId> all;
+    std::vector<SeqId> ending;  // those whose last whole block it is
+  };
+  // By space and hash. Its elements stay where they are while others come and go.
+  using Blocks = std::unordered_map<std::string, Holders>;
+  struct Place {
+    Blocks::value_type* block;
+    std::list<SeqId>::iterator at;  // in the block's `all`
+  };
   struct Entry {
     Text text;
-    std::vector<std::string> keys;  // of its blocks, in holders_
+    std::vector<Place> places;  // of its blocks
     std::int64_t pins = 0;
     std::list<SeqId>::iterator place;  // in order_
   };
   Entry& entry(SeqId sequence);
+  const Holders* holders(const Text& text, std::size_t block) const;
+  std::size_t known_blocks(const Text& text) const;
   std::int64_t agree(const Text& held, const Text& asked, std::int64_t blocks) const;
+  std::vector<SeqId> covered_by(const Text& text) const;
   void insert(SeqId sequence, Text&& text);
   void forget(SeqId sequence) noexcept;
 
   std::int64_t block_tokens_;
+  std::int64_t version_ = 0;
   std::list<SeqId> order_;  // least recently used first
   std::map<SeqId, Entry> entries_;
-  // Sequences that have a block, by space and hash; the newest last.
-  std::unordered_map<std::string, std::vector<SeqId>> holders_;
+  Blocks blocks_;
 };
 
 }  // namespace icecache

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icecache._core import PrefixTable
+from icecache._core import PrefixTable, PrefixText
 from icecache.engine import Engine
 from icecache.errors import InvalidArgument
 
-__all__ = ["PrefixStore", "PrefixTable"]
+__all__ = ["PrefixStore", "PrefixTable", "PrefixText"]
 
 
 class PrefixStore:
@@ -31,26 +31,27 @@ class PrefixStore:
     def __init__(self, engine: Engine, block_tokens: int = 16) -> None:
         """`block_tokens`: fewer common tokens are not shared."""
         self.engine = engine
-        self._texts = PrefixTable(block_tokens)
+        self._table = PrefixTable(block_tokens)
 
     def __len__(self) -> int:
         """Sequences that are kept."""
-        return len(self._texts)
+        return len(self._table)
 
     def open(self, tokens: Sequence[int], space: str = "") -> tuple[int, int]:
         """A new sequence, and how many of `tokens` it holds already: at most all but the last.
 
         The rest is for the caller to prefill, as of a prompt whose first chunk is done.
         """
+        text = self._table.text(tokens, space=space)
         while True:
-            kept, common = self._texts.find(tokens, space=space)
+            kept, common = self._table.find(text)
             known = min(common, len(tokens) - 1)
             if known <= 0:
                 return self.engine.new_sequence(), 0
             if self.engine.contains(kept):
-                self._texts.use(kept)
+                self._table.use(kept)
                 return self.engine.fork(kept, known), known
-            self._texts.remove(kept)
+            self._table.remove(kept)
 
     def keep(self, seq: int, tokens: Sequence[int], space: str = "") -> None:
         """Ends a sequence that holds `tokens`, and keeps it for prompts to come.
@@ -65,15 +66,15 @@ class PrefixStore:
                 f"tokens: expected as many as sequence {seq} holds ({sorted(lengths)}), got "
                 f"{len(tokens)}"
             )
-        covered = self._texts.add(seq, tokens, space=space)
+        covered = self._table.add(seq, self._table.text(tokens, space=space))
         self.engine.retain(seq)
         for old in covered:
             self._release(old)
 
     def clear(self) -> None:
         """Releases all that is kept."""
-        for seq in self._texts.sequences():
-            self._texts.remove(seq)
+        for seq in self._table.sequences():
+            self._table.remove(seq)
             self._release(seq)
 
     def _release(self, seq: int) -> None:

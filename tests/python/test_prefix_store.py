@@ -134,4 +134,4 @@ def test_refusals_change_nothing() -> None:
     with pytest.raises(InvalidArgument, match="block_tokens must be at least 1, got 0"):
         PrefixStore(engine, block_tokens=0)
     with pytest.raises(TypeError, match="hashes must be bytes, got str"):
-        PrefixTable(4).find([1], hashes=["a"])  # type: ignore[list-item]
+        PrefixTable(4).text([1], hashes=["a"])  # type: ignore[list-item]

@@ -88,6 +88,7 @@ PREFIX_TABLE_METHODS: dict[str, list[str]] = {
     "remove": ["seq"],
     "oldest": [],
     "sequences": [],
+    "version": [],
 }
 
 
@@ -182,11 +183,13 @@ def make(cls: Any, rest: dict[str, int], name: str, value: Any) -> Any:
 def prefix_table_cases() -> Iterator[Case]:
     def of(method: str, *values: Any) -> None:
         table = _core.PrefixTable(4)
-        table.add(1, range(9))
+        table.add(1, nine)
         try:
             getattr(table, method)(*values)
         finally:
-            assert table.sequences() == [1] and table.find(range(20)) == (1, 9)
+            assert table.sequences() == [1] and table.find(table.text(range(20))) == (1, 9)
+
+    nine = _core.PrefixTable(4).text(range(9))
 
     errors = (InvalidArgument, TypeError, ValueError)
     for value in [*EXTREMES, *NO_NUMBERS]:
@@ -194,24 +197,39 @@ def prefix_table_cases() -> Iterator[Case]:
         for method in ("use", "pin", "unpin", "remove"):
             yield refuses(f"PrefixTable.{method}({name})", errors, of, method, value)
         if not (isinstance(value, int) and -(2**63) <= value < 2**63):
-            yield refuses(f"PrefixTable.add({name})", errors, of, "add", value, range(9))
+            yield refuses(f"PrefixTable.add({name})", errors, of, "add", value, nine)
             yield refuses(f"PrefixTable.__contains__({name})", errors, of, "__contains__", value)
             contains = wild.the_world().engine.contains
             yield refuses(f"Engine.contains({name})", errors, contains, value)
         if isinstance(value, int) and -(2**31) <= value < 2**31:
             continue
-        yield refuses(f"PrefixTable.find([{name}])", errors, of, "find", [0, value])
-        yield refuses(f"PrefixTable.add(2, [{name}])", errors, of, "add", 2, [0, value])
+        yield refuses(f"PrefixTable.text([{name}])", errors, of, "text", [0, value])
     for value in (-(2**63), -1, 0, None, 1.5, "4", 2**64):
         yield refuses(f"PrefixTable({value!r})", errors, _core.PrefixTable, value)
-    hashes: list[Any] = [1, "ab", ["a"], [None], [b"a", 1], object(), [b""] * 3]
+    hashes: list[Any] = [1, "ab", ["a"], [None], [b"a", 1], object()]
     for value in hashes:
-        name = f"PrefixTable.add(hashes={value!r:.30})"
-        yield refuses(name, errors, of, "add", 2, range(9), value)
+        name = f"PrefixTable.text(hashes={value!r:.30})"
+        yield refuses(name, errors, of, "text", range(9), value)
+    more = _core.PrefixTable(4).text(range(9), [b""] * 3)
+    yield refuses("PrefixTable.add(more hashes than blocks)", errors, of, "add", 2, more)
     spaces: list[Any] = [1, b"a", None, [], "\ud800"]
     for value in spaces:
-        yield refuses(f"PrefixTable.find(space={value!r})", errors, of, "find", [1], None, value)
-    yield refuses("PrefixTable.add(again)", errors, of, "add", 1, range(9))
+        yield refuses(f"PrefixTable.text(space={value!r})", errors, of, "text", [1], None, value)
+    texts: list[Any] = [
+        None,
+        1,
+        "abc",
+        [1, 2],
+        b"a",
+        object(),
+        _core.build_info(),
+        _core.PrefixText,
+    ]
+    for value in texts:
+        name = f"{value!r:.30}"
+        yield refuses(f"PrefixTable.find({name})", TypeError, of, "find", value)
+        yield refuses(f"PrefixTable.add(2, {name})", TypeError, of, "add", 2, value)
+    yield refuses("PrefixTable.add(again)", errors, of, "add", 1, nine)
     yield refuses("PrefixTable.oldest(1)", errors, of, "oldest", 1)
 
 

@@ -83,8 +83,9 @@ class Reuse:
 
     def _open(self, tokens: list[int]) -> IceCache:
         """A cache with as many of the first tokens as there are, but not the last one."""
+        text = self._table.text(tokens)
         while True:
-            number, common = self._table.find(tokens)
+            number, common = self._table.find(text)
             common = min(common, len(tokens) - 1)
             if common < BLOCK:
                 return self._new_cache()
@@ -101,7 +102,7 @@ class Reuse:
         kept = cache.fork()  # the caller may go on with its own
         kept.rows.retain()
         self._kept[self._next] = kept
-        for old in self._table.add(self._next, tokens):
+        for old in self._table.add(self._next, self._table.text(tokens)):
             del self._kept[old]
         self._next += 1
 

@@ -11,6 +11,7 @@ class _Account:
     tokens: int  # of the sequence
     parent: int | None  # the sequence that it was forked from
     shared: int  # tokens that it has from there
+    inherited: int  # slots of its ancestors when it was forked
     heirs: int = 0  # sequences that were forked from it
     is_open: bool = True
 
@@ -26,8 +27,8 @@ class Ledger:
         self._accounts: dict[int, _Account] = {}
 
     def __len__(self) -> int:
-        """Open accounts."""
-        return sum(account.is_open for account in self._accounts.values())
+        """Accounts, with closed ones that count."""
+        return len(self._accounts)
 
     def cost(self, tokens: int, shared: int = 0) -> int:
         """Slots that a sequence takes beside those that it shares.
@@ -43,13 +44,8 @@ class Ledger:
         return self.cost(account.tokens, account.shared)
 
     def held_by(self, key: int) -> int:
-        """Slots of a sequence and its ancestors."""
-        held = 0
-        at: int | None = key
-        while at is not None:
-            held += self.cost_of(at)
-            at = self._accounts[at].parent
-        return held
+        """Slots of a sequence and of its ancestors: what these add after a fork is theirs."""
+        return self._accounts[key].inherited + self.cost_of(key)
 
     def tokens(self, key: int) -> int:
         """Of a sequence."""
@@ -63,9 +59,13 @@ class Ledger:
         """A sequence of so many tokens, of which it has the first `shared` from `parent`."""
         while parent is not None and shared <= self._accounts[parent].shared:
             parent = self._accounts[parent].parent  # they are an ancestor's
-        if parent is not None:
+        inherited = 0
+        if parent is None:
+            shared = 0
+        else:
             self._accounts[parent].heirs += 1
-        self._accounts[key] = _Account(tokens, parent, shared if parent is not None else 0)
+            inherited = self.held_by(parent)
+        self._accounts[key] = _Account(tokens, parent, shared, inherited)
         self.used += self.cost_of(key)
 
     def set_tokens(self, key: int, tokens: int) -> None:

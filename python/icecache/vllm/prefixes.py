@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from icecache.prefix_store import PrefixTable
+from icecache.prefix_store import PrefixTable, PrefixText
 from icecache.vllm.ledger import Ledger
 from icecache.vllm.names import MEDIUM_CPU, BlockRemoved, BlockStored, RequestStatus
 
@@ -24,13 +24,15 @@ class Fork:
     tokens: int
 
 
-class _Text(NamedTuple):
-    """As PrefixTable takes it."""
+@dataclass
+class _Waiting:
+    """What a waiting request asks the tables, and what they answered last."""
 
-    tokens: list[int]
-    hashes: list[bytes]
-    space: str
-    by_token: bool  # False: token ids do not tell everything
+    tokens: int  # of the request
+    text: PrefixText | None
+    version: tuple[int, int] = (-1, -1)  # of the tables, when they answered
+    kept: tuple[int, int] = (-1, 0)  # the sequence, and the tokens that agree
+    running: tuple[int, int] = (-1, 0)
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Prefixes:
         self._next_key = 0
         self._running: dict[str, _Running] = {}
         self._request_of: dict[int, str] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._matches: dict[str, Fork] = {}  # of requests that are being admitted; pinned
         self._cold: set[str] = set()  # requests that start without a hit
         self._announced: dict[bytes, int] = {}  # kept sequences that have a block
@@ -85,6 +88,7 @@ class Prefixes:
     def _make_stores(self) -> None:
         self._kept = PrefixTable(self._block_tokens)
         self._prompts = PrefixTable(self._block_tokens)  # of running requests
+        self._waiting.clear()
 
     # --- a request's life, in vLLM's order
 
@@ -97,11 +101,9 @@ class Prefixes:
         self._unpin(name)
         if not self._is_on or request.skip_reading_prefix_cache or name in self._cold:
             return 0
-        text = self._text(request, request.num_tokens)
-        if text is None:
-            return 0
-        kept, common = self._kept.find(*text)
-        running, of_prompt = self._prompts.find(*text)
+        found = self._look_up(request)
+        kept, common = found.kept
+        running, of_prompt = found.running
         most = request.num_tokens - 1
         if min(of_prompt, most) > common:
             other = self._running[self._request_of[running]]
@@ -117,6 +119,24 @@ class Prefixes:
         if hit.owner in self._kept:
             self._kept.pin(hit.owner)
         return hit.tokens
+
+    def _look_up(self, request: Any) -> _Waiting:
+        """Who begins as a waiting request does: looked for again after a table has changed."""
+        waiting = self._wait(request)
+        version = (self._kept.version(), self._prompts.version())
+        if waiting.text is not None and waiting.version != version:
+            waiting.kept = self._kept.find(waiting.text)
+            waiting.running = self._prompts.find(waiting.text)
+            waiting.version = version
+        return waiting
+
+    def _wait(self, request: Any) -> _Waiting:
+        """With the request's text, which is made once."""
+        waiting = self._waiting.get(request.request_id)
+        if waiting is None or waiting.tokens != request.num_tokens:
+            text = self._text(request, request.num_tokens)
+            waiting = self._waiting[request.request_id] = _Waiting(request.num_tokens, text)
+        return waiting
 
     def _fits(self, hit: Fork, request: Any) -> bool:
         """True where the memory of the owner, which may be much more than what is shared, leaves
@@ -140,7 +160,7 @@ class Prefixes:
             more -= self.ledger.cost_of(own.key)
         while self.ledger.used + more > self.capacity:
             if not self._evict():
-                return all(other == name for other in self._running)
+                return self._running.keys() <= {name}
         return True
 
     def hold(self, name: str, tokens: int) -> None:
@@ -161,7 +181,7 @@ class Prefixes:
                 self._kept.use(own.fork.owner)
 
     def admit(self, request: Any, hit: int) -> None:
-        """The request begins, or resumes, with this step, at position `hit`."""
+        """The request begins, resumes or is given more input; `hit`: tokens that it forks."""
         own = self._running[request.request_id]
         if hit != (own.fork.tokens if own.fork else 0):
             raise RuntimeError(
@@ -172,9 +192,12 @@ class Prefixes:
         own.prompt = request.num_tokens
         if not self._is_on:
             return
-        text = self._text(request, request.num_tokens)
-        if text is not None:
-            self._prompts.add(own.key, *text)
+        text = self._wait(request).text
+        del self._waiting[request.request_id]
+        if own.key in self._prompts:  # of a session that goes on with more input
+            self._prompts.remove(own.key)
+        if text is not None and not own.is_stale:
+            self._prompts.add(own.key, text)
             self._prompts.pin(own.key)
 
     def key(self, name: str) -> int:
@@ -211,8 +234,8 @@ class Prefixes:
         text = self._text(request, length)
         if text is None:
             return
-        covered = self._kept.add(own.key, *text)
-        self._announce(request, own.key, text)
+        covered = self._kept.add(own.key, text)
+        self._announce(request, own.key, length // self._block_tokens)
         for old in covered:
             self._end(old)
         self.ledger.set_tokens(own.key, length)
@@ -232,6 +255,7 @@ class Prefixes:
     def finished(self, name: str) -> None:
         """The request never comes back."""
         self._cold.discard(name)
+        self._waiting.pop(name, None)
 
     def start_cold(self, name: str, owner: int) -> None:
         """The workers have no sequence `owner` any more: the request starts without one."""
@@ -264,17 +288,16 @@ class Prefixes:
 
     # --- inside
 
-    def _text(self, request: Any, length: int) -> _Text | None:
+    def _text(self, request: Any, length: int) -> PrefixText | None:
         """The first tokens of a request; None where they are less than a block."""
-        hashes = list(request.block_hashes[: length // self._block_tokens])
+        hashes = request.block_hashes[: length // self._block_tokens]
         if not hashes:
             return None
-        tokens = list(request.all_token_ids[:length])
         lora = request.lora_request
         # vLLM's hashes tell these apart as well, but before 0.32 not all of them from one another.
         space = (lora and (lora.lora_name, lora.lora_path), request.cache_salt)
         by_token = not request.mm_features and request.prompt_embeds is None
-        return _Text(tokens, hashes, repr(space), by_token)
+        return self._kept.text(request.all_token_ids[:length], hashes, repr(space), by_token)
 
     def _unpin(self, name: str) -> None:
         match = self._matches.pop(name, None)
@@ -301,11 +324,11 @@ class Prefixes:
         self.changes.kept.discard(key)
         self.changes.gone.add(key)
 
-    def _announce(self, request: Any, key: int, text: _Text) -> None:
+    def _announce(self, request: Any, key: int, blocks: int) -> None:
+        """The first blocks of a request can be shared."""
         if self.events is None:
             return
-        tokens, hashes = text.tokens, text.hashes
-        self._hashes[key] = hashes
+        hashes = self._hashes[key] = request.block_hashes[:blocks]
         fresh = [i for i, block in enumerate(hashes) if block not in self._announced]
         for block in hashes:
             self._announced[block] = self._announced.get(block, 0) + 1
@@ -318,7 +341,7 @@ class Prefixes:
             BlockStored(
                 block_hashes=hashes[first:],
                 parent_block_hash=hashes[first - 1] if first else None,
-                token_ids=tokens[first * size : len(hashes) * size],
+                token_ids=request.all_token_ids[first * size : len(hashes) * size],
                 block_size=size,
                 lora_id=lora.adapter_id if lora else None,
                 medium=MEDIUM_CPU,
