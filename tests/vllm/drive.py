@@ -28,7 +28,7 @@ from scenarios_answers import broken, everything, generate, in_turns, ranks
 from scenarios_prefixes import lost_owner, reuse
 from scenarios_storms import prefix_storm, storm
 
-LONGEST = 600  # seconds that a scenario may take
+LONGEST = 600  # seconds that a scenario may take, unless its "longest_seconds" says more
 # What engines import when they are made, most of the time that one takes.
 MODULES = (
     "vllm.entrypoints.llm",
@@ -87,7 +87,7 @@ def attend(lines: TextIO) -> None:
         scenario, given, environment, output = json.loads(line)
         child = os.fork()
         if child == 0:
-            signal.alarm(LONGEST)
+            signal.alarm(given.get("longest_seconds", LONGEST))
             with open(os.devnull, "rb") as nothing, open(output, "wb") as file:
                 for number, of in enumerate((nothing, file, file)):
                     os.dup2(of.fileno(), number)

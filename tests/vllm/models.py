@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
@@ -32,6 +34,26 @@ def tiny_llama(
         eos_token_id=2,
     )
     _random(LlamaForCausalLM(config)).save_pretrained(folder)
+    return folder
+
+
+def random_adapter(folder: Path, model: Path, seed: int, rank: int = 8) -> Path:
+    """A LoRA adapter of random weights for the attention layers of a tiny Llama, in peft's form."""
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in LlamaForCausalLM.from_pretrained(model).named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(parts):
+            rows, columns = weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                values = 0.15 * torch.randn(*shape, generator=generator)
+                weights[f"base_model.model.{layer}.lora_{part}.weight"] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+    config |= {"target_modules": parts, "bias": "none", "base_model_name_or_path": str(model)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -31,10 +31,11 @@ def lost_owner(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def reuse(spec: dict[str, Any]) -> dict[str, Any]:
-    """Requests one after another: their cached tokens, what the API and the metrics say of them,
-    and events of the prefix store."""
+    """Requests one after another, each with its own "sampling" and "lora" (name, number, folder):
+    their cached tokens, and events of the prefix store."""
     from vllm import SamplingParams
     from vllm.config import KVEventsConfig
+    from vllm.lora.request import LoRARequest
 
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     llm = make({**spec, "llm": {**spec["llm"], "kv_events_config": events}})
@@ -45,7 +46,9 @@ def reuse(spec: dict[str, Any]) -> dict[str, Any]:
         params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=8)
         for name, value in request.pop("sampling", {}).items():
             setattr(params, name, value)
-        (output,) = llm.generate([request], params, use_tqdm=False)
+        lora = request.pop("lora", None)
+        lora = LoRARequest(*lora) if lora else None
+        (output,) = llm.generate([request], params, use_tqdm=False, lora_request=lora)
         cached.append(output.num_cached_tokens)
         made.append(list(output.outputs[0].token_ids))
     llm.llm_engine.step()

@@ -17,6 +17,7 @@ class Request(NamedTuple):
 
     prompt: dict[str, Any]  # as vLLM takes it
     params: Any  # vLLM's SamplingParams
+    lora: Any = None  # vLLM's LoRARequest
 
 
 def steps(
@@ -34,7 +35,8 @@ def steps(
         for _ in range(generator.randint(0, 3)):
             if names and len(running) < MOST_AT_ONCE:
                 name = names.pop()
-                engine.add_request(name, *ask(name))
+                request = ask(name)
+                engine.add_request(name, request.prompt, request.params, lora_request=request.lora)
                 running.add(name)
         if running and generator.random() < spec["abort_share"]:
             victim = generator.choice(sorted(running))
@@ -86,9 +88,14 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
-    """Requests over shared beginnings, some with salts, several choices or an early end; each is
-    then served once more with nothing to share."""
+    """Requests over shared beginnings, some with salts, several choices or an early end, and with
+    the LoRA adapters [name, folder] of spec["adapters"]; each is then served once more with nothing
+    to share."""
+    from vllm.lora.request import LoRARequest
+
     llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
+    # Without None: beside adapters vLLM's CPU build answers requests that have none wrongly.
+    loras = [LoRARequest(name, 1 + i, path) for i, (name, path) in enumerate(spec["adapters"])]
     seen = inner(llm)
     free = seen["pool"].get_num_free_blocks()
     generator = random.Random(spec.get("seed", 0))
@@ -106,7 +113,7 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
         params = sampling(generator.randint(1, 16))
         if generator.random() < 0.2:  # of which vLLM wants no temperature of 0
             params.n, params.temperature, params.top_k = 3, 1.0, 1
-        requests[name] = Request(prompt, params)
+        requests[name] = Request(prompt, params, generator.choice(loras or [None]))
         return requests[name]
 
     made: dict[str, list[list[int]]] = {}
@@ -143,8 +150,8 @@ def differing(
     found = []
     for name in sorted(made):
         llm.reset_prefix_cache()
-        prompt, params = requests[name]
-        alone = answers(llm, [prompt["prompt_token_ids"]], params.max_tokens)
+        prompt, params, lora = requests[name]
+        alone = answers(llm, [prompt["prompt_token_ids"]], params.max_tokens, lora)
         if any(answer != alone[0] for answer in made[name]):
             found.append(name)
     return found
