@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from scenarios_answers import broken, everything, generate, in_turns, ranks
-from scenarios_prefixes import lost_owner, reuse
+from scenarios_prefixes import lost_owner, passes, reuse
 from scenarios_storms import prefix_storm, storm
 
 LONGEST = 600  # seconds that a scenario may take, unless its "longest_seconds" says more
@@ -48,6 +48,7 @@ _ALL: list[Callable[[dict[str, Any]], dict[str, Any]]] = [
     generate,
     in_turns,
     lost_owner,
+    passes,
     prefix_storm,
     ranks,
     reuse,

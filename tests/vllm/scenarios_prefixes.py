@@ -31,8 +31,8 @@ def lost_owner(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def reuse(spec: dict[str, Any]) -> dict[str, Any]:
-    """Requests one after another, each with its own "sampling" and "lora" (name, number, folder):
-    their cached tokens, and events of the prefix store."""
+    """Requests one after another, each with its own "sampling", "lora" (name, number, folder)
+    and "embedded" tokens: their cached tokens, and events of the prefix store."""
     from vllm import SamplingParams
     from vllm.config import KVEventsConfig
     from vllm.lora.request import LoRARequest
@@ -48,6 +48,8 @@ def reuse(spec: dict[str, Any]) -> dict[str, Any]:
             setattr(params, name, value)
         lora = request.pop("lora", None)
         lora = LoRARequest(*lora) if lora else None
+        if "embedded" in request:
+            request["prompt_embeds"] = embedded(request.pop("embedded"))
         (output,) = llm.generate([request], params, use_tqdm=False, lora_request=lora)
         cached.append(output.num_cached_tokens)
         made.append(list(output.outputs[0].token_ids))
@@ -63,6 +65,47 @@ def reuse(spec: dict[str, Any]) -> dict[str, Any]:
         "consistent": told == kept,
         "left": len(announced(taken)),
     }
+
+
+def passes(spec: dict[str, Any]) -> dict[str, Any]:
+    """spec["prompts"] served together spec["passes"] times, and once more after a reset: answers,
+    and what vLLM's counters of prefixes outside of its own pool add in each pass."""
+    on = {"enable_prefix_caching": True, "disable_log_stats": False}
+    llm = make({**spec, "llm": {**on, **spec["llm"]}})
+    rounds = []
+    for number in range(spec["passes"] + 1):
+        if number == spec["passes"]:
+            llm.reset_prefix_cache()
+        before = counters(llm)
+        prompts = [{"prompt_token_ids": prompt} for prompt in spec["prompts"]]
+        outputs = llm.generate(prompts, sampling(spec["tokens"]), use_tqdm=False)
+        rounds.append(
+            {
+                "made": [list(output.outputs[0].token_ids) for output in outputs],
+                "cached": [output.num_cached_tokens for output in outputs],
+                **{name: value - before[name] for name, value in counters(llm).items()},
+            }
+        )
+    return {"rounds": rounds}
+
+
+def counters(llm: Any) -> dict[str, int]:
+    """Tokens that were looked up, and found."""
+    names = {"vllm:external_prefix_cache_queries": "queries"}
+    names |= {"vllm:external_prefix_cache_hits": "hits"}
+    found = {"queries": 0, "hits": 0}
+    for metric in llm.get_metrics():
+        if metric.name in names:
+            found[names[metric.name]] += int(metric.value)
+    return found
+
+
+def embedded(tokens: list[int]) -> Any:
+    """Rows of a table that is no model's, [len(tokens), hidden size of the tiny models]."""
+    import torch
+
+    table = torch.randn(VOCABULARY, 64, generator=torch.Generator().manual_seed(0))
+    return table[tokens]
 
 
 def announced(events: list[Any]) -> set[Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import models
+import pytest
 from conftest import Run
+from icecache.bench.tasks import gsm8k
+from transformers import AutoTokenizer
 
 SMALL: dict[str, Any] = {"max_model_len": 1024, "block_size": 32, "max_num_seqs": 16}
 
@@ -96,6 +100,44 @@ def test_what_is_cached_is_what_is_alike_and_of_the_same_user(run: Run, llama: P
     assert result["cached"] == [0, 300, 302, 0, 300, 0, 0, 0, 32]
     assert result["made"][1] == result["made"][2] == result["made"][4] == result["made"][5]
     assert result["blocks"] > 0 and result["consistent"] and result["left"] == 0
+
+
+def test_behind_prompts_given_as_embeddings_whole_blocks_are_shared(run: Run, llama: Path) -> None:
+    text = [16 + i % 400 for i in range(300)]
+    requests = [{"embedded": ids} for ids in (text, text, [*text[:100], *text[:200]])]
+    llm = {**SMALL, "enable_prefix_caching": True, "enable_prompt_embeds": True}
+    given = {"requests": requests, "llm": llm}
+    result = run("reuse", model=llama, icecache={"exact": True, "host_memory": "64M"}, **given)
+    assert result["cached"] == [0, 288, 96]
+    assert result["made"][0] == result["made"][1] != result["made"][2]
+
+
+def test_a_second_pass_over_gsm8k_reads_nothing_again(run: Run, smollm2: Path) -> None:
+    """vLLM's own recipe for stores of prefixes: by its counters, and with equal answers."""
+    shared = Path(os.environ.get("ICECACHE_SHARED", Path(__file__).parents[3] / "shared"))
+    data = shared / "data" / "gsm8k_test.jsonl"
+    if not data.is_file():
+        pytest.skip(f"{data} is absent: GSM8K's test set, as the hub has it")
+    samples = list(islice(gsm8k.open_source(data).samples(gsm8k.TASK), 8))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
+    given = {"prompts": prompts, "passes": 2, "tokens": 16, "llm": {**SMALL, "max_model_len": 1536}}
+    result = run("passes", model=smollm2, icecache={"exact": True, "host_memory": "1G"}, **given)
+    first, second, cold = result["rounds"]
+    tokens = sum(len(prompt) for prompt in prompts)
+    assert first["queries"] == second["queries"] == cold["queries"] == tokens
+    for one in result["rounds"]:
+        assert one["hits"] == sum(one["cached"])
+    examples = min(len(prompt) for prompt in prompts) // 2
+    assert first["cached"].count(0) == 1, "who reads the examples"
+    assert sorted(first["cached"])[1] > examples
+    assert second["cached"] == [len(prompt) - 1 for prompt in prompts]
+    assert first["made"] == second["made"] == cold["made"]
+    scores = [
+        [gsm8k.score(tokenizer.decode(ids), s) for ids, s in zip(one["made"], samples, strict=True)]
+        for one in (first, second)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_a_server_may_turn_it_off(run: Run, llama: Path) -> None:
