@@ -1,7 +1,6 @@
 // Plain records: statistics, traces, build information.
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -65,12 +64,8 @@ constexpr Field<MemoryStats, std::int64_t> kMemoryCounts[] = {
      "retained ones that have ended for want of pages"},
 };
 
-HeadStats sum_of(const HeadStats& one, const HeadStats& other) {
-  HeadStats sum = one;
-  for (const auto& field : kHeadCounts) sum.*field.member += other.*field.member;
-  for (const auto& field : kHeadNumbers) sum.*field.member += other.*field.member;
-  sum.worst_mass = std::min(one.worst_mass, other.worst_mass);
-  return sum;
+HeadStats sum_of(HeadStats one, const HeadStats& other) {
+  return one += other;
 }
 
 // Sets the field of that name; false where the table has none.

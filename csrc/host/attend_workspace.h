@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/paged_attention.h"
@@ -26,6 +27,8 @@ struct alignas(64) AttendWorkspace {    // no cache line is written by two threa
 
   // One step within the budget.
   std::vector<const Segment*> segments;
+  std::optional<Segment> added[2];  // those of `segments` that are not a head's own
+  std::int32_t tail_begin = 0;      // position
   Selector selector;
   Selection selection;
   std::vector<const void*> rows;  // keys, then values, then means

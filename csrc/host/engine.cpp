@@ -138,22 +138,17 @@ Engine::Impl::Promise Engine::Impl::promise(std::size_t pages) {
   return std::make_shared<const Kept>(promised_pages, pages);
 }
 
+void Engine::Impl::collect_all(SequenceCache& sequence) noexcept {
+  for (std::size_t l = 0; l < sequence.layers.size(); ++l) {
+    std::vector<HeadCache>& heads = sequence.layers[l].heads;
+    for (std::size_t h = 0; h < heads.size(); ++h) {
+      collect(static_cast<int>(l), static_cast<int>(h), heads[h].take_stats(heads[h].length()));
+    }
+  }
+}
+
 void Engine::Impl::collect(int layer, int head, const HeadStats& add) noexcept {
-  HeadStats& total = stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head];
-  total.steps += add.steps;
-  total.dense_steps += add.dense_steps;
-  total.tokens_selected += add.tokens_selected;
-  total.pages_selected += add.pages_selected;
-  total.widened_steps += add.widened_steps;
-  total.doubtful_steps += add.doubtful_steps;
-  total.seals += add.seals;
-  total.merges += add.merges;
-  total.bytes_read += add.bytes_read;
-  total.mass += add.mass;
-  total.worst_mass = std::min(total.worst_mass, add.worst_mass);
-  total.select_seconds += add.select_seconds;
-  total.attend_seconds += add.attend_seconds;
-  total.index_seconds += add.index_seconds;
+  stats[static_cast<std::size_t>(layer) * shape.num_kv_heads + head] += add;
 }
 
 Engine::Engine(const CacheShape& shape, const Config& config)
@@ -206,11 +201,17 @@ HeadStats Engine::stats(int layer, int kv_head) const {
                                   " and ", impl_->shape.num_kv_heads, ", got ", layer, " and ",
                                   kv_head));
   }
-  return impl_->stats[static_cast<std::size_t>(layer) * impl_->shape.num_kv_heads + kv_head];
+  HeadStats sum =
+      impl_->stats[static_cast<std::size_t>(layer) * impl_->shape.num_kv_heads + kv_head];
+  for (const auto& [id, sequence] : impl_->sequences) {
+    sequence.layers[layer].heads[kv_head].add_last_stats(sum);
+  }
+  return sum;
 }
 
 void Engine::reset_stats() {
   const std::lock_guard lock(impl_->mutex);
+  for (auto& [id, sequence] : impl_->sequences) impl_->collect_all(sequence);
   std::fill(impl_->stats.begin(), impl_->stats.end(), HeadStats{});
 }
 

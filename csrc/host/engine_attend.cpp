@@ -1,10 +1,11 @@
 // Attention, and what it leaves to the background.
 #include <algorithm>
 #include <cstring>
-#include <optional>
+#include <iterator>
 #include <vector>
 
 #include "host/engine_impl.h"
+#include "host/make_index.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
@@ -27,9 +28,10 @@ constexpr std::int32_t kPostponed = 64;
 }  // namespace
 
 // One call of attend():
-//  1. plan() cuts it into tasks.
-//  2. compute() carries them out on all threads. It writes the outputs, and may move tokens into
-//     the index, which the same step would move again.
+//  1. plan() cuts it into tasks. Tokens before the call's own stay from now on: what they change in
+//     the index, decide() does.
+//  2. compute() carries the tasks out on all threads. It writes the outputs, and may move tokens
+//     into a growing index, which the same step would move again.
 //  3. prepare() makes ready what follows in the background.
 //  4. commit() lets the sequences have what the call learnt: it cannot fail.
 // What throws does so before the fourth, which alone changes what a later call can tell.
@@ -51,8 +53,8 @@ class Engine::Impl::AttendCall {
     int head;
     std::int64_t first, tokens;
     bool sparse, alone;
-    HeadStats stats = {};
-    std::optional<HeadCache::Observed> observed = {};  // the head has these then
+    HeadStats stats = {};  // beside those of `decoded`
+    std::vector<HeadCache::Decoded> decoded = {};  // [tokens] if it is alone; the head's then
     StepTrace trace = {};
   };
 
@@ -66,15 +68,13 @@ class Engine::Impl::AttendCall {
                ? tokens <= kQueryBlock
                : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
   }
-  // True where a head of a sequence answers within the token budget.
-  bool is_sparse(std::size_t b, int head) const {
-    const auto first = caches_[b]->length() - static_cast<std::int32_t>(args_.queries[b].tokens);
-    return decodes(b) && phase_of(b) == Phase::kAuto && caches_[b]->heads[head].sparse_from(first);
-  }
-  // True where the step itself does all that is due, and nothing is left to index threads.
+  // Of a sequence's tokens in this call, how many a head attends for exactly, before those that it
+  // answers within the token budget.
+  std::int64_t exact_tokens(std::size_t b, int head) const;
+  // True where nothing of the call is left to index threads, but what decide() gives them.
   bool is_alone(std::size_t b) const {
-    return decodes(b) && (caches_[b]->sparse() ||
-                          (caches_[b]->is_short() && args_.queries[b].tokens <= kQueryBlock));
+    const LayerCache& cache = *caches_[b];
+    return decodes(b) && (!grows(engine_.config) || cache.sparse() || cache.is_short());
   }
   void run(Task& task, AttendWorkspace& workspace);
   void observe(Task& task, std::int32_t first, float* scaled) const;
@@ -95,22 +95,27 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
       throw InvalidArgument(message("queries must be of tokens already appended (", cache.length(),
                                     " in sequence ", ids[b], "), got ", tokens));
     }
-    for (const HeadCache::Work work : HeadCache::kWorks) {
-      if (cache.build_is_ready(work)) engine_.threads.wait(cache.group_of(work));
-    }
+    engine_.decide(cache, layer_, cache.length() - static_cast<std::int32_t>(tokens));
+    engine_.wait_for_builds(cache, cache.length());
     for (int h = 0; h < engine_.shape.num_kv_heads; ++h) {
-      if (is_sparse(b, h)) {
-        if (tokens > 0) tasks_.push_back({b, h, 0, tokens, true, true});
-        continue;
+      const std::int64_t exact = exact_tokens(b, h);
+      const std::int64_t most = std::min(kQueryBlock, kQueryRows / engine_.shape.group());
+      for (std::int64_t first = 0; first < exact; first += most) {
+        tasks_.push_back({b, h, first, std::min(most, exact - first), false, is_alone(b)});
       }
-      const bool alone = is_alone(b);  // its queries are observed together, in one task
-      const std::int64_t most =
-          alone ? kQueryBlock : std::min(kQueryBlock, kQueryRows / engine_.shape.group());
-      for (std::int64_t first = 0; first < tokens; first += most) {
-        tasks_.push_back({b, h, first, std::min(most, tokens - first), false, alone});
-      }
+      if (exact < tokens) tasks_.push_back({b, h, exact, tokens - exact, true, true});
     }
   }
+}
+
+std::int64_t Engine::Impl::AttendCall::exact_tokens(std::size_t b, int head) const {
+  const std::int64_t tokens = args_.queries[b].tokens;
+  if (!decodes(b) || phase_of(b) != Phase::kAuto) return tokens;
+  const HeadCache& cache = caches_[b]->heads[head];
+  const auto first = static_cast<std::int32_t>(cache.length() - tokens);
+  std::int32_t exact = 0;
+  while (exact < tokens && !cache.sparse_at(first + exact)) ++exact;
+  return exact;
 }
 
 void Engine::Impl::AttendCall::compute() {
@@ -135,6 +140,10 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
   HeadCache& head = caches_[task.item]->heads[task.head];
   const TensorView& queries = args_.queries[task.item];
   const std::int32_t first = head.length() - static_cast<std::int32_t>(queries.tokens - task.first);
+  if (task.first == 0) head.observe_until(first);
+  for (std::int64_t t = 0; task.alone && t < task.tokens; ++t) {
+    task.decoded.push_back({first + static_cast<std::int32_t>(t), {}, {}});
+  }
   const std::size_t rows = static_cast<std::size_t>(task.tokens) * group;
   auto &scaled = workspace.queries, &result = workspace.outputs, &lse = workspace.lse;
   scaled.resize(rows * d);
@@ -150,15 +159,16 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
       head.insert_due(position, task.stats, workspace);
       head.decode(scaled.data() + row * d, position,
                   {result.data() + row * d, any_lse == nullptr ? nullptr : any_lse + row},
-                  task.stats, task.trace, workspace);
+                  task.decoded[t].stats, task.trace, workspace);
     }
   } else {
     if (task.alone && head.sparse()) head.insert_due(first, task.stats, workspace);
     head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, {result.data(), any_lse},
                       task.stats, workspace);
-    if (decodes(task.item)) task.stats.dense_steps = task.tokens;
+    if (decodes(task.item) && !task.alone) task.stats.dense_steps = task.tokens;
+    for (HeadCache::Decoded& token : task.decoded) token.stats.dense_steps = 1;
   }
-  if (task.alone) observe(task, first, scaled.data());
+  if (task.alone && !head.dense()) observe(task, first, scaled.data());
   const TensorView& out = args_.outputs[task.item];
   for (std::int64_t t = 0; t < task.tokens; ++t) {
     for (int g = 0; g < group; ++g) {
@@ -174,26 +184,35 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
 void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* scaled) const {
   const int group = engine_.shape.group(), d = engine_.shape.head_dim;
   const float scale = engine_.shape.softmax_scale();
-  HeadCache& head = caches_[task.item]->heads[task.head];
-  std::int64_t count = 0;  // rows that shape the metric, moved to the front
-  std::int32_t last = 0;   // position of the last of them
-  for (std::int64_t t = 0; t < task.tokens; ++t) {
-    if (head.sparse() && (first + t) % kObserveEvery != 0) continue;
-    for (int x = 0; x < group * d; ++x) scaled[count * d + x] = scaled[t * group * d + x] / scale;
-    count += group;
-    last = first + static_cast<std::int32_t>(t);
+  const HeadCache& head = caches_[task.item]->heads[task.head];
+  for (HeadCache::Decoded& token : task.decoded) {
+    if (head.sparse_at(token.position) && token.position % kObserveEvery != 0) continue;
+    const float* rows = scaled + static_cast<std::int64_t>(token.position - first) * group * d;
+    for (int x = 0; x < group * d; ++x) token.queries.push_back(rows[x] / scale);
   }
-  if (count > 0) task.observed = {head.observed(scaled, count), last};
 }
 
 void Engine::Impl::AttendCall::prepare() {
   for (std::size_t b = 0; b < caches_.size(); ++b) {
-    if (!is_alone(b)) {
-      follow_ups_.push_back(
-          engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
-    } else if (caches_[b]->sparse()) {
-      follow_ups_.push_back(engine_.prepare_builds(*caches_[b], layer_, args_.queries[b].tokens));
+    if (is_alone(b)) continue;
+    follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
+    for (Task& task : tasks_) {
+      if (task.item != b) continue;
+      for (const HeadCache::Decoded& token : task.decoded) task.stats += token.stats;
+      task.decoded.clear();  // the update observes
     }
+  }
+  // A head's tasks follow one another: the first one gets the tokens of all.
+  for (std::size_t i = 1, first = 0; i < tasks_.size(); ++i) {
+    if (tasks_[i].item != tasks_[first].item || tasks_[i].head != tasks_[first].head) first = i;
+    if (first == i) continue;
+    std::vector<HeadCache::Decoded>& decoded = tasks_[i].decoded;
+    tasks_[first].decoded.insert(tasks_[first].decoded.end(),
+                                 std::make_move_iterator(decoded.begin()),
+                                 std::make_move_iterator(decoded.end()));
+  }
+  for (Task& task : tasks_) {
+    if (task.first == 0) caches_[task.item]->heads[task.head].join_decoded(task.decoded);
   }
 }
 
@@ -201,8 +220,14 @@ void Engine::Impl::AttendCall::commit() noexcept {
   for (Task& task : tasks_) {
     HeadCache& head = caches_[task.item]->heads[task.head];
     engine_.collect(layer_, task.head, task.stats);
-    if (task.observed) head.set_observed(std::move(*task.observed));
+    if (task.first == 0) head.set_decoded(std::move(task.decoded));
     if (task.sparse && engine_.config.telemetry == "trace") head.set_trace(std::move(task.trace));
+  }
+  for (std::size_t b = 0; b < caches_.size(); ++b) {
+    const std::int32_t end = caches_[b]->length();
+    const std::int32_t first =
+        is_alone(b) ? end - static_cast<std::int32_t>(args_.queries[b].tokens) : end;
+    caches_[b]->undecided = {first, end};
   }
   for (FollowUp& work : follow_ups_) engine_.start(std::move(work));
 }
@@ -241,29 +266,51 @@ Engine::Impl::FollowUp Engine::Impl::prepare_update(LayerCache& layer, int numbe
   return work;
 }
 
-bool Engine::Impl::has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn,
-                            int number) const {
-  const std::int64_t last = length / turn, first = (length - new_tokens + 1) / turn;
-  const std::int64_t since = (last - number) % shape.num_layers;  // turns from the layer's own
-  return last >= number && last - since >= first;
+void Engine::Impl::wait_for_builds(LayerCache& layer, std::int32_t length) {
+  for (const HeadCache::Work work : HeadCache::kWorks) {
+    if (layer.build_is_ready(work, length)) threads.wait(layer.group_of(work));
+  }
+}
+
+void Engine::Impl::decide(LayerCache& layer, int number, std::int32_t position) {
+  std::int32_t& first = layer.undecided.first;
+  for (const std::int32_t end = std::min(layer.undecided.end, position); first < end; ++first) {
+    const std::int32_t length = first + 1;
+    wait_for_builds(layer, length);
+    for (std::size_t h = 0; h < layer.heads.size(); ++h) {
+      HeadStats stats = layer.heads[h].take_stats(length);
+      layer.heads[h].use_builds(length, stats);
+      collect(number, static_cast<int>(h), stats);
+    }
+    start(prepare_builds(layer, number, length));
+  }
+}
+
+bool Engine::Impl::has_turn(std::int32_t length, std::int32_t turn, int number) const {
+  const std::int32_t turns = length / turn;
+  return turns >= number && (turns - number) % shape.num_layers == 0;
 }
 
 Engine::Impl::FollowUp Engine::Impl::prepare_builds(LayerCache& layer, int number,
-                                                    std::int64_t new_tokens) {
+                                                    std::int32_t length) {
   FollowUp follow;
   follow.layer = &layer;
   follow.number = number;
-  const std::int32_t length = layer.length();
+  follow.postponed_to = length + kPostponed;
   for (const HeadCache::Work work : HeadCache::kWorks) {
-    const std::int32_t tokens = layer.heads.front().due_work(work);
+    const std::int32_t tokens = layer.heads.front().due_work(work, length);
     if (tokens == 0) continue;
     const std::int32_t turn = std::max(kShortestTurn, tokens / (kBuildShare * shape.num_layers));
-    if (!has_turn(length, new_tokens, turn, number)) continue;
+    if (!has_turn(length, turn, number)) continue;
+    // When the layer after the next one begins; and behind the call that the token is in, which
+    // would need it before anybody knows whether the token stays.
+    const std::int32_t ready_at =
+        length + std::max(2 * turn, static_cast<std::int32_t>(config.window_tokens));
     std::size_t pages = 0;
     std::vector<FollowUp::Build> builds;
     for (std::size_t h = 0; h < layer.heads.size(); ++h) {
-      // Until the layer after the next one begins.
-      builds.push_back({work, h, layer.heads[h].make_build(work, 2 * turn)});
+      layer.heads[h].observe_until(length);
+      builds.push_back({work, h, layer.heads[h].make_build(work, length, ready_at)});
       if (builds.back().build == nullptr)
         builds.pop_back();
       else
@@ -295,7 +342,7 @@ void Engine::Impl::start(FollowUp work) noexcept {
     layer.heads[item.head].start_build(item.work, std::move(item.build));
   }
   for (const HeadCache::Work kind : work.postponed) {
-    for (HeadCache& head : layer.heads) head.postpone_build(kind, kPostponed);
+    for (HeadCache& head : layer.heads) head.postpone_build(kind, work.postponed_to);
   }
   threads.submit(std::move(work.jobs));
   if (work.alone) finish(layer, work.number);

@@ -69,6 +69,8 @@ struct Engine::Impl {
   void settle(LayerCache& layer, int number);
   void settle(SequenceCache& sequence);
   void collect(int layer, int head, const HeadStats& add) noexcept;
+  // Also of the tokens that might yet have been taken back.
+  void collect_all(SequenceCache& sequence) noexcept;
 
   // finish() of all layers of a sequence, or of all; waits for builds, too: no other thread takes
   // pages or writes to them.
@@ -101,18 +103,23 @@ struct Engine::Impl {
     };
     std::vector<Build> builds;
     std::vector<HeadCache::Work> postponed;  // for want of pages
+    std::int32_t postponed_to = 0;           // length
     bool alone = false;                      // runs while the caller waits and nothing else does
     PreparedJobs jobs;
   };
   // Hands the layer's new queries, and unless more of a prompt is to come the due tokens, to the
   // background.
   FollowUp prepare_update(LayerCache& layer, int number, const TensorView& queries, Phase phase);
-  // After decoding `new_tokens` tokens of an indexed sequence: starts building the segments that
-  // are due, in the background. While a layer builds a segment, it holds the tokens of it twice; so
-  // layers take turns.
-  FollowUp prepare_builds(LayerCache& layer, int number, std::int64_t new_tokens);
-  // True where one of the last `new_tokens` tokens of `length` fell into a turn of layer `number`.
-  bool has_turn(std::int32_t length, std::int64_t new_tokens, std::int32_t turn, int number) const;
+  // Decoded tokens below `position` stay. What each of them changes in the index is done now, at the
+  // sequence's length with this token: it does not depend on how many tokens a call had, or on
+  // those that were taken back. Where it throws, the same call goes on where this one ended.
+  void decide(LayerCache& layer, int number, std::int32_t position);
+  // Waits for builds that decoding uses at `length` tokens.
+  void wait_for_builds(LayerCache& layer, std::int32_t length);
+  // The segments that are due at `length` tokens are built in the background. While a layer builds
+  // a segment, it holds the tokens of it twice; so layers take turns.
+  FollowUp prepare_builds(LayerCache& layer, int number, std::int32_t length);
+  bool has_turn(std::int32_t length, std::int32_t turn, int number) const;
   void start(FollowUp work) noexcept;
 
   const CacheShape shape;

@@ -47,6 +47,7 @@ SeqId Engine::Impl::fork(SeqId id, std::optional<std::int64_t> length) {
   const std::lock_guard lock(mutex);
   SequenceCache& source = sequence(id);
   settle(source);
+  for (LayerCache& layer : source.layers) wait_for_builds(layer, layer.length());
   if (length) check_length(id, source, *length);
   SequenceCache copy = source;
   copy.retained = 0;
@@ -64,6 +65,7 @@ void Engine::Impl::truncate(std::span<const Kept> layers) {
   auto next = truncations.begin();
   for (const auto& [layer, length] : layers) {
     for (HeadCache& head : layer->heads) head.truncate(std::move(*next++), true);
+    layer->undecided.end = std::min(layer->undecided.end, length);
   }
 }
 
@@ -97,6 +99,7 @@ void Engine::truncate(SeqId sequence, std::int64_t length) {
 void Engine::release(SeqId sequence) {
   const std::lock_guard lock(impl_->mutex);
   impl_->rest(impl_->sequence(sequence));
+  impl_->collect_all(impl_->sequence(sequence));
   impl_->sequences.erase(sequence);
 }
 
@@ -133,6 +136,7 @@ bool Engine::Impl::evict_one() noexcept {
   }
   if (oldest == sequences.end()) return false;
   rest(oldest->second);
+  collect_all(oldest->second);
   sequences.erase(oldest);
   ++evicted;
   return true;

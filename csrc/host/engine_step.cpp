@@ -264,6 +264,10 @@ void Engine::observe(std::span<const SeqId> ids, int layer, std::span<const Tens
     layers.push_back(&impl_->layer_to_change(ids[b], layer));
     impl_->check_view("queries", queries[b], impl_->shape.num_q_heads);
   }
+  for (LayerCache* cache : layers) {
+    impl_->decide(*cache, layer, cache->length());
+    for (HeadCache& head : cache->heads) head.observe_until(cache->length());
+  }
   std::vector<Impl::FollowUp> work;
   for (std::size_t b = 0; b < ids.size(); ++b) {
     const Phase phase = phases.empty() ? Phase::kAuto : phases[b];

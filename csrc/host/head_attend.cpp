@@ -67,7 +67,7 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   std::vector<PagePick>& picks = workspace.picks;
   const auto attend_run = [&](const PageRun& run) {
     picks.clear();
-    run.picks(first_position + tokens, picks);
+    run.picks(run.first_position(), first_position + tokens, picks);
     attend_picks(first_position + 1 - run.first_position(), attention, stats, workspace);
   };
   attend_run(sink_);
@@ -94,7 +94,6 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
 void HeadCache::insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace) {
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
-  use_builds(stats);
   if (!growing_) return;
   const std::int32_t due = std::min(window_start(position) - tail_.first_position(), tail_.count());
   if (due < kInsertTogether) return;
@@ -104,6 +103,23 @@ void HeadCache::insert_due(std::int32_t position, HeadStats& stats, AttendWorksp
     // They are attended from the tail until a later step finds room.
   }
   stats.index_seconds += seconds_since(start);
+}
+
+void HeadCache::look_at(std::int32_t position, AttendWorkspace& step) const {
+  step.segments.clear();
+  step.tail_begin = tail_.first_position();
+  for (const Segment& segment : segments_) step.segments.push_back(&segment);
+  if (growing_) step.segments.push_back(&step.added[0].emplace(*growing_));
+  if (const SemanticIndex* sealed = ready_segment(Work::kSeal, position + 1)) {
+    step.segments.push_back(&step.added[0].emplace(*sealed));
+    step.tail_begin = sealed->end_position();
+  }
+  if (const SemanticIndex* merged = ready_segment(Work::kMerge, position + 1)) {
+    const SegmentBuild& build = *builds_[at(Work::kMerge)];
+    const auto first = step.segments.begin() + first_source(build);
+    *first = &step.added[1].emplace(*merged);
+    step.segments.erase(first + 1, first + static_cast<std::ptrdiff_t>(build.source_count()));
+  }
 }
 
 void HeadCache::set_rows(std::size_t offset, AttendWorkspace& step) const {
@@ -123,8 +139,8 @@ void HeadCache::score_near(const float* queries, std::int32_t position,
   const std::size_t row_bytes = d * size_of(context_.dtype);
   const std::size_t half = context_.config->page_size * row_bytes;
   step.picks.clear();
-  sink_.picks(position + 1, step.picks);
-  tail_.picks(position + 1, step.picks);
+  sink_.picks(0, position + 1, step.picks);
+  tail_.picks(step.tail_begin, position + 1, step.picks);
   const std::int64_t near = step.near = token_count(step.picks);
   step.logits.resize(near * group);
   verify(step.picks);
@@ -218,10 +234,10 @@ void HeadCache::decode(const float* queries, std::int32_t position, Out out, Hea
     return;
   }
   const simd::FlushSubnormals flush;
+  look_at(position, step);
   score_near(queries, position, step);
   // Those that wait to be sealed are attended besides.
-  const std::int64_t waiting =
-      growing_ ? 0 : std::clamp(window_start(position) - tail_.first_position(), 0, tail_.count());
+  const std::int64_t waiting = growing_ ? 0 : std::max(0, window_start(position) - step.tail_begin);
   const auto left = [&](std::int64_t budget) {
     return static_cast<int>(std::max<std::int64_t>(0, budget - (step.near - waiting)));
   };
@@ -234,10 +250,6 @@ void HeadCache::decode(const float* queries, std::int32_t position, Out out, Hea
   request.mass_target = config.mass_target;
   request.max_budget = config.mass_target > 0.0 ? left(config.max_token_budget) : request.budget;
   const auto select_start = std::chrono::steady_clock::now();
-  step.segments.clear();
-  for (const Segment& segment : segments_) step.segments.push_back(&segment);
-  std::optional<Segment> growing;
-  if (growing_) step.segments.push_back(&growing.emplace(*growing_));
   step.selector.select(config, step.segments, request, step.selection);
   stats.select_seconds += seconds_since(select_start);
 
@@ -250,7 +262,7 @@ void HeadCache::decode(const float* queries, std::int32_t position, Out out, Hea
   }
   if (config.telemetry != "off") count_step(step, nodes > 0, start, stats);
   if (config.telemetry == "trace") {
-    trace = traced(request, step.selection, position, step.exact_lse, step.selector);
+    trace = traced(position, step);
   }
 }
 
@@ -274,22 +286,19 @@ void HeadCache::count_step(const AttendWorkspace& step, bool any_far,
   stats.attend_seconds += seconds_since(start);
 }
 
-StepTrace HeadCache::traced(const SelectRequest& request, const Selection& selection,
-                            std::int32_t position, const float* near_lse,
-                            const Selector& selector) const {
+StepTrace HeadCache::traced(std::int32_t position, const AttendWorkspace& step) const {
   StepTrace trace;
-  const auto add = [&](const PageRun& run, std::vector<std::int32_t>& out) {
-    for (std::int32_t p = run.first_position(); p < std::min(run.end_position(), position + 1); ++p)
-      out.push_back(p);
+  const auto add = [&](std::int32_t first, std::int32_t end, std::vector<std::int32_t>& out) {
+    for (std::int32_t p = first; p < std::min(end, position + 1); ++p) out.push_back(p);
   };
-  add(sink_, trace.sink);
-  add(tail_, trace.window);
-  selector.pages(trace.pages);
-  selector.selected_positions(selection, trace.selected);
-  selector.far_nodes(selection, trace.far_nodes);
-  for (int g = 0; g < request.group; ++g) {
-    trace.near_lse.push_back(near_lse[g]);
-    trace.total_lse.push_back(log_add(selection.rest_lse[g], near_lse[g]));
+  add(0, sink_.end_position(), trace.sink);
+  add(step.tail_begin, tail_.end_position(), trace.window);
+  step.selector.pages(trace.pages);
+  step.selector.selected_positions(step.selection, trace.selected);
+  step.selector.far_nodes(step.selection, trace.far_nodes);
+  for (int g = 0; g < context_.group; ++g) {
+    trace.near_lse.push_back(step.exact_lse[g]);
+    trace.total_lse.push_back(log_add(step.selection.rest_lse[g], step.exact_lse[g]));
   }
   return trace;
 }

@@ -1,6 +1,7 @@
 #include "host/head_cache.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "icecache/error.h"
 #include "simd/flush_subnormals.h"
@@ -36,8 +37,12 @@ HeadCache::HeadCache(const HeadCache& other)
       growing_(other.growing_ ? other.growing_->fork() : nullptr),
       next_build_{other.next_build_[0], other.next_build_[1]},
       moments_(other.moments_),
-      observed_(other.observed_),
+      decoded_(other.decoded_),
       held_(other.held_) {
+  for (Decoded& token : decoded_) token.stats = {};  // they are the other one's
+  for (const Work work : kWorks) {
+    if (other.build_is_ready(work, other.length())) builds_[at(work)] = other.builds_[at(work)];
+  }
   segments_.reserve(other.segments_.size() + 2);
   segments_ = other.segments_;
 }
@@ -63,7 +68,6 @@ void HeadCache::append(const TensorView& keys, const TensorView& values, std::in
     sink_.truncate(before);
     throw;
   }
-  keep_observed();
   held_.key = std::max(held_.key, largest_in(keys, head));
   held_.value = std::max(held_.value, largest_in(values, head));
 }
@@ -89,12 +93,15 @@ void HeadCache::truncate(Truncation&& truncation, bool seen) noexcept {
   for (std::shared_ptr<SegmentBuild>& build : builds_) {
     if (build != nullptr && length < build->end_position()) build = nullptr;
   }
-  if (observed_ && length <= observed_->position) observed_.reset();
+  while (!decoded_.empty() && decoded_.back().position >= length) decoded_.pop_back();
   if (seen) trace_ = {};
 }
 
-bool HeadCache::sparse() const {
-  return has_index() && !is_broken() && length() > context_.config->dense_tokens;
+bool HeadCache::sparse_at(std::int32_t position) const {
+  if (is_broken() || position + 1 <= context_.config->dense_tokens) return false;
+  // Another layer's call for the same tokens may have had later ones indexed.
+  if (tail_.first_position() > position + 1) return false;
+  return has_index() || ready_segment(Work::kSeal, position + 1) != nullptr;
 }
 
 bool HeadCache::is_short() const {
@@ -113,6 +120,24 @@ std::size_t HeadCache::index_bytes(std::set<const SemanticIndex*>& counted) cons
     bytes += segment.cut_bytes();
     if (counted.insert(&segment.index()).second) bytes += segment.index().memory_bytes();
   }
+  return bytes;
+}
+
+HeadStats HeadCache::take_stats(std::int32_t position) noexcept {
+  HeadStats sum;
+  for (Decoded& token : decoded_) {
+    if (token.position < position) sum += std::exchange(token.stats, {});
+  }
+  return sum;
+}
+
+void HeadCache::add_last_stats(HeadStats& sum) const {
+  for (const Decoded& token : decoded_) sum += token.stats;
+}
+
+std::size_t HeadCache::query_bytes() const {
+  std::size_t bytes = moments_.memory_bytes();
+  for (const Decoded& token : decoded_) bytes += token.queries.size() * sizeof(float);
   return bytes;
 }
 

@@ -38,7 +38,7 @@ class HeadCache {
  public:
   // `dense`: the layer always attends in full and builds no index.
   HeadCache(const HeadContext& context, bool dense);
-  HeadCache(const HeadCache& other);  // fork
+  HeadCache(const HeadCache& other);  // fork; REQUIRES: builds that are ready are done
   HeadCache(HeadCache&&) noexcept = default;
 
   std::int32_t length() const;
@@ -57,11 +57,9 @@ class HeadCache {
   void take_back(std::int32_t length) noexcept { truncate({length, std::nullopt}, false); }
 
   // True where a query at the end is answered within the token budget.
-  bool sparse() const;
-  // True where queries from `position` on are: no index holds a token behind the first of them.
-  bool sparse_from(std::int32_t position) const {
-    return sparse() && tail_.first_position() <= position + 1;
-  }
+  bool sparse() const { return sparse_at(length() - 1); }
+  // The same of a query at `position`. REQUIRES: builds that are ready there are done.
+  bool sparse_at(std::int32_t position) const;
   // True where there is no index and none is due.
   bool is_short() const;
 
@@ -80,36 +78,39 @@ class HeadCache {
   // Attends to everything where logits may be too large for a float to tell tokens apart, or a
   // query has NaN or Inf.
   // With telemetry = "trace", `trace` becomes what it looked at.
-  // REQUIRES: sparse(), insert_due() for this position.
+  // REQUIRES: sparse_at() and insert_due() for this position.
   void decode(const float* queries, std::int32_t position, Out out, HeadStats& stats,
               StepTrace& trace, AttendWorkspace& step) const;
-  // What comes first in a step whose query is at `position`: segments that background threads have
-  // built take their place, and an index that grows takes in the tokens that have left the window.
-  // Where it throws, some of them have moved; the same step would move the others.
+  // What comes first in a step whose query is at `position`: an index that grows takes in the tokens
+  // that have left the window. Where it throws, some of them have moved; the same step would move
+  // the others.
   void insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace);
   // Pages that insert_due() takes at most.
   std::size_t pages_for_decode() const;
   void set_trace(StepTrace trace) noexcept { trace_ = std::move(trace); }
 
   // The moments with n queries more, of which [counting_queries(n).size(), D], unscaled, are given:
-  // see QueryMoments. The metric of the next build is made from them once set_moments() or
-  // set_observed() lets the head have them.
+  // see QueryMoments. The metric of the next build is made from them once set_moments() lets the
+  // head have them.
   QueryMoments observed(const float* queries, std::int64_t n) const;
-  void set_moments(QueryMoments moments) noexcept {
-    moments_ = std::move(moments);
-    observed_.reset();
-  }
-  // Moments with the queries of tokens up to `position`. Until the next append(), truncate() to
-  // that position or below takes them back, with those of other layers for the same tokens.
-  struct Observed {
-    QueryMoments moments;
+  void set_moments(QueryMoments moments) noexcept { moments_ = std::move(moments); }
+  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments_.counting(n); }
+  // What a decoded token leaves once it stays.
+  struct Decoded {
     std::int32_t position;
+    HeadStats stats;             // of its step
+    std::vector<float> queries;  // [G, D], unscaled; none where they do not shape the metric
   };
-  void set_observed(Observed observed) noexcept {
-    if (observed_) observed.position = std::max(observed.position, observed_->position);
-    observed_.emplace(std::move(observed));
-  }
-  std::vector<std::int64_t> counting_queries(std::int64_t n) const { return moments().counting(n); }
+  // Puts what is left of earlier calls, in order of position, to those of one: layers that share
+  // these keys attend for the same tokens one after the other.
+  void join_decoded(std::vector<Decoded>& decoded) const;
+  // In place of what was left. truncate() drops those whose tokens go.
+  void set_decoded(std::vector<Decoded> decoded) noexcept { decoded_ = std::move(decoded); }
+  // Statistics of the tokens below `position`, which are counted elsewhere from now on.
+  HeadStats take_stats(std::int32_t position) noexcept;
+  void add_last_stats(HeadStats& sum) const;  // of all that is left
+  // The tokens below `position` stay: their queries join the moments. All or nothing.
+  void observe_until(std::int32_t position);
   // Moves the tokens below the window of the next step from the tail into a segment, if they are
   // enough, or the growing index, however long that takes. Without a change where the sequence fits
   // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
@@ -125,18 +126,19 @@ class HeadCache {
   enum class Work : std::uint8_t { kSeal, kMerge };
   static constexpr Work kWorks[] = {Work::kSeal, Work::kMerge};
   static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
+  // In the following, `length` tokens of the sequence stay; there may be more, which may go.
   // Tokens of the segment that is due to be built; 0 where none is due, or one is under way.
-  std::int32_t due_work(Work work) const;
-  // It takes over when `ready_after` more tokens are there: before the next decode() from there on
-  // it must be done.
-  std::shared_ptr<SegmentBuild> make_build(Work work, std::int32_t ready_after);
+  std::int32_t due_work(Work work, std::int32_t length) const;
+  // It takes over when the sequence has `ready_at` tokens: before decode() of a query from there on
+  // it must be done. REQUIRES: observe_until(length).
+  std::shared_ptr<SegmentBuild> make_build(Work work, std::int32_t length, std::int32_t ready_at);
   void start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept;
-  // None until `tokens` more tokens are there.
-  void postpone_build(Work work, std::int32_t tokens) noexcept {
-    next_build_[at(work)] = length() + tokens;
-  }
-  // True where decode() would use the result.
-  bool build_is_ready(Work work) const;
+  // None until the sequence has `length` tokens.
+  void postpone_build(Work work, std::int32_t length) noexcept { next_build_[at(work)] = length; }
+  // True where decode() of the last of `length` tokens uses the result.
+  bool build_is_ready(Work work, std::int32_t length) const;
+  // Segments that are ready at `length` take their place for good.
+  void use_builds(std::int32_t length, HeadStats& stats) noexcept;
   // Gives up what is under way, whose work must be done.
   void drop_builds() noexcept;
   // Pages that drop_builds() gives back.
@@ -148,9 +150,7 @@ class HeadCache {
   // Sets the entries of the pages that it holds.
   void mark_pages(std::vector<bool>& held) const;
   std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
-  std::size_t query_bytes() const {
-    return moments_.memory_bytes() + (observed_ ? observed_->moments.memory_bytes() : 0);
-  }
+  std::size_t query_bytes() const;
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }
   std::int32_t indexed_tokens() const;
   const StepTrace& trace() const { return trace_; }
@@ -164,10 +164,6 @@ class HeadCache {
   // Of a segment that is sealed, at least.
   std::int32_t seal_tokens() const {
     return static_cast<std::int32_t>(context_.config->segment_tokens);
-  }
-  const QueryMoments& moments() const { return observed_ ? observed_->moments : moments_; }
-  void keep_observed() noexcept {
-    if (observed_) set_moments(std::move(observed_->moments));
   }
   bool has_index() const { return !segments_.empty() || growing_ != nullptr; }
   // Of the first `end` segments, those from this one on are merged with `more` tokens that follow;
@@ -186,11 +182,18 @@ class HeadCache {
   void add_values(std::int64_t nodes, float* out, HeadStats& stats, AttendWorkspace& step) const;
   void count_step(const AttendWorkspace& step, bool any_far,
                   std::chrono::steady_clock::time_point start, HeadStats& stats) const;
-  // Where the window begins for a query at `position`; for the one after the newest token.
+  // What a build that is ready at `length` has made; null: nothing, or there is none.
+  const SemanticIndex* ready_segment(Work work, std::int32_t length) const;
+  // The number of the first segment that a build merges.
+  std::ptrdiff_t first_source(const SegmentBuild& build) const;
+  // What a query at `position` sees of the sequence: step.segments, and of the tail the tokens from
+  // step.tail_begin on. A build that is ready takes its place here, and for good in use_builds().
+  void look_at(std::int32_t position, AttendWorkspace& step) const;
+  // Where the window begins for a query at `position`.
   std::int32_t window_start(std::int32_t position) const;
-  std::int32_t next_window_start() const { return window_start(length()); }
-  // How many tokens of the tail lie before that window, and are to join the index.
-  std::int32_t due_tokens() const;
+  // How many tokens of the tail lie before the window of the query after `length` tokens, and are
+  // to join the index.
+  std::int32_t due_tokens(std::int32_t length) const;
   // Throws OutOfPages where there are certainly too few pages for an index of so many tokens: where
   // they are scarce, every step tries to build.
   void require_pages(std::int32_t tokens) const;
@@ -199,13 +202,11 @@ class HeadCache {
   void build_growing(std::int32_t due);
   // Moves tokens from the tail into the growing index. `moving` is scratch.
   void insert(std::int32_t due, std::vector<std::byte>& moving);
-  void use_builds(HeadStats& stats) noexcept;
   // True where an insertion failed half-way: until the index is built anew, everything is attended.
   bool is_broken() const { return growing_ != nullptr && !growing_->whole(); }
   // Throws IntegrityError where a page is not what it was when it was picked.
   void verify(std::span<const PagePick> picks) const;
-  StepTrace traced(const SelectRequest& request, const Selection& selection, std::int32_t position,
-                   const float* near_lse, const Selector& selector) const;
+  StepTrace traced(std::int32_t position, const AttendWorkspace& step) const;
 
   HeadContext context_;
   bool dense_;
@@ -213,12 +214,13 @@ class HeadCache {
   PageRun tail_;
   std::vector<Segment> segments_;          // with room for two more than there are
   std::unique_ptr<GrowingIndex> growing_;  // null unless grows(), and where there is none yet
-  // Not copied: a fork does without what is under way, until the length at which it would have
-  // taken over. Forks at every step, as beams make them, do not start builds at every step.
+  // A fork has what is ready, and does without what is under way, until the length at which it
+  // would have taken over. Forks at every step, as beams make them, do not start builds at every
+  // step.
   std::shared_ptr<SegmentBuild> builds_[2];
   std::int32_t next_build_[2] = {};
   QueryMoments moments_;
-  std::optional<Observed> observed_;
+  std::vector<Decoded> decoded_;
   Magnitudes held_;  // of all keys and values that were ever here
   StepTrace trace_;
 };

@@ -12,9 +12,31 @@
 namespace icecache {
 
 QueryMoments HeadCache::observed(const float* queries, std::int64_t n) const {
-  QueryMoments moments = this->moments();
+  QueryMoments moments = moments_;
   if (!dense_) moments.observe_counting(queries, n, context_.head_dim);
   return moments;
+}
+
+void HeadCache::join_decoded(std::vector<Decoded>& decoded) const {
+  if (decoded_.empty()) return;
+  decoded.insert(decoded.begin(), decoded_.begin(), decoded_.end());
+  std::stable_sort(decoded.begin(), decoded.end(), [](const Decoded& one, const Decoded& other) {
+    return one.position < other.position;
+  });
+}
+
+void HeadCache::observe_until(std::int32_t position) {
+  const auto end = std::find_if(decoded_.begin(), decoded_.end(),
+                                [&](const Decoded& token) { return token.position >= position; });
+  if (std::any_of(decoded_.begin(), end, [](const Decoded& x) { return !x.queries.empty(); })) {
+    QueryMoments moments = moments_;
+    for (auto token = decoded_.begin(); token != end; ++token) {
+      if (token->queries.empty()) continue;
+      moments.observe(token->queries.data(), context_.group, context_.head_dim);
+    }
+    set_moments(std::move(moments));
+  }
+  decoded_.erase(decoded_.begin(), end);
 }
 
 std::int32_t HeadCache::window_start(std::int32_t position) const {
@@ -23,23 +45,23 @@ std::int32_t HeadCache::window_start(std::int32_t position) const {
 
 bool HeadCache::build_is_due() const {
   if (is_broken()) return true;
-  const std::int32_t due = next_window_start() - tail_.first_position();
+  const std::int32_t due = window_start(length()) - tail_.first_position();
   if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
   return !has_index() || (!grows(*context_.config) && due >= seal_tokens());
 }
 
-std::int32_t HeadCache::due_tokens() const {
-  return std::clamp(next_window_start() - tail_.first_position(), 0, tail_.count());
+std::int32_t HeadCache::due_tokens(std::int32_t length) const {
+  return std::clamp(window_start(length) - tail_.first_position(), 0, tail_.count());
 }
 
 std::size_t HeadCache::pages_for_update() const {
-  const std::int32_t due = due_tokens();
+  const std::int32_t due = due_tokens(length());
   if (build_is_due()) return most_build_pages(*context_.config, indexed_tokens() + due);
   return growing_ ? growing_->most_insert_pages(due) : 0;
 }
 
 std::size_t HeadCache::pages_for_decode() const {
-  const std::int32_t due = due_tokens();
+  const std::int32_t due = due_tokens(length());
   return growing_ && due >= kInsertTogether ? growing_->most_insert_pages(due) : 0;
 }
 
@@ -68,7 +90,7 @@ void HeadCache::require_pages(std::int32_t tokens) const {
 void HeadCache::build_segment(std::int32_t due) {
   const auto first = static_cast<std::ptrdiff_t>(first_to_merge(segments_.size(), due));
   const SegmentBuild build(context_, {segments_.begin() + first, segments_.end()}, tail_, due,
-                           moments(), length());
+                           moments_, length());
   require_pages(build.end_position() - build.first_position());
   segments_.reserve(segments_.size() + 3);
   Segment segment(build.build());
@@ -85,7 +107,7 @@ void HeadCache::build_growing(std::int32_t due) {
   if (growing_) growing_->table().gather(keys.data(), values.data());
   tail_.gather(due, keys.data() + before * row, values.data() + before * row);
   std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
-  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments());
+  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments_);
   growing_ = std::move(fresh);
   tail_.pop_front(due);
 }
@@ -107,7 +129,7 @@ void HeadCache::insert(std::int32_t due, std::vector<std::byte>& moving) {
 }
 
 void HeadCache::update_index(HeadStats& stats) {
-  const std::int32_t due = due_tokens();
+  const std::int32_t due = due_tokens(length());
   if (dense_ || is_short() || (due == 0 && !is_broken())) return;
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
@@ -124,31 +146,32 @@ void HeadCache::update_index(HeadStats& stats) {
   stats.index_seconds += seconds_since(start);
 }
 
-std::int32_t HeadCache::due_work(Work work) const {
-  if (dense_ || builds_[at(work)] != nullptr || length() < next_build_[at(work)]) return 0;
+std::int32_t HeadCache::due_work(Work work, std::int32_t length) const {
+  if (dense_ || builds_[at(work)] != nullptr || length < next_build_[at(work)]) return 0;
   if (grows(*context_.config)) return 0;
   if (work == Work::kSeal) {
     const auto size = static_cast<std::int32_t>(context_.config->page_size);
-    const std::int32_t due = due_tokens() / size * size;
-    return has_index() && due >= seal_tokens() ? due : 0;
+    const std::int32_t due = due_tokens(length) / size * size;
+    if (has_index()) return due >= seal_tokens() ? due : 0;
+    return length + 1 > context_.config->dense_tokens ? due : 0;
   }
   const std::size_t first = first_to_merge();
   if (first + 1 >= segments_.size()) return 0;
   return segments_.back().end_position() - segments_[first].first_position();
 }
 
-std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t ready_after) {
-  const std::int32_t tokens = due_work(work);
+std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t length,
+                                                    std::int32_t ready_at) {
+  const std::int32_t tokens = due_work(work, length);
   if (tokens == 0) return nullptr;
   segments_.reserve(segments_.size() + 2);
-  const std::int32_t ready_at = length() + ready_after;
   if (work == Work::kSeal) {
-    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens,
-                                          moments(), ready_at);
+    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens, moments_,
+                                          ready_at);
   }
   const auto first = segments_.begin() + static_cast<std::ptrdiff_t>(first_to_merge());
   return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(first, segments_.end()),
-                                        std::nullopt, 0, moments(), ready_at);
+                                        std::nullopt, 0, moments_, ready_at);
 }
 
 void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {
@@ -156,9 +179,19 @@ void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noex
   builds_[at(work)] = std::move(build);
 }
 
-bool HeadCache::build_is_ready(Work work) const {
+bool HeadCache::build_is_ready(Work work, std::int32_t length) const {
   const std::shared_ptr<SegmentBuild>& build = builds_[at(work)];
-  return build != nullptr && length() >= build->ready_at();
+  return build != nullptr && length >= build->ready_at();
+}
+
+const SemanticIndex* HeadCache::ready_segment(Work work, std::int32_t length) const {
+  return build_is_ready(work, length) ? builds_[at(work)]->result().get() : nullptr;
+}
+
+std::ptrdiff_t HeadCache::first_source(const SegmentBuild& build) const {
+  std::ptrdiff_t number = 0;
+  while (segments_[number].first_position() != build.first_position()) ++number;
+  return number;
 }
 
 void HeadCache::drop_builds() noexcept {
@@ -174,12 +207,12 @@ std::size_t HeadCache::build_pages() const {
   return pages;
 }
 
-void HeadCache::use_builds(HeadStats& stats) noexcept {
+void HeadCache::use_builds(std::int32_t length, HeadStats& stats) noexcept {
   for (const Work work : kWorks) {
-    if (!build_is_ready(work)) continue;
+    if (!build_is_ready(work, length)) continue;
     const std::shared_ptr<SegmentBuild> build = std::exchange(builds_[at(work)], nullptr);
     if (build->result() == nullptr) {  // pages or memory ran out
-      postpone_build(work, seal_tokens());
+      postpone_build(work, length + seal_tokens());
       continue;
     }
     Segment segment(build->result());
@@ -188,9 +221,7 @@ void HeadCache::use_builds(HeadStats& stats) noexcept {
       segments_.push_back(std::move(segment));
       ++stats.seals;
     } else {
-      const auto first = std::find_if(
-          segments_.begin(), segments_.end(),
-          [&](const Segment& other) { return other.first_position() == segment.first_position(); });
+      const auto first = segments_.begin() + first_source(*build);
       *first = std::move(segment);
       segments_.erase(first + 1, first + static_cast<std::ptrdiff_t>(build->source_count()));
       ++stats.merges;

@@ -24,9 +24,16 @@ struct LayerCache {
   std::exception_ptr error;             // of what was done again
   JobGroup jobs;
   JobGroup builds[2];  // by HeadCache::Work
+  // Positions of decoded tokens that may yet be taken back: what they change in the index is done
+  // when they stay. The last decode call's.
+  struct Undecided {
+    std::int32_t first = 0, end = 0;
+  };
+  Undecided undecided;
 
   LayerCache() = default;
-  LayerCache(const LayerCache& other) : heads(other.heads), job_stats(other.heads.size()) {}
+  LayerCache(const LayerCache& other)
+      : heads(other.heads), job_stats(other.heads.size()), undecided(other.undecided) {}
   LayerCache(LayerCache&&) noexcept = default;
 
   std::int32_t length() const { return heads.front().length(); }
@@ -40,10 +47,10 @@ struct LayerCache {
                        [](const auto& head) { return head.is_short(); });
   }
   JobGroup& group_of(HeadCache::Work work) { return builds[HeadCache::at(work)]; }
-  // True where decoding would use the result of background work.
-  bool build_is_ready(HeadCache::Work work) const {
+  // True where decoding would use the result of background work at `length` tokens.
+  bool build_is_ready(HeadCache::Work work, std::int32_t length) const {
     return std::any_of(heads.begin(), heads.end(),
-                       [&](const auto& head) { return head.build_is_ready(work); });
+                       [&](const auto& head) { return head.build_is_ready(work, length); });
   }
   bool build_is_due() const {
     return std::any_of(heads.begin(), heads.end(),

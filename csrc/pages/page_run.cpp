@@ -86,12 +86,13 @@ void PageRun::truncate(std::int32_t position) noexcept {
   while (pages_.size() > kept) pages_.pop_back();
 }
 
-void PageRun::picks(std::int32_t end, std::vector<PagePick>& out) const {
+void PageRun::picks(std::int32_t begin, std::int32_t end, std::vector<PagePick>& out) const {
+  begin = std::max(begin, first_);
   end = std::min(end, end_position());
   for (std::size_t i = 0; i < pages_.size(); ++i) {
     const std::int32_t base = page_position(i);
     std::uint32_t slots = 0;
-    for (std::int32_t s = std::max(0, first_ - base); s < page_size_ && base + s < end; ++s) {
+    for (std::int32_t s = std::max(0, begin - base); s < page_size_ && base + s < end; ++s) {
       slots |= 1u << s;
     }
     if (slots != 0) out.push_back({pages_[i].id, pages_[i].epoch, slots, static_cast<int>(i)});

@@ -33,8 +33,9 @@ class PageRun {
   // Keeps positions below `position`; an empty run restarts there.
   void truncate(std::int32_t position) noexcept;
 
-  // Appends the tokens at positions below `end`, one pick per page. local_page counts from 0.
-  void picks(std::int32_t end, std::vector<PagePick>& out) const;
+  // Appends its tokens at positions from `begin` to below `end`, one pick per page. local_page
+  // counts from 0.
+  void picks(std::int32_t begin, std::int32_t end, std::vector<PagePick>& out) const;
   // Position of slot 0 of the i-th page.
   std::int32_t page_position(std::size_t i) const {
     return first_ - offset_ + static_cast<std::int32_t>(i) * page_size_;

@@ -50,10 +50,15 @@ enum class Phase : std::uint8_t {
   kAuto = 0,       // as append() and attend() do
   kPrefill = 1,    // a chunk of a prompt, more of it to come: exact, and nothing is indexed
   kPromptEnd = 2,  // the last chunk of a prompt: exact, then indexed behind the caller
-  // Drafted tokens that are checked: exact, and else as decoding, whatever their number. Those that
-  // truncate() takes back before more are appended leave nothing in the index or the metric.
+  // Drafted tokens that are checked: exact, and else as decoding, whatever their number.
   kVerify = 3,
 };
+
+// Decoded tokens (kAuto up to decode_tokens, kVerify up to 64) change the index when they stay: when
+// the next attend(), step() or observe() of the layer begins. Those that truncate() takes back
+// before leave nothing in the index, the metric or HeadStats, but for what exact attention of them
+// read. With an index of segments (tree, faiss) a call of up to window_tokens tokens of kAuto
+// therefore answers bitwise as calls of one token each, also where some of them are taken back.
 
 class Engine {
  public:

@@ -1,6 +1,7 @@
 // HeadStats: what the decode steps of one layer and KV head did.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace icecache {
@@ -24,6 +25,22 @@ struct HeadStats {
   double mass = 0.0;  // sum over steps of the exactly attended share, mean over the group
   double worst_mass = 1.0;
   double select_seconds = 0.0, attend_seconds = 0.0, index_seconds = 0.0;
+
+  HeadStats& operator+=(const HeadStats& other) {
+    for (const auto field :
+         {&HeadStats::steps, &HeadStats::dense_steps, &HeadStats::tokens_selected,
+          &HeadStats::pages_selected, &HeadStats::widened_steps, &HeadStats::doubtful_steps,
+          &HeadStats::seals, &HeadStats::merges, &HeadStats::bytes_read, &HeadStats::hits,
+          &HeadStats::misses, &HeadStats::bytes_moved}) {
+      this->*field += other.*field;
+    }
+    for (const auto field : {&HeadStats::mass, &HeadStats::select_seconds,
+                             &HeadStats::attend_seconds, &HeadStats::index_seconds}) {
+      this->*field += other.*field;
+    }
+    worst_mass = std::min(worst_mass, other.worst_mass);
+    return *this;
+  }
 };
 
 }  // namespace icecache

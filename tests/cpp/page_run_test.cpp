@@ -43,7 +43,7 @@ class PageRunTest : public ::testing::Test {
       ASSERT_EQ(values[i], keys[i] + 0.5f);
     }
     std::vector<PagePick> picks;
-    run.picks(run.end_position(), picks);
+    run.picks(0, run.end_position(), picks);
     int picked = 0;
     for (const PagePick& pick : picks) {
       const auto* page = reinterpret_cast<const float*>(pool_.pool->data(pick.page));
