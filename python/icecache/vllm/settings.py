@@ -53,8 +53,9 @@ def engine_config(vllm_config: Any) -> Config:
     derived: dict[str, Any] = {}
     if given.dense_tokens == 0 and device_of(vllm_config) is None:
         derived["dense_tokens"] = max(DENSE_TOKENS, given.token_budget)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if given.host_memory == 0 and ranks > 1:
-        # Ranks share a machine: half of its memory is for all of them.
-        derived["host_memory"] = usable_memory() // 2 // ranks
+    parallel = vllm_config.parallel_config
+    workers = parallel.world_size * parallel.data_parallel_size
+    if given.host_memory == 0 and workers > 1:
+        # They share a machine: half of its memory is for all of them.
+        derived["host_memory"] = usable_memory() // 2 // workers
     return Config(**{**settings, **derived})

@@ -8,7 +8,7 @@ whose. vLLM's scheduler thereby admits as many and as long requests as host memo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from icecache.vllm.host_memory import TREE, Room, slots_needed
@@ -31,6 +31,17 @@ class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
         """In place of a stock spec."""
         shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
         return cls(**shared, host_slots=host_slots, room_step=room_step, room=room)
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> IceCacheSpec:
+        """Of all layers: stages of a pipeline may hold unequal numbers of tokens.
+
+        Raises AssertionError, as vLLM's does, for layers that differ otherwise.
+        """
+        least = min(spec.host_slots for spec in specs)
+        merged = super().merge([replace(spec, host_slots=least) for spec in specs])
+        assert isinstance(merged, IceCacheSpec)
+        return merged
 
     def slots_of(self, tokens: int) -> int:
         """Slots that a request of `tokens` takes."""
