@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from scenarios_answers import broken, everything, generate, in_turns, ranks
+from scenarios_answers import asked, broken, everything, generate, in_turns, ranks
 from scenarios_prefixes import lost_owner, passes, reuse
 from scenarios_storms import prefix_storm, storm
 
@@ -43,6 +43,7 @@ MODULES = (
 
 
 _ALL: list[Callable[[dict[str, Any]], dict[str, Any]]] = [
+    asked,
     broken,
     everything,
     generate,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ def make(spec: dict[str, Any]) -> Any:
         "kv_cache_memory_bytes": 64 << 20,  # is filled with zeros
         "skip_tokenizer_init": True,
     }
+    if (spec.get("llm", {}).get("speculative_config") or {}).get("method") == "suffix":
+        fake_suffix_trees()
     if spec["icecache"] is not None:
         from icecache.vllm import engine_args
 
@@ -69,3 +73,78 @@ def store_of() -> Any:
 
 def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def drafts_of(llm: Any) -> dict[str, int]:
+    """Drafted tokens from now on: steps with drafts, those made, those accepted; and rows in which
+    they come right behind a prompt."""
+    scheduler = scheduler_of(llm)
+    counts = {"steps": 0, "made": 0, "accepted": 0, "behind_prompts": 0}
+    observe = scheduler.make_spec_decoding_stats
+
+    def counted(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any) -> Any:
+        counts["steps"] += 1
+        counts["made"] += num_draft_tokens
+        counts["accepted"] += num_accepted_tokens
+        return observe(stats, num_draft_tokens, num_accepted_tokens, **more)
+
+    scheduler.make_spec_decoding_stats = counted
+    connector = scheduler.connector
+    if connector is not None:
+        build = connector.build_connector_meta
+
+        def built(*args: Any) -> Any:
+            step = build(*args)
+            counts["behind_prompts"] += sum(row.drafts > 0 for row in step.rows)
+            return step
+
+        connector.build_connector_meta = built
+    return counts
+
+
+def stop_drafts(llm: Any) -> None:
+    """From now on no token is drafted."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    drafter = getattr(worker.model_runner, "drafter", None)
+    if drafter is not None:
+        drafter.propose = lambda num_tokens, sampled, *args, **more: [[] for _ in sampled]
+
+
+def fake_suffix_trees() -> None:
+    """The part of arctic_inference that vLLM calls: drafts of any length up to what is asked."""
+    from vllm.config import speculative
+
+    class Found:
+        def __init__(self, token_ids: list[int]) -> None:
+            self.token_ids = token_ids
+
+    class SuffixDecodingCache:
+        def __init__(self, **_: Any) -> None:
+            self.texts: dict[str, list[int]] = {}
+            self.cached_requests: set[str] = set()
+
+        @property
+        def active_requests(self) -> set[str]:
+            return set(self.texts)
+
+        def start_request(self, name: str, prompt: Any) -> None:
+            self.texts[name] = [int(token) for token in prompt]
+
+        def add_active_response(self, name: str, tokens: list[int]) -> None:
+            self.texts[name] += tokens
+
+        def stop_request(self, name: str) -> None:
+            del self.texts[name]
+
+        def speculate(self, name: str, pattern: Any, max_spec_tokens: int, **_: Any) -> Found:
+            text = self.texts[name]
+            for at in range(len(text) - 2, 0, -1):
+                if text[at - 1 : at + 1] == text[-2:]:
+                    return Found(text[at + 1 : at + 1 + min(max_spec_tokens, len(text) % 9)])
+            return Found([])
+
+    module = types.ModuleType("arctic_inference.suffix_decoding")
+    module.SuffixDecodingCache = SuffixDecodingCache  # type: ignore[attr-defined]
+    sys.modules["arctic_inference"] = types.ModuleType("arctic_inference")
+    sys.modules["arctic_inference.suffix_decoding"] = module
+    speculative.has_arctic_inference = lambda: True

@@ -17,15 +17,19 @@ SIDE = 28  # of an image, in pixels
 
 
 def tiny_llama(
-    folder: Path, num_q_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 32
+    folder: Path,
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    num_layers: int = 2,
 ) -> Path:
-    """Two layers of random weights."""
+    """Few layers of random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_q_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,

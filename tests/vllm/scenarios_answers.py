@@ -7,14 +7,14 @@ import random
 from functools import partial
 from typing import Any
 
-from engines import answers, inner, make, sampling, store_of
+from engines import answers, drafts_of, inner, make, sampling, scheduler_of, store_of
 from models import NAN_TOKEN, SIDE, VOCABULARY
 
 
 def generate(spec: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens of spec["prompts"], all at once, and what the engine saw of it."""
     llm = make(spec)
-    seen = inner(llm)
+    seen, drafts = inner(llm), drafts_of(llm)
     if spec.get("poison"):
         poison(llm)
     free = seen["pool"].get_num_free_blocks()
@@ -22,6 +22,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
         "tokens": answers(llm, spec["prompts"], spec["tokens"]),
         "preemptions": seen["preemptions"][0],
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
+        "drafts": drafts,
     }
     if spec["icecache"] is not None:
         llm.llm_engine.step()  # tells the workers of the last ones that finished
@@ -47,7 +48,25 @@ def ranks(spec: dict[str, Any]) -> dict[str, Any]:
         from vllm.v1.executor import multiproc_executor
 
         multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
+    if spec.get("llm", {}).get("pipeline_parallel_size", 1) > 1:
+        make_tensors_between_stages()
     return {"tokens": answers(make(spec), spec["prompts"], spec["tokens"])}
+
+
+def make_tensors_between_stages() -> None:
+    """vLLM's runner on CPUs makes them in a warm-up, which eager mode leaves out."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    gather = CPUModelRunner.sync_and_gather_intermediate_tensors
+
+    def gathered(self: Any, *args: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return gather(self, *args)
+
+    CPUModelRunner.sync_and_gather_intermediate_tensors = gathered
 
 
 def broken(spec: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +100,47 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
         "failed": store_of().requests_failed,
         "requests_left": store_of().requests,
     }
+
+
+def asked(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, texts and log-probabilities of spec["prompts"] (token ids or texts), all at once, by
+    spec["sampling"] and spec["priority"]; spec["rounds"] times, the engine asleep in between."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = make(spec)
+    seen = inner(llm)
+    given = {"temperature": 0, "ignore_eos": True, **spec["sampling"]}
+    if "structured_outputs" in given:
+        given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+    prompts = [
+        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        for prompt in spec["prompts"]
+    ]
+    rounds = []
+    for number in range(spec.get("rounds", 1)):
+        if number:
+            llm.sleep(level=spec["level"])
+            llm.wake_up()
+        outputs = llm.generate(
+            prompts, SamplingParams(**given), use_tqdm=False, priority=spec.get("priority")
+        )
+        rounds.append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "texts": [output.outputs[0].text for output in outputs],
+                "cached": [output.num_cached_tokens for output in outputs],
+                "prompt_logprobs": [_of_prompt(output.prompt_logprobs) for output in outputs],
+            }
+        )
+    scheduler = type(scheduler_of(llm)).__name__
+    return {"rounds": rounds, "preemptions": seen["preemptions"][0], "scheduler": scheduler}
+
+
+def _of_prompt(logprobs: Any) -> list[Any]:
+    """By position; the first token of a prompt has none."""
+    steps = (logprobs or [])[1:]
+    return [sorted((token, p.logprob) for token, p in step.items()) for step in steps]
 
 
 def everything(spec: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,16 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from engines import answers, inner, make, sampling, scheduler_of, store_of
+from engines import (
+    answers,
+    drafts_of,
+    inner,
+    make,
+    sampling,
+    scheduler_of,
+    stop_drafts,
+    store_of,
+)
 from models import VOCABULARY
 
 MOST_AT_ONCE = 12  # requests
@@ -56,7 +65,7 @@ def some_tokens(generator: random.Random, size: int) -> list[int]:
 def storm(spec: dict[str, Any]) -> dict[str, Any]:
     """Requests of random lengths that have nothing in common."""
     llm = make(spec)
-    seen = inner(llm)
+    seen, drafts = inner(llm), drafts_of(llm)
     free = seen["pool"].get_num_free_blocks()
     generator = random.Random(spec.get("seed", 0))
     requests: dict[str, Request] = {}
@@ -64,7 +73,7 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
     def ask(name: str) -> Request:
         sizes = spec.get("sizes") or [1, 2, 15, 16, 17, 31, 33, generator.randint(1, 400)]
         prompt = some_tokens(generator, generator.choice(sizes))
-        tokens = generator.randint(1, 16)
+        tokens = generator.randint(1, spec.get("tokens", 16))
         requests[name] = Request({"prompt_token_ids": prompt}, sampling(tokens))
         return requests[name]
 
@@ -83,6 +92,7 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
         "requests_left": store.requests,
         "page_bytes_left": store.engine.pool_bytes(),
+        "drafts": dict(drafts),
     }
     return {**result, "differing": differing(llm, requests, {n: [a] for n, a in made.items()})}
 
@@ -96,7 +106,7 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
     llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
     # Without None: beside adapters vLLM's CPU build answers requests that have none wrongly.
     loras = [LoRARequest(name, 1 + i, path) for i, (name, path) in enumerate(spec["adapters"])]
-    seen = inner(llm)
+    seen, drafts = inner(llm), drafts_of(llm)
     free = seen["pool"].get_num_free_blocks()
     generator = random.Random(spec.get("seed", 0))
     sizes = [generator.randint(1, spec["longest"] // 2) for _ in range(20)]
@@ -110,8 +120,9 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": begin[: spec["longest"]] + more}
         if salt := generator.choice([None, None, "a", "b"]):
             prompt["cache_salt"] = salt
-        params = sampling(generator.randint(1, 16))
-        if generator.random() < 0.2:  # of which vLLM wants no temperature of 0
+        params = sampling(generator.randint(1, spec.get("tokens", 16)))
+        if generator.random() < spec.get("choices", 0.2):
+            # vLLM wants no temperature of 0 for them.
             params.n, params.temperature, params.top_k = 3, 1.0, 1
         requests[name] = Request(prompt, params, generator.choice(loras or [None]))
         return requests[name]
@@ -139,6 +150,7 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
         "sequences_left": store.engine.memory().sequences,
         "page_bytes_left": store.engine.pool_bytes(),
         "slots_left": prefixes.ledger.used,
+        "drafts": dict(drafts),
     }
     return {**result, "differing": differing(llm, requests, made)}
 
@@ -146,7 +158,9 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
 def differing(
     llm: Any, requests: dict[str, Request], made: dict[str, list[list[int]]]
 ) -> list[str]:
-    """The requests of which an answer is not that of the request served alone, sharing nothing."""
+    """The requests of which an answer is not that of the request served alone, sharing nothing and
+    without drafts."""
+    stop_drafts(llm)
     found = []
     for name in sorted(made):
         llm.reset_prefix_cache()

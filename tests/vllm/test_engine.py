@@ -93,6 +93,18 @@ def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
         assert got["tokens"] == one
 
 
+def test_two_stages_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
+    model = models.tiny_llama(tmp_path, num_layers=3)  # one stage has two of them, and less room
+    given = {"model": model, "prompts": prompts(SIZES[:14]), "tokens": 24}
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    stages = {**SMALL, "pipeline_parallel_size": 2, "max_num_batched_tokens": 64}
+    for settings in (EXACT, {"token_budget": 64, "dense_tokens": 64}):
+        icecache = {"host_memory": "64M", **settings}
+        one = run("ranks", **given, icecache=icecache, llm=SMALL)["tokens"]
+        two = run("ranks", **given, icecache=icecache, llm=stages, forked=True, environment=bound)
+        assert two["tokens"] == one
+
+
 def test_within_the_budget_answers_do_not_depend_on_chunks_or_company(
     run: Run, llama: Path
 ) -> None:

@@ -36,17 +36,7 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
         ({"additional_config": {"icecache": {"sketch_bits": "x"}}}, "sketch_bits must"),
         ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
         ({"scheduler_cls": None}, "the scheduler of vLLM alone: .*add --scheduler-cls icecache"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: leave it at auto"),
-        (
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-            "speculative decoding: start without",
-        ),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: .*as the model makes them"),
     ],
 )
 def test_a_configuration_that_cannot_be_served(
@@ -61,7 +51,6 @@ def test_a_configuration_that_cannot_be_served(
     ("field", "value", "message"),
     [
         ("decode_context_parallel_size", 2, "decode context parallelism: use --tensor"),
-        ("pipeline_parallel_size", 2, "pipeline parallelism: use --tensor"),
     ],
 )
 def test_a_parallelism_that_cannot_be_served(
@@ -70,6 +59,22 @@ def test_a_parallelism_that_cannot_be_served(
     given = config(llama)
     setattr(given.parallel_config, field, value)
     with pytest.raises(InvalidArgument, match=message):
+        support.check_config(given)
+
+
+def test_drafts_of_a_draft_model(llama: Path) -> None:
+    drafts = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    given = config(llama, speculative_config=drafts)
+    with pytest.raises(InvalidArgument, match=r"decoding by draft_model: .*use ngram or suffix"):
+        support.check_config(given)
+
+
+def test_drafts_on_a_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    given = config(llama, speculative_config=drafts)
+    support.check_config(given)
+    monkeypatch.setattr(support, "device_of", lambda _: "cuda")
+    with pytest.raises(InvalidArgument, match="on a CUDA device: start without --speculative"):
         support.check_config(given)
 
 
@@ -159,7 +164,7 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
                 "find_longest_cache_hit",
             },
         ),
-        (IceCacheSpec, {"max_memory_usage_bytes"}),
+        (IceCacheSpec, {"max_memory_usage_bytes", "merge"}),
         (
             IceCacheScheduler.__mro__[1],
             {"has_finished_requests", "reset_prefix_cache", "update_from_output"},

@@ -138,12 +138,22 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         rows = []
         for request, count in output.num_scheduled_tokens.items():
             first, prompt = position[request], self._prompt[request]
-            phase = Phase.AUTO
+            phase, drafts = Phase.AUTO, 0
             if first < prompt:
                 phase = Phase.PROMPT_END if first + count >= prompt else Phase.PREFILL
-            sequence, fork = self.prefixes.key(request), self.prefixes.take_fork(request)
-            row = ScheduledRow(request, sequence, self._block[request], first, count, phase, fork)
-            rows.append(row)
+                drafts = max(0, first + count - prompt)
+            rows.append(
+                ScheduledRow(
+                    request,
+                    sequence=self.prefixes.key(request),
+                    block=self._block[request],
+                    position=first,
+                    count=count,
+                    phase=phase,
+                    drafts=drafts,
+                    fork=self.prefixes.take_fork(request),
+                )
+            )
         return StepMetadata(rows=rows, changes=self.prefixes.end_of_scheduling())
 
     def request_finished(

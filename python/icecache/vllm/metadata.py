@@ -18,7 +18,8 @@ class ScheduledRow:
     block: int  # of vLLM's pool, the request's own
     position: int  # of the first new token
     count: int  # new tokens
-    phase: Phase
+    phase: Phase  # of those that are a prompt's, where the row goes beyond its end
+    drafts: int = 0  # of `count`, tokens behind a prompt that ends in this row
     fork: Fork | None = None  # in the first step of a sequence: what it begins with
 
 

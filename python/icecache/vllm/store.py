@@ -5,8 +5,8 @@ One per worker process; each tensor-parallel rank has the KV heads that are its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,21 +31,32 @@ class Row:
     phase: Phase
 
 
-class Batch:
-    """The rows of one step. Those that fail leave."""
+class Call:
+    """The rows of one call of Engine.step_packed, each of another sequence."""
 
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self.keep(rows)
-
-    def keep(self, rows: Sequence[Row]) -> None:
-        """These rows and no others."""
-        self.rows = list(rows)
-        # As Engine.step_packed takes them, once for all layers.
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        # As the engine takes them, once for all layers.
         self.sequences = [row.sequence for row in rows]
         self.firsts = [row.first for row in rows]
         self.counts = [row.count for row in rows]
         self.phases = [row.phase for row in rows]
-        self.tokens = sum(self.counts)
+
+
+class Batch:
+    """The rows of one step. Those that fail leave."""
+
+    def __init__(self, rows: Sequence[Row] = (), drafts: Sequence[Row] = ()) -> None:
+        """`drafts`: tokens behind prompts that end in `rows`."""
+        self._take([rows, drafts] if drafts else [rows])
+
+    def _take(self, calls: Sequence[Sequence[Row]]) -> None:
+        self.calls = [Call(rows) for rows in calls]  # one after another in each layer
+        self.tokens = sum(sum(call.counts) for call in self.calls)
+
+    def drop(self, keys: Collection[int]) -> None:
+        """Without these sequences, by the scheduler's numbers."""
+        self._take([[row for row in call.rows if row.key not in keys] for call in self.calls])
 
 
 class HostEngine(Engine):
@@ -130,7 +141,7 @@ class Store:
         With each row comes that of its first new token in the batch. A request that cannot go on
         fails alone.
         """
-        rows = []
+        rows, drafts = [], []
         for first, row in scheduled:
             key = row.sequence
             if key in self.failed:
@@ -142,9 +153,14 @@ class Store:
                 self._fail(row.request, key, str(error))
                 continue
             self._length[key] = row.position + row.count
-            rows.append(Row(row.request, key, self._sequence[key], first, row.count, row.phase))
-        batch = Batch(rows)
-        self.engine.begin(batch.sequences, batch.firsts, batch.phases)
+            known = row.count - row.drafts
+            rows.append(Row(row.request, key, self._sequence[key], first, known, row.phase))
+            if row.drafts:
+                behind = replace(rows[-1], first=first + known, count=row.drafts, phase=Phase.AUTO)
+                drafts.append(behind)
+        batch = Batch(rows, drafts)
+        for call in batch.calls:
+            self.engine.begin(call.sequences, call.firsts, call.phases)
         return batch
 
     def _place(self, row: ScheduledRow) -> None:
@@ -181,22 +197,25 @@ class Store:
         come out as zeros in this and all later layers, and `failed` names it.
         """
         number = self.layers[layer]
-        try:
-            self._step(number, queries, keys, values, outputs, batch)
-            return
-        except Error:
-            if not batch.rows:
-                raise
-        # All rows or none: find those that cannot.
-        kept = []
-        for row in batch.rows:
+        tensors = queries, keys, values, outputs
+        for index in range(len(batch.calls)):
+            call = batch.calls[index]
             try:
-                self._step(number, queries, keys, values, outputs, Batch([row]))
-                kept.append(row)
-            except Error as error:
-                self._fail(row.request, row.key, str(error))
-                outputs[row.first : row.first + row.count] = 0
-        batch.keep(kept)
+                self._step(number, *tensors, call)
+                continue
+            except Error:
+                if not call.rows:
+                    raise
+            # All rows or none: find those that cannot.
+            for row in call.rows:
+                try:
+                    self._step(number, *tensors, Call([row]))
+                except Error as error:
+                    self._fail(row.request, row.key, str(error))
+            for row in (row for later in batch.calls[index:] for row in later.rows):
+                if row.key in self.failed:
+                    outputs[row.first : row.first + row.count] = 0
+            batch.drop(self.failed.keys())
 
     def _step(
         self,
@@ -205,18 +224,18 @@ class Store:
         keys: torch.Tensor,
         values: torch.Tensor,
         outputs: torch.Tensor,
-        batch: Batch,
+        call: Call,
     ) -> None:
         self.engine.step_packed(
-            batch.sequences,
+            call.sequences,
             layer,
             queries,
             keys,
             values,
             outputs,
-            batch.firsts,
-            batch.counts,
-            batch.phases,
+            call.firsts,
+            call.counts,
+            call.phases,
         )
 
     def _fail(self, request: str, key: int, reason: str) -> None:

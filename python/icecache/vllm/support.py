@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from icecache import InvalidArgument
+from icecache import Config, InvalidArgument
 from icecache.machine import usable_memory
 from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.plugin import (
@@ -19,9 +19,12 @@ from icecache.vllm.plugin import (
     is_loaded,
     is_supported_version,
 )
-from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, engine_config
+from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, device_of, engine_config
 
 NAME = "IceCache"
+# Methods whose drafts need no layers: vLLM finds them in the text.
+DRAFTS = ("ngram", "suffix")
+INDEXES_OF_SEGMENTS = ("tree", "faiss")
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -61,17 +64,53 @@ def check_config(vllm_config: Any) -> None:
         _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if cache.cache_dtype not in _CACHE_DTYPES:
-        _refuse(f"--kv-cache-dtype {cache.cache_dtype}", "leave it at auto")
-    if vllm_config.speculative_config is not None:
-        _refuse("speculative decoding", "start without --speculative-config")
+        _refuse(
+            f"--kv-cache-dtype {cache.cache_dtype}",
+            "keys and values are kept as the model makes them; leave it at auto",
+        )
+    _check_drafts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
         _refuse("decode context parallelism", "use --tensor-parallel-size")
-    if parallel.pipeline_parallel_size > 1:
-        _refuse("pipeline parallelism", "use --tensor-parallel-size")
     if vllm_config.model_config.is_encoder_decoder:
         _refuse("encoder-decoder models", "serve them with stock vLLM")
     if vllm_config.model_config.use_mla:
         _refuse("multi-head latent attention", "serve such models with stock vLLM")
+
+
+def _check_drafts(vllm_config: Any) -> None:
+    """Raises InvalidArgument for drafts whose tokens the engine could not take back."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if device_of(vllm_config) is not None:
+        _refuse("speculative decoding on a CUDA device", "start without --speculative-config")
+    if speculative.method not in DRAFTS:
+        _refuse(
+            f"speculative decoding by {speculative.method}",
+            "its drafts come from layers with keys and values of their own, or are not known when "
+            f"a step is planned; use {' or '.join(DRAFTS)}, or start without --speculative-config",
+        )
+
+
+def check_draft_length(drafts: int, config: Config) -> None:
+    """Raises InvalidArgument where so many drafted tokens a step change what decoding answers.
+
+    `config`: the engine's, resolved.
+    """
+    if config.exact:
+        return
+    if config.index not in INDEXES_OF_SEGMENTS:
+        _refuse(
+            f"speculative decoding and index={config.index}",
+            "tokens that are taken back would change it; use index=tree, or exact",
+        )
+    most = min(config.window_tokens, config.decode_tokens)
+    if 1 + drafts > most:
+        raise InvalidArgument(
+            f"num_speculative_tokens: expected at most {most - 1}, one less than window_tokens "
+            f"({config.window_tokens}) and decode_tokens ({config.decode_tokens}), got {drafts}; "
+            "lower it, or raise those two"
+        )
 
 
 def check_attention(

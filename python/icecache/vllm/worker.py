@@ -21,7 +21,7 @@ from icecache.vllm.prompt_attention import PromptAttention
 from icecache.vllm.settings import device_of, engine_config
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.store import Batch, HostEngine, Store
-from icecache.vllm.support import check_config, check_memory
+from icecache.vllm.support import check_config, check_draft_length, check_memory
 
 
 class Worker:
@@ -65,6 +65,9 @@ class Worker:
             longest = self.vllm_config.model_config.max_model_len
             room = room_of(engine.config)
             check_memory(store.host_memory, store.slot_bytes, longest, engine.room_step, room)
+            if self.vllm_config.speculative_config is not None:
+                drafts = self.vllm_config.speculative_config.num_speculative_tokens
+                check_draft_length(drafts, engine.config)
             self.store = store
         return self.store
 

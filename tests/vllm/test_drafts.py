@@ -1,0 +1,161 @@
+"""Drafted tokens, which vLLM finds in the text: the answers of decoding without them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EngineFailed, Run
+
+SMALL: dict[str, Any] = {"max_model_len": 1024, "block_size": 32, "max_num_seqs": 16}
+SIZES = [1, 2, 31, 32, 33, 64, 65, 127, 300, 500]
+TOKENS = 130
+EXACT = {"exact": True, "token_budget": 64, "dense_tokens": 64, "host_memory": "256M"}
+# Segments of few tokens: many are sealed and merged while tokens are drafted.
+BUDGET = {"token_budget": 64, "dense_tokens": 64, "segment_tokens": 32, "host_memory": "256M"}
+SETTINGS = {"exact": EXACT, "budget": BUDGET}
+
+
+def drafting(method: str, drafts: int) -> dict[str, Any]:
+    """vLLM's arguments."""
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": drafts}
+    if method == "ngram":
+        config |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    return {"speculative_config": config}
+
+
+def repetitive(sizes: list[int]) -> list[list[int]]:
+    """Prompts of which parts repeat, so that there is something to be found."""
+    generator = random.Random(5)
+    prompts = []
+    for size in sizes:
+        part = [generator.randrange(8, 512) for _ in range(max(1, size // 3))]
+        prompts.append((part * 4)[:size])
+    return prompts
+
+
+def generate(run: Run, model: Path, icecache: dict[str, Any] | None, **llm: Any) -> dict[str, Any]:
+    given = {"prompts": repetitive(SIZES), "tokens": TOKENS, "llm": {**SMALL, **llm}}
+    return run("generate", model=model, icecache=icecache, **given)
+
+
+@pytest.fixture(scope="module")
+def without(run: Run, llama: Path) -> dict[str, list[list[int]]]:
+    """Tokens without drafts."""
+    return {name: generate(run, llama, given)["tokens"] for name, given in SETTINGS.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "drafts"), [("ngram", 1), ("ngram", 4), ("ngram", 15), ("suffix", 15)]
+)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_tokens_are_those_without_drafts(
+    run: Run,
+    llama: Path,
+    without: dict[str, list[list[int]]],
+    settings: str,
+    method: str,
+    drafts: int,
+) -> None:
+    result = generate(run, llama, SETTINGS[settings], **drafting(method, drafts))
+    assert result["tokens"] == without[settings]
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+    assert 0 < result["drafts"]["accepted"] < result["drafts"]["made"]
+
+
+def test_as_many_drafts_are_accepted_as_by_stock(run: Run, llama: Path) -> None:
+    ours = generate(run, llama, EXACT, **drafting("ngram", 4))
+    stock = generate(run, llama, None, **drafting("ngram", 4))
+    assert ours["tokens"] == stock["tokens"]
+    for counted in ("steps", "made", "accepted"):
+        assert ours["drafts"][counted] == stock["drafts"][counted] > 0
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_random_requests_with_aborts_and_preemption(run: Run, llama: Path, settings: str) -> None:
+    result = run(
+        "storm",
+        model=llama,
+        count=200,
+        abort_share=0.02,
+        tokens=60,
+        # 1 KiB a token of both layers and KV heads: room for few of the requests at once.
+        icecache={**SETTINGS[settings], "host_memory": 1800 * 1024, "integrity": "always"},
+        llm={
+            **SMALL,
+            **drafting("ngram", 5),
+            "num_gpu_blocks_override": 13,
+            "max_num_batched_tokens": 96,
+            "scheduler_reserve_full_isl": False,
+        },
+    )
+    assert result["drafts"]["accepted"] > 200 and result["preemptions"] > 0
+    assert result["drafts"]["behind_prompts"] > 0, "of one token"
+    assert result["answered"] > 100 and result["differing"] == []
+    assert result["blocks_lost"] == 0
+    assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
+
+
+@pytest.mark.parametrize("host_memory", [64 << 20, 2400 << 10])
+def test_random_requests_that_share_prefixes(run: Run, llama: Path, host_memory: int) -> None:
+    """Hits that leave one token of a prompt come with drafts that nobody knows."""
+    llm = {**SMALL, **drafting("ngram", 5), "num_gpu_blocks_override": 17}
+    llm["scheduler_reserve_full_isl"] = False
+    result = run(
+        "prefix_storm",
+        model=llama,
+        count=200,
+        abort_share=0.1,
+        longest=400,
+        tokens=60,
+        choices=0.0,  # vLLM's rejection sampler fails on a CPU at top_k and a step without drafts
+        icecache={**EXACT, "host_memory": host_memory, "integrity": "always"},
+        llm={**llm, "max_num_batched_tokens": 128},
+    )
+    assert result["differing"] == [] and result["drafts"]["accepted"] > 50
+    assert result["drafts"]["behind_prompts"] > 4
+    assert result["cached_tokens"] > 1_000 and result["failed"] == 0
+    assert (result["preemptions"] > 0) == (host_memory < 64 << 20)
+    assert result["sequences_left"] == 0 and result["page_bytes_left"] == 0
+    assert result["blocks_lost"] == 0 and result["slots_left"] == 0
+
+
+def test_what_is_kept_of_requests_with_drafts_is_shared_as_without(run: Run, llama: Path) -> None:
+    texts = repetitive([31, 64, 97, 300, 301, 302])
+    requests = [
+        {"prompt_token_ids": [*text, *more], "sampling": {"max_tokens": tokens}}
+        for text in texts
+        for more, tokens in (([], 40), ([], 8), ([9], 33), ([9, 11], 8))
+    ]
+    made = []
+    for llm in ({}, drafting("ngram", 7)):
+        given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": True, **llm}}
+        result = run("reuse", model=llama, icecache=BUDGET, **given)
+        assert result["consistent"] and sum(result["cached"]) > 1000
+        made.append((result["made"], result["cached"], result["blocks"]))
+    assert made[0] == made[1]
+
+
+def test_a_request_with_nan_fails_alone(run: Run, llama: Path) -> None:
+    llm = {**SMALL, **drafting("ngram", 3), "max_num_batched_tokens": 64}
+    result = run("broken", model=llama, icecache=EXACT, llm=llm)
+    assert result["reasons"].pop("bad") == result["reasons"].pop("bad, one token") == "error"
+    assert set(result["reasons"].values()) == {"length"}
+    assert result["differing"] == [] and result["requests_left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("icecache", "drafts", "message"),
+    [
+        (BUDGET, 16, "num_speculative_tokens: expected at most 15, one less than window_tokens"),
+        ({**BUDGET, "decode_tokens": 4}, 4, r"at most 3, .* decode_tokens \(4\), got 4; lower it"),
+        ({**BUDGET, "index": "dci"}, 3, "speculative decoding and index=dci: .*use index=tree"),
+    ],
+)
+def test_drafts_that_would_leave_a_trace_are_refused(
+    run: Run, llama: Path, icecache: dict[str, Any], drafts: int, message: str
+) -> None:
+    with pytest.raises(EngineFailed, match=message):
+        generate(run, llama, icecache, **drafting("ngram", drafts))
