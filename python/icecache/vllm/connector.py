@@ -135,26 +135,17 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if request in cached.resumed_req_ids:
                 self._block[request] = blocks[self._group][0]
                 self._prompt[request] = self._prompt_given[request] + made
-        rows = []
+        rows, prefixes = [], self.prefixes
         for request, count in output.num_scheduled_tokens.items():
             first, prompt = position[request], self._prompt[request]
             phase, drafts = Phase.AUTO, 0
             if first < prompt:
                 phase = Phase.PROMPT_END if first + count >= prompt else Phase.PREFILL
                 drafts = max(0, first + count - prompt)
-            rows.append(
-                ScheduledRow(
-                    request,
-                    sequence=self.prefixes.key(request),
-                    block=self._block[request],
-                    position=first,
-                    count=count,
-                    phase=phase,
-                    drafts=drafts,
-                    fork=self.prefixes.take_fork(request),
-                )
-            )
-        return StepMetadata(rows=rows, changes=self.prefixes.end_of_scheduling())
+            key, fork = prefixes.key(request), prefixes.take_fork(request)
+            block = self._block[request]
+            rows.append(ScheduledRow(request, key, block, first, count, phase, drafts, fork))
+        return StepMetadata(rows=rows, changes=prefixes.end_of_scheduling())
 
     def request_finished(
         self, request: Any, block_ids: list[int]

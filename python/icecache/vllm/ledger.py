@@ -11,6 +11,7 @@ class _Account:
     tokens: int  # of the sequence
     parent: int | None  # the sequence that it was forked from
     shared: int  # tokens that it has from there
+    slots: int  # without its ancestors'
     inherited: int  # slots of its ancestors when it was forked
     heirs: int = 0  # sequences that were forked from it
     is_open: bool = True
@@ -40,8 +41,7 @@ class Ledger:
 
     def cost_of(self, key: int) -> int:
         """Slots of a sequence, without its ancestors'."""
-        account = self._accounts[key]
-        return self.cost(account.tokens, account.shared)
+        return self._accounts[key].slots
 
     def held_by(self, key: int) -> int:
         """Slots of a sequence and of its ancestors: what these add after a fork is theirs."""
@@ -65,15 +65,17 @@ class Ledger:
         else:
             self._accounts[parent].heirs += 1
             inherited = self.held_by(parent)
-        self._accounts[key] = _Account(tokens, parent, shared, inherited)
-        self.used += self.cost_of(key)
+        account = _Account(tokens, parent, shared, self.cost(tokens, shared), inherited)
+        self._accounts[key] = account
+        self.used += account.slots
 
     def set_tokens(self, key: int, tokens: int) -> None:
         """The sequence has so many tokens now."""
-        self.used -= self.cost_of(key)
         account = self._accounts[key]
         account.tokens = max(tokens, account.shared)
-        self.used += self.cost_of(key)
+        slots = self.cost(account.tokens, account.shared)
+        self.used += slots - account.slots
+        account.slots = slots
 
     def close(self, key: int) -> None:
         """The sequence ends."""

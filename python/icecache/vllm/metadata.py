@@ -9,7 +9,7 @@ from icecache.vllm.names import AttentionMetadata, KVConnectorMetadata
 from icecache.vllm.prefixes import Changes, Fork
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a step makes one for each request
 class ScheduledRow:
     """What a step is to compute of one request."""
 
