@@ -36,6 +36,7 @@ from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.worker import worker_for
 from test_refusals import config
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import CompilationConfig
 from vllm.forward_context import set_forward_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
@@ -118,7 +119,8 @@ class Server:
     """What vLLM makes for one model, driven as vLLM's runners drive it."""
 
     def __init__(self, vllm_config: Any) -> None:
-        self.vllm_config = copy.copy(vllm_config)  # a server of its own
+        self.vllm_config = copy.copy(vllm_config)
+        self.vllm_config.compilation_config = CompilationConfig()  # a server of its own
         self.worker = worker_for(self.vllm_config)
         shape = CacheShape(1, HEADS, KV_HEADS, DIM, scale=DIM**-0.5)
         self.layers = [IceCacheAttention(self.worker, shape, "auto") for _ in NAMES]

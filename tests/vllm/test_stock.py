@@ -83,13 +83,17 @@ ICECACHE = {"exact": True, "host_memory": "64M"}
 
 @pytest.mark.parametrize(
     ("plain", "served"),
-    [("hybrid", [1, 3]), ("chunked attention", [3])],
+    [
+        ("hybrid", ["model.layers.1.self_attn.attn", "model.layers.3.self_attn.attn"]),
+        ("chunked attention", ["model.layers.3.self_attn.attn"]),
+        ("vision", [f"language_model.model.decoder.layers.{n}.self_attn.attn" for n in range(2)]),
+    ],
     indirect=["plain"],
 )
-def test_layers_that_are_not_served_stay_stock(run: Run, plain: Any, served: list[int]) -> None:
+def test_layers_that_are_not_served_stay_stock(run: Run, plain: Any, served: list[str]) -> None:
     given, stock = plain
     got = run("everything", **given, icecache=ICECACHE)
-    assert got["ours"] == [f"model.layers.{layer}.self_attn.attn" for layer in served]
+    assert got["ours"] == served
     assert [tokens for tokens, _ in got["outputs"]] == [tokens for tokens, _ in stock["outputs"]]
 
 

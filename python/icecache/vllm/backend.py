@@ -238,15 +238,14 @@ def take_over(worker: Worker) -> None:
     """Gives each layer that was offered and has full attention's spec to the engine, and all others
     of our backends back to vLLM's."""
     offers, worker.offers = worker.offers, {}
-    layers = worker.vllm_config.compilation_config.static_forward_context
     ours = {}
-    for layer_name, layer in layers.items():
+    for layer_name, layer in worker.registered.items():
         name = _OFFERING.get(getattr(layer, "attn_backend", None))
         if name is not None:
             ours[layer_name] = name
             layer.attn_backend = stock_backend(name)
     for layer_name, name in ours.items():
-        layer = layers[layer_name]
+        layer = worker.registered[layer_name]
         if not _is_served(layer.get_kv_cache_spec(worker.vllm_config)):
             continue
         if layer.impl not in offers:

@@ -1,7 +1,7 @@
 """What one worker process knows: the layers it serves, its store, and the step under way.
 
 vLLM makes layers, specs, metadata builders and the connector each by themselves and hands none of
-them to another; they meet here. One model at a time: the newest VllmConfig is the one in use.
+them to another; they meet here. One model at a time: the newest is the one in use.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Worker:
     def __init__(self, vllm_config: VllmConfig) -> None:
         check_config(vllm_config)
         self.vllm_config = vllm_config
+        # All layers of the model, by name.
+        self.registered = vllm_config.compilation_config.static_forward_context
         self.config = engine_config(vllm_config)
         # Shapes of one layer, without its dtype, of the heads that are this worker's own.
         self.offers: dict[Any, CacheShape] = {}  # implementations that the engine may replace
@@ -137,9 +139,14 @@ _current: Worker | None = None
 
 
 def worker_for(vllm_config: VllmConfig) -> Worker:
-    """This process's worker; a new one for another config. Raises as check_config()."""
+    """This process's worker; a new one for another model. Raises as check_config().
+
+    vLLM makes parts of a model, the decoder behind a vision tower, with a copy of its config. What
+    the layers of all parts are registered in is one and the same.
+    """
     global _current
-    if _current is None or _current.vllm_config is not vllm_config:
+    registered = vllm_config.compilation_config.static_forward_context
+    if _current is None or _current.registered is not registered:
         _current = Worker(vllm_config)
     return _current
 
