@@ -16,10 +16,17 @@ import pytest
 from icecache.cli import app, environment
 from icecache.cli.server_command import Flags, server_command, server_environment
 from icecache.cli.server_process import run_server
+from icecache.cli.server_settings import model_shape
 from icecache.cli.startup import Startup, reason
 from icecache.errors import Error, InvalidArgument
 from icecache.machine import usable_cores
-from transformers import LlamaConfig
+from transformers import (
+    FalconH1Config,
+    LlamaConfig,
+    MistralConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+)
 from typer.testing import CliRunner, Result
 
 
@@ -146,6 +153,23 @@ def test_a_dry_run_prints_a_line_for_a_shell(folder: Path) -> None:
     words = shlex.split(result.stdout)
     assert words[words.index("serve") + 1] == str(folder) and words[-2:] == ["--port", "7000"]
     assert '{"icecache": {"token_budget": "64"}}' in words
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "all_full"),
+    [
+        (LlamaConfig(num_hidden_layers=3), 3, True),
+        (MistralConfig(num_hidden_layers=3, sliding_window=64), 1, False),
+        (NemotronHConfig(layers_block_type=["mamba", "moe", "attention", "attention"]), 2, False),
+        (FalconH1Config(num_hidden_layers=3), 1, False),
+    ],
+)
+def test_layers_that_want_blocks_of_vllm(
+    tmp_path: Path, config: PreTrainedConfig, layers: int, all_full: bool
+) -> None:
+    config.save_pretrained(str(tmp_path))
+    shape = model_shape(str(tmp_path))
+    assert shape.cache.num_layers == layers and shape.all_full is all_full
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

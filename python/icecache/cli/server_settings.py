@@ -37,14 +37,12 @@ _ANY = ModelShape(CacheShape(1024, 1, 1, 64), longest=0, all_full=False)
 def model_shape(folder: str) -> ModelShape:
     """Of a folder, or of a name that transformers can find."""
     from transformers import AutoConfig
+    from transformers.cache_utils import get_layer_types_and_kwargs
 
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
         q_heads = int(config.num_attention_heads)
-        types = getattr(config, "layer_types", None)
-        if types is None:
-            window = getattr(config, "sliding_window", None)
-            types = ["full_attention" if window is None else "some"] * config.num_hidden_layers
+        types, _ = get_layer_types_and_kwargs(config)
         return ModelShape(
             CacheShape(
                 num_layers=max(1, types.count("full_attention")),
@@ -53,7 +51,7 @@ def model_shape(folder: str) -> ModelShape:
                 head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
             ),
             longest=int(getattr(config, "max_position_embeddings", 0) or 0),
-            all_full={*types} == {"full_attention"},
+            all_full={*types} - {"dummy"} == {"full_attention"},  # "dummy": without a cache
         )
     except (OSError, ValueError, AttributeError, TypeError):  # vLLM will tell, or knows the model
         return _ANY
