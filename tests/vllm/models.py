@@ -37,7 +37,7 @@ def tiny_llama(
         bos_token_id=1,
         eos_token_id=2,
     )
-    _random(LlamaForCausalLM(config)).save_pretrained(folder)
+    with_nan_token(LlamaForCausalLM(config)).save_pretrained(folder)
     return folder
 
 
@@ -79,7 +79,7 @@ def tiny_gemma3(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    _random(Gemma3ForCausalLM(config)).save_pretrained(folder)
+    with_nan_token(Gemma3ForCausalLM(config)).save_pretrained(folder)
     return folder
 
 
@@ -92,7 +92,7 @@ def random_weights(model: Any) -> Any:
     return model
 
 
-def _random(model: Any) -> Any:
+def with_nan_token(model: Any) -> Any:
     """As random_weights(). NAN_TOKEN's embedding is NaN, and no answer has it."""
     random_weights(model)
     with torch.no_grad():

@@ -147,7 +147,7 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
         "preemptions": seen["preemptions"][0],
         "failed": store.requests_failed,
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
-        "sequences_left": store.engine.memory().sequences,
+        "sequences_left": store.engine.sequences(),
         "page_bytes_left": store.engine.pool_bytes(),
         "slots_left": prefixes.ledger.used,
         "drafts": dict(drafts),

@@ -133,12 +133,13 @@ def test_an_index_that_opens_more_pages_takes_more_room() -> None:
 def worker() -> Worker:
     made = Worker.__new__(Worker)
     made.step, made.metadata = StepMetadata(), IceCacheMetadata([0], [])
+    made.seat_layer = "layer.0"
     return made
 
 
 def builder(worker: Worker) -> IceCacheMetadataBuilder:
     made = IceCacheMetadataBuilder.__new__(IceCacheMetadataBuilder)
-    made.worker = worker
+    made.worker, made.layer_names = worker, ["layer.0", "layer.1"]
     return made
 
 

@@ -17,7 +17,8 @@ from icecache import InvalidArgument, OutOfPages, device
 from icecache.reference import dense_attention
 from icecache.shape import CacheShape
 from icecache.vllm import prompt_attention, worker
-from icecache.vllm.names import FLASH_ATTENTION
+from icecache.vllm.engines import Layer
+from icecache.vllm.names import FLASH_ATTENTION, FullAttentionSpec
 from icecache.vllm.spec import IceCacheSpec
 from test_engine import prompts
 from test_refusals import config
@@ -117,12 +118,13 @@ def test_a_device_without_room_says_what_to_lower(
     monkeypatch.setattr(device, "KIND", "cpu")
     monkeypatch.setattr(worker, "DeviceEngine", full)
     made = worker.Worker(config(model, max_num_seqs=9))
-    made.add_layer(CacheShape(1, 4, 2, 64, scale=0.125))
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    made.add_layer(Layer("layer", CacheShape(1, 4, 2, 64, scale=0.125)), stock)
     with pytest.raises(
         InvalidArgument,
         match=r"9 requests of which one has 1,024 tokens \(the device has no 7 .*lower --max-num",
     ):
-        made.open_store(torch.float32)
+        made.open_store()
 
 
 def test_requests_take_room_by_steps() -> None:
@@ -159,7 +161,7 @@ def flash(**arguments: Any) -> None:
         assert given[ends].dtype == torch.int32 and given[ends].tolist() == [0, len(rows)]
         assert given[ends].is_contiguous() and given[longest] == len(rows)
     heads_first = (x.transpose(0, 1) for x in (queries, keys, values))
-    attended = dense_attention(*heads_first, given["softmax_scale"])
+    attended, _ = dense_attention(*heads_first, given["softmax_scale"])
     given["out"].copy_(attended.transpose(0, 1))
 
 
@@ -188,7 +190,7 @@ def test_attention_over_a_prompt(
         outputs[1 : 1 + count],
     )
     assert called.call_count == calls
-    expected = dense_attention(*(x.transpose(0, 1) for x in (queries, keys, values)), 0.2)
+    expected, _ = dense_attention(*(x.transpose(0, 1) for x in (queries, keys, values)), 0.2)
     expected = expected.transpose(0, 1)[-count:]
     torch.testing.assert_close(outputs[1 : 1 + count], expected, rtol=1e-2, atol=2e-3)
     assert not outputs[0].any() and not outputs[1 + count :].any()

@@ -6,8 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import architectures
 import models
 import pytest
+from architectures import FULL, SLIDING
 from conftest import EngineFailed, Run
 
 SIZES = [1, 2, 5, 15, 16, 17, 33, 64, 100, 127, 128, 129, 200, 300, 500, 900]
@@ -173,6 +175,57 @@ def test_a_request_with_nan_fails_alone(
     assert result["tokens_of_lost"] == [[], []]
     assert set(result["reasons"].values()) == {"length"}
     assert result["differing"] == [] and result["failed"] == 2 and result["requests_left"] == 0
+
+
+def test_layers_of_two_shapes_share_prefixes_and_leak_nothing(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "prefix_storm",
+        model=architectures.make("Laguna", tmp_path, layer_types=[FULL] * 4),
+        count=80,
+        longest=200,
+        abort_share=0.1,
+        icecache={"exact": True, "host_memory": "8M", "integrity": "always"},
+        llm={**SMALL, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 128},
+    )
+    assert result["answered"] > 40 and result["cached_tokens"] > 1000 and result["kept"] > 0
+    assert result["differing"] == [] and result["failed"] == 0
+    assert result["blocks_lost"] == result["sequences_left"] == 0
+    assert result["page_bytes_left"] == result["slots_left"] == 0
+
+
+def test_a_request_with_nan_fails_in_all_engines(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "broken",
+        model=architectures.make("Laguna", tmp_path, models.with_nan_token),
+        icecache={"exact": True, "host_memory": "64M"},
+        llm={**SMALL, "max_num_batched_tokens": 64},
+    )
+    assert result["reasons"].pop("bad") == result["reasons"].pop("bad, one token") == "error"
+    assert set(result["reasons"].values()) == {"length"}
+    assert result["differing"] == [] and result["failed"] == 2 and result["requests_left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        # One sliding layer: vLLM makes groups of one layer, three of them of ours.
+        ("Gemma 3", {"layer_types": [SLIDING, FULL, FULL, FULL]}),
+        ("Granite hybrid", {}),
+    ],
+)
+def test_models_of_several_groups_with_prefix_caching_on(
+    run: Run, tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    given = {
+        "model": architectures.make(name, tmp_path, **changes),
+        "prompts": prompts(SIZES),
+        "tokens": 24,
+        "llm": {**SMALL, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
+    }
+    given["llm"]["disable_hybrid_kv_cache_manager"] = False
+    result = run("generate", **given, icecache={"host_memory": "64M", **EXACT})
+    assert result["tokens"] == run("generate", **given)["tokens"]
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
 
 
 def test_too_little_host_memory_is_refused_at_start(run: Run, llama: Path) -> None:

@@ -23,6 +23,7 @@ from icecache.shape import CacheShape
 from icecache.vllm import engine_args
 from icecache.vllm.backend import IceCacheAttention, IceCacheMetadataBuilder
 from icecache.vllm.connector import IceCacheConnector
+from icecache.vllm.engines import Layer
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import (
     AttentionCGSupport,
@@ -122,11 +123,14 @@ class Server:
         self.vllm_config = copy.copy(vllm_config)
         self.vllm_config.compilation_config = CompilationConfig()  # a server of its own
         self.worker = worker_for(self.vllm_config)
-        shape = CacheShape(1, HEADS, KV_HEADS, DIM, scale=DIM**-0.5)
-        self.layers = [IceCacheAttention(self.worker, shape, "auto") for _ in NAMES]
         stock = FullAttentionSpec(
             block_size=16, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32
         )
+        shape = CacheShape(1, HEADS, KV_HEADS, DIM, scale=DIM**-0.5)
+        layers = [Layer(name, shape) for name in NAMES]
+        for layer in layers:
+            self.worker.add_layer(layer, stock)
+        self.layers = [IceCacheAttention(self.worker, layer, "auto") for layer in layers]
         spec = self.worker.spec_of(stock)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=NAMES)
         self.builder = IceCacheMetadataBuilder(spec, NAMES, self.vllm_config, torch.device("cpu"))

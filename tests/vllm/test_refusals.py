@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
+import torch
 from icecache import InvalidArgument
+from icecache.shape import CacheShape
 from icecache.vllm import engine_args, names, plugin, support
 from icecache.vllm.connector import IceCacheConnector
+from icecache.vllm.engines import Layer, place_layers
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.scheduler import IceCacheAsyncScheduler, IceCacheScheduler, make_scheduler
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from vllm import EngineArgs
+
+SHAPE = CacheShape(1, 4, 2, 32)
 
 
 def config(model: Path, **changes: Any) -> Any:
@@ -36,6 +43,7 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
         ({"additional_config": {"icecache": {"sketch_bits": "x"}}}, "sketch_bits must"),
         ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
         ({"scheduler_cls": None}, "the scheduler of vLLM alone: .*add --scheduler-cls icecache"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: start without it"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: .*as the model makes them"),
     ],
 )
@@ -96,9 +104,6 @@ def test_another_connector(llama: Path) -> None:
     ("change", "message"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"logits_soft_cap": 50.0}, r"soft-capping of attention logits \(50\)"),
-        ({"kv_sharing_target_layer_name": "layer.0"}, "share the KV cache of layer.0"),
-        ({"sinks": object()}, "learned attention sinks"),
         ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8"),
         ({"others": {"chunk_lookback": 0}}, "chunk_lookback=0"),
     ],
@@ -106,9 +111,6 @@ def test_another_connector(llama: Path) -> None:
 def test_attention_that_the_engine_does_not_compute(change: dict[str, Any], message: str) -> None:
     usual: dict[str, Any] = {
         "alibi_slopes": None,
-        "logits_soft_cap": None,
-        "kv_sharing_target_layer_name": None,
-        "sinks": None,
         "kv_cache_dtype": "auto",
         # What vLLM hands to some backends of CUDA platforms.
         "others": {"use_alibi_sqrt": False, "chunk_lookback": -1, "block_m": None},
@@ -116,6 +118,67 @@ def test_attention_that_the_engine_does_not_compute(change: dict[str, Any], mess
     support.check_attention(**usual)
     with pytest.raises(InvalidArgument, match=message):
         support.check_attention(**{**usual, **change})
+
+
+def test_pictures_whose_tokens_attend_to_one_another(llama: Path) -> None:
+    given = config(llama, hf_overrides={"is_mm_prefix_lm": True})
+    with pytest.raises(InvalidArgument, match=r"attend to one another: .* --language-model-only"):
+        support.check_config(given)
+
+
+def test_the_text_of_a_model_with_pictures_is_served(tmp_path: Path) -> None:
+    given = config(
+        kinds.make("vision", tmp_path),
+        hf_overrides={"is_mm_prefix_lm": True},
+        language_model_only=True,
+        skip_tokenizer_init=False,
+    )
+    support.check_config(given)
+
+
+def test_attention_that_is_not_causal(llama: Path) -> None:
+    given = config(llama)
+    given.attention_config.use_non_causal = True
+    with pytest.raises(InvalidArgument, match="not causal: serve such models with stock vLLM"):
+        support.check_config(given)
+
+
+def test_a_model_without_a_layer_to_serve() -> None:
+    support.check_groups([1], ["SlidingWindowSpec", "IceCacheSpec"])
+    with pytest.raises(InvalidArgument, match=r"tokens \(cache groups: MambaSpec\): .*stock vLLM"):
+        support.check_groups([], ["MambaSpec"])
+
+
+def test_values_of_another_head_dim() -> None:
+    support.check_head_dims(64, 64)
+    with pytest.raises(InvalidArgument, match=r"head dim 32 of values and 64 of keys: serve"):
+        support.check_head_dims(64, 32)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([Layer("a", SHAPE), Layer("b", replace(SHAPE, num_q_heads=8))], "layers that differ .4 q"),
+        ([Layer("a", SHAPE), Layer("b", SHAPE, owner="a")], "layers that share keys and values on"),
+        (
+            [Layer("a", SHAPE, sinks=torch.zeros(4))],
+            "learned attention sinks on cuda: .*stock vLLM",
+        ),
+        ([Layer("a", replace(SHAPE, logit_softcap=30.0))], "soft-capped attention logits on cuda"),
+    ],
+)
+def test_layers_that_a_device_does_not_compute(layers: list[Layer], message: str) -> None:
+    shapes, _ = place_layers(layers)
+    support.check_layers(layers, shapes, None, drafts=False)
+    with pytest.raises(InvalidArgument, match=message):
+        support.check_layers(layers, shapes, torch.device("cuda"), drafts=False)
+
+
+def test_drafts_of_layers_that_share_keys_and_values() -> None:
+    layers = [Layer("a", SHAPE), Layer("b", SHAPE, owner="a")]
+    support.check_layers(layers[:1], [SHAPE], None, drafts=True)
+    with pytest.raises(InvalidArgument, match=r"share keys and values: .*--speculative-config"):
+        support.check_layers(layers, [SHAPE], None, drafts=True)
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ metadata     what the scheduler tells the workers with every step
 prefixes     what a new request begins with, and who goes for whom
 ledger       what sequences take of host memory
 worker       what one worker process knows: its layers, its store and the step under way
-store        the worker's engine: requests, their sequences and their steps
+engines      an engine for each shape of layer, and where each layer's keys and values are
+store        the worker's engines: requests, their sequences and their steps
 metrics      statistics, for the log and for Prometheus
 """
 

@@ -13,6 +13,7 @@ plugin takes over those that the engine serves; the others never differ from sto
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from icecache import InvalidArgument
 from icecache.shape import CacheShape
+from icecache.vllm.engines import Layer
 from icecache.vllm.metadata import IceCacheMetadata
 from icecache.vllm.names import (
     AttentionCGSupport,
@@ -31,33 +33,36 @@ from icecache.vllm.names import (
 )
 from icecache.vllm.plugin import BACKENDS, is_wanted, stock_backend
 from icecache.vllm.settings import device_of
-from icecache.vllm.support import check_attention
+from icecache.vllm.support import check_attention, check_head_dims
 from icecache.vllm.worker import Worker, current_worker, worker_for
 
 
 class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
-    """Full attention of one layer: every token goes to the engine, which keeps and attends them."""
+    """Full attention of one layer: every token goes to the engines, which keep and attend them."""
 
-    def __init__(self, worker: Worker, shape: CacheShape, kv_cache_dtype: str) -> None:
+    def __init__(self, worker: Worker, layer: Layer, kv_cache_dtype: str) -> None:
+        shape = layer.shape
         self.worker = worker
         self.num_heads, self.num_kv_heads = shape.num_q_heads, shape.num_kv_heads
         self.head_size, self.scale = shape.head_dim, shape.scale
         self.kv_cache_dtype = kv_cache_dtype
-        worker.add_layer(shape)
+        self.is_owner = layer.owner is None  # of the keys and values that it attends to
+        self.sinks = layer.sinks
 
     def forward(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: IceCacheMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Query, output [N, Hq, D], key, value [N, Hkv, D]; `kv_cache` is not read.
+        """Query, output [N, Hq, D], key, value [N, Hkv, D], or None where the layer attends to what
+        it or another has; `kv_cache` is not read.
 
         Rows beyond those of the batch's requests come out as zeros. A batch of none is a dummy, or
         what a full graph is captured with: what is done here is then all tensors, and a replay
@@ -75,7 +80,15 @@ class IceCacheAttention(AttentionImpl):  # type: ignore[misc]
             return output.zero_()
         if batch.tokens < output.shape[0]:
             output.zero_()
-        store.attend(layer.layer_name, query, key, value, output, batch)
+        if not self.is_owner:
+            key = value = None
+        if self.sinks is None:
+            store.attend(layer.layer_name, query, key, value, output, batch)
+            return output
+        # A sink is one more token in the softmax, with a value of 0.
+        lse = query.new_zeros(output.shape[:2], dtype=torch.float32)
+        store.attend(layer.layer_name, query, key, value, output, batch, lse)
+        output *= torch.sigmoid(lse - self.sinks)[..., None].to(output.dtype)
         return output
 
     def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
@@ -114,8 +127,10 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
         rows = common_attn_metadata.num_reqs
         starts = common_attn_metadata.query_start_loc_cpu[: rows + 1].tolist()
         blocks = common_attn_metadata.block_table_tensor[:rows, 0].tolist()
-        self.worker.metadata = IceCacheMetadata(starts, blocks)
-        return self.worker.metadata
+        metadata = IceCacheMetadata(starts, blocks)
+        if self.worker.seat_layer in self.layer_names:  # blocks of other groups name nobody
+            self.worker.metadata = metadata
+        return metadata
 
 
 @cache
@@ -202,36 +217,36 @@ def _named(made: type, module: str, name: str) -> type:
     return made
 
 
-# Arguments of vLLM's implementations that say what the engine does not compute.
-_CHECKED = (
-    "alibi_slopes",
-    "logits_soft_cap",
-    "kv_sharing_target_layer_name",
-    "sinks",
-    "kv_cache_dtype",
-)
-
-
 def _offer(self: Any, **given: Any) -> None:
-    """Notes what the engine may serve: full attention of a decoder over its own tokens.
+    """Notes what the engines may serve: full attention of a decoder over its own tokens.
 
     The arguments are those of vLLM's implementation `self`. Raises InvalidArgument for full
-    attention of a kind that the engine does not compute.
+    attention of a kind that the engines do not compute.
     """
     kind = given.pop("attn_type")
     if given.pop("sliding_window") is not None or getattr(kind, "value", kind) != "decoder":
         return
-    heads, kv_heads = given.pop("num_heads"), given.pop("num_kv_heads")
-    head_dim, scale = given.pop("head_size"), float(given.pop("scale"))
-    shape = CacheShape(1, heads, kv_heads, head_dim, scale=scale)  # its dtype is the spec's
+    shape = CacheShape(
+        1,
+        given.pop("num_heads"),
+        given.pop("num_kv_heads"),
+        given.pop("head_size"),
+        scale=float(given.pop("scale")),
+        logit_softcap=float(given.pop("logits_soft_cap") or 0.0),
+    )
+    owner, sinks = given.pop("kv_sharing_target_layer_name"), given.pop("sinks", None)
     others = given.pop("kwargs", {})  # where vLLM's takes more than it names
-    checked = {name: given.pop(name) for name in _CHECKED}
-    check_attention(**checked, others={**given, **others})
-    worker_for(get_current_vllm_config()).offers[self] = shape
+    alibi_slopes, kv_cache_dtype = given.pop("alibi_slopes"), given.pop("kv_cache_dtype")
+    check_attention(
+        alibi_slopes=alibi_slopes, kv_cache_dtype=kv_cache_dtype, others={**given, **others}
+    )
+    # Its name and dtype are known once the layer is made.
+    layer = Layer("", shape, owner=owner, sinks=sinks)
+    worker_for(get_current_vllm_config()).offers[self] = layer
 
 
 def _is_served(spec: Any) -> bool:
-    return type(spec) is FullAttentionSpec
+    return type(spec) is FullAttentionSpec and not getattr(spec, "non_causal", False)
 
 
 def take_over(worker: Worker) -> None:
@@ -246,12 +261,17 @@ def take_over(worker: Worker) -> None:
             layer.attn_backend = stock_backend(name)
     for layer_name, name in ours.items():
         layer = worker.registered[layer_name]
-        if not _is_served(layer.get_kv_cache_spec(worker.vllm_config)):
+        spec = layer.get_kv_cache_spec(worker.vllm_config)
+        if not _is_served(spec):
             continue
         if layer.impl not in offers:
             raise InvalidArgument(
                 f"IceCache does not serve full attention of {type(layer).__name__} ({layer_name}): "
                 "serve this model with stock vLLM"
             )
-        layer.impl = IceCacheAttention(worker, offers[layer.impl], layer.kv_cache_dtype)
+        check_head_dims(spec.head_size, spec.head_size_v)
+        offer = offers[layer.impl]
+        served = replace(offer, name=layer_name, shape=replace(offer.shape, dtype=spec.dtype))
+        worker.add_layer(served, spec)
+        layer.impl = IceCacheAttention(worker, served, layer.kv_cache_dtype)
         layer.attn_backend = _serving(name)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from icecache import InvalidArgument, Phase
-from icecache.shape import CacheShape
+from icecache import Phase
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats, StoreMeter
 from icecache.vllm.names import (
@@ -23,7 +22,7 @@ from icecache.vllm.names import (
 )
 from icecache.vllm.prefixes import Prefixes
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.support import check_config
+from icecache.vllm.support import check_config, check_groups
 from icecache.vllm.worker import current_worker
 
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
@@ -40,12 +39,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
         served = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, IceCacheSpec)]
-        if len(served) != 1:
-            raise InvalidArgument(
-                f"IceCache needs one group of full-attention layers that are alike, got "
-                f"{[type(g.kv_cache_spec).__name__ for g in groups]}; serve this model with stock "
-                "vLLM"
-            )
+        check_groups(served, [type(group.kv_cache_spec).__name__ for group in groups])
         self._group = served[0]
         self._spec = spec = groups[self._group].kv_cache_spec
         self._is_alone = len(groups) == 1
@@ -57,13 +51,11 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._prefixes: Prefixes | None = None
         self._store = None
         self._meter: Meter | None = None
-        self._layers = len(groups[self._group].layer_names)
         if role == KVConnectorRole.WORKER:
             worker = current_worker()
-            assert worker is not None and worker.shapes, "layers are made before the connector"
+            assert worker is not None, "layers are made before the connector"
             self._worker = worker
-            self._store = worker.open_store(spec.dtype)
-            self._store.name_layers(groups[self._group].layer_names)
+            self._store = worker.connect([groups[index].layer_names for index in served])
             self._meter = StoreMeter(self._store)
         else:
             longest = vllm_config.model_config.max_model_len
@@ -87,9 +79,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             longest = config.model_config.max_model_len
             with_events = events is not None and events.enable_kv_cache_events
             prefixes.turn_on(block_tokens, longest, with_events)
-            heads = spec.num_kv_heads
-            shape = CacheShape(self._layers, heads, heads, spec.head_size, spec.dtype)
-            self._meter = PrefixMeter(prefixes, shape.token_bytes)
+            self._meter = PrefixMeter(prefixes, spec.slot_bytes)
 
     @property
     def prefixes(self) -> Prefixes:

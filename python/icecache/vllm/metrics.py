@@ -146,7 +146,7 @@ class StoreMeter(Meter):
         self._last = totals
         engine = self._store.engine
         data["host_bytes"] = engine.pool_bytes()
-        data["host_capacity_bytes"] = self._store.host_memory
+        data["host_capacity_bytes"] = engine.host_memory
         data["requests"] = self._store.requests
         return data
 

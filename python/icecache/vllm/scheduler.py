@@ -29,9 +29,12 @@ class _IceCache(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, IceCacheManager):
-                self._prefixes = manager.prefixes
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        ours = [manager for manager in managers if isinstance(manager, IceCacheManager)]
+        # vLLM may split the layers into groups. A request has a block of each, and memory once.
+        self._prefixes = ours[0].prefixes
+        for manager in ours:
+            manager.prefixes = self._prefixes
         self.connector.use_prefixes(self._prefixes, self.hash_block_size)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:

@@ -18,19 +18,18 @@ from icecache.vllm.prefixes import Prefixes
 
 @dataclass(frozen=True, kw_only=True)
 class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
-    """KV-cache spec of a full-attention layer that the engine serves."""
+    """KV-cache spec of all full-attention layers that the engines serve, whatever their shapes."""
 
     host_slots: int = 0  # tokens that there is memory for, of every layer and KV head
+    slot_bytes: int = 0  # of such a token, in all layers and KV heads of a worker
     room_step: int = 0  # by which requests grow on a CUDA device; 0: on the CPU
     room: Room = TREE  # that a request takes on the CPU
 
     @classmethod
-    def of(
-        cls, spec: AttentionSpec, host_slots: int, room_step: int = 0, room: Room = TREE
-    ) -> IceCacheSpec:
-        """In place of a stock spec."""
+    def of(cls, spec: AttentionSpec, host_slots: int, **memory: Any) -> IceCacheSpec:
+        """In place of a stock spec; `memory`: other fields of this class."""
         shared = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**shared, host_slots=host_slots, room_step=room_step, room=room)
+        return cls(**shared, host_slots=host_slots, **memory)
 
     @classmethod
     def merge(cls, specs: list[Any]) -> IceCacheSpec:

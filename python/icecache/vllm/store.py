@@ -1,4 +1,4 @@
-"""The worker's engine: which sequence is whose, and one step over all requests of a batch.
+"""The worker's engines: which sequence is whose, and one step over all requests of a batch.
 
 One per worker process; each tensor-parallel rank has the KV heads that are its own.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from icecache import Engine, Error, HeadStats, InvalidArgument, Phase
-from icecache.device_engine import DeviceEngine
+from icecache import Error, InvalidArgument, Phase
+from icecache.vllm.engines import Engines, Ids, Place
 from icecache.vllm.metadata import ScheduledRow
 from icecache.vllm.names import init_logger
 from icecache.vllm.prefixes import Changes
@@ -25,7 +25,7 @@ class Row:
 
     request: str
     key: int  # the scheduler's number of its sequence
-    sequence: int  # of the engine
+    sequence: Ids  # of the engines
     first: int  # row of its first new token in the batch
     count: int  # new tokens
     phase: Phase
@@ -59,57 +59,18 @@ class Batch:
         self._take([[row for row in call.rows if row.key not in keys] for call in self.calls])
 
 
-class HostEngine(Engine):
-    """The engine on the CPU, whose steps need nothing beforehand."""
-
-    room_step = 0  # requests grow token by token
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that there is memory for, of all sequences."""
-        return int(self.config.host_memory) // self.shape.token_bytes
-
-    def all_stats(self) -> list[HeadStats]:
-        """Of each layer and KV head."""
-        heads = range(self.num_kv_heads)
-        return [self.stats(layer, head) for layer in range(self.num_layers) for head in heads]
-
-    def prepare(self, seq: int, count: int, phase: Phase) -> None:
-        """Nothing."""
-
-    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
-        """Nothing."""
-
-
 class Store:
-    """Requests' sequences in one engine. Not thread-safe: a worker steps on one thread."""
+    """Requests' sequences in the engines. Not thread-safe: a worker steps on one thread."""
 
-    def __init__(self, engine: HostEngine | DeviceEngine) -> None:
+    def __init__(self, engine: Engines) -> None:
         self.engine = engine
-        self.layers: dict[str, int] = {}  # the engine's number of each layer of the model
-        # By the scheduler's numbers of sequences: the engine's, and their lengths.
-        self._sequence: dict[int, int] = {}
+        self.layers: dict[str, Place] = {}  # that attend, by name; none before the first step
+        # By the scheduler's numbers of sequences: the engines', and their lengths.
+        self._sequence: dict[int, Ids] = {}
         self._length: dict[int, int] = {}
         self._kept: set[int] = set()  # of requests that are over
         self.failed: dict[int, str] = {}  # that this worker lost, and why
         self.requests_failed = 0  # since the start
-
-    @property
-    def host_memory(self) -> int:
-        """Bytes of pages, of all requests."""
-        return int(self.engine.config.host_memory)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one token in all layers and KV heads of this worker."""
-        return self.engine.shape.token_bytes
-
-    def name_layers(self, names: Sequence[str]) -> None:
-        """The layers that will attend, in the model's order."""
-        layers = self.engine.shape.num_layers
-        if len(names) != layers:
-            raise InvalidArgument(f"IceCache: expected {layers} layers to serve, got {list(names)}")
-        self.layers = {name: index for index, name in enumerate(names)}
 
     @property
     def requests(self) -> int:
@@ -130,8 +91,7 @@ class Store:
             self.failed.pop(key, None)
             self._length.pop(key, None)
             sequence = self._sequence.pop(key, None)
-            # The engine ends by itself what was kept, where it needs the pages.
-            if sequence is not None and (key not in self._kept or self.engine.contains(sequence)):
+            if sequence is not None:
                 self.engine.release(sequence)
             self._kept.discard(key)
 
@@ -186,22 +146,24 @@ class Store:
         self,
         layer: str,
         queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
         outputs: torch.Tensor,
         batch: Batch,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """One layer of a step: queries, outputs [N, Hq, D], keys, values [N, Hkv, D].
+        """One layer of a step: queries, outputs [N, Hq, D], keys, values [N, Hkv, D], or None where
+        an earlier layer has given them; `lse` [N, Hq] float32 as Engine.step_packed() fills it.
 
         A request whose keys or values are not finite, or that finds no page, fails alone: its rows
         come out as zeros in this and all later layers, and `failed` names it.
         """
-        number = self.layers[layer]
         tensors = queries, keys, values, outputs
+        place = self.layers[layer]
         for index in range(len(batch.calls)):
             call = batch.calls[index]
             try:
-                self._step(number, *tensors, call)
+                self._step(place, tensors, call, lse)
                 continue
             except Error:
                 if not call.rows:
@@ -209,7 +171,7 @@ class Store:
             # All rows or none: find those that cannot.
             for row in call.rows:
                 try:
-                    self._step(number, *tensors, Call([row]))
+                    self._step(place, tensors, Call([row]), lse)
                 except Error as error:
                     self._fail(row.request, row.key, str(error))
             for row in (row for later in batch.calls[index:] for row in later.rows):
@@ -219,23 +181,13 @@ class Store:
 
     def _step(
         self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        outputs: torch.Tensor,
+        place: Place,
+        tensors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
         call: Call,
+        lse: torch.Tensor | None,
     ) -> None:
         self.engine.step_packed(
-            call.sequences,
-            layer,
-            queries,
-            keys,
-            values,
-            outputs,
-            call.firsts,
-            call.counts,
-            call.phases,
+            call.sequences, place, *tensors, call.firsts, call.counts, call.phases, lse
         )
 
     def _fail(self, request: str, key: int, reason: str) -> None:

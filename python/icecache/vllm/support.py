@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from icecache import Config, InvalidArgument
 from icecache.machine import usable_memory
+from icecache.shape import CacheShape
+from icecache.vllm.engines import Layer
 from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.plugin import (
     CONNECTOR,
@@ -25,6 +29,7 @@ NAME = "IceCache"
 # Methods whose drafts need no layers: vLLM finds them in the text.
 DRAFTS = ("ngram", "suffix")
 INDEXES_OF_SEGMENTS = ("tree", "faiss")
+_STOCK = "serve this model with stock vLLM"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -71,10 +76,25 @@ def check_config(vllm_config: Any) -> None:
     _check_drafts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
         _refuse("decode context parallelism", "use --tensor-parallel-size")
-    if vllm_config.model_config.is_encoder_decoder:
-        _refuse("encoder-decoder models", "serve them with stock vLLM")
-    if vllm_config.model_config.use_mla:
+    if cache.kv_sharing_fast_prefill:
+        _refuse("--kv-sharing-fast-prefill", "start without it")
+    _check_model(vllm_config)
+
+
+def _check_model(vllm_config: Any) -> None:
+    """Raises InvalidArgument for a model whose attention is not causal, or of another kind."""
+    model = vllm_config.model_config
+    if model.is_encoder_decoder:
+        _refuse("encoder-decoder models", "serve such models with stock vLLM")
+    if model.use_mla:
         _refuse("multi-head latent attention", "serve such models with stock vLLM")
+    if model.is_mm_prefix_lm:
+        _refuse(
+            "images or videos whose tokens attend to one another",
+            "serve the model's text alone with --language-model-only, or with stock vLLM",
+        )
+    if getattr(vllm_config.attention_config, "use_non_causal", False):
+        _refuse("attention that is not causal", "serve such models with stock vLLM")
 
 
 def _check_drafts(vllm_config: Any) -> None:
@@ -113,33 +133,62 @@ def check_draft_length(drafts: int, config: Config) -> None:
         )
 
 
-def check_attention(
-    *,
-    alibi_slopes: Any,
-    logits_soft_cap: float | None,
-    kv_sharing_target_layer_name: str | None,
-    sinks: Any,
-    kv_cache_dtype: str,
-    others: Mapping[str, Any],
+def check_groups(served: Sequence[int], kinds: Sequence[str]) -> None:
+    """Raises InvalidArgument where none of vLLM's cache groups, of these kinds, is served."""
+    if not served:
+        _refuse(
+            "a model that has no layer for the engine, which computes causal attention to all "
+            f"tokens (cache groups: {', '.join(kinds) or 'none'})",
+            _STOCK,
+        )
+
+
+def check_layers(
+    layers: Sequence[Layer],
+    shapes: Sequence[CacheShape],
+    device: torch.device | None,
+    drafts: bool,
 ) -> None:
+    """Raises InvalidArgument for layers that the engine of a CUDA device does not compute, or not
+    with drafted tokens."""
+    shares = any(layer.owner is not None for layer in layers)
+    if drafts and shares:  # attending without appending begins at the last tokens, drafts included
+        _refuse(
+            "speculative decoding of layers that share keys and values",
+            "start without --speculative-config",
+        )
+    if device is None:
+        return
+    on = f"on {device}"
+    if len(shapes) > 1:
+        different = "; ".join(str(shape) for shape in shapes)
+        _refuse(f"full-attention layers that differ ({different}) {on}", _STOCK)
+    if shares:
+        _refuse(f"layers that share keys and values {on}", _STOCK)
+    if any(layer.sinks is not None for layer in layers):
+        _refuse(f"learned attention sinks {on}", _STOCK)
+    if shapes[0].logit_softcap:
+        _refuse(f"soft-capped attention logits {on}", _STOCK)
+
+
+def check_head_dims(keys: int, values: int) -> None:
+    """Raises InvalidArgument where values are longer or shorter than keys."""
+    if keys != values:
+        _refuse(f"head dim {values} of values and {keys} of keys", _STOCK)
+
+
+def check_attention(*, alibi_slopes: Any, kv_cache_dtype: str, others: Mapping[str, Any]) -> None:
     """Raises InvalidArgument for full attention of a kind that the engine does not compute.
 
     `others`: what a backend besides takes, by name; refused unless it is off.
     """
-    model = "serve this model with stock vLLM"
     if alibi_slopes is not None:
-        _refuse("ALiBi", model)
-    if logits_soft_cap:
-        _refuse(f"soft-capping of attention logits ({logits_soft_cap:g})", model)
-    if kv_sharing_target_layer_name is not None:
-        _refuse(f"layers that share the KV cache of {kv_sharing_target_layer_name}", model)
-    if sinks is not None:
-        _refuse("learned attention sinks", model)
+        _refuse("ALiBi", _STOCK)
     if kv_cache_dtype not in _CACHE_DTYPES:
         _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
     for name, value in others.items():
         if not (value is None or value is False or value == -1):
-            _refuse(f"{name}={value}", model)
+            _refuse(f"{name}={value}", _STOCK)
 
 
 def check_memory(

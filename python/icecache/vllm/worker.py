@@ -6,6 +6,7 @@ them to another; they meet here. One model at a time: the newest is the one in u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,20 @@ import torch
 from icecache import InvalidArgument, OutOfPages
 from icecache.device_engine import DeviceEngine
 from icecache.shape import CacheShape
+from icecache.vllm.engines import Engines, HostEngine, Layer, place_layers, split_config
 from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.prompt_attention import PromptAttention
 from icecache.vllm.settings import device_of, engine_config
 from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.store import Batch, HostEngine, Store
-from icecache.vllm.support import check_config, check_draft_length, check_memory
+from icecache.vllm.store import Batch, Store
+from icecache.vllm.support import (
+    check_config,
+    check_draft_length,
+    check_layers,
+    check_memory,
+)
 
 
 class Worker:
@@ -33,45 +40,61 @@ class Worker:
         # All layers of the model, by name.
         self.registered = vllm_config.compilation_config.static_forward_context
         self.config = engine_config(vllm_config)
-        # Shapes of one layer, without its dtype, of the heads that are this worker's own.
-        self.offers: dict[Any, CacheShape] = {}  # implementations that the engine may replace
-        self.shapes: list[CacheShape] = []  # one for each layer that the engine serves
+        self.offers: dict[Any, Any] = {}  # by implementations that the engines may replace
+        self.layers: list[Layer] = []  # that the engines serve, in the model's order
+        self.seat: AttentionSpec | None = None  # the stock spec of the first of them
+        self.seat_layer = ""  # of the group whose blocks name the requests
         self.store: Store | None = None
         self.metadata = IceCacheMetadata([0], [])  # that the builder made last
         self.step = StepMetadata()
         self.batch = Batch()  # its requests
 
-    def add_layer(self, shape: CacheShape) -> None:
-        """A layer whose attention the engine computes. All must be alike."""
-        if self.shapes and shape != self.shapes[0]:
-            raise InvalidArgument(
-                f"IceCache does not serve full-attention layers that differ: expected "
-                f"{self.shapes[0]}, got {shape}; serve this model with stock vLLM"
-            )
-        self.shapes.append(shape)
+    def add_layer(self, layer: Layer, spec: AttentionSpec) -> None:
+        """A layer whose attention the engines compute, and its stock spec."""
+        self.layers.append(layer)
+        self.seat = self.seat or spec
 
-    def open_store(self, dtype: torch.dtype) -> Store:
-        """The engine, once all layers are known.
+    def open_store(self) -> Store:
+        """The engines, once all layers are known.
 
-        Raises InvalidArgument where host memory does not hold one longest request.
+        Raises InvalidArgument for layers that they do not compute, and where host memory does not
+        hold one longest request.
         """
         if self.store is None:
-            shape = replace(self.shapes[0], num_layers=len(self.shapes), dtype=dtype)
-            device = device_of(self.vllm_config)
-            engine = (
-                HostEngine(**vars(shape), config=self.config)
-                if device is None
-                else self._on_device(device, shape)
-            )
-            store = Store(engine)
+            engines = self._make_engines()
             longest = self.vllm_config.model_config.max_model_len
-            room = room_of(engine.config)
-            check_memory(store.host_memory, store.slot_bytes, longest, engine.room_step, room)
+            room = room_of(engines.config)
+            check_memory(engines.host_memory, engines.token_bytes, longest, engines.room_step, room)
             if self.vllm_config.speculative_config is not None:
                 drafts = self.vllm_config.speculative_config.num_speculative_tokens
-                check_draft_length(drafts, engine.config)
-            self.store = store
+                check_draft_length(drafts, engines.config)
+            self.store = Store(engines)
         return self.store
+
+    def connect(self, groups: Sequence[Sequence[str]]) -> Store:
+        """The store, from now on with its layers. `groups`: names of layers, as vLLM has grouped
+        them; the blocks of the first one name requests."""
+        store = self.open_store()
+        store.layers = place_layers(self.layers)[1]
+        self.seat_layer = groups[0][0]
+        named = {name for group in groups for name in group}
+        owners = (layer.owner or layer.name for layer in self.layers)
+        missing = [name for name in owners if name not in named]
+        if missing:
+            raise InvalidArgument(f"IceCache: vLLM has no cache group for {missing}")
+        return store
+
+    def _make_engines(self) -> Engines:
+        device = device_of(self.vllm_config)
+        shapes, places = place_layers(self.layers)
+        drafts = self.vllm_config.speculative_config is not None
+        check_layers(self.layers, shapes, device, drafts)
+        if device is not None:
+            return Engines([self._on_device(device, shapes[0])])
+        own = [places[layer.name] for layer in self.layers if layer.owner is None]
+        configs = split_config(self.config, shapes, own)
+        pairs = zip(shapes, configs, strict=True)
+        return Engines([HostEngine(**vars(shape), config=config) for shape, config in pairs])
 
     def _on_device(self, device: torch.device, shape: CacheShape) -> DeviceEngine:
         lanes = self.vllm_config.scheduler_config.max_num_seqs
@@ -95,9 +118,19 @@ class Worker:
             ) from error
 
     def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
-        """In place of a stock spec. Opens the store."""
-        engine = self.open_store(spec.dtype).engine
-        return IceCacheSpec.of(spec, engine.tokens, engine.room_step, room_of(engine.config))
+        """In place of a stock spec, whose block size it has. Opens the store.
+
+        The same for all layers: one that differed would be a group of its own.
+        """
+        assert self.seat is not None
+        engines = self.open_store().engine
+        return IceCacheSpec.of(
+            replace(self.seat, block_size=spec.block_size),
+            host_slots=engines.tokens,
+            slot_bytes=engines.token_bytes,
+            room_step=engines.room_step,
+            room=room_of(engines.config),
+        )
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.
