@@ -33,7 +33,8 @@ TWO_AT_ONCE = OMP_WAIT_POLICY=passive
 # The thread sanitizer of some compilers cannot place its shadow memory under address randomisation.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: help demo test build build-test install lint tidy format test-cpp test-python test-vllm sanitize \
+.PHONY: help demo test build build-test install lint tidy format test-cpp test-python test-vllm \
+  test-architectures sanitize \
   sanitize-address sanitize-thread bench build-bench bench-quality docs coverage setup setup-test \
   setup-tools setup-bench setup-vllm setup-vllm-environment clean
 
@@ -41,6 +42,7 @@ help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
 	@echo "make test            build and run all tests (test-cpp, test-python)"
 	@echo "make test-vllm       the plugin in a real vLLM, which goes into .venv-vllm (10 minutes)"
+	@echo "make test-architectures   all models of docs/vllm-models.md in it (5 minutes)"
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
@@ -91,6 +93,10 @@ test-python: build-test
 
 test-vllm: setup-vllm
 	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini tests/vllm $(ARGS)
+
+test-architectures: setup-vllm
+	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini -m "" \
+	  tests/vllm/test_architectures.py $(ARGS)
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror

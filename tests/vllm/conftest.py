@@ -84,10 +84,12 @@ with pytest.MonkeyPatch.context() as _patch:
 DRIVER = Driver()
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """run(scenario, environment={...}, model=..., icecache={...} or None, llm={...}, ...)."""
-    folder = tmp_path_factory.mktemp("scenarios")
+def runner(folder: Path) -> Run:
+    """run(scenario, environment={...}, model=..., icecache={...} or None, llm={...}, ...).
+
+    What scenarios say goes to `folder`.
+    """
+    numbers = itertools.count()
 
     def run(
         scenario: str, environment: dict[str, str] | None = None, **spec: Any
@@ -100,8 +102,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 return dict(json.loads(line.removeprefix("RESULT ")))
         raise EngineFailed(said[-8000:])
 
-    numbers = itertools.count()
-    yield run
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """As runner()."""
+    yield runner(tmp_path_factory.mktemp("scenarios"))
     assert DRIVER.end() == 0
 
 

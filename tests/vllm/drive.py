@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from scenarios_answers import asked, broken, everything, generate, in_turns, ranks
+from scenarios_models import compare
 from scenarios_prefixes import lost_owner, passes, reuse
 from scenarios_storms import prefix_storm, storm
 
@@ -45,6 +46,7 @@ MODULES = (
 _ALL: list[Callable[[dict[str, Any]], dict[str, Any]]] = [
     asked,
     broken,
+    compare,
     everything,
     generate,
     in_turns,

@@ -48,6 +48,33 @@ def answers(llm: Any, prompts: list[list[int]], tokens: int, lora: Any = None) -
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def choices(llm: Any, prompts: list[Any], tokens: int) -> list[Any]:
+    """vLLM's greedy outputs, with log-probabilities."""
+    params = sampling(tokens)
+    params.logprobs = 8
+    return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def likely(output: Any) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each step with their log-probabilities."""
+    return [sorted((token, p.logprob) for token, p in step.items()) for step in output.logprobs]
+
+
+def ours(llm: Any) -> list[str]:
+    """Layers with a backend of icecache, or with any class of it in implementation or builder."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    found = []
+    for name, layer in layers.items():
+        if not hasattr(layer, "impl"):  # mixtures of experts, state spaces
+            continue
+        backend = layer.get_attn_backend()
+        parts = (type(layer.impl), backend.get_builder_cls())
+        classes = [backend, *(of for part in parts for of in part.__mro__)]
+        if any("icecache" in of.__module__ for of in classes):
+            found.append(name)
+    return found
+
+
 def inner(llm: Any) -> dict[str, Any]:
     """What a test looks at behind the API."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

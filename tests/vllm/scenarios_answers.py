@@ -7,7 +7,18 @@ import random
 from functools import partial
 from typing import Any
 
-from engines import answers, drafts_of, inner, make, sampling, scheduler_of, store_of
+from engines import (
+    answers,
+    choices,
+    drafts_of,
+    inner,
+    likely,
+    make,
+    ours,
+    sampling,
+    scheduler_of,
+    store_of,
+)
 from models import NAN_TOKEN, SIDE, VOCABULARY
 
 
@@ -165,38 +176,11 @@ def everything(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["llm"].get("runner") == "pooling":
         outputs = llm.embed(prompts, use_tqdm=False)
         return {**result, "outputs": [output.outputs.embedding for output in outputs]}
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(
-        temperature=0, max_tokens=spec["tokens"], ignore_eos=True, detokenize=False, logprobs=8
-    )
-    outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    outputs = choices(llm, prompts, spec["tokens"])
     return {
         **result,
-        "outputs": [
-            [
-                list(output.token_ids),
-                [
-                    sorted((token, p.logprob) for token, p in step.items())
-                    for step in output.logprobs
-                ],
-            ]
-            for output in outputs
-        ],
+        "outputs": [[list(output.token_ids), likely(output)] for output in outputs],
     }
-
-
-def ours(llm: Any) -> list[str]:
-    """Layers with a backend of icecache, or with any class of it in implementation or builder."""
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    found = []
-    for name, layer in layers.items():
-        backend = layer.get_attn_backend()
-        parts = (type(layer.impl), backend.get_builder_cls())
-        classes = [backend, *(of for part in parts for of in part.__mro__)]
-        if any("icecache" in of.__module__ for of in classes):
-            found.append(name)
-    return found
 
 
 def in_turns(spec: dict[str, Any]) -> dict[str, Any]:
