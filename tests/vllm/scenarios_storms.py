@@ -105,7 +105,8 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
 
     llm = make({**spec, "llm": {"enable_prefix_caching": True, **spec["llm"]}})
     # Without None: beside adapters vLLM's CPU build answers requests that have none wrongly.
-    loras = [LoRARequest(name, 1 + i, path) for i, (name, path) in enumerate(spec.get("adapters", []))]
+    adapters = spec.get("adapters", [])
+    loras = [LoRARequest(name, 1 + i, path) for i, (name, path) in enumerate(adapters)]
     seen, drafts = inner(llm), drafts_of(llm)
     free = seen["pool"].get_num_free_blocks()
     generator = random.Random(spec.get("seed", 0))
