@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ import drive
 import icecache.models
 import models
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))
+from absence import absent
 
 pytest.importorskip("vllm", reason="make test-vllm makes an environment with vLLM")
 
@@ -128,3 +132,14 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2() -> Path:
     """A small real model."""
     return Path(icecache.models.smollm2())
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Test data beside the checkout: `../shared`, or the folder that ICECACHE_SHARED names."""
+    beside = Path(__file__).resolve().parents[3] / "shared"
+    folder = Path(os.environ.get("ICECACHE_SHARED", beside))
+    if not folder.is_dir():
+        reason = f"{folder} is absent: test data that is not part of the repository"
+        absent(reason, "ICECACHE_SHARED names another folder")
+    return folder

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import models
-import pytest
 from conftest import Run
 from icecache.bench.tasks import gsm8k
 from transformers import AutoTokenizer
@@ -112,12 +111,11 @@ def test_behind_prompts_given_as_embeddings_whole_blocks_are_shared(run: Run, ll
     assert result["made"][0] == result["made"][1] != result["made"][2]
 
 
-def test_a_second_pass_over_gsm8k_reads_nothing_again(run: Run, smollm2: Path) -> None:
+def test_a_second_pass_over_gsm8k_reads_nothing_again(
+    run: Run, smollm2: Path, shared_dir: Path
+) -> None:
     """vLLM's own recipe for stores of prefixes: by its counters, and with equal answers."""
-    shared = Path(os.environ.get("ICECACHE_SHARED", Path(__file__).parents[3] / "shared"))
-    data = shared / "data" / "gsm8k_test.jsonl"
-    if not data.is_file():
-        pytest.skip(f"{data} is absent: GSM8K's test set, as the hub has it")
+    data = shared_dir / "data" / "gsm8k_test.jsonl"
     samples = list(islice(gsm8k.open_source(data).samples(gsm8k.TASK), 8))
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
