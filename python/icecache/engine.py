@@ -260,7 +260,10 @@ class Engine:
         self._engine.synchronize()
 
     def stats(self, layer: int, kv_head: int) -> _core.HeadStats:
-        """Sums since the start or reset_stats(), over all sequences."""
+        """Sums since the start or reset_stats(), over all sequences.
+
+        Steps of all layers of the model that attend to this layer's tokens count.
+        """
         return self._engine.stats(layer, kv_head)
 
     def reset_stats(self) -> None:

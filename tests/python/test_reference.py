@@ -17,6 +17,7 @@ from icecache.reference import (
     query_metric,
     sketch_scores,
     sparse_attention,
+    with_sinks,
 )
 
 HEAD_DIM = 16
@@ -306,7 +307,14 @@ def test_engine_computes_the_formulas_on_what_it_picked(index: str, select: str)
             far = weights, means
             expected, total = sparse_attention(scaled, keys[head], values[head], attended, far)
             torch.testing.assert_close(output[head].double(), expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(lse.view(2, 3)[head].double(), total, rtol=1e-5, atol=1e-4)
+            totals = lse.view(2, 3)[head]
+            torch.testing.assert_close(totals.double(), total, rtol=1e-5, atol=1e-4)
+            # A sink is one more token, with value 0.
+            sinks = total + torch.tensor([-3.0, 0.0, 2.0])
+            more = torch.cat([weights, sinks[:, None]], 1), torch.cat([means, means[:1] * 0])
+            expected, _ = sparse_attention(scaled, keys[head], values[head], attended, more)
+            got = with_sinks(output[head][:, None], totals[:, None], sinks)[:, 0]
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
             near = (scaled @ keys[head][attended].T).logsumexp(-1)
             torch.testing.assert_close(torch.tensor(trace.near_lse), near, rtol=1e-4, atol=1e-4)
     of_nodes, of_rest = torch.cat(errors).abs(), torch.cat(rest_errors).abs()

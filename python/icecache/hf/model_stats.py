@@ -26,7 +26,8 @@ class LosslessStats:
 class ModelStats:
     """Counters since the engine was made, over all sequences.
 
-    `layers[model_layer][kv_head]` is the engine's HeadStats; layers that stay stock are absent.
+    `layers[model_layer][kv_head]` is the engine's HeadStats; layers that stay stock are absent, and
+    those that share the tokens of another one, which counts their steps.
     `memory` is the engine's MemoryStats. `lossless` counts drafts, where the model was enabled so.
     """
 
