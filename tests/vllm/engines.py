@@ -79,11 +79,12 @@ def inner(llm: Any) -> dict[str, Any]:
     """What a test looks at behind the API."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    result = {"pool": pool, "preemptions": [0]}
+    result: dict[str, Any] = {"pool": pool, "preemptions": [0], "preempted": set()}
     preempt = scheduler._preempt_request
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         result["preemptions"][0] += 1
+        result["preempted"].add(args[0].request_id)
         return preempt(*args, **kwargs)
 
     scheduler._preempt_request = counted

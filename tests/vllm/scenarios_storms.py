@@ -93,6 +93,8 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
         "requests_left": store.requests,
         "page_bytes_left": store.engine.pool_bytes(),
         "drafts": dict(drafts),
+        # vLLM's own names of requests begin with those that they were given.
+        "preempted": [name.split("-")[0] for name in sorted(seen["preempted"])],
     }
     return {**result, "differing": differing(llm, requests, {n: [a] for n, a in made.items()})}
 

@@ -75,16 +75,14 @@ def test_as_many_drafts_are_accepted_as_by_stock(run: Run, llama: Path) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_random_requests_with_aborts_and_preemption(run: Run, llama: Path, settings: str) -> None:
-    # Within a budget the answer of a request that was preempted may differ from an undisturbed one.
-    # 1 KiB a token of both layers and KV heads: room for few of the requests at once, or for all.
-    host_memory = (1800 << 10) if settings == "exact" else (64 << 20)
     result = run(
         "storm",
         model=llama,
         count=200,
         abort_share=0.02,
         tokens=60,
-        icecache={**SETTINGS[settings], "host_memory": host_memory, "integrity": "always"},
+        icecache={**SETTINGS[settings], "host_memory": 1800 << 10, "integrity": "always"},
+        # 1 KiB a token of both layers and KV heads: room for few of the requests at once.
         llm={
             **SMALL,
             **drafting("ngram", 5),
@@ -94,9 +92,11 @@ def test_random_requests_with_aborts_and_preemption(run: Run, llama: Path, setti
         },
     )
     assert result["drafts"]["accepted"] > 100
-    assert (result["preemptions"] > 0) == (settings == "exact")
+    # Within a budget what a preempted request had made is part of its prompt from then on.
+    may_differ = result["preempted"] if settings == "budget" else []
+    assert result["preempted"] and set(result["differing"]) <= set(may_differ)
     assert result["drafts"]["behind_prompts"] > 0, "of one token"
-    assert result["answered"] > 100 and result["differing"] == []
+    assert result["answered"] > 100
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 
