@@ -77,6 +77,14 @@ def test_drafts_of_a_draft_model(llama: Path) -> None:
         support.check_config(given)
 
 
+def test_drafts_of_a_pipeline(llama: Path) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    given = config(llama, speculative_config=drafts)
+    given.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(InvalidArgument, match=r"and pipeline parallelism: .*use --tensor-parallel"):
+        support.check_config(given)
+
+
 def test_drafts_on_a_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     given = config(llama, speculative_config=drafts)

@@ -104,6 +104,12 @@ def _check_drafts(vllm_config: Any) -> None:
         return
     if device_of(vllm_config) is not None:
         _refuse("speculative decoding on a CUDA device", "start without --speculative-config")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        _refuse(
+            "speculative decoding and pipeline parallelism",
+            "vLLM's runner on CPUs drafts in one stage and fails in the others; use "
+            "--tensor-parallel-size, or start without --speculative-config",
+        )
     if speculative.method not in DRAFTS:
         _refuse(
             f"speculative decoding by {speculative.method}",
