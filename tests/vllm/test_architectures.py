@@ -37,7 +37,7 @@ def test_an_architecture_fares_as_the_table_says(run: Run, tmp_path: Path, name:
     assert got["outcome"] in ("served", "refused", "not run"), got["reason"]
     if got["outcome"] == "refused":
         assert "stock vLLM" in got["reason"]  # what to do instead
-    expected = TABLE["models"][name]
+    expected = dict(TABLE["models"][name])
     if TABLE["vllm"] != installed_version():
         pytest.skip(f"the table is of vLLM {TABLE['vllm']}, this one gives {got}")
     for one in (got, expected):
