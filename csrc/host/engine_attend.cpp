@@ -182,13 +182,17 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
 }
 
 void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* scaled) const {
-  const int group = engine_.shape.group(), d = engine_.shape.head_dim;
+  const DType dtype = engine_.shape.dtype;
+  const std::int64_t count = std::int64_t{engine_.shape.group()} * engine_.shape.head_dim;
   const float scale = engine_.shape.softmax_scale();
   const HeadCache& head = caches_[task.item]->heads[task.head];
   for (HeadCache::Decoded& token : task.decoded) {
     if (head.sparse_at(token.position) && token.position % kObserveEvery != 0) continue;
-    const float* rows = scaled + static_cast<std::int64_t>(token.position - first) * group * d;
-    for (int x = 0; x < group * d; ++x) token.queries.push_back(rows[x] / scale);
+    float* rows = scaled + (token.position - first) * count;
+    for (std::int64_t x = 0; x < count; ++x) rows[x] /= scale;
+    auto queries = std::make_shared<std::vector<std::byte>>(count * size_of(dtype));
+    simd::kernels().from_float(rows, queries->data(), dtype, static_cast<std::size_t>(count));
+    token.queries = std::move(queries);
   }
 }
 

@@ -137,7 +137,10 @@ void HeadCache::add_last_stats(HeadStats& sum) const {
 
 std::size_t HeadCache::query_bytes() const {
   std::size_t bytes = moments_.memory_bytes();
-  for (const Decoded& token : decoded_) bytes += token.queries.size() * sizeof(float);
+  for (const Decoded& token : decoded_) {
+    if (token.queries == nullptr) continue;
+    bytes += token.queries->size() / static_cast<std::size_t>(token.queries.use_count());
+  }
   return bytes;
 }
 

@@ -99,7 +99,8 @@ class HeadCache {
   struct Decoded {
     std::int32_t position;
     HeadStats stats;             // of its step
-    std::vector<float> queries;  // [G, D], unscaled; none where they do not shape the metric
+    // [G, D] in the cache's dtype, unscaled; null where they do not shape the metric. Forks share it.
+    std::shared_ptr<const std::vector<std::byte>> queries;
   };
   // Puts what is left of earlier calls, in order of position, to those of one: layers that share
   // these keys attend for the same tokens one after the other.

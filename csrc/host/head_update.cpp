@@ -8,6 +8,7 @@
 #include "host/seconds.h"
 #include "icecache/error.h"
 #include "simd/flush_subnormals.h"
+#include "simd/kernels.h"
 
 namespace icecache {
 
@@ -28,11 +29,13 @@ void HeadCache::join_decoded(std::vector<Decoded>& decoded) const {
 void HeadCache::observe_until(std::int32_t position) {
   const auto end = std::find_if(decoded_.begin(), decoded_.end(),
                                 [&](const Decoded& token) { return token.position >= position; });
-  if (std::any_of(decoded_.begin(), end, [](const Decoded& x) { return !x.queries.empty(); })) {
+  if (std::any_of(decoded_.begin(), end, [](const Decoded& x) { return x.queries != nullptr; })) {
     QueryMoments moments = moments_;
+    std::vector<float> rows(static_cast<std::size_t>(context_.group) * context_.head_dim);
     for (auto token = decoded_.begin(); token != end; ++token) {
-      if (token->queries.empty()) continue;
-      moments.observe(token->queries.data(), context_.group, context_.head_dim);
+      if (token->queries == nullptr) continue;
+      simd::kernels().to_float(token->queries->data(), context_.dtype, rows.data(), rows.size());
+      moments.observe(rows.data(), context_.group, context_.head_dim);
     }
     set_moments(std::move(moments));
   }
