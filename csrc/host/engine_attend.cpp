@@ -53,7 +53,7 @@ class Engine::Impl::AttendCall {
     int head;
     std::int64_t first, tokens;
     bool sparse, alone;
-    HeadStats stats = {};  // beside those of `decoded`
+    HeadStats stats = {};                          // beside those of `decoded`
     std::vector<HeadCache::Decoded> decoded = {};  // [tokens] if it is alone; the head's then
     StepTrace trace = {};
   };
@@ -199,7 +199,8 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
 void Engine::Impl::AttendCall::prepare() {
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     if (is_alone(b)) continue;
-    follow_ups_.push_back(engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
+    follow_ups_.push_back(
+        engine_.prepare_update(*caches_[b], layer_, args_.queries[b], phase_of(b)));
     for (Task& task : tasks_) {
       if (task.item != b) continue;
       for (const HeadCache::Decoded& token : task.decoded) task.stats += token.stats;

@@ -98,7 +98,7 @@ class HeadCache {
   // What a decoded token leaves once it stays.
   struct Decoded {
     std::int32_t position;
-    HeadStats stats;             // of its step
+    HeadStats stats;  // of its step
     // [G, D] in the cache's dtype, unscaled; null where they do not shape the metric. Forks share it.
     std::shared_ptr<const std::vector<std::byte>> queries;
   };
