@@ -21,7 +21,7 @@ class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
     """KV-cache spec of all full-attention layers that the engines serve, whatever their shapes."""
 
     host_slots: int = 0  # tokens that there is memory for, of every layer and KV head
-    slot_bytes: int = 0  # of such a token, in all layers and KV heads of a worker
+    slot_bytes: int = 0  # of such a token, in all layers and KV heads of a worker, at most
     room_step: int = 0  # by which requests grow on a CUDA device; 0: on the CPU
     room: Room = TREE  # that a request takes on the CPU
 
@@ -33,12 +33,15 @@ class IceCacheSpec(AttentionSpec):  # type: ignore[misc]
 
     @classmethod
     def merge(cls, specs: list[Any]) -> IceCacheSpec:
-        """Of all layers: stages of a pipeline may hold unequal numbers of tokens.
+        """Of all layers: stages of a pipeline may have unequal numbers of layers, and so of tokens.
 
         Raises AssertionError, as vLLM's does, for layers that differ otherwise.
         """
+        assert all(isinstance(spec, cls) for spec in specs)
         least = min(spec.host_slots for spec in specs)
-        merged = super().merge([replace(spec, host_slots=least) for spec in specs])
+        most = max(spec.slot_bytes for spec in specs)
+        alike = [replace(spec, host_slots=least, slot_bytes=most) for spec in specs]
+        merged = super().merge(alike)
         assert isinstance(merged, IceCacheSpec)
         return merged
 
