@@ -99,7 +99,8 @@ void HeadCache::truncate(Truncation&& truncation, bool seen) noexcept {
 
 bool HeadCache::sparse_at(std::int32_t position) const {
   if (is_broken() || position + 1 <= context_.config->dense_tokens) return false;
-  // Another layer's call for the same tokens may have had later ones indexed.
+  // Tokens behind the query are in the index: another layer of the model, which shares these keys,
+  // has attended for them first.
   if (tail_.first_position() > position + 1) return false;
   return has_index() || ready_segment(Work::kSeal, position + 1) != nullptr;
 }

@@ -127,7 +127,7 @@ class HeadCache {
   enum class Work : std::uint8_t { kSeal, kMerge };
   static constexpr Work kWorks[] = {Work::kSeal, Work::kMerge};
   static std::size_t at(Work work) { return static_cast<std::size_t>(work); }
-  // In the following, `length` tokens of the sequence stay; there may be more, which may go.
+  // `length` below: the tokens of the sequence that will not be taken back. It may hold more.
   // Tokens of the segment that is due to be built; 0 where none is due, or one is under way.
   std::int32_t due_work(Work work, std::int32_t length) const;
   // It takes over when the sequence has `ready_at` tokens: before decode() of a query from there on
@@ -138,7 +138,8 @@ class HeadCache {
   void postpone_build(Work work, std::int32_t length) noexcept { next_build_[at(work)] = length; }
   // True where decode() of the last of `length` tokens uses the result.
   bool build_is_ready(Work work, std::int32_t length) const;
-  // Segments that are ready at `length` take their place for good.
+  // Adds the segments whose builds are ready at `length`, in place of the tokens or segments that
+  // they were built of.
   void use_builds(std::int32_t length, HeadStats& stats) noexcept;
   // Gives up what is under way, whose work must be done.
   void drop_builds() noexcept;
@@ -147,9 +148,9 @@ class HeadCache {
 
   // Rows [length, D] in order of position.
   void gather(std::byte* keys, std::byte* values) const;
-  // Bytes of indexes that are not among `counted`, where they then are.
   // Sets the entries of the pages that it holds.
   void mark_pages(std::vector<bool>& held) const;
+  // Bytes of the indexes that are not in `counted`, and puts these into it.
   std::size_t index_bytes(std::set<const SemanticIndex*>& counted) const;
   std::size_t query_bytes() const;
   std::size_t run_pages() const { return sink_.page_count() + tail_.page_count(); }

@@ -224,9 +224,8 @@ class Engine:
         Queries and outputs [N, Hq, D], keys and values [N, Hkv, D], `lse` [N, Hq] as in attend();
         rows firsts[b] up to firsts[b] + counts[b] are those of seqs[b]. `outputs` and `lse` share
         memory with no other tensor, nor their rows with one another; other rows of them stay as
-        they are. A prompt in chunks of PREFILL and
-        one of PROMPT_END has the index that it would have in one chunk, however it is cut. All
-        sequences take their tokens or none does.
+        they are. A prompt in chunks of PREFILL and one of PROMPT_END has the index that it would
+        have in one chunk, however it is cut. All sequences take their tokens or none does.
 
         Without keys and values (None both) it only attends: for a layer that shares those of
         another, which has appended them as `layer`. Each such layer selects for itself; the queries

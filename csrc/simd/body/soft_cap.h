@@ -1,7 +1,8 @@
 // soft_cap: c tanh(x / c), of logits and of the scores of sketches. A cap of 0 stands for none.
 //
-// tanh(y) is 1 - 2 / (exp(2 y) + 1), and near 0, where that cancels, the odd polynomial of Cephes'
-// tanhf: an error of 2e-7 beside the value. Infinities become +-c, NaN stays NaN.
+// tanh(y) is computed as 1 - 2 / (exp(2 y) + 1). Near 0 that would subtract two nearly equal numbers:
+// there it is the odd polynomial that the Cephes library uses in its tanhf. The relative error is at
+// most 2e-7. An infinite x gives c with its sign, and NaN stays NaN.
 #pragma once
 
 #include "simd/body/exp.h"

@@ -15,7 +15,7 @@ import torch
 from icecache import InvalidArgument, OutOfPages
 from icecache.device_engine import DeviceEngine
 from icecache.shape import CacheShape
-from icecache.vllm.engines import Engines, HostEngine, Layer, place_layers, split_config
+from icecache.vllm.engines import Engines, HostEngine, Layer, Place, place_layers, split_config
 from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
@@ -44,6 +44,7 @@ class Worker:
         self.layers: list[Layer] = []  # that the engines serve, in the model's order
         self.seat: AttentionSpec | None = None  # the stock spec of the first of them
         self.seat_layer = ""  # of the group whose blocks name the requests
+        self.places: dict[str, Place] = {}  # of these layers, once the engines are made
         self.store: Store | None = None
         self.metadata = IceCacheMetadata([0], [])  # that the builder made last
         self.step = StepMetadata()
@@ -75,7 +76,7 @@ class Worker:
         """The store, from now on with its layers. `groups`: names of layers, as vLLM has grouped
         them; the blocks of the first one name requests."""
         store = self.open_store()
-        store.layers = place_layers(self.layers)[1]
+        store.layers = self.places
         self.seat_layer = groups[0][0]
         named = {name for group in groups for name in group}
         owners = (layer.owner or layer.name for layer in self.layers)
@@ -86,12 +87,12 @@ class Worker:
 
     def _make_engines(self) -> Engines:
         device = device_of(self.vllm_config)
-        shapes, places = place_layers(self.layers)
+        shapes, self.places = place_layers(self.layers)
         drafts = self.vllm_config.speculative_config is not None
         check_layers(self.layers, shapes, device, drafts)
         if device is not None:
             return Engines([self._on_device(device, shapes[0])])
-        own = [places[layer.name] for layer in self.layers if layer.owner is None]
+        own = [self.places[layer.name] for layer in self.layers if layer.owner is None]
         configs = split_config(self.config, shapes, own)
         pairs = zip(shapes, configs, strict=True)
         return Engines([HostEngine(**vars(shape), config=config) for shape, config in pairs])
