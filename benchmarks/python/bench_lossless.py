@@ -16,6 +16,9 @@ prompts of a rival's time over ours; `lossless_kept_*` the share of drafts that 
 attention's.
 
     python benchmarks/python/bench_lossless.py --json benchmarks/results/lossless.json
+
+`--context 4 --lengths 30000` goes past the model's 8,192 positions: they are scaled, so that texts
+are worse, and no less full attention's.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from contiguous_cache import contiguous_cache
 from head_tokens import text_tokens
 from icecache.bench.report import Result, machine, write_json
 from icecache.cli.usage import numbers
+from icecache.hf.model_stats import LosslessStats
 from icecache.hf.support import CACHE
 from icecache.models.local import check_context, load_model, twin
 from lengths import parse_lengths, size
@@ -55,7 +59,7 @@ class Answer:
     drafted: float = 0.0  # tokens of a draft, on average
 
 
-class _Clock:
+class Clock:
     """A streamer that notes when the first and the last token came."""
 
     def __init__(self) -> None:
@@ -70,8 +74,8 @@ class _Clock:
 
 def answer(model: Any, prompt: torch.Tensor, steps: int, cache: Any = None) -> Answer:
     """`steps` tokens behind prompt [1, L]."""
-    clock = _Clock()
-    before = _lossless(model)
+    clock = Clock()
+    before = drafts_of(model)
     given = {} if cache is None else {CACHE: cache}
     output = model.generate(
         prompt,
@@ -88,7 +92,7 @@ def answer(model: Any, prompt: torch.Tensor, steps: int, cache: Any = None) -> A
     took = clock.times[-1] - clock.times[1]  # the first is the prompt's
     best = [logits[0].topk(2).values for logits in output.logits]
     kept = drafted = 0.0
-    if before is not None and (after := _lossless(model)) is not None:
+    if before is not None and (after := drafts_of(model)) is not None:
         count = after.drafted - before.drafted
         kept = (after.kept - before.kept) / max(1, count)
         drafted = count / max(1, after.verifications - before.verifications)
@@ -101,11 +105,23 @@ def answer(model: Any, prompt: torch.Tensor, steps: int, cache: Any = None) -> A
     )
 
 
-def _lossless(model: Any) -> Any:
+def drafts_of(model: Any) -> LosslessStats | None:
+    """Counts since the model was enabled for lossless decoding; None where it was not."""
     try:
         return icecache.stats(model).lossless
     except icecache.InvalidArgument:  # not enabled
         return None
+
+
+def with_longer_context(model: Any, factor: float) -> Any:
+    """The model with `factor` times its positions, by YaRN (Peng et al. 2024, arXiv:2309.00071)."""
+    config = model.config
+    trained = config.max_position_embeddings
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+    config.rope_parameters = {**config.rope_parameters, **scaling}
+    config.max_position_embeddings = int(factor * trained)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model
 
 
 def equal_tokens(got: Answer, expected: Answer) -> int | None:
@@ -193,10 +209,15 @@ def main(
     steps: Annotated[int, typer.Option(min=8, help="Tokens of an answer.")] = 128,
     budgets: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,256",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of texts (.txt).")] = None,
+    context: Annotated[
+        float, typer.Option(min=1, help="Times the model's context, by scaled positions.")
+    ] = 1,
     json: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
 ) -> None:
     """Compare lossless decoding with full attention; takes about 10 minutes."""
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
+    if context > 1:
+        model = with_longer_context(model, context)
     sizes = parse_lengths(lengths)
     for length in sizes:
         check_context(model.config, length, steps)
@@ -226,7 +247,7 @@ def main(
         show(console, length, answers)
         found += results(length, chosen, steps, answers)
     if json is not None:
-        meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32"}
+        meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32", "context": context}
         write_json(json, meta, found)
 
 

@@ -10,10 +10,13 @@ is another than the answer's, the token counts as different, unless the two best
 - different_tokens, of all kinds and of each
 - kl_largest: the largest KL(stock || lossless) of a token, nats; kl_mean the mean
 - kept: the share of drafted tokens that were full attention's
+- tpot_ms: time of a token, the prompt's left out
 
     python benchmarks/python/bench_lossless_texts.py --json benchmarks/results/lossless_texts.json
 
-`--prompts 1 --steps 5500 --kinds novels --lengths 512` is one long generation.
+`--prompts 1 --steps 5500 --kinds novels --lengths 512 --sample` is one long generation. With
+`--decoding budget` it says how far decoding without verification drifts, with `--decoding refresh`
+how much of that stays where every 256 tokens are computed once more.
 """
 
 from __future__ import annotations
@@ -22,17 +25,18 @@ import itertools
 import json as json_lines
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import icecache
 import torch
 import typer
-from bench_lossless import TIE
+from bench_lossless import TIE, Clock, drafts_of
 from icecache.bench.prompts import as_chat, longbench_prompts
 from icecache.bench.quality import kl_divergence
 from icecache.bench.report import Result, machine, write_json
-from icecache.hf.model_stats import LosslessStats
 from icecache.models.local import check_context, load_model, twin
 from lengths import parse_lengths
 from quality_prompts import DATA, check_data
@@ -43,16 +47,42 @@ EXAMPLES = 8  # worked, before a question
 Ids = torch.Tensor  # [T]
 
 
+class Decoding(str, Enum):
+    """What `generate` is enabled with beside the budget."""
+
+    lossless = "lossless"
+    refresh = "refresh"
+    budget = "budget"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of icecache.enable."""
+        if self is Decoding.lossless:
+            return {"lossless": True}
+        return {"refresh_every": 256} if self is Decoding.refresh else {}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was found of one prompt."""
 
     kind: str
     length: int  # tokens of the prompt
-    different: int  # tokens of the answer
+    different: int  # tokens of the answer; of a sampled one meaningless
+    seconds: float  # a token, the first left out
     kl: torch.Tensor  # [steps], nats
     kept: int
     drafted: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all answers have in common."""
+
+    decoding: Decoding
+    steps: int
+    token_budget: int
+    sample: bool
 
 
 def longbench(tokenizer: Any, data: Path) -> Iterator[Ids]:
@@ -88,28 +118,23 @@ def stretches(tokenizer: Any, data: Path, lengths: list[int]) -> Iterator[Ids]:
             yield ids[start : start + size]
 
 
-def drafts_of(lossless: Any) -> LosslessStats:
-    """Counts since the model was enabled."""
-    stats = icecache.stats(lossless).lossless
-    assert stats is not None
-    return stats
-
-
-def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer:
-    """`steps` tokens of the lossless model behind `prompt`, read again by the stock one."""
-    before = drafts_of(lossless)
-    output = lossless.generate(
+def ask(model: Any, enabled: Any, kind: str, prompt: Ids, plan: Plan) -> Answer:
+    """An answer of the enabled model to `prompt`, read again by the stock one."""
+    before, clock, steps = drafts_of(enabled), Clock(), plan.steps
+    torch.manual_seed(0)
+    output = enabled.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
         max_new_tokens=steps,
         min_new_tokens=steps,
-        do_sample=False,
+        do_sample=plan.sample,
         pad_token_id=0,
+        streamer=clock,
         return_dict_in_generate=True,
         output_scores=False,
         output_logits=True,
     )
-    after = drafts_of(lossless)
+    after = drafts_of(enabled)
     length = prompt.shape[0]
     with torch.inference_mode():
         stock = model(output.sequences[:, :-1], logits_to_keep=steps).logits[0]
@@ -125,13 +150,14 @@ def ask(model: Any, lossless: Any, kind: str, prompt: Ids, steps: int) -> Answer
         kind,
         length,
         int(different.sum()),
+        (clock.times[-1] - clock.times[1]) / (steps - 1),
         kl,
-        after.kept - before.kept,
-        after.drafted - before.drafted,
+        after.kept - before.kept if before and after else 0,
+        after.drafted - before.drafted if before and after else 0,
     )
 
 
-def results(answers: list[Answer], steps: int, budget: int) -> list[Result]:
+def results(answers: list[Answer], plan: Plan) -> list[Result]:
     found = []
     kinds = sorted({one.kind for one in answers})
     for kind in [*kinds, "all"]:
@@ -140,18 +166,24 @@ def results(answers: list[Answer], steps: int, budget: int) -> list[Result]:
         params = {
             "kind": kind,
             "n": len(own),
-            "steps": steps,
-            "token_budget": budget,
+            "decoding": plan.decoding.value,
+            "steps": plan.steps,
+            "sampled": plan.sample,
+            "token_budget": plan.token_budget,
             "shortest": min(one.length for one in own),
             "longest": max(one.length for one in own),
         }
-        kept = sum(one.kept for one in own) / max(1, sum(one.drafted for one in own))
         found += [
-            Result("different_tokens", sum(one.different for one in own), "tokens", params),
             Result("kl_largest", float(kl.max()), "nats", params),
             Result("kl_mean", float(kl.mean()), "nats", params),
-            Result("kept", kept, "share", params),
+            Result("tpot_ms", 1e3 * median(one.seconds for one in own), "ms", params),
         ]
+        if not plan.sample:
+            different = sum(one.different for one in own)
+            found.append(Result("different_tokens", different, "tokens", params))
+        if drafted := sum(one.drafted for one in own):
+            kept = sum(one.kept for one in own) / drafted
+            found.append(Result("kept", kept, "share", params))
     return found
 
 
@@ -163,11 +195,14 @@ def main(
     kinds: Annotated[str, typer.Option(help="Kinds of text.")] = "longbench,questions,novels",
     lengths: Annotated[str, typer.Option(help="Tokens of novels.")] = "512,1500,3000,5000,7500",
     token_budget: Annotated[int, typer.Option(min=1, help="Of a draft.")] = 64,
+    decoding: Annotated[Decoding, typer.Option(help="What is measured.")] = Decoding.lossless,
+    sample: Annotated[bool, typer.Option("--sample", help="Sampled answers, else greedy.")] = False,
 ) -> None:
     """Check lossless decoding on many texts; takes about an hour."""
     check_data(data)
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
-    lossless = icecache.enable(twin(model), token_budget, lossless=True)
+    plan = Plan(decoding, steps, token_budget, sample)
+    enabled = icecache.enable(twin(model), token_budget, **decoding.settings)
     sources = {
         "longbench": longbench(tokenizer, data),
         "questions": questions(tokenizer, data),
@@ -182,12 +217,12 @@ def main(
             for kind in chosen:
                 prompt = next(sources[kind])
                 check_context(model.config, prompt.shape[0], steps)
-                answers.append(ask(model, lossless, kind, prompt, steps))
+                answers.append(ask(model, enabled, kind, prompt, plan))
                 bar.advance(task)
                 if json is not None:
                     meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32"}
-                    write_json(json, meta, results(answers, steps, token_budget))
-    for result in results(answers, steps, token_budget):
+                    write_json(json, meta, results(answers, plan))
+    for result in results(answers, plan):
         print(f"{result.params['kind']:10} {result.name:18} {result.value:.4g}")
 
 
