@@ -16,8 +16,8 @@ import torch
 from icecache import HeadStats, MemoryStats
 from icecache.device import ROOM_STEP, DeviceCache
 from icecache.engine import Phase
-from icecache.errors import Error, InvalidArgument, OutOfPages
-from icecache.lanes import Lanes
+from icecache.errors import Error, InvalidArgument
+from icecache.lanes import Lanes, decoding, take_memory
 from icecache.prompt_attention import AttendPrompt, attend_prompt
 
 _NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
@@ -86,7 +86,7 @@ class DeviceEngine:
             cache = self._make_cache(1, 1024)
         else:
             cache = self._make_cache(lanes, max_tokens or 0)
-            self.tokens = _take_memory(cache, device_share)
+            self.tokens = take_memory(cache, device_share)
             self._shared = Lanes(cache)
             self._batches.append(self._shared)
         self.config = cache.config
@@ -316,7 +316,7 @@ class DeviceEngine:
         With that a step without prompts is on the device: its layers may be replayed from a graph.
         """
         lanes, places = self._places(seqs)
-        lanes.cache.rows_of(_decoding(places, firsts, phases))
+        lanes.cache.rows_of(decoding(places, firsts, phases))
 
     def step_packed(
         self,
@@ -359,7 +359,7 @@ class DeviceEngine:
                 lanes.building.add(lane)
                 lanes.cache.prefill(layer, queries[rows].transpose(0, 1), key, value, sequence=lane)
             prompts[lane] = key, value, phase
-        later = _decoding(places, firsts, phases)
+        later = decoding(places, firsts, phases)
         if later or not prompts:
             lanes.wait(layer)
             lanes.cache.step(
@@ -434,31 +434,6 @@ class DeviceEngine:
         for fork in self._forks.values():
             if fork.source in seqs:
                 fork.source = _GONE
-
-
-def _take_memory(cache: DeviceCache, device_share: float) -> int:
-    """Takes device memory for the indexes of as many tokens as it returns."""
-    memory = cache.memory()
-    on_host = int(cache.config.host_memory) // cache.shape.token_bytes
-    # Of the share, what others have by now does not count.
-    left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
-    longest = -(-cache.max_tokens // ROOM_STEP) * ROOM_STEP
-    on_device = left // 2 // memory.token_bytes
-    if on_device < min(on_host, longest):
-        raise OutOfPages(
-            f"half of the {left:,} bytes left to it holds the indexes of {on_device:,} tokens"
-        )
-    tokens = max(1, min(on_host, cache.batch * longest, on_device))
-    cache.limit_tokens(tokens)
-    return tokens
-
-
-def _decoding(
-    places: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]
-) -> tuple[tuple[int, int], ...]:
-    """Lanes that take a token behind their prompt, each with its row."""
-    given = zip(places, firsts, phases, strict=True)
-    return tuple((lane, first) for lane, first, phase in given if phase == Phase.AUTO)
 
 
 def _refuse_lse(lse: Any) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from icecache.device import DeviceCache, rebuild_is_due
-from icecache.errors import Error, InvalidArgument
+from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
+from icecache.engine import Phase
+from icecache.errors import Error, InvalidArgument, OutOfPages
 
 
 class Lanes:
@@ -123,3 +124,28 @@ class Lanes:
             self.cache.wait(layer)
         except Error as error:
             self._error = str(error)
+
+
+def take_memory(cache: DeviceCache, device_share: float) -> int:
+    """Takes device memory for the indexes of as many tokens as it returns."""
+    memory = cache.memory()
+    on_host = int(cache.config.host_memory) // cache.shape.token_bytes
+    # Of the share, what others have by now does not count.
+    left = max(0, memory.free_bytes - int((1 - device_share) * memory.total_bytes))
+    longest = -(-cache.max_tokens // ROOM_STEP) * ROOM_STEP
+    on_device = left // 2 // memory.token_bytes
+    if on_device < min(on_host, longest):
+        raise OutOfPages(
+            f"half of the {left:,} bytes left to it holds the indexes of {on_device:,} tokens"
+        )
+    tokens = max(1, min(on_host, cache.batch * longest, on_device))
+    cache.limit_tokens(tokens)
+    return tokens
+
+
+def decoding(
+    places: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]
+) -> tuple[tuple[int, int], ...]:
+    """Lanes that take a token behind their prompt, each with its row."""
+    given = zip(places, firsts, phases, strict=True)
+    return tuple((lane, first) for lane, first, phase in given if phase == Phase.AUTO)
