@@ -14,6 +14,8 @@ const char* name_of(DType dtype) {
       return "bfloat16";
     case DType::kFloat16:
       return "float16";
+    case DType::kInt8:
+      return "int8";
   }
   return "unknown";
 }

@@ -4,10 +4,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "icecache/types.h"
 #include "simd/kernels.h"
+#include "simd/row_format.h"
 
 namespace icecache {
 
@@ -23,19 +23,6 @@ inline int far_exponent(double largest, int ordinary = kOrdinaryExponent) {
   if (!(largest > 0.0)) return 0;
   const int exponent = std::ilogb(largest);
   return exponent > ordinary || exponent < -ordinary ? exponent : 0;
-}
-
-// The largest finite number of a type.
-inline float largest_number(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return 0x1.fep127f;
-    case DType::kFloat16:
-      return 65504.0f;
-    case DType::kFloat32:
-      break;
-  }
-  return std::numeric_limits<float>::max();
 }
 
 inline float largest_of(const float* x, std::int64_t n) {

@@ -18,14 +18,18 @@
 
 namespace icecache::simd {
 
+// Rows of DType::kInt8 are compared and added up as they are, their scale in a register: a row's
+// logit is scale x (query . codes) + bias of the query. What the codes of a key mean, and so how a
+// query is turned for them, csrc/pages/row_format.h says.
+
 // Query rows against a block of tokens that lie anywhere in memory. With at most kFewRows rows,
 // only tokens that a row sees are read; with more, all are, and must be finite.
 constexpr int kMaxBlock = 64;
 constexpr int kFewRows = 16;
 struct BlockArgs {
   const float* queries = nullptr;       // [rows, D], scaled
-  const void* const* keys = nullptr;    // [count] of [D]
-  const void* const* values = nullptr;  // [count] of [D]
+  const void* const* keys = nullptr;    // [count] of row_bytes_of(dtype, D) bytes
+  const void* const* values = nullptr;  // [count], the same
   const int* seen = nullptr;            // [rows] row r sees the first seen[r] >= 1; null: all
   DType dtype = DType::kFloat32;
   int count = 0;         // at most kMaxBlock
@@ -36,15 +40,17 @@ struct BlockArgs {
   const void* const* next_keys = nullptr;
   const void* const* next_values = nullptr;
   int next_count = 0;
+  const float* bias = nullptr;  // [rows], with kInt8: added to the logits
 };
 
 // Rows that lie anywhere in memory, in one element type.
 struct RowsArgs {
-  const void* const* rows = nullptr;  // [N] of [D]
+  const void* const* rows = nullptr;  // [N] of row_bytes_of(dtype, D) bytes
   DType dtype = DType::kFloat32;
-  std::int64_t count = 0;  // N
-  int group = 0;           // G
-  int head_dim = 0;        // D, a multiple of 8, at most kMaxHeadDim
+  std::int64_t count = 0;       // N
+  int group = 0;                // G
+  int head_dim = 0;             // D, a multiple of 8, at most kMaxHeadDim
+  const float* bias = nullptr;  // [G], with kInt8: added to the logits
 };
 
 // A score is the base-2 logarithm of a weight as a fixed-point number: from 0 to kMaxScore, in
@@ -128,7 +134,8 @@ struct SomeRowsArgs {
 struct Kernels {
   std::string_view name;
 
-  // dst[i] = float(src[i]); dst[i] = round-to-nearest-even(src[i]).
+  // dst[i] = float(src[i]); dst[i] = round-to-nearest-even(src[i]). Of kInt8, `src` is one row of n
+  // elements; what makes such rows is in csrc/pages/row_format.h, not here.
   void (*to_float)(const void* src, DType dtype, float* dst, std::size_t n);
   void (*from_float)(const float* src, void* dst, DType dtype, std::size_t n);
   // The largest magnitude of n elements, infinite where one is NaN or Inf; 0 of none.
@@ -151,10 +158,10 @@ struct Kernels {
   // Merges the tokens into the state of `rows` queries (state.group == rows).
   void (*attend_block)(const BlockArgs& args, const AttentionState& state);
 
-  // logits[g * stride + i] = queries[g] . rows[i]; queries [G, D].
+  // logits[g * stride + i] = queries[g] . rows[i] (+ bias[g]); queries [G, D].
   void (*row_logits)(const RowsArgs& args, const float* queries, float* logits,
                      std::int64_t stride);
-  // out[g] += sum over i of weights[g * stride + i] rows[i]; out [G, D].
+  // out[g] += sum over i of weights[g * stride + i] rows[i]; out [G, D], whatever the bias.
   void (*add_rows)(const RowsArgs& args, const float* weights, std::int64_t stride, float* out);
 
   void (*sketch_scan)(const SketchScanArgs& args);

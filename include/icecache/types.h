@@ -13,12 +13,21 @@
 namespace icecache {
 
 // Element type of keys, values, queries and outputs as they are stored. All arithmetic is in fp32.
-enum class DType : std::uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// kInt8 is of rows in pages alone (kv_dtype = "int8"), never of what a caller gives or gets.
+enum class DType : std::uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
+// Bytes of one element.
 constexpr std::size_t size_of(DType dtype) {
+  if (dtype == DType::kInt8) return 1;
   return dtype == DType::kFloat32 ? 4 : 2;
 }
-const char* name_of(DType dtype);  // "float32", "bfloat16", "float16"
+// Bytes of a row of D elements in a page. A row of kInt8 has one float32 scale behind its elements,
+// which multiplies all of them.
+constexpr std::size_t row_bytes_of(DType dtype, int head_dim) {
+  const std::size_t scale = dtype == DType::kInt8 ? sizeof(float) : 0;
+  return static_cast<std::size_t>(head_dim) * size_of(dtype) + scale;
+}
+const char* name_of(DType dtype);  // "float32", "bfloat16", "float16", "int8"
 
 // A page of the PagePool. Ids are reused after release; `epoch` in PageHeader tells uses apart.
 using PageId = std::uint32_t;

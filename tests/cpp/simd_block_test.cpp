@@ -27,13 +27,20 @@ class SimdBlockTest : public SimdLevel {
         std::fill_n(part->begin() + s * c.dim, c.dim, kNan);
       }
     }
-    key_bytes = encode(keys, c.dtype);
-    value_bytes = encode(values, c.dtype);
-    keys = decode(key_bytes, c.dtype);
-    values = decode(value_bytes, c.dtype);
+    if (c.dtype == DType::kInt8) {  // has no NaN among its codes
+      for (std::vector<float>* part : {&keys, &values}) {
+        std::replace_if(
+            part->begin(), part->end(), [](float x) { return std::isnan(x); }, 1e30f);
+      }
+    }
+    key_bytes = encode_rows(keys, c.dim, c.dtype);
+    value_bytes = encode_rows(values, c.dim, c.dtype);
+    keys = decode_rows(key_bytes, c.dim, c.dtype);
+    values = decode_rows(value_bytes, c.dim, c.dtype);
+    bias = normal(c.dtype == DType::kInt8 ? c.rows : 0);
     key_rows.clear();
     value_rows.clear();
-    const std::size_t row_bytes = static_cast<std::size_t>(c.dim) * size_of(c.dtype);
+    const std::size_t row_bytes = row_bytes_of(c.dtype, c.dim);
     for (int s = 0; s < c.page_size; ++s) {
       if ((c.slots >> s & 1) == 0) continue;
       key_rows.push_back(key_bytes.data() + s * row_bytes);
@@ -42,10 +49,11 @@ class SimdBlockTest : public SimdLevel {
     args = BlockArgs{queries.data(), key_rows.data(), value_rows.data(),
                      nullptr,        c.dtype,         static_cast<int>(key_rows.size()),
                      c.rows,         c.dim,           c.softcap};
+    args.bias = bias.empty() ? nullptr : bias.data();
   }
 
   double logit(const Case& c, int row, int slot) const {
-    double sum = 0.0;
+    double sum = bias.empty() ? 0.0 : bias[row];
     for (int d = 0; d < c.dim; ++d) {
       sum += static_cast<double>(queries[row * c.dim + d]) * keys[slot * c.dim + d];
     }
@@ -119,7 +127,7 @@ class SimdBlockTest : public SimdLevel {
     check_attend(c);
   }
 
-  std::vector<float> queries, keys, values;
+  std::vector<float> queries, keys, values, bias;
   std::vector<std::byte> key_bytes, value_bytes;
   std::vector<const void*> key_rows, value_rows;
   BlockArgs args;
@@ -130,7 +138,7 @@ TEST_P(SimdBlockTest, EveryHeadDimPageSizeGroupAndType) {
   for (const int dim : all_dims()) {
     for (const int page_size : {8, 16, 32, 64}) {
       for (const int group : {1, 3, 4, 8, 16}) {
-        for (const DType dtype : kDTypes) {
+        for (const DType dtype : kRowTypes) {
           check({group, dim, page_size, dtype, all(page_size)});
           if (HasFatalFailure()) return;
         }
@@ -152,7 +160,7 @@ TEST_P(SimdBlockTest, PartialPagesReadOnlyTheirSlots) {
     for (const std::uint64_t mask : masks) {
       for (const int rows : {1, 3, 5, 16, 17}) {
         for (const int dim : {8, 40, 64, 80}) {
-          for (const DType dtype : kDTypes) {
+          for (const DType dtype : kRowTypes) {
             check({rows, dim, page_size, dtype, mask & all(page_size)});
             if (HasFatalFailure()) return;
           }
@@ -166,7 +174,7 @@ TEST_P(SimdBlockTest, ManyRows) {
   for (const int rows : {17, 47, 95, 96, 97, 129, 512}) {
     for (const int dim : {8, 24, 64, 136, 256, 512}) {
       for (const int page_size : {8, 16, 32, 64}) {
-        check({rows, dim, page_size, kDTypes[(rows + dim / 8) % 3],
+        check({rows, dim, page_size, kRowTypes[(rows + dim / 8) % 4],
                all(page_size) & ~std::uint64_t{2}});
         if (HasFatalFailure()) return;
       }
@@ -182,7 +190,7 @@ TEST_P(SimdBlockTest, LogitsAreCapped) {
           const Case c{rows,
                        dim,
                        page_size,
-                       kDTypes[(rows + dim / 8) % 3],
+                       kRowTypes[(rows + dim / 8) % 4],
                        all(page_size) & ~std::uint64_t{2},
                        softcap};
           check(c);
@@ -198,7 +206,7 @@ TEST_P(SimdBlockTest, RowsSeeTheirFirstTokens) {
   for (const int rows : {2, 6, 16, 17, 60, 200}) {
     for (const int dim : {8, 64, 136}) {
       for (const int count : {1, 7, 16, 33, 64}) {
-        for (const DType dtype : kDTypes) {
+        for (const DType dtype : kRowTypes) {
           const Case c{rows, dim, count, dtype, all(count)};
           make(c);
           std::vector<int> seen(rows);
@@ -214,6 +222,7 @@ TEST_P(SimdBlockTest, RowsSeeTheirFirstTokens) {
             one.clear();
             BlockArgs row = args;
             row.queries += r * dim;
+            if (row.bias != nullptr) row.bias += r;
             row.rows = 1;
             row.seen = nullptr;
             row.count = seen[r];

@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -88,6 +91,40 @@ inline std::vector<float> decode(const std::vector<std::byte>& bytes, DType dtyp
   return values;
 }
 
+// The same of rows [n, dim], also of eight bits: codes and a scale for each row.
+inline std::vector<std::byte> encode_rows(const std::vector<float>& values, int dim, DType dtype) {
+  if (dtype != DType::kInt8) return encode(values, dtype);
+  std::vector<std::byte> bytes;
+  for (std::size_t first = 0; first < values.size(); first += dim) {
+    const float* row = values.data() + first;
+    float scale = 0.0f;  // NaN where an element is
+    for (int i = 0; i < dim; ++i) scale = std::max(std::abs(row[i]) / 127.0f, scale);
+    for (int i = 0; i < dim; ++i) {
+      const float code = scale > 0.0f ? std::nearbyint(row[i] / scale) : 0.0f;
+      bytes.push_back(static_cast<std::byte>(static_cast<std::int8_t>(code)));
+    }
+    const auto* of_scale = reinterpret_cast<const std::byte*>(&scale);
+    bytes.insert(bytes.end(), of_scale, of_scale + sizeof scale);
+  }
+  return bytes;
+}
+
+inline std::vector<float> decode_rows(const std::vector<std::byte>& bytes, int dim, DType dtype) {
+  if (dtype != DType::kInt8) return decode(bytes, dtype);
+  std::vector<float> values;
+  const std::size_t row_bytes = row_bytes_of(dtype, dim);
+  for (std::size_t at = 0; at < bytes.size(); at += row_bytes) {
+    float scale;
+    std::memcpy(&scale, bytes.data() + at + dim, sizeof scale);
+    for (int i = 0; i < dim; ++i) {
+      values.push_back(scale * static_cast<float>(static_cast<std::int8_t>(bytes[at + i])));
+    }
+  }
+  return values;
+}
+
+// Of rows in pages.
+constexpr DType kRowTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8};
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();

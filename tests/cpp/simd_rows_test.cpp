@@ -15,7 +15,8 @@ class SimdRowsTest : public SimdLevel {
     DType dtype;
   };
 
-  // Rows scattered over a buffer, some taken twice; what lies between them is NaN.
+  // Rows scattered over a buffer, some taken twice; what lies between them is NaN, or for eight bits
+  // of no account.
   void make(const Case& c) {
     const std::int64_t places = 2 * c.count + 1;
     std::vector<float> buffer(static_cast<std::size_t>(places) * c.dim, kNan);
@@ -25,18 +26,24 @@ class SimdRowsTest : public SimdLevel {
       const std::vector<float> row = normal(c.dim);
       std::copy(row.begin(), row.end(), buffer.begin() + place[i] * c.dim);
     }
-    bytes_ = encode(buffer, c.dtype);
-    const std::vector<float> held = decode(bytes_, c.dtype);
+    if (c.dtype == DType::kInt8) std::replace_if(buffer.begin(), buffer.end(), is_nan, 1e30f);
+    bytes_ = encode_rows(buffer, c.dim, c.dtype);
+    const std::vector<float> held = decode_rows(bytes_, c.dim, c.dtype);
+    bias_ = normal(c.dtype == DType::kInt8 ? c.group : 0);
     rows_.resize(c.count);
     values_.clear();
     for (std::int64_t i = 0; i < c.count; ++i) {
-      rows_[i] = bytes_.data() + place[i] * c.dim * size_of(c.dtype);
+      rows_[i] = bytes_.data() + place[i] * row_bytes_of(c.dtype, c.dim);
       values_.insert(values_.end(), held.begin() + place[i] * c.dim,
                      held.begin() + (place[i] + 1) * c.dim);
     }
   }
 
-  RowsArgs args(const Case& c) const { return {rows_.data(), c.dtype, c.count, c.group, c.dim}; }
+  static bool is_nan(float x) { return std::isnan(x); }
+
+  RowsArgs args(const Case& c) const {
+    return {rows_.data(), c.dtype, c.count, c.group, c.dim, bias_.empty() ? nullptr : bias_.data()};
+  }
 
   void check_logits(const Case& c) {
     const std::vector<float> queries =
@@ -46,7 +53,7 @@ class SimdRowsTest : public SimdLevel {
     k().row_logits(args(c), queries.data(), logits.data(), stride);
     for (int g = 0; g < c.group; ++g) {
       for (std::int64_t i = 0; i < stride; ++i) {
-        double expected = i < c.count ? 0.0 : 77.0;
+        double expected = i < c.count ? (bias_.empty() ? 0.0 : bias_[g]) : 77.0;
         for (int d = 0; i < c.count && d < c.dim; ++d) {
           expected += static_cast<double>(queries[g * c.dim + d]) * values_[i * c.dim + d];
         }
@@ -84,7 +91,7 @@ class SimdRowsTest : public SimdLevel {
 
   std::vector<std::byte> bytes_;
   std::vector<const void*> rows_;
-  std::vector<float> values_;  // [N, D]
+  std::vector<float> values_, bias_;  // [N, D], [G]
 };
 INSTANTIATE_TEST_SUITE_P(Levels, SimdRowsTest, all_levels(), level_name);
 
@@ -95,7 +102,7 @@ TEST_P(SimdRowsTest, EveryHeadDimGroupCountAndType) {
       const bool usual = dim == 64 || dim == 128;
       for (const int group : all_groups()) {
         if (!usual && (group - 1 - dim / 8 - count) % 5 != 0) continue;
-        for (const DType dtype : kDTypes) {
+        for (const DType dtype : kRowTypes) {
           const Case c{group, dim, count, dtype};
           make(c);
           check_logits(c);
@@ -109,7 +116,7 @@ TEST_P(SimdRowsTest, EveryHeadDimGroupCountAndType) {
 
 // A row gives the same bits wherever it stands among others, whatever the group.
 TEST_P(SimdRowsTest, LogitsDoNotDependOnTheNeighbours) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kRowTypes) {
     const Case c{7, 72, 9, dtype};
     make(c);
     const std::vector<float> queries = normal(static_cast<std::size_t>(c.group) * c.dim);
@@ -118,8 +125,8 @@ TEST_P(SimdRowsTest, LogitsDoNotDependOnTheNeighbours) {
     for (int g = 0; g < c.group; ++g) {
       for (std::int64_t i = 0; i < c.count; ++i) {
         float alone = kNan;
-        k().row_logits({rows_.data() + i, dtype, 1, 1, c.dim}, queries.data() + g * c.dim, &alone,
-                       1);
+        k().row_logits({rows_.data() + i, dtype, 1, 1, c.dim, bias_.empty() ? nullptr : &bias_[g]},
+                       queries.data() + g * c.dim, &alone, 1);
         EXPECT_EQ(together[g * c.count + i], alone) << describe(c, g, i);
       }
     }

@@ -91,18 +91,26 @@ ICECACHE_INLINE void attend_few(const BlockArgs& args, int first_row, int rows, 
   }
   const int columns = (count + kWidth - 1) / kWidth * kWidth;
   const float* queries = args.queries + static_cast<std::ptrdiff_t>(first_row) * args.head_dim;
-  const std::size_t row_bytes = sizeof(Element) * static_cast<std::size_t>(args.head_dim);
+  const std::size_t row_bytes = bytes_of_row<E>(args.head_dim);
   const int next_count = first_row == 0 ? args.next_count : 0;
   for (int s = 0; s < count; s += 4) {
     for (int i = s; i < smaller(s + 4, next_count); ++i) prefetch(args.next_keys[i], row_bytes);
     dot_rows<E>(queries, rows, keys + s, 4, args.head_dim, logits + s, columns);
   }
+  float key_scale[E::kScaled ? kMaxBlock : 1], value_scale[E::kScaled ? kMaxBlock : 1];
+  for (int s = 0; E::kScaled && s < count; ++s) {
+    key_scale[s] = scale_of(keys[s], args.head_dim);
+    value_scale[s] = scale_of(args.values[s], args.head_dim);
+  }
   float factor[kFewRows];
   for (int r = 0; r < rows; ++r) {
     float* row = logits + r * columns;
+    const float bias = args.bias == nullptr ? 0.0f : args.bias[first_row + r];
+    for (int s = 0; E::kScaled && s < count; ++s) row[s] = row[s] * key_scale[s] + bias;
     soft_cap(row, count, args.softcap);
     for (int s = count; s < columns; ++s) row[s] = -kInfinity;
     factor[r] = online_softmax(row, columns, state.max + first_row + r, state.sum + first_row + r);
+    for (int s = 0; E::kScaled && s < count; ++s) row[s] *= value_scale[s];
   }
   const ScatteredRows<E> values{args.values, args.next_values, next_count, row_bytes};
   add_values<E>({logits, columns, count}, factor, rows, values, state, first_row);
@@ -143,6 +151,8 @@ void attend_many(const BlockArgs& args, const AttentionState& state) {
     for (int r = 0; r < rows; ++r) {
       float* row = logits + r * columns;
       const int seen = args.seen == nullptr ? count : args.seen[first + r];
+      const float bias = args.bias == nullptr ? 0.0f : args.bias[first + r];
+      for (int s = 0; E::kScaled && s < seen; ++s) row[s] += bias;
       soft_cap(row, seen, args.softcap);
       for (int s = seen; s < columns; ++s) row[s] = -kInfinity;
       factor[r] = online_softmax(row, columns, state.max + first + r, state.sum + first + r);

@@ -8,7 +8,9 @@ namespace icecache::simd {
 namespace {
 
 // load: W elements as floats; load_part: the first n < W, zeros behind, nothing read past them.
+// kScaled: a row's elements are to be multiplied by the float behind them (scale_of).
 struct F32 {
+  static constexpr bool kScaled = false;
   typedef float Element;
   static ICECACHE_INLINE VecF load(const float* p) { return simd::load(p); }
   static ICECACHE_INLINE VecF load_part(const float* p, int n) { return simd::load_part(p, n); }
@@ -16,6 +18,7 @@ struct F32 {
 };
 
 struct BF16 {
+  static constexpr bool kScaled = false;
   typedef std::uint16_t Element;
   static ICECACHE_INLINE VecF load(const Element* p) { return load_bf16(p); }
   static ICECACHE_INLINE VecF load_part(const Element* p, int n) { return load_bf16_part(p, n); }
@@ -23,13 +26,34 @@ struct BF16 {
 };
 
 struct F16 {
+  static constexpr bool kScaled = false;
   typedef std::uint16_t Element;
   static ICECACHE_INLINE VecF load(const Element* p) { return load_f16(p); }
   static ICECACHE_INLINE VecF load_part(const Element* p, int n) { return load_f16_part(p, n); }
   static ICECACHE_INLINE float one(Element x) { return f16_to_float(x); }
 };
 
-// body(F32{}), body(BF16{}) or body(F16{}).
+struct I8 {
+  static constexpr bool kScaled = true;
+  typedef std::int8_t Element;
+  static ICECACHE_INLINE VecF load(const Element* p) { return load_i8(p); }
+  static ICECACHE_INLINE VecF load_part(const Element* p, int n) { return load_i8_part(p, n); }
+  static ICECACHE_INLINE float one(Element x) { return static_cast<float>(x); }
+};
+
+ICECACHE_INLINE float scale_of(const void* row, int dim) {
+  float scale;
+  __builtin_memcpy(&scale, static_cast<const char*>(row) + dim, sizeof scale);
+  return scale;
+}
+
+template <typename E>
+constexpr ICECACHE_INLINE std::size_t bytes_of_row(int dim) {
+  return static_cast<std::size_t>(dim) * sizeof(typename E::Element) +
+         (E::kScaled ? sizeof(float) : 0);
+}
+
+// body(F32{}), body(BF16{}), body(F16{}) or body(I8{}).
 template <typename Body>
 ICECACHE_INLINE void with_element(DType dtype, const Body& body) {
   switch (dtype) {
@@ -39,14 +63,19 @@ ICECACHE_INLINE void with_element(DType dtype, const Body& body) {
       return body(BF16{});
     case DType::kFloat16:
       return body(F16{});
+    case DType::kInt8:
+      return body(I8{});
   }
 }
 
 template <typename E>
 ICECACHE_INLINE void convert_row(const typename E::Element* src, float* dst, std::size_t n) {
+  const float scale = E::kScaled ? scale_of(src, static_cast<int>(n)) : 1.0f;
   std::size_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(dst + i, E::load(src + i));
-  for (; i < n; ++i) dst[i] = E::one(src[i]);
+  for (; i + kWidth <= n; i += kWidth) {
+    store(dst + i, E::kScaled ? E::load(src + i) * scale : E::load(src + i));
+  }
+  for (; i < n; ++i) dst[i] = E::kScaled ? E::one(src[i]) * scale : E::one(src[i]);
 }
 
 void to_float(const void* src, DType dtype, float* dst, std::size_t n) {

@@ -55,6 +55,17 @@ ICECACHE_INLINE VecF load_f16_part(const std::uint16_t* p, int n) {
   return load_f16(padded);
 }
 
+ICECACHE_INLINE VecF load_i8(const std::int8_t* p) {
+  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+}
+
+ICECACHE_INLINE VecF load_i8_part(const std::int8_t* p, int n) {
+  std::int8_t padded[8] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load_i8(padded);
+}
+
 ICECACHE_INLINE void store_bf16(std::uint16_t* p, VecF v) {
   const VecU u = reinterpret_cast<VecU>(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

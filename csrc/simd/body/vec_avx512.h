@@ -57,6 +57,18 @@ ICECACHE_INLINE VecF load_f16_part(const std::uint16_t* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p));
 }
 
+ICECACHE_INLINE VecF widen_i8(__m128i codes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+}
+
+ICECACHE_INLINE VecF load_i8(const std::int8_t* p) {
+  return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+ICECACHE_INLINE VecF load_i8_part(const std::int8_t* p, int n) {
+  return widen_i8(_mm_maskz_loadu_epi8(lanes_below(n), p));
+}
+
 ICECACHE_INLINE void store_bf16(std::uint16_t* p, VecF v) {
   const VecU u = reinterpret_cast<VecU>(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -64,6 +64,19 @@ ICECACHE_INLINE VecF load_f16_part(const std::uint16_t* p, int n) {
   return v;
 }
 
+ICECACHE_INLINE VecF load_i8(const std::int8_t* p) {
+  typedef std::int8_t Vec4C __attribute__((vector_size(4)));
+  Vec4C c;
+  __builtin_memcpy(&c, p, sizeof c);
+  return __builtin_convertvector(c, VecF);
+}
+
+ICECACHE_INLINE VecF load_i8_part(const std::int8_t* p, int n) {
+  VecF v = {};
+  for (int i = 0; i < n; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+}
+
 ICECACHE_INLINE void store_bf16(std::uint16_t* p, VecF v) {
   const VecU u = reinterpret_cast<VecU>(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -1,0 +1,166 @@
+#include "simd/row_format.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "simd/kernels.h"
+
+namespace icecache {
+namespace {
+
+constexpr double kMostCode = 127.0;
+// Elements that vary this many times as much as the median, and more, have steps in proportion.
+constexpr double kOutlier = 3.0;
+// An element that hardly varied among the tokens of the fit may vary later: what it then takes of
+// the others' precision is bounded.
+constexpr double kLeastStep = 0.5;
+// Against the root mean square: where most elements do not vary at all.
+constexpr double kLeastUnit = 1e-6;
+
+// To the nearest whole number, ties to even. REQUIRES: |x| < 2^22.
+std::int8_t code_of(double x) {
+  constexpr float kMagic = 0x1.8p23f;  // the lowest bits of a sum with it are a whole number's
+  const float sum = static_cast<float>(std::clamp(x, -kMostCode, kMostCode)) + kMagic;
+  return static_cast<std::int8_t>(std::bit_cast<std::int32_t>(sum) -
+                                  std::bit_cast<std::int32_t>(kMagic));
+}
+
+// Codes and scale of a row of n numbers, the largest of magnitude `largest`.
+void write_row(const double* x, int n, double largest, std::byte* row) {
+  const auto scale = static_cast<float>(largest / kMostCode);
+  const double share = scale > 0.0f ? 1.0 / static_cast<double>(scale) : 0.0;
+  for (int i = 0; i < n; ++i) row[i] = std::bit_cast<std::byte>(code_of(x[i] * share));
+  std::memcpy(row + n, &scale, sizeof scale);
+}
+
+float scale_of(const std::byte* row, int n) {
+  float scale;
+  std::memcpy(&scale, row + n, sizeof scale);
+  return scale;
+}
+
+}  // namespace
+
+RowFormat RowFormat::eight_bits(DType model, int head_dim, const std::byte* keys, std::int64_t n) {
+  const int d = head_dim;
+  const std::size_t row_bytes = row_bytes_of(model, d);
+  std::vector<float> key(static_cast<std::size_t>(d));
+  std::vector<double> mean(key.size(), 0.0), square(key.size(), 0.0);
+  const auto for_each_key = [&](const auto& body) {
+    for (std::int64_t t = 0; t < n; ++t) {
+      simd::kernels().to_float(keys + static_cast<std::size_t>(t) * row_bytes, model, key.data(),
+                               key.size());
+      for (int i = 0; i < d; ++i) body(i);
+    }
+  };
+  const double share = 1.0 / static_cast<double>(n);
+  for_each_key([&](int i) { mean[i] += share * key[i]; });
+  for_each_key([&](int i) { square[i] += share * (key[i] - mean[i]) * (key[i] - mean[i]); });
+  double all = 0.0;
+  for (double& x : square) {
+    all += x / d;
+    x = std::sqrt(x);
+  }
+  std::vector<double> sorted = square;
+  std::nth_element(sorted.begin(), sorted.begin() + d / 2, sorted.end());
+  const double unit = std::max(sorted[d / 2], kLeastUnit * std::sqrt(all));
+  auto codes = std::make_shared<Codes>();
+  const double most = largest_number(DType::kFloat32);
+  for (int i = 0; i < d; ++i) {
+    codes->centre.push_back(static_cast<float>(std::clamp(mean[i], -most, most)));
+    const double ratio = unit > 0.0 ? square[i] / unit : 1.0;
+    const double step = std::max(std::sqrt(ratio), ratio / kOutlier);
+    codes->step.push_back(static_cast<float>(std::max(step, kLeastStep)));
+  }
+  RowFormat format(model, head_dim);
+  format.codes_ = std::move(codes);
+  return format;
+}
+
+std::size_t RowFormat::memory_bytes() const {
+  return codes_ ? (codes_->centre.capacity() + codes_->step.capacity()) * sizeof(float) : 0;
+}
+
+void RowFormat::encode_key(const std::byte* key, std::byte* row) const {
+  if (!codes_) {
+    std::memcpy(row, key, row_bytes());
+    return;
+  }
+  float given[kMaxHeadDim];
+  double x[kMaxHeadDim], largest = 0.0;
+  simd::kernels().to_float(key, model_, given, static_cast<std::size_t>(head_dim_));
+  for (int i = 0; i < head_dim_; ++i) {
+    x[i] = (static_cast<double>(given[i]) - codes_->centre[i]) / codes_->step[i];
+    largest = std::max(largest, std::abs(x[i]));
+  }
+  write_row(x, head_dim_, largest, row);
+}
+
+void RowFormat::encode_value(const std::byte* value, std::byte* row) const {
+  if (!codes_) {
+    std::memcpy(row, value, row_bytes());
+    return;
+  }
+  float given[kMaxHeadDim];
+  double x[kMaxHeadDim], largest = 0.0;
+  simd::kernels().to_float(value, model_, given, static_cast<std::size_t>(head_dim_));
+  for (int i = 0; i < head_dim_; ++i) {
+    x[i] = given[i];
+    largest = std::max(largest, std::abs(x[i]));
+  }
+  write_row(x, head_dim_, largest, row);
+}
+
+void RowFormat::decode_key(const std::byte* row, float* key) const {
+  if (!codes_) {
+    simd::kernels().to_float(row, model_, key, static_cast<std::size_t>(head_dim_));
+    return;
+  }
+  const double scale = scale_of(row, head_dim_), most = largest_number(model_);
+  for (int i = 0; i < head_dim_; ++i) {
+    const double x = scale * codes_->step[i] * std::bit_cast<std::int8_t>(row[i]);
+    key[i] = static_cast<float>(std::clamp(codes_->centre[i] + x, -most, most));
+  }
+}
+
+void RowFormat::decode_value(const std::byte* row, float* value) const {
+  simd::kernels().to_float(row, dtype(), value, static_cast<std::size_t>(head_dim_));
+  if (!codes_) return;
+  const float most = largest_number(model_);  // which rounding may have left
+  for (int i = 0; i < head_dim_; ++i) value[i] = std::clamp(value[i], -most, most);
+}
+
+void RowFormat::restore_key(const std::byte* row, std::byte* key) const {
+  float x[kMaxHeadDim];
+  if (!codes_) {
+    std::memcpy(key, row, row_bytes());
+    return;
+  }
+  decode_key(row, x);
+  simd::kernels().from_float(x, key, model_, static_cast<std::size_t>(head_dim_));
+}
+
+void RowFormat::restore_value(const std::byte* row, std::byte* value) const {
+  float x[kMaxHeadDim];
+  if (!codes_) {
+    std::memcpy(value, row, row_bytes());
+    return;
+  }
+  decode_value(row, x);
+  simd::kernels().from_float(x, value, model_, static_cast<std::size_t>(head_dim_));
+}
+
+void RowFormat::turn(const float* queries, std::int64_t n, float* turned, float* bias) const {
+  for (std::int64_t q = 0; q < n; ++q, queries += head_dim_, turned += head_dim_) {
+    double sum = 0.0;
+    for (int i = 0; i < head_dim_; ++i) {
+      sum += static_cast<double>(queries[i]) * codes_->centre[i];
+      turned[i] = queries[i] * codes_->step[i];
+    }
+    bias[q] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace icecache
