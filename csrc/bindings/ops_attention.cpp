@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& queries, const Tensor& 
       simd::kernels().to_float(query_rows + first * row_bytes, s.layout.dtype, scaled.data(),
                                static_cast<std::int64_t>(scaled.size()));
       for (float& x : scaled) x *= static_cast<float>(scale);
-      ExactAttention attention({scaled.data(), 1, s.group}, s.layout, held, result.data());
-      attention.attend(picked);
+      ExactAttention attention({scaled.data(), 1, s.group}, s.layout.head_dim, held, result.data());
+      attention.attend(picked, s.layout);
       attention.finish(lse_rows + first);
       simd::kernels().from_float(result.data(), out_rows + first * row_bytes, s.layout.dtype,
                                  static_cast<std::int64_t>(result.size()));

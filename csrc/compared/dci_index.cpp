@@ -126,8 +126,9 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& 
     }
     const auto count = static_cast<std::int64_t>(rows.size());
     float found_logits[kMaxGroup * kMaxPageSize];
-    simd::kernels().row_logits({rows.data(), table().dtype(), count, group, d}, request.queries,
-                               found_logits, count);
+    simd::kernels().row_logits(
+        {rows.data(), table().format().dtype(), count, group, d, request.bias}, request.for_rows(),
+        found_logits, count);
     simd::kernels().soft_cap(found_logits, group * count, request.logit_softcap);
     for (int g = 0; g < group; ++g) {
       const float* next = found_logits + g * count;
@@ -138,7 +139,7 @@ void DciIndex::scan(const SelectRequest& request, std::int64_t wanted, Scratch& 
     for (int j = 0; j < group * s; ++j) {
       if (std::isnan(logits[j])) logits[j] = -INFINITY;
     }
-    scan.bytes += table().count(page) * d * static_cast<std::int64_t>(size_of(table().dtype()));
+    scan.bytes += table().count(page) * static_cast<std::int64_t>(table().row_bytes());
   }
 }
 

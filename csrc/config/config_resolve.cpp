@@ -196,11 +196,15 @@ void resolve_memory(Config& config, const CacheShape& shape) {
   if (derived) config.host_memory = usable_memory() / 2;
 
   const std::int64_t size = config.page_size;
-  const std::int64_t head_pages = pages_of(config.sink_tokens, size) +
-                                  pages_of(config.window_tokens, size) +
+  const auto row_bytes = [&](DType dtype) {
+    return static_cast<std::int64_t>(row_bytes_of(dtype, shape.head_dim));
+  };
+  const std::int64_t page_bytes = 2 * size * row_bytes(config.stored_dtype(shape.dtype));
+  // Of a page of sink and window, which hold tokens in the model's type.
+  const std::int64_t run_size = page_bytes / (2 * row_bytes(shape.dtype));
+  const std::int64_t head_pages = pages_of(config.sink_tokens, run_size) +
+                                  pages_of(config.window_tokens, run_size) +
                                   pages_of(config.token_budget, size);
-  const std::int64_t page_bytes =
-      2 * size * shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype));
   // In double: absurd budgets must not wrap around and pass.
   const double least = static_cast<double>(head_pages) * static_cast<double>(page_bytes) *
                        shape.num_layers * shape.num_kv_heads;

@@ -6,6 +6,7 @@ namespace icecache::config_values {
 namespace {
 
 constexpr std::string_view kIndex[] = {"tree", "dci", "positional", "faiss"};
+constexpr std::string_view kKvDtype[] = {"auto", "int8"};
 constexpr std::string_view kSelect[] = {"token", "page"};
 constexpr std::string_view kTail[] = {"on", "off"};
 constexpr std::string_view kIntegrity[] = {"off", "sampled", "always"};
@@ -18,6 +19,7 @@ struct Choices {
   std::span<const std::string_view> words;
 };
 constexpr Choices kChoices[] = {
+    {"kv_dtype", kKvDtype},
     {"index", kIndex},
     {"select", kSelect},
     {"tail", kTail},

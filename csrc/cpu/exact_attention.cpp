@@ -38,10 +38,10 @@ bool can_estimate(float query, const Magnitudes& held, int head_dim) {
          largest_logit(query, held, head_dim) <= kLargestEstimated;
 }
 
-ExactAttention::ExactAttention(const QueryBlock& queries, const PageLayout& layout,
-                               const Magnitudes& held, float* out)
-    : block_(queries), layout_(layout), out_(out) {
-  const int rows = queries.tokens * queries.group, d = layout.head_dim;
+ExactAttention::ExactAttention(const QueryBlock& queries, int head_dim, const Magnitudes& held,
+                               float* out)
+    : block_(queries), head_dim_(head_dim), out_(out) {
+  const int rows = queries.tokens * queries.group, d = head_dim;
   float largest = largest_element(queries.queries, static_cast<std::ptrdiff_t>(rows) * d);
   if (std::isinf(largest)) {
     set_aside_bad_rows();
@@ -59,7 +59,7 @@ ExactAttention::ExactAttention(const QueryBlock& queries, const PageLayout& layo
 
 void ExactAttention::set_aside_bad_rows() {
   const std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(block_.tokens) * block_.group;
-  const int d = layout_.head_dim;
+  const int d = head_dim_;
   finite_.assign(block_.queries, block_.queries + rows * d);
   for (int r = 0; r < rows; ++r) {
     float* row = finite_.data() + static_cast<std::ptrdiff_t>(r) * d;
@@ -70,18 +70,33 @@ void ExactAttention::set_aside_bad_rows() {
   block_.queries = finite_.data();
 }
 
-void ExactAttention::attend(std::span<const PageSlots> pages, std::int64_t seen) {
-  block_.seen = seen;
+const QueryBlock& ExactAttention::turned_for(const RowFormat& format) {
+  if (format_ && format_->is(format)) return turned_;
+  const std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(block_.tokens) * block_.group;
+  queries_.resize(static_cast<std::size_t>(rows * head_dim_));
+  bias_.resize(static_cast<std::size_t>(rows));
+  format.turn(block_.queries, rows, queries_.data(), bias_.data());
+  format_ = format;
+  turned_ = block_;
+  turned_.queries = queries_.data();
+  turned_.bias = bias_.data();
+  return turned_;
+}
+
+void ExactAttention::attend(std::span<const PageSlots> pages, const PageLayout& layout,
+                            std::int64_t seen) {
   if (wide_) {
-    wide_->attend(pages, block_, layout_);
-  } else {
-    const int rows = block_.tokens * block_.group;
-    attend_pages(pages, block_, layout_, {out_, max_.data(), sum_.data(), rows, layout_.head_dim});
+    block_.seen = seen;
+    return wide_->attend(pages, block_, layout);
   }
+  QueryBlock block = layout.format == nullptr ? block_ : turned_for(*layout.format);
+  block.seen = seen;
+  const int rows = block.tokens * block.group;
+  attend_pages(pages, block, layout, {out_, max_.data(), sum_.data(), rows, head_dim_});
 }
 
 void ExactAttention::finish(float* lse) {
-  const int rows = block_.tokens * block_.group, d = layout_.head_dim;
+  const int rows = block_.tokens * block_.group, d = head_dim_;
   const AttentionState state{out_, max_.data(), sum_.data(), rows, d};
   for (int r = 0; r < rows && lse != nullptr; ++r) {
     lse[r] = wide_ ? static_cast<float>(wide_->lse(r)) : state.lse(r);

@@ -32,23 +32,27 @@ bool can_estimate(float query, const Magnitudes& held, int head_dim);
 class ExactAttention {
  public:
   // Queries [T, G, D] (scaled) over nothing. `out` [T, G, D] is used from now on.
-  ExactAttention(const QueryBlock& queries, const PageLayout& layout, const Magnitudes& held,
-                 float* out);
+  ExactAttention(const QueryBlock& queries, int head_dim, const Magnitudes& held, float* out);
 
   // Of the tokens of the pages, in order, query t sees the first seen + t.
-  void attend(std::span<const PageSlots> pages, std::int64_t seen = QueryBlock::kAll);
+  void attend(std::span<const PageSlots> pages, const PageLayout& layout,
+              std::int64_t seen = QueryBlock::kAll);
   // Fills `out`: normalised, zeros over no tokens. `lse` [T, G], unless null: log of the total
   // weight as a float has it, infinite where it has none; -inf over no tokens.
   void finish(float* lse = nullptr);
 
  private:
   void set_aside_bad_rows();
+  // The queries as they are compared with rows of a format that has codes.
+  const QueryBlock& turned_for(const RowFormat& format);
 
-  QueryBlock block_;
-  PageLayout layout_;
+  QueryBlock block_, turned_;
+  int head_dim_;
   float* out_;
-  std::vector<float> finite_;  // queries with zeros in place of bad rows, if there are any
-  std::vector<int> bad_;       // rows with NaN or Inf
+  std::optional<RowFormat> format_;    // that turned_ is for
+  std::vector<float> queries_, bias_;  // of turned_
+  std::vector<float> finite_;          // queries with zeros in place of bad rows, if there are any
+  std::vector<int> bad_;               // rows with NaN or Inf
   std::optional<WideAttention> wide_;
   std::optional<simd::FlushSubnormals> flush_;
   std::vector<float> max_, sum_;  // [T, G] without wide_

@@ -25,7 +25,7 @@ class Tokens {
  public:
   Tokens(std::span<const PageSlots> pages, const PageLayout& layout)
       : pages_(pages),
-        row_bytes_(size_of(layout.dtype) * static_cast<std::size_t>(layout.head_dim)),
+        row_bytes_(row_bytes_of(layout.dtype, layout.head_dim)),
         value_offset_(row_bytes_ * static_cast<std::size_t>(layout.page_size)),
         slots_(pages.empty() ? 0 : pages.front().slots) {}
 
@@ -91,6 +91,7 @@ void attend_rows(Tokens tokens, const QueryBlock& queries, int begin, int end,
     }
     const std::ptrdiff_t first_row = static_cast<std::ptrdiff_t>(from) * group;
     args.queries = queries.queries + first_row * layout.head_dim;
+    args.bias = queries.bias == nullptr ? nullptr : queries.bias + first_row;
     args.rows = (end - from) * group;
     args.seen = seen.empty() ? nullptr : seen.data();
     attend(args, rows_of(state, first_row, args.rows));

@@ -1,7 +1,7 @@
 // Attention of one GQA group over pages of the pool, in place.
 //
-// A page is [2][S][D] in `dtype`: S key rows, then S value rows. Queries are fp32 and already
-// multiplied by the softmax scale. Results are merged into an AttentionState whose `group` is the
+// A page is [2][S] rows of D elements in `dtype`: S key rows, then S value rows. Queries are fp32 and
+// already multiplied by the softmax scale. Results are merged into an AttentionState whose `group` is the
 // number of query rows. Kernels come from simd::kernels(). No threads.
 #pragma once
 
@@ -12,6 +12,7 @@
 
 #include "icecache/types.h"
 #include "simd/attention_state.h"
+#include "simd/row_format.h"
 
 namespace icecache {
 
@@ -19,6 +20,7 @@ struct PageLayout {
   int head_dim = 0;   // D
   int page_size = 0;  // S
   DType dtype = DType::kFloat32;
+  const RowFormat* format = nullptr;  // of rows with codes; null: numbers in `dtype`
 };
 
 // Tokens of one page that take part; bit s of `slots` stands for slot s. Other slots are not read.
@@ -36,6 +38,7 @@ struct QueryBlock {
   int group = 0;                   // G
   std::int64_t seen = kAll;        // by the first query; may be negative
   float softcap = 0.0f;            // of the logits; 0: none
+  const float* bias = nullptr;     // [T, G] of queries that are turned for rows with codes
 };
 
 // state.group == T * G.

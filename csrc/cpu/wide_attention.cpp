@@ -1,10 +1,9 @@
 #include "cpu/wide_attention.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
-
-#include "simd/kernels.h"
 
 namespace icecache {
 namespace {
@@ -36,19 +35,19 @@ void WideAttention::add(int row, double logit, const double* value) {
 void WideAttention::attend(std::span<const PageSlots> pages, const QueryBlock& block,
                            const PageLayout& layout) {
   const int d = layout.head_dim, rows = block.tokens * block.group;
-  const std::size_t row_bytes = d * size_of(layout.dtype);
+  const std::size_t row_bytes = row_bytes_of(layout.dtype, d);
+  const RowFormat numbers(layout.dtype, d);
+  const RowFormat& format = layout.format == nullptr ? numbers : *layout.format;
   float stored[kMaxHeadDim];
   double key[kMaxHeadDim], value[kMaxHeadDim];
-  const auto load = [&](const std::byte* row, double* to) {
-    simd::kernels().to_float(row, layout.dtype, stored, static_cast<std::size_t>(d));
-    for (int i = 0; i < d; ++i) to[i] = stored[i];
-  };
   std::int64_t token = 0;
   for (const PageSlots& page : pages) {
     for (std::uint32_t slots = page.slots; slots != 0; slots &= slots - 1, ++token) {
       const std::byte* row = page.page + std::countr_zero(slots) * row_bytes;
-      load(row, key);
-      load(row + layout.page_size * row_bytes, value);
+      format.decode_key(row, stored);
+      std::copy_n(stored, d, key);
+      format.decode_value(row + layout.page_size * row_bytes, stored);
+      std::copy_n(stored, d, value);
       for (int r = 0; r < rows; ++r) {
         if (token >= block.seen + r / block.group) continue;
         const float* query = block.queries + static_cast<std::ptrdiff_t>(r) * d;

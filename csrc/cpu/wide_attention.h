@@ -16,7 +16,7 @@ class WideAttention {
   // Of `rows` queries over nothing.
   WideAttention(int rows, int head_dim);
 
-  // Merges the tokens of the pages. block.tokens * block.group == rows.
+  // Merges the tokens of the pages. block.tokens * block.group == rows; its queries are not turned.
   void attend(std::span<const PageSlots> pages, const QueryBlock& block, const PageLayout& layout);
   // out [rows, D]: normalised; zeros over no tokens.
   void finish(float* out) const;

@@ -22,6 +22,8 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
   const auto refuse = [](const char* name, const auto& got, const char* supported) {
     throw InvalidArgument(message("device=cuda: ", name, " must be ", supported, ", got ", got));
   };
+  if (config.kv_dtype != "auto")
+    refuse("kv_dtype", config.kv_dtype, "auto (a device's pages hold what the model makes)");
   if (config.index != "tree") refuse("index", config.index, "tree");
   if (config.select != "token") refuse("select", config.select, "token");
   if (config.exact)

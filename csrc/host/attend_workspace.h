@@ -31,7 +31,8 @@ struct alignas(64) AttendWorkspace {    // no cache line is written by two threa
   std::int32_t tail_begin = 0;      // position
   Selector selector;
   Selection selection;
-  std::vector<const void*> rows;  // keys, then values, then means
+  std::vector<const void*> rows;    // keys, then values, then means
+  std::vector<float> turned, bias;  // [G, D], [G]: the queries for rows with codes
   std::vector<float> logits, weights, far_weights;
   std::int64_t near = 0;  // tokens of sink and window
   // Of sink and window, of all that is attended exactly, of everything; the last two over

@@ -21,8 +21,8 @@ Integrity parse_integrity(const std::string& text) {
 
 PagePool::Options pool_options(const CacheShape& shape, const Config& config) {
   PagePool::Options options;
-  options.page_bytes =
-      2 * static_cast<std::size_t>(config.page_size) * shape.head_dim * size_of(shape.dtype);
+  options.page_bytes = 2 * static_cast<std::size_t>(config.page_size) *
+                       row_bytes_of(config.stored_dtype(shape.dtype), shape.head_dim);
   options.capacity_bytes = static_cast<std::size_t>(config.host_memory);
   options.integrity = parse_integrity(config.integrity);
   options.poison_freed = config.integrity == "always";

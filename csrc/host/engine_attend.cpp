@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "host/engine_impl.h"
-#include "host/make_index.h"
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
@@ -74,7 +73,7 @@ class Engine::Impl::AttendCall {
   // True where nothing of the call is left to index threads, but what decide() gives them.
   bool is_alone(std::size_t b) const {
     const LayerCache& cache = *caches_[b];
-    return decodes(b) && (!grows(engine_.config) || cache.sparse() || cache.is_short());
+    return decodes(b) && (!cache.heads.front().grows() || cache.sparse() || cache.is_short());
   }
   void run(Task& task, AttendWorkspace& workspace);
   void observe(Task& task, std::int32_t first, float* scaled) const;
@@ -250,16 +249,18 @@ Engine::Impl::FollowUp Engine::Impl::prepare_update(LayerCache& layer, int numbe
   FollowUp work;
   work.layer = &layer;
   work.number = number;
-  if (layer.heads.front().dense() || queries.tokens == 0) return work;
-  const bool indexes = phase != Phase::kPrefill;
-  work.update = std::make_shared<LayerUpdate>(layer.heads, layer.job_stats, queries, indexes);
+  if (layer.heads.front().stays_whole() || queries.tokens == 0) return work;
+  const bool packs = phase == Phase::kPrefill;
+  work.update = std::make_shared<LayerUpdate>(layer.heads, layer.job_stats, queries, packs);
   std::size_t pages = 0;
-  for (const HeadCache& head : layer.heads) pages += indexes ? head.pages_for_update() : 0;
+  for (const HeadCache& head : layer.heads) pages += head.pages_for_update(packs);
   work.alone = !has_pages(pages);
   const Promise kept = work.alone ? nullptr : promise(pages);
   const std::shared_ptr<LayerUpdate>& update = work.update;
   // Builds take long: one job per head, so that all index threads share them.
-  if (indexes && !work.alone && (layer.build_is_due() || queries.tokens > config.decode_tokens)) {
+  const bool is_long =
+      layer.build_is_due(packs) || (!packs && queries.tokens > config.decode_tokens);
+  if (is_long && !work.alone) {
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       work.jobs.add(layer.jobs, [update, kept, h] { update->run(h); });
     }

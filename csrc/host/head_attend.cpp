@@ -43,47 +43,55 @@ void HeadCache::verify(std::span<const PagePick> picks) const {
   }
 }
 
-PageLayout HeadCache::layout() const {
-  return {context_.head_dim, static_cast<int>(context_.config->page_size), context_.dtype};
+PageLayout HeadCache::run_layout() const {
+  return {context_.head_dim, context_.run_page_size(), context_.dtype};
 }
 
-void HeadCache::attend_picks(std::int64_t seen, ExactAttention& attention, HeadStats& stats,
-                             AttendWorkspace& workspace) const {
-  const auto row_bytes = static_cast<std::int64_t>(context_.head_dim * size_of(context_.dtype));
+PageLayout HeadCache::layout_of(const PageTable& table) {
+  const RowFormat& format = table.format();
+  return {table.head_dim(), table.page_size(), format.dtype(),
+          format.has_codes() ? &format : nullptr};
+}
+
+void HeadCache::attend_picks(const PageLayout& layout, std::int64_t seen, ExactAttention& attention,
+                             HeadStats& stats, AttendWorkspace& workspace) const {
+  const auto row_bytes = static_cast<std::int64_t>(row_bytes_of(layout.dtype, layout.head_dim));
   const std::vector<PagePick>& picks = workspace.picks;
   std::vector<PageSlots>& pages = workspace.pages;
   verify(picks);
   pages.clear();
   for (const PagePick& pick : picks) pages.push_back({context_.pool->data(pick.page), pick.slots});
-  attention.attend(pages, seen);
+  attention.attend(pages, layout, seen);
   stats.bytes_read += 2 * row_bytes * token_count(picks);
 }
 
 void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t first_position, Out out,
                              HeadStats& stats, AttendWorkspace& workspace) const {
   ExactAttention attention(
-      {queries, tokens, context_.group, QueryBlock::kAll, context_.logit_softcap}, layout(), held_,
-      out.rows);
+      {queries, tokens, context_.group, QueryBlock::kAll, context_.logit_softcap},
+      context_.head_dim, held_, out.rows);
   std::vector<PagePick>& picks = workspace.picks;
   const auto attend_run = [&](const PageRun& run) {
     picks.clear();
     run.picks(run.first_position(), first_position + tokens, picks);
-    attend_picks(first_position + 1 - run.first_position(), attention, stats, workspace);
+    attend_picks(run_layout(), first_position + 1 - run.first_position(), attention, stats,
+                 workspace);
   };
   attend_run(sink_);
   const auto attend_index = [&](const Segment& segment) {
     picks.clear();
+    const PageLayout layout = layout_of(segment.index().table());
     const std::int64_t seen = first_position + 1 - segment.first_position();
     if (seen < segment.size()) {  // another layer's call for the same tokens has indexed them
       add_in_order(segment, picks);
-      return attend_picks(seen, attention, stats, workspace);
+      return attend_picks(layout, seen, attention, stats, workspace);
     }
     const std::span<const std::uint32_t> masks = segment.masks();
     for (std::size_t page = 0; page < masks.size(); ++page) {
       if (masks[page] == 0) continue;
       picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
     }
-    attend_picks(QueryBlock::kAll, attention, stats, workspace);
+    attend_picks(layout, QueryBlock::kAll, attention, stats, workspace);
   };
   for (const Segment& segment : segments_) attend_index(segment);
   if (growing_) attend_index(Segment(*growing_));
@@ -122,10 +130,12 @@ void HeadCache::look_at(std::int32_t position, AttendWorkspace& step) const {
   }
 }
 
-void HeadCache::set_rows(std::size_t offset, AttendWorkspace& step) const {
-  const std::size_t row_bytes = context_.head_dim * size_of(context_.dtype);
+void HeadCache::set_rows(const PageLayout& layout, std::span<const PagePick> picks, bool values,
+                         AttendWorkspace& step) const {
+  const std::size_t row_bytes = row_bytes_of(layout.dtype, layout.head_dim);
+  const std::size_t offset = values ? layout.page_size * row_bytes : 0;
   step.rows.clear();
-  for (const PagePick& pick : step.picks) {
+  for (const PagePick& pick : picks) {
     const std::byte* page = context_.pool->data(pick.page) + offset;
     for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1) {
       step.rows.push_back(page + std::countr_zero(slots) * row_bytes);
@@ -136,15 +146,16 @@ void HeadCache::set_rows(std::size_t offset, AttendWorkspace& step) const {
 void HeadCache::score_near(const float* queries, std::int32_t position,
                            AttendWorkspace& step) const {
   const int group = context_.group, d = context_.head_dim;
-  const std::size_t row_bytes = d * size_of(context_.dtype);
-  const std::size_t half = context_.config->page_size * row_bytes;
+  const PageLayout layout = run_layout();
+  const std::size_t row_bytes = context_.row_bytes();
+  const std::size_t half = layout.page_size * row_bytes;
   step.picks.clear();
   sink_.picks(0, position + 1, step.picks);
   tail_.picks(step.tail_begin, position + 1, step.picks);
   const std::int64_t near = step.near = token_count(step.picks);
   step.logits.resize(near * group);
   verify(step.picks);
-  set_rows(0, step);
+  set_rows(layout, step.picks, false, step);
   for (const void* row : step.rows) {  // its value, attended soon
     simd::prefetch(static_cast<const std::byte*>(row) + half, row_bytes);
   }
@@ -155,6 +166,16 @@ void HeadCache::score_near(const float* queries, std::int32_t position,
     step.near_sum[g] = weight_sum(step.logits.data() + g * near, near);
     step.near_lse[g] = step.near_sum[g].log();
   }
+}
+
+void HeadCache::turn_queries(SelectRequest& request, AttendWorkspace& step) const {
+  const RowFormat& format = step.segments.front()->index().table().format();
+  if (!format.has_codes()) return;
+  step.turned.resize(static_cast<std::size_t>(request.group) * context_.head_dim);
+  step.bias.resize(request.group);
+  format.turn(request.queries, request.group, step.turned.data(), step.bias.data());
+  request.turned = step.turned.data();
+  request.bias = step.bias.data();
 }
 
 // Weights of all rows, over the largest of each head.
@@ -191,18 +212,20 @@ void HeadCache::add_values(std::int64_t nodes, float* out, HeadStats& stats,
                            AttendWorkspace& step) const {
   const simd::Kernels& kernels = simd::kernels();
   const int group = context_.group, d = context_.head_dim;
-  const std::size_t row_bytes = d * size_of(context_.dtype);
-  const std::size_t half = context_.config->page_size * row_bytes;
+  const auto row_bytes = static_cast<std::int64_t>(context_.row_bytes());
+  const PageLayout layout = layout_of(step.segments.front()->index().table());
   const std::int64_t known = step.near + step.selection.tokens;
   std::fill_n(out, group * d, 0.0f);
   verify(step.selection.picks);  // the others were, when they were scored
-  step.picks.insert(step.picks.end(), step.selection.picks.begin(), step.selection.picks.end());
-  set_rows(half, step);
-  kernels.add_rows({step.rows.data(), context_.dtype, known, group, d}, step.weights.data(), known,
-                   out);
-  stats.bytes_read += step.selection.bytes_scanned +
-                      (step.near + known) * static_cast<std::int64_t>(row_bytes) +
-                      nodes * static_cast<std::int64_t>(row_bytes);
+  set_rows(run_layout(), step.picks, true, step);
+  kernels.add_rows({step.rows.data(), context_.dtype, step.near, group, d}, step.weights.data(),
+                   known, out);
+  set_rows(layout, step.selection.picks, true, step);
+  kernels.add_rows({step.rows.data(), layout.dtype, step.selection.tokens, group, d},
+                   step.weights.data() + step.near, known, out);
+  stats.bytes_read +=
+      step.selection.bytes_scanned + (2 * step.near + nodes) * row_bytes +
+      step.selection.tokens * static_cast<std::int64_t>(row_bytes_of(layout.dtype, d));
   if (nodes > 0) {
     step.rows.clear();
     for (const Segment* segment : step.segments) {
@@ -244,6 +267,7 @@ void HeadCache::decode(const float* queries, std::int32_t position, Out out, Hea
   SelectRequest request;
   request.queries = queries;
   request.group = group;
+  turn_queries(request, step);
   request.logit_softcap = context_.logit_softcap;
   request.near_lse = step.near_lse;
   request.budget = left(config.token_budget);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "host/make_index.h"
 #include "icecache/error.h"
 #include "simd/flush_subnormals.h"
 #include "simd/kernels.h"
@@ -25,13 +26,17 @@ float largest_in(const TensorView& view, std::int64_t head) {
 HeadCache::HeadCache(const HeadContext& context, bool dense)
     : context_(context),
       dense_(dense),
+      grows_(!dense && icecache::grows(*context.config)),
       sink_(context, 0),
       tail_(context, static_cast<std::int32_t>(context.config->sink_tokens)),
-      moments_(context.dtype) {}
+      moments_(context.dtype) {
+  context_.attends_all = dense;
+}
 
 HeadCache::HeadCache(const HeadCache& other)
     : context_(other.context_),
       dense_(other.dense_),
+      grows_(other.grows_),
       sink_(other.sink_),
       tail_(other.tail_),
       growing_(other.growing_ ? other.growing_->fork() : nullptr),
@@ -98,10 +103,15 @@ void HeadCache::truncate(Truncation&& truncation, bool seen) noexcept {
 }
 
 bool HeadCache::sparse_at(std::int32_t position) const {
-  if (is_broken() || position + 1 <= context_.config->dense_tokens) return false;
+  if (dense_ || is_broken() || position + 1 <= context_.config->dense_tokens) return false;
   // Tokens behind the query are in the index: another layer of the model, which shares these keys,
   // has attended for them first.
   if (tail_.first_position() > position + 1) return false;
+  if (has_packed()) {
+    const SemanticIndex* merged = ready_segment(Work::kMerge, position + 1);
+    const std::int32_t packed = segments_[first_packed()].first_position();
+    if (merged == nullptr || merged->first_position() > packed) return false;
+  }
   return has_index() || ready_segment(Work::kSeal, position + 1) != nullptr;
 }
 
@@ -153,7 +163,7 @@ void HeadCache::mark_pages(std::vector<bool>& held) const {
 }
 
 void HeadCache::gather(std::byte* keys, std::byte* values) const {
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  const std::size_t row = context_.row_bytes();
   sink_.gather(sink_.count(), keys, values);
   std::size_t at = sink_.count() * row;
   for (const Segment& segment : segments_) {
@@ -161,7 +171,7 @@ void HeadCache::gather(std::byte* keys, std::byte* values) const {
     at += segment.size() * row;
   }
   if (growing_) {
-    growing_->table().gather(keys + at, values + at);
+    Segment(*growing_).gather(keys + at, values + at);
     at += growing_->size() * row;
   }
   tail_.gather(tail_.count(), keys + at, values + at);

@@ -36,7 +36,8 @@ namespace icecache {
 
 class HeadCache {
  public:
-  // `dense`: the layer always attends in full and builds no index.
+  // `dense`: the layer always attends in full. Its segments only hold tokens, in eight bits; without
+  // those there are none.
   HeadCache(const HeadContext& context, bool dense);
   HeadCache(const HeadCache& other);  // fork; REQUIRES: builds that are ready are done
   HeadCache(HeadCache&&) noexcept = default;
@@ -116,12 +117,18 @@ class HeadCache {
   // enough, or the growing index, however long that takes. Without a change where the sequence fits
   // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
   // call makes up for it.
-  void update_index(HeadStats& stats);
+  // With `packs`, more of a prompt is to come: tokens change into eight bits, if these are to be, and
+  // are not indexed yet. Until they are, everything is attended.
+  void update_index(bool packs, HeadStats& stats);
   // True where update_index() would build.
-  bool build_is_due() const;
+  bool build_is_due(bool packs) const;
   // Pages that update_index() takes at most.
-  std::size_t pages_for_update() const;
+  std::size_t pages_for_update(bool packs) const;
   bool dense() const { return dense_; }
+  // True where tokens are inserted into one index, in place of segments.
+  bool grows() const { return grows_; }
+  // True where no index is ever built: all tokens are attended, and stay as the model makes them.
+  bool stays_whole() const { return dense_ && context_.stored() == context_.dtype; }
 
   // Work for a background thread: tokens to be sealed, or segments to be merged.
   enum class Work : std::uint8_t { kSeal, kMerge };
@@ -146,7 +153,7 @@ class HeadCache {
   // Pages that drop_builds() gives back.
   std::size_t build_pages() const;
 
-  // Rows [length, D] in order of position.
+  // Rows [length, D] in order of position, in the model's type.
   void gather(std::byte* keys, std::byte* values) const;
   // Sets the entries of the pages that it holds.
   void mark_pages(std::vector<bool>& held) const;
@@ -172,15 +179,26 @@ class HeadCache {
   // of all, with the last one.
   std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
   std::size_t first_to_merge() const;
-  PageLayout layout() const;
+  // The first segment that only holds tokens which are to be indexed; their number: none does.
+  std::size_t first_packed() const;
+  bool has_packed() const { return first_packed() < segments_.size(); }
+  // The format of its segments, if there are any.
+  std::optional<RowFormat> format() const;
+  // Pages of sink and tail, and of an index.
+  PageLayout run_layout() const;
+  static PageLayout layout_of(const PageTable& table);
   // Query t sees the first seen + t tokens of workspace.picks.
-  void attend_picks(std::int64_t seen, ExactAttention& attention, HeadStats& stats,
-                    AttendWorkspace& workspace) const;
+  void attend_picks(const PageLayout& layout, std::int64_t seen, ExactAttention& attention,
+                    HeadStats& stats, AttendWorkspace& workspace) const;
   // The parts of decode().
   void score_near(const float* queries, std::int32_t position, AttendWorkspace& step) const;
   void weigh(std::int64_t nodes, AttendWorkspace& step) const;
-  // The rows become those of all picks; `offset`: of the first slot's row in its page.
-  void set_rows(std::size_t offset, AttendWorkspace& step) const;
+  // The rows become those of the picks, keys or values.
+  void set_rows(const PageLayout& layout, std::span<const PagePick> picks, bool values,
+                AttendWorkspace& step) const;
+  // Fills step.turned and step.bias where rows of the segments have codes, and lets the request have
+  // them.
+  void turn_queries(SelectRequest& request, AttendWorkspace& step) const;
   void add_values(std::int64_t nodes, float* out, HeadStats& stats, AttendWorkspace& step) const;
   void count_step(const AttendWorkspace& step, bool any_far,
                   std::chrono::steady_clock::time_point start, HeadStats& stats) const;
@@ -201,6 +219,8 @@ class HeadCache {
   void require_pages(std::int32_t tokens) const;
   // Makes a segment of the due tokens and the last segments; the growing index anew, with them.
   void build_segment(std::int32_t due);
+  // Makes a segment of the due tokens that only holds them.
+  void pack_segment(std::int32_t due);
   void build_growing(std::int32_t due);
   // Moves tokens from the tail into the growing index. `moving` is scratch.
   void insert(std::int32_t due, std::vector<std::byte>& moving);
@@ -211,7 +231,7 @@ class HeadCache {
   StepTrace traced(std::int32_t position, const AttendWorkspace& step) const;
 
   HeadContext context_;
-  bool dense_;
+  bool dense_, grows_;
   PageRun sink_;
   PageRun tail_;
   std::vector<Segment> segments_;          // with room for two more than there are

@@ -7,6 +7,7 @@
 #include "host/make_index.h"
 #include "host/seconds.h"
 #include "icecache/error.h"
+#include "pages/stored_tokens.h"
 #include "simd/flush_subnormals.h"
 #include "simd/kernels.h"
 
@@ -46,20 +47,25 @@ std::int32_t HeadCache::window_start(std::int32_t position) const {
   return position - static_cast<std::int32_t>(context_.config->window_tokens) + 1;
 }
 
-bool HeadCache::build_is_due() const {
+bool HeadCache::build_is_due(bool packs) const {
+  if (packs) {
+    return context_.stored() != context_.dtype && !grows_ && due_tokens(length()) >= seal_tokens();
+  }
   if (is_broken()) return true;
+  if (stays_whole() || length() + 1 <= context_.config->dense_tokens) return false;
+  if (has_packed()) return true;
   const std::int32_t due = window_start(length()) - tail_.first_position();
-  if (dense_ || due <= 0 || length() + 1 <= context_.config->dense_tokens) return false;
-  return !has_index() || (!grows(*context_.config) && due >= seal_tokens());
+  return due > 0 && (!has_index() || (!grows_ && due >= seal_tokens()));
 }
 
 std::int32_t HeadCache::due_tokens(std::int32_t length) const {
   return std::clamp(window_start(length) - tail_.first_position(), 0, tail_.count());
 }
 
-std::size_t HeadCache::pages_for_update() const {
+std::size_t HeadCache::pages_for_update(bool packs) const {
   const std::int32_t due = due_tokens(length());
-  if (build_is_due()) return most_build_pages(*context_.config, indexed_tokens() + due);
+  if (packs && !build_is_due(packs)) return 0;
+  if (build_is_due(packs)) return most_build_pages(*context_.config, indexed_tokens() + due);
   return growing_ ? growing_->most_insert_pages(due) : 0;
 }
 
@@ -78,7 +84,20 @@ std::size_t HeadCache::first_to_merge(std::size_t end, std::int32_t more) const 
 
 std::size_t HeadCache::first_to_merge() const {
   if (segments_.empty()) return 0;
-  return first_to_merge(segments_.size() - 1, segments_.back().size());
+  return std::min(first_packed(), first_to_merge(segments_.size() - 1, segments_.back().size()));
+}
+
+std::size_t HeadCache::first_packed() const {
+  if (dense_) return segments_.size();
+  const auto found = std::find_if(segments_.begin(), segments_.end(), [](const Segment& segment) {
+    return segment.index().only_holds();
+  });
+  return static_cast<std::size_t>(found - segments_.begin());
+}
+
+std::optional<RowFormat> HeadCache::format() const {
+  if (segments_.empty()) return std::nullopt;
+  return segments_.front().index().table().format();
 }
 
 void HeadCache::require_pages(std::int32_t tokens) const {
@@ -91,8 +110,10 @@ void HeadCache::require_pages(std::int32_t tokens) const {
 }
 
 void HeadCache::build_segment(std::int32_t due) {
-  const auto first = static_cast<std::ptrdiff_t>(first_to_merge(segments_.size(), due));
-  const SegmentBuild build(context_, {segments_.begin() + first, segments_.end()}, tail_, due,
+  const auto first =
+      static_cast<std::ptrdiff_t>(std::min(first_packed(), first_to_merge(segments_.size(), due)));
+  const SegmentBuild build(context_,
+                           {{segments_.begin() + first, segments_.end()}, tail_, due, format()},
                            moments_, length());
   require_pages(build.end_position() - build.first_position());
   segments_.reserve(segments_.size() + 3);
@@ -102,21 +123,34 @@ void HeadCache::build_segment(std::int32_t due) {
   tail_.pop_front(due);
 }
 
+void HeadCache::pack_segment(std::int32_t due) {
+  HeadContext context = context_;
+  context.attends_all = true;
+  const SegmentBuild build(context, {{}, tail_, due, format()}, moments_, length());
+  require_pages(due);
+  segments_.reserve(segments_.size() + 3);
+  segments_.emplace_back(build.build());
+  tail_.pop_front(due);
+}
+
 void HeadCache::build_growing(std::int32_t due) {
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
   const std::int32_t before = growing_ ? growing_->size() : 0, count = before + due;
   require_pages(count);
-  std::vector<std::byte> keys(count * row), values(count * row);
-  if (growing_) growing_->table().gather(keys.data(), values.data());
-  tail_.gather(due, keys.data() + before * row, values.data() + before * row);
+  StoredTokens tokens(context_, count, tail_.first_position() - before);
+  if (growing_) {
+    tokens.add_rows(growing_->table().format(), before, [&](std::byte* keys, std::byte* values) {
+      growing_->table().gather(keys, values);
+    });
+  }
+  tokens.add(tail_, due);
   std::unique_ptr<GrowingIndex> fresh = make_growing_index(context_);
-  fresh->build({keys.data(), values.data(), count, tail_.first_position() - before}, moments_);
+  fresh->build(tokens.block(), moments_);
   growing_ = std::move(fresh);
   tail_.pop_front(due);
 }
 
 void HeadCache::insert(std::int32_t due, std::vector<std::byte>& moving) {
-  const std::size_t bytes = due * context_.head_dim * size_of(context_.dtype);
+  const std::size_t bytes = due * context_.row_bytes();
   moving.resize(2 * bytes);
   std::byte *keys = moving.data(), *values = keys + bytes;
   tail_.gather(due, keys, values);
@@ -131,15 +165,18 @@ void HeadCache::insert(std::int32_t due, std::vector<std::byte>& moving) {
   tail_.pop_front(due);
 }
 
-void HeadCache::update_index(HeadStats& stats) {
+void HeadCache::update_index(bool packs, HeadStats& stats) {
   const std::int32_t due = due_tokens(length());
-  if (dense_ || is_short() || (due == 0 && !is_broken())) return;
+  const bool builds = build_is_due(packs);
+  if (!builds && (packs || !growing_ || due == 0)) return;
   const auto start = std::chrono::steady_clock::now();
   const simd::FlushSubnormals flush;
   try {
-    if (build_is_due()) {
-      grows(*context_.config) ? build_growing(due) : build_segment(due);
-    } else if (growing_) {
+    if (builds && packs && !dense_) {
+      pack_segment(due);
+    } else if (builds) {
+      grows_ ? build_growing(due) : build_segment(due);
+    } else {
       std::vector<std::byte> moving;
       insert(due, moving);
     }
@@ -150,8 +187,8 @@ void HeadCache::update_index(HeadStats& stats) {
 }
 
 std::int32_t HeadCache::due_work(Work work, std::int32_t length) const {
-  if (dense_ || builds_[at(work)] != nullptr || length < next_build_[at(work)]) return 0;
-  if (grows(*context_.config)) return 0;
+  if (stays_whole() || grows_) return 0;
+  if (builds_[at(work)] != nullptr || length < next_build_[at(work)]) return 0;
   if (work == Work::kSeal) {
     const auto size = static_cast<std::int32_t>(context_.config->page_size);
     const std::int32_t due = due_tokens(length) / size * size;
@@ -159,7 +196,7 @@ std::int32_t HeadCache::due_work(Work work, std::int32_t length) const {
     return length + 1 > context_.config->dense_tokens ? due : 0;
   }
   const std::size_t first = first_to_merge();
-  if (first + 1 >= segments_.size()) return 0;
+  if (first >= segments_.size() || (first + 1 == segments_.size() && !has_packed())) return 0;
   return segments_.back().end_position() - segments_[first].first_position();
 }
 
@@ -169,12 +206,12 @@ std::shared_ptr<SegmentBuild> HeadCache::make_build(Work work, std::int32_t leng
   if (tokens == 0) return nullptr;
   segments_.reserve(segments_.size() + 2);
   if (work == Work::kSeal) {
-    return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(), tail_, tokens, moments_,
-                                          ready_at);
+    SegmentBuild::Sources sources{{}, tail_, tokens, format()};
+    return std::make_shared<SegmentBuild>(context_, std::move(sources), moments_, ready_at);
   }
   const auto first = segments_.begin() + static_cast<std::ptrdiff_t>(first_to_merge());
-  return std::make_shared<SegmentBuild>(context_, std::vector<Segment>(first, segments_.end()),
-                                        std::nullopt, 0, moments_, ready_at);
+  SegmentBuild::Sources sources{{first, segments_.end()}, std::nullopt, 0, format()};
+  return std::make_shared<SegmentBuild>(context_, std::move(sources), moments_, ready_at);
 }
 
 void HeadCache::start_build(Work work, std::shared_ptr<SegmentBuild> build) noexcept {

@@ -52,9 +52,9 @@ struct LayerCache {
     return std::any_of(heads.begin(), heads.end(),
                        [&](const auto& head) { return head.build_is_ready(work, length); });
   }
-  bool build_is_due() const {
+  bool build_is_due(bool packs) const {
     return std::any_of(heads.begin(), heads.end(),
-                       [](const auto& head) { return head.build_is_due(); });
+                       [&](const auto& head) { return head.build_is_due(packs); });
   }
 };
 

@@ -20,10 +20,10 @@ void load_queries(const TensorView& queries, int kv_head, int group, std::int64_
 }
 
 LayerUpdate::LayerUpdate(std::span<HeadCache> heads, std::span<HeadStats> stats,
-                         const TensorView& queries, bool indexes)
+                         const TensorView& queries, bool packs)
     : heads_(heads),
       stats_(stats),
-      indexes_(indexes),
+      packs_(packs),
       head_dim_(static_cast<int>(queries.dim)),
       has_observed_(heads.size(), 0),
       has_failed_(heads.size(), 0) {
@@ -50,7 +50,7 @@ void LayerUpdate::run(int head) {
       cache.set_moments(cache.observed(queries_.data() + head * counting_ * head_dim_, all_));
       has_observed_[head] = 1;
     }
-    if (indexes_) cache.update_index(stats_[head]);
+    cache.update_index(packs_, stats_[head]);
   } catch (const std::bad_alloc&) {
     has_failed_[head] = 1;
   }

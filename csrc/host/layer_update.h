@@ -14,10 +14,10 @@ namespace icecache {
 
 class LayerUpdate {
  public:
-  // `queries` [Hq, T, D] are copied as far as they count. `indexes`: the due tokens go into the
-  // index, too. The heads and their statistics [Hkv] outlive this object.
+  // `queries` [Hq, T, D] are copied as far as they count. `packs`: as HeadCache::update_index() takes
+  // it. The heads and their statistics [Hkv] outlive this object.
   LayerUpdate(std::span<HeadCache> heads, std::span<HeadStats> stats, const TensorView& queries,
-              bool indexes);
+              bool packs);
 
   // Of one head. Where memory runs out, the head is unchanged, and run_failed() makes up for it.
   void run(int head);
@@ -29,7 +29,7 @@ class LayerUpdate {
  private:
   std::span<HeadCache> heads_;
   std::span<HeadStats> stats_;
-  bool indexes_;
+  bool packs_;
   int head_dim_;
   std::int64_t all_;            // rows of a head
   std::int64_t counting_;       // of them those that count

@@ -6,6 +6,7 @@
 #include "compared/faiss_index.h"
 #include "compared/positional_index.h"
 #include "icecache/error.h"
+#include "index/plain_index.h"
 #include "index/tree_index.h"
 
 namespace icecache {
@@ -15,6 +16,7 @@ bool grows(const Config& config) {
 }
 
 std::unique_ptr<SemanticIndex> make_index(const HeadContext& context) {
+  if (context.attends_all) return std::make_unique<PlainIndex>(context);
   const std::string& name = context.config->index;
   if (name == "tree") return std::make_unique<TreeIndex>(context);
   if (name == "faiss") return make_faiss_index(context);

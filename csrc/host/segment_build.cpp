@@ -5,24 +5,22 @@
 
 #include "host/make_index.h"
 #include "icecache/error.h"
+#include "pages/stored_tokens.h"
 #include "simd/flush_subnormals.h"
 
 namespace icecache {
 
-SegmentBuild::SegmentBuild(const HeadContext& context, std::vector<Segment> sources,
-                           std::optional<PageRun> run, std::int32_t run_tokens,
-                           const QueryMoments& queries, std::int32_t ready_at)
+SegmentBuild::SegmentBuild(const HeadContext& context, Sources sources, const QueryMoments& queries,
+                           std::int32_t ready_at)
     : context_(context),
       sources_(std::move(sources)),
-      run_(std::move(run)),
       queries_(queries),
-      source_count_(sources_.size()),
-      run_tokens_(run_ ? run_tokens : 0),
-      first_position_(sources_.empty() ? run_->first_position()
-                                       : sources_.front().first_position()),
-      count_(run_tokens_),
+      source_count_(sources_.segments.size()),
+      first_position_(sources_.segments.empty() ? sources_.run->first_position()
+                                                : sources_.segments.front().first_position()),
+      count_(sources_.run_tokens),
       ready_at_(ready_at) {
-  for (const Segment& source : sources_) count_ += source.size();
+  for (const Segment& source : sources_.segments) count_ += source.size();
 }
 
 std::size_t SegmentBuild::most_pages() const {
@@ -31,16 +29,15 @@ std::size_t SegmentBuild::most_pages() const {
 
 std::shared_ptr<const SemanticIndex> SegmentBuild::build() const {
   const simd::FlushSubnormals flush;
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
-  std::vector<std::byte> keys(count_ * row), values(keys.size());
-  std::size_t at = 0;
-  for (const Segment& source : sources_) {
-    source.gather(keys.data() + at, values.data() + at);
-    at += source.size() * row;
+  StoredTokens tokens(context_, count_, first_position_);
+  if (sources_.format) tokens.set_format(*sources_.format);
+  for (const Segment& source : sources_.segments) {
+    tokens.add_rows(source.index().table().format(), source.size(),
+                    [&](std::byte* keys, std::byte* values) { source.gather_rows(keys, values); });
   }
-  if (run_) run_->gather(run_tokens_, keys.data() + at, values.data() + at);
+  if (sources_.run) tokens.add(*sources_.run, sources_.run_tokens);
   std::unique_ptr<SemanticIndex> index = make_index(context_);
-  index->build({keys.data(), values.data(), count_, first_position_}, queries_);
+  index->build(tokens.block(), queries_);
   return index;
 }
 
@@ -51,8 +48,7 @@ void SegmentBuild::run() {
   } catch (const OutOfPages&) {
   } catch (const std::bad_alloc&) {
   }
-  run_.reset();
-  sources_.clear();
+  sources_ = {};
 }
 
 }  // namespace icecache

@@ -20,11 +20,18 @@ namespace icecache {
 
 class SegmentBuild {
  public:
-  // Merges `sources`, which follow one another, and the first `run_tokens` tokens of `run`, which
-  // follow them; there may be no sources, and no run. Takes over when the sequence has `ready_at`
-  // tokens.
-  SegmentBuild(const HeadContext& context, std::vector<Segment> sources, std::optional<PageRun> run,
-               std::int32_t run_tokens, const QueryMoments& queries, std::int32_t ready_at);
+  // What a segment is made of: segments that follow one another, and the first `run_tokens` tokens
+  // of `run`, which follow them; there may be no segments, and no run.
+  struct Sources {
+    std::vector<Segment> segments;
+    std::optional<PageRun> run;
+    std::int32_t run_tokens = 0;
+    // Of all segments that the head has, these or others; none: it has no other.
+    std::optional<RowFormat> format;
+  };
+  // Takes over when the sequence has `ready_at` tokens.
+  SegmentBuild(const HeadContext& context, Sources sources, const QueryMoments& queries,
+               std::int32_t ready_at);
 
   // The segment's index. Throws OutOfPages and std::bad_alloc, and then has changed nothing.
   std::shared_ptr<const SemanticIndex> build() const;
@@ -43,11 +50,10 @@ class SegmentBuild {
 
  private:
   HeadContext context_;
-  std::vector<Segment> sources_;
-  std::optional<PageRun> run_;
+  Sources sources_;
   QueryMoments queries_;
   std::size_t source_count_;
-  std::int32_t run_tokens_, first_position_, count_, ready_at_;
+  std::int32_t first_position_, count_, ready_at_;
   std::shared_ptr<const SemanticIndex> result_;
 };
 

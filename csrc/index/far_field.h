@@ -20,6 +20,7 @@ class FarField {
   FarField(int head_dim, DType dtype)
       : head_dim_(head_dim), dtype_(dtype), row_bytes_(head_dim * size_of(dtype)) {}
 
+  DType dtype() const { return dtype_; }
   int node_count() const { return static_cast<int>(counts_.size()); }
   std::int32_t tokens(int node) const { return counts_[node]; }
   // Mean values of the nodes, picked tokens included: [C, D] in the cache's dtype.

@@ -4,9 +4,13 @@
 #include <bit>
 
 #include "icecache/error.h"
-#include "simd/kernels.h"
 
 namespace icecache {
+namespace {
+
+constexpr std::size_t kMostRowBytes = row_bytes_of(DType::kFloat32, kMaxHeadDim);
+
+}  // namespace
 
 void GrowingIndex::built() {
   pages_of_node_ = pages_by_node();
@@ -29,7 +33,7 @@ int GrowingIndex::add_node() {
 }
 
 void GrowingIndex::insert(const TokenBlock& tokens) {
-  const std::size_t row = context_.head_dim * size_of(context_.dtype);
+  const std::size_t row = context_.row_bytes();
   for (std::int32_t t = 0; t < tokens.count; ++t) {
     if (size() == 0) first_position_ = end_position_ = tokens.first_position + t;
     add_token(tokens.keys + t * row, tokens.values + t * row, tokens.first_position + t);
@@ -73,11 +77,13 @@ int GrowingIndex::open_page(const std::byte* key, const std::byte* value, std::i
 
 void GrowingIndex::add_token(const std::byte* raw_key, const std::byte* raw_value,
                              std::int32_t position) {
-  const int d = context_.head_dim;
+  std::byte key_row[kMostRowBytes], value_row[kMostRowBytes];
+  table_.format().encode_key(raw_key, key_row);
+  table_.format().encode_value(raw_value, value_row);
   float key[kMaxHeadDim], value[kMaxHeadDim], place[2 * kMaxHeadDim];
-  simd::kernels().to_float(raw_key, context_.dtype, key, d);
-  simd::kernels().to_float(raw_value, context_.dtype, value, d);
-  if (has_sketches()) space_.coordinates(key, raw_value, context_.dtype, 1, place);
+  table_.format().decode_key(key_row, key);
+  table_.format().decode_value(value_row, value);
+  if (has_sketches()) space_.coordinates(key, value, DType::kFloat32, 1, place);
   int page = choose_page(key);
   if (page >= 0 && table_.full(page)) {
     const int other = split_page(page);
@@ -86,11 +92,11 @@ void GrowingIndex::add_token(const std::byte* raw_key, const std::byte* raw_valu
   }
   int slot = 0;
   if (page >= 0) {
-    slot = table_.append(page, raw_key, raw_value, position);
+    slot = table_.append(page, key_row, value_row, position);
     whole_ = false;
     end_position_ = position + 1;
   } else {
-    page = open_page(raw_key, raw_value, position);
+    page = open_page(key_row, value_row, position);
   }
   if (has_far_field()) far_.add(node_of_page_[page], value);
   if (has_sketches()) sketch_.write(page, slot, place);

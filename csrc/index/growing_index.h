@@ -33,7 +33,7 @@ class GrowingIndex : public SemanticIndex {
 
   // The same tokens for another sequence; pages are shared until one side writes.
   virtual std::unique_ptr<GrowingIndex> fork() const = 0;
-  // Adds tokens that follow the ones already there, in order.
+  // Adds tokens that follow the ones already there, in order; rows of the model's type.
   void insert(const TokenBlock& tokens);
   // Pages that insert() of `tokens` tokens takes at most: each may split a page, and copy one that
   // is shared.

@@ -127,8 +127,7 @@ void Selector::complete_pages(const SelectRequest& request) {
 void Selector::take_picked(Selection& selection) {
   const Candidates& c = candidates_;
   const auto count = static_cast<std::int64_t>(c.size());
-  const std::size_t row_bytes =
-      parts_.front().table().head_dim() * size_of(parts_.front().table().dtype());
+  const std::size_t row_bytes = parts_.front().table().row_bytes();
   taken_.clear();  // their places among the candidates
   selection.picks.clear();
   for_each(c.slots, [&](const Part& part, std::size_t i, std::int32_t local) {

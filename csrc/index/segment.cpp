@@ -31,7 +31,7 @@ Segment Segment::cut(std::int32_t position) const {
     cut->counts.resize(nodes);
     for (int node = 0; node < nodes; ++node) cut->counts[node] = index_->far_field().tokens(node);
     cut->mean_of.assign(nodes, -1);
-    cut->means.resize(touched.size() * row_bytes());
+    cut->means.resize(touched.size() * mean_bytes());
     std::vector<std::vector<int>> pages(touched.size());
     for (int page = 0; page < table.page_count(); ++page) {
       const auto found = std::lower_bound(touched.begin(), touched.end(), index_->node_of(page));
@@ -43,8 +43,8 @@ Segment Segment::cut(std::int32_t position) const {
     for (std::size_t i = 0; i < touched.size(); ++i) {
       mean_left(*cut, pages[i], mean);
       cut->mean_of[touched[i]] = static_cast<std::int32_t>(i);
-      simd::kernels().from_float(mean, cut->means.data() + i * row_bytes(), table.dtype(),
-                                 table.head_dim());
+      simd::kernels().from_float(mean, cut->means.data() + i * mean_bytes(),
+                                 index_->far_field().dtype(), table.head_dim());
     }
   }
   Segment result = *this;
@@ -69,13 +69,14 @@ void Segment::mean_left(const Cut& cut, std::span<const int> pages, float* mean)
       }
     }
   };
-  const double most = largest_number(table.dtype());
+  const DType dtype = index_->far_field().dtype();
+  const double most = largest_number(dtype);
   const auto publish = [&] {
     for (int i = 0; i < d; ++i) {
       mean[i] = static_cast<float>(std::clamp(sum[i] / std::max(1, left), -most, most));
     }
   };
-  simd::kernels().to_float(index_->far_field().mean(node), table.dtype(), whole, d);
+  simd::kernels().to_float(index_->far_field().mean(node), dtype, whole, d);
   for (int i = 0; i < d; ++i) sum[i] = left == 0 ? 0.0 : static_cast<double>(all) * whole[i];
   if (left > 0) add(-1.0, [&](int page) { return table.mask(page) & ~cut.masks[page]; });
   publish();
@@ -85,18 +86,34 @@ void Segment::mean_left(const Cut& cut, std::span<const int> pages, float* mean)
   publish();
 }
 
-void Segment::gather(std::byte* keys, std::byte* values) const {
-  const PageTable& table = index_->table();
-  const std::size_t row = row_bytes();
+template <typename Body>
+void Segment::for_each_token(const Body& body) const {
   const std::span<const std::uint32_t> masks = this->masks();
-  for (int page = 0; page < table.page_count(); ++page) {
+  for (int page = 0; page < static_cast<int>(masks.size()); ++page) {
     for (std::uint32_t slots = masks[page]; slots != 0; slots &= slots - 1) {
       const int slot = std::countr_zero(slots);
-      const std::size_t to = (table.position(page, slot) - first_position()) * row;
-      std::memcpy(keys + to, table.key(page, slot), row);
-      std::memcpy(values + to, table.value(page, slot), row);
+      const std::int32_t place = index_->table().position(page, slot) - first_position();
+      body(page, slot, static_cast<std::size_t>(place));
     }
   }
+}
+
+void Segment::gather(std::byte* keys, std::byte* values) const {
+  const PageTable& table = index_->table();
+  const std::size_t row = row_bytes_of(table.format().model(), table.head_dim());
+  for_each_token([&](int page, int slot, std::size_t place) {
+    table.format().restore_key(table.key(page, slot), keys + place * row);
+    table.format().restore_value(table.value(page, slot), values + place * row);
+  });
+}
+
+void Segment::gather_rows(std::byte* keys, std::byte* values) const {
+  const PageTable& table = index_->table();
+  const std::size_t row = table.row_bytes();
+  for_each_token([&](int page, int slot, std::size_t place) {
+    std::memcpy(keys + place * row, table.key(page, slot), row);
+    std::memcpy(values + place * row, table.value(page, slot), row);
+  });
 }
 
 std::size_t Segment::cut_bytes() const {

@@ -36,17 +36,19 @@ class Segment {
   std::span<const std::uint32_t> masks() const {
     return cut_ ? std::span<const std::uint32_t>(cut_->masks) : index_->table().masks();
   }
-  // Of a far-field node: its tokens, and the mean of their values in the cache's dtype [D].
+  // Of a far-field node: its tokens, and the mean of their values in the model's type [D].
   std::int32_t node_tokens(int node) const {
     return cut_ ? cut_->counts[node] : index_->far_field().tokens(node);
   }
   const std::byte* node_mean(int node) const {
     const int own = cut_ ? cut_->mean_of[node] : -1;
-    return own < 0 ? index_->far_field().mean(node) : cut_->means.data() + own * row_bytes();
+    return own < 0 ? index_->far_field().mean(node) : cut_->means.data() + own * mean_bytes();
   }
 
-  // Keys and values of its tokens in order of position, as rows [size(), D] in the cache's dtype.
+  // Keys and values of its tokens in order of position, as rows [size(), D] in the model's type; as
+  // rows that the pages hold, of index().table().format().
   void gather(std::byte* keys, std::byte* values) const;
+  void gather_rows(std::byte* keys, std::byte* values) const;
   // Bytes of the cut alone.
   std::size_t cut_bytes() const;
   void check_integrity() const;
@@ -57,9 +59,12 @@ class Segment {
     std::vector<std::int32_t> counts, mean_of;  // [C]; mean_of: row of `means`, -1: unchanged
     std::vector<std::byte> means;
   };
-  std::size_t row_bytes() const {
-    return index_->table().head_dim() * size_of(index_->table().dtype());
+  std::size_t mean_bytes() const {
+    return row_bytes_of(index_->far_field().dtype(), index_->table().head_dim());
   }
+  // body(page, slot, place in order of position)
+  template <typename Body>
+  void for_each_token(const Body& body) const;
   // The mean of a node's tokens that the cut leaves.
   void mean_left(const Cut& cut, std::span<const int> pages, float* mean) const;
 

@@ -12,13 +12,19 @@ namespace icecache {
 // Selection, are floats: they rank and estimate, to a logit's rounding. What is attended exactly is
 // weighed by its logits alone.
 struct SelectRequest {
-  const float* queries = nullptr;   // [G, D], already multiplied by the softmax scale
+  const float* queries = nullptr;  // [G, D], already multiplied by the softmax scale
+  // Where rows of pages have codes, the queries as RowFormat::turn() makes them: [G, D], [G]. Null:
+  // `queries`, as they are.
+  const float* turned = nullptr;
+  const float* bias = nullptr;
   int group = 0;                    // G
   float logit_softcap = 0.0f;       // of all logits, estimated ones too; 0: none
   const float* near_lse = nullptr;  // [G] log weight of sink + window, -inf where there is none
   int budget = 0;                   // tokens to pick at most (sink and window already deducted)
   int max_budget = 0;               // with mass_target; >= budget
   double mass_target = 0.0;         // 0: off
+
+  const float* for_rows() const { return turned != nullptr ? turned : queries; }
 };
 
 // The answer to one step. Weights of the far field are relative to exp(far_shift[g]).

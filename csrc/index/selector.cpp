@@ -118,10 +118,11 @@ void Selector::score(const SelectRequest& request, std::span<const std::int32_t>
     rows_[i] = part.table().key(any.page_of(slot), any.place_of(slot));
   });
   logits.resize(count * group_);
-  simd::kernels().row_logits({rows_.data(), any.dtype(), count, group_, any.head_dim()},
-                             request.queries, logits.data(), count);
+  simd::kernels().row_logits(
+      {rows_.data(), any.format().dtype(), count, group_, any.head_dim(), request.bias},
+      request.for_rows(), logits.data(), count);
   simd::kernels().soft_cap(logits.data(), count * group_, request.logit_softcap);
-  candidates_.bytes += count * static_cast<std::int64_t>(any.head_dim() * size_of(any.dtype()));
+  candidates_.bytes += count * static_cast<std::int64_t>(any.row_bytes());
 }
 
 void Selector::rescore(const SelectRequest& request) {

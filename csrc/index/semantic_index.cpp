@@ -6,15 +6,28 @@
 #include "simd/kernels.h"
 
 namespace icecache {
+namespace {
 
-SemanticIndex::SemanticIndex(const HeadContext& context)
+// Keys and, unless null, values of a block as floats [N, D].
+void decode_tokens(const TokenBlock& tokens, float* keys, float* values, int d) {
+  const std::size_t row = tokens.format->row_bytes();
+  for (std::int32_t t = 0; t < tokens.count; ++t) {
+    const std::ptrdiff_t to = static_cast<std::ptrdiff_t>(t) * d;
+    tokens.format->decode_key(tokens.keys + t * row, keys + to);
+    if (values != nullptr) tokens.format->decode_value(tokens.values + t * row, values + to);
+  }
+}
+
+}  // namespace
+
+SemanticIndex::SemanticIndex(const HeadContext& context, bool has_far_field)
     : context_(context),
       table_(context),
       sketch_(static_cast<int>(context.config->sketch_rank),
               static_cast<int>(context.config->sketch_bits),
               static_cast<int>(context.config->page_size)),
       far_(context.head_dim, context.dtype),
-      has_far_field_(context.config->tail == "on") {}
+      has_far_field_(has_far_field) {}
 
 int SemanticIndex::node_pages() const {
   return static_cast<int>(node_tokens(config()) / static_cast<std::size_t>(config().page_size));
@@ -22,16 +35,25 @@ int SemanticIndex::node_pages() const {
 
 void SemanticIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   const int d = context_.head_dim;
-  std::vector<float> keys(static_cast<std::size_t>(tokens.count) * d);
-  simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
+  // As the pages will hold them: what stands for a token is made of what is attended.
+  std::vector<float> keys(static_cast<std::size_t>(tokens.count) * d), decoded;
+  const void* values = tokens.values;
+  DType value_type = context_.dtype;
+  if (tokens.format == nullptr || !tokens.format->has_codes()) {
+    simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
+  } else {
+    decoded.resize(has_sketches() ? keys.size() : 0);
+    decode_tokens(tokens, keys.data(), decoded.empty() ? nullptr : decoded.data(), d);
+    values = decoded.data();
+    value_type = DType::kFloat32;
+  }
   std::vector<float> coordinates;
   if (has_sketches()) {
-    space_ = TokenSpace::fit(keys.data(), tokens.values, context_.dtype, tokens.count, d, queries,
+    space_ = TokenSpace::fit(keys.data(), values, value_type, tokens.count, d, queries,
                              static_cast<int>(config().sketch_rank),
                              TokenSpace::value_rank_of(config(), d));
     coordinates.resize(static_cast<std::size_t>(tokens.count) * space_.width());
-    space_.coordinates(keys.data(), tokens.values, context_.dtype, tokens.count,
-                       coordinates.data());
+    space_.coordinates(keys.data(), values, value_type, tokens.count, coordinates.data());
     sketch_.fit(coordinates.data(), tokens.count, space_.width());
   }
   const Arrangement arrangement =

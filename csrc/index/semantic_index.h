@@ -35,7 +35,8 @@ namespace icecache {
 
 class SemanticIndex {
  public:
-  explicit SemanticIndex(const HeadContext& context);
+  explicit SemanticIndex(const HeadContext& context)
+      : SemanticIndex(context, context.config->tail == "on") {}
   virtual ~SemanticIndex() = default;
   SemanticIndex& operator=(const SemanticIndex&) = delete;
 
@@ -63,6 +64,8 @@ class SemanticIndex {
   // Whether keys are sketched: where the far field needs to know what tokens weigh.
   virtual bool has_sketches() const { return has_far_field_; }
   bool has_far_field() const { return has_far_field_; }
+  // True where it only holds tokens, and no step can pick any.
+  virtual bool only_holds() const { return false; }
   const Sketch& sketch() const { return sketch_; }
   const TokenSpace& space() const { return space_; }
   const FarField& far_field() const { return far_; }
@@ -73,6 +76,7 @@ class SemanticIndex {
   virtual const PageChooser* chooser() const { return nullptr; }
 
  protected:
+  SemanticIndex(const HeadContext& context, bool has_far_field);
   SemanticIndex(const SemanticIndex&) = default;
 
   // Rows of the block in page order; page p holds order[bounds[p]..bounds[p + 1]), 1..S of them,

@@ -7,15 +7,26 @@
 
 namespace icecache {
 
+// A page of an index holds S tokens as kv_dtype says. One of a run (sink, tail) has the same bytes,
+// and holds as many tokens in the model's type as they have room for.
 struct HeadContext {
   PagePool* pool = nullptr;  // outlives the head
   PageOwner owner;
   const Config* config = nullptr;  // resolved; outlives the head
   int head_dim = 0;
   int group = 0;
-  DType dtype = DType::kFloat32;
-  float scale = 0.0f;          // softmax scale
-  float logit_softcap = 0.0f;  // 0: none
+  DType dtype = DType::kFloat32;  // the model's
+  float scale = 0.0f;             // softmax scale
+  float logit_softcap = 0.0f;     // 0: none
+  bool attends_all = false;       // no query picks tokens: an index only holds them
+
+  // Of rows in the pages of an index.
+  DType stored() const { return config->stored_dtype(dtype); }
+  std::size_t stored_row_bytes() const { return row_bytes_of(stored(), head_dim); }
+  std::size_t row_bytes() const { return row_bytes_of(dtype, head_dim); }
+  int run_page_size() const {
+    return static_cast<int>(config->page_size * stored_row_bytes() / row_bytes());
+  }
 };
 
 }  // namespace icecache

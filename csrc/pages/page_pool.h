@@ -1,7 +1,8 @@
 // PagePool: fixed-size pages of host memory with reference counts, shared by all sequences.
 //
-// A page holds S tokens of one (sequence, layer, KV head): [2][S][D] in the cache's dtype, the K
-// rows and then the V rows, contiguous, so that a page moves to a device in one copy.
+// A page holds S tokens of one (sequence, layer, KV head): [2][S] rows, the K rows and then the V
+// rows, contiguous, so that a page moves to a device in one copy. What a row is, its owner knows
+// (simd/row_format.h, pages/head_context.h).
 //
 // Invariants
 //  1. A page is free or has a reference count >= 1; free pages are on the free list exactly once.

@@ -9,8 +9,8 @@ namespace icecache {
 
 PageRun::PageRun(const HeadContext& context, std::int32_t first_position)
     : owner_(context.owner),
-      page_size_(static_cast<std::int32_t>(context.config->page_size)),
-      row_bytes_(static_cast<std::size_t>(context.head_dim) * size_of(context.dtype)),
+      page_size_(context.run_page_size()),
+      row_bytes_(context.row_bytes()),
       first_(first_position),
       pages_(*context.pool) {}
 

@@ -1,5 +1,6 @@
-// PageRun: consecutive tokens of one (sequence, layer, KV head) in order of position: the sink, and
-// the tail of tokens that are not in the index (the window and what is on its way from it).
+// PageRun: consecutive tokens of one (sequence, layer, KV head) in order of position, in the model's
+// type: the sink, and the tail of tokens that are not in the index (the window and what is on its
+// way from it).
 //
 // Copying shares the pages by reference count; a write to a shared page copies it first.
 // Threads: none of its own.
@@ -40,7 +41,7 @@ class PageRun {
   std::int32_t page_position(std::size_t i) const {
     return first_ - offset_ + static_cast<std::int32_t>(i) * page_size_;
   }
-  // Copies the first n tokens into rows [n, D] of the cache's dtype.
+  // Copies the first n tokens into rows [n, D] of the model's type.
   void gather(std::int32_t n, std::byte* keys, std::byte* values) const;
   std::size_t page_count() const { return pages_.size(); }
   // Sets the entries of its pages.

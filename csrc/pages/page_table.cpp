@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <cassert>
 #include <cstring>
 #include <numeric>
 #include <utility>
 
 #include "icecache/error.h"
-#include "simd/kernels.h"
 
 namespace icecache {
 namespace {
@@ -23,16 +23,16 @@ PageTable::PageTable(const HeadContext& context)
     : owner_(context.owner),
       page_size_(static_cast<int>(context.config->page_size)),
       head_dim_(context.head_dim),
-      dtype_(context.dtype),
-      row_bytes_(static_cast<std::size_t>(context.head_dim) * size_of(context.dtype)),
+      row_bytes_(context.stored_row_bytes()),
+      format_(context.dtype, context.head_dim),
       pages_(*context.pool) {}
 
 void PageTable::key(int local, int slot, float* out) const {
-  simd::kernels().to_float(key(local, slot), dtype_, out, head_dim_);
+  format_.decode_key(key(local, slot), out);
 }
 
 void PageTable::value(int local, int slot, float* out) const {
-  simd::kernels().to_float(value(local, slot), dtype_, out, head_dim_);
+  format_.decode_value(value(local, slot), out);
 }
 
 PagePick PageTable::pick(int local, std::uint32_t slots) const {
@@ -42,6 +42,8 @@ PagePick PageTable::pick(int local, std::uint32_t slots) const {
 void PageTable::add_pages(const TokenBlock& tokens, std::span<const std::int32_t> order,
                           std::span<const std::int32_t> bounds) {
   const std::size_t added = bounds.empty() ? 0 : bounds.size() - 1;
+  if (tokens.format != nullptr) format_ = *tokens.format;
+  assert(format_.row_bytes() == row_bytes_);
   std::vector<PageId> ids;
   ids.reserve(added);
   pages_.reserve(pages_.size() + added);

@@ -40,7 +40,9 @@ class PageTable {
   int used_pages() const { return page_count() - free_numbers_; }
   int page_size() const { return page_size_; }
   int head_dim() const { return head_dim_; }
-  DType dtype() const { return dtype_; }
+  // What its rows mean. With kv_dtype = "int8" that is fitted to the tokens of add_pages().
+  const RowFormat& format() const { return format_; }
+  std::size_t row_bytes() const { return row_bytes_; }
   std::int32_t size() const { return tokens_; }
 
   const Page& page(int local) const { return pages_[local]; }
@@ -62,21 +64,22 @@ class PageTable {
   int place_of(std::int32_t slot) const { return slot & (page_size_ - 1); }
   // positions of all slots, [page_count() * S]; -1 for slots not in use.
   const std::vector<std::int32_t>& positions() const { return positions_; }
-  // Raw rows in the cache's dtype.
+  // Rows as they are stored: row_bytes() each.
   const std::byte* keys(int local) const { return pages_[local].memory; }
   const std::byte* values(int local) const { return keys(local) + page_size_ * row_bytes_; }
   const std::byte* key(int local, int slot) const { return keys(local) + slot * row_bytes_; }
   const std::byte* value(int local, int slot) const { return values(local) + slot * row_bytes_; }
-  // The row as fp32, [D].
+  // The key or value as fp32, [D].
   void key(int local, int slot, float* out) const;
   void value(int local, int slot, float* out) const;
   PagePick pick(int local, std::uint32_t slots) const;
 
   // For an empty table: new pages numbered page_count().. in order: page p takes the rows
-  // order[bounds[p]..bounds[p+1]) of the block. All or nothing.
+  // order[bounds[p]..bounds[p+1]) of the block, whose format is the table's from now on. All or
+  // nothing.
   void add_pages(const TokenBlock& tokens, std::span<const std::int32_t> order,
                  std::span<const std::int32_t> bounds);
-  // A new page with one token, in slot 0; returns its number.
+  // A new page with one token, given by rows of format(), in slot 0; returns its number.
   int open(const std::byte* key, const std::byte* value, std::int32_t position);
   // Adds one token to a page with room, in its first free slot; returns the slot.
   int append(int local, const std::byte* key, const std::byte* value, std::int32_t position);
@@ -86,7 +89,7 @@ class PageTable {
   // Removes the tokens of a mask. A page left empty is dropped.
   void remove(int local, std::uint32_t slots) noexcept;
 
-  // K and V of all tokens in order of position, rows [N, D].
+  // K and V of all tokens in order of position, rows as they are stored.
   void gather(std::byte* keys, std::byte* values) const;
   std::size_t memory_bytes() const;
   // Sets the entries of its pages.
@@ -109,8 +112,8 @@ class PageTable {
   PageOwner owner_;
   int page_size_;
   int head_dim_;
-  DType dtype_;
   std::size_t row_bytes_;
+  RowFormat format_;
   std::int32_t tokens_ = 0;
   HeldPages<Page> pages_;
   std::vector<std::uint32_t> masks_;

@@ -5,15 +5,17 @@
 #include <cstdint>
 
 #include "icecache/types.h"
+#include "simd/row_format.h"
 
 namespace icecache {
 
-// n tokens at consecutive positions, contiguous rows [n, D] in the cache's dtype; not owning.
+// n tokens at consecutive positions, contiguous rows [n, D]; not owning.
 struct TokenBlock {
   const std::byte* keys = nullptr;
   const std::byte* values = nullptr;
   std::int32_t count = 0;
   std::int32_t first_position = 0;
+  const RowFormat* format = nullptr;  // of the rows; null: the model's type
 };
 
 // Tokens of one page that were picked. Bit s of `slots` stands for slot s.

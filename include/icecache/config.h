@@ -21,6 +21,9 @@ namespace icecache {
   X(int, sink_tokens, 4, "tokens", "first tokens of a sequence, always attended")                 \
   X(int, window_tokens, 0, "tokens",                                                              \
     "most recent tokens, always attended; 0: 16 at budgets up to 64, else 32")                    \
+  X(text, kv_dtype, "auto", "",                                                                   \
+    "keys and values in the pages of an index: auto (as the model makes them) or int8 (eight "    \
+    "bits each and a scale for each token, half of what 16 bits take)")                           \
   X(text, index, "tree", "", "tree, dci (the paper's), positional, faiss")                        \
   X(text, select, "token", "", "what the budget is spent on: token or page")                      \
   X(text, tail, "on", "", "on: tokens that are not selected take part through summaries; off")    \
@@ -88,6 +91,10 @@ struct Config {
   Config resolved(const CacheShape& shape) const;
 
   bool is_dense_layer(int layer) const;
+  // Type of rows in the pages of an index, by kv_dtype, where the model's keys and values are `model`.
+  DType stored_dtype(DType model) const {
+    return kv_dtype == "int8" ? DType::kInt8 : model;
+  }
 };
 
 }  // namespace icecache

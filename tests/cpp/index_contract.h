@@ -19,6 +19,7 @@
 #include "index/query_moments.h"
 #include "index/selection.h"
 #include "index/selector.h"
+#include "pages/stored_tokens.h"
 #include "pool_fixture.h"
 
 namespace icecache::testing {
@@ -31,6 +32,9 @@ struct Variant {
   const char* select;
   const char* tail;
   DType dtype;
+  const char* kv_dtype = "auto";
+
+  bool has_codes() const { return std::string(kv_dtype) == "int8"; }
 };
 
 inline std::vector<Variant> variants() {
@@ -42,6 +46,7 @@ inline std::vector<Variant> variants() {
           result.push_back({index, "sketch", select, tail, dtype});
         }
       }
+      result.push_back({index, "sketch", select, "on", DType::kBFloat16, "int8"});
     }
   }
   for (const char* search : {"flat", "ivf", "hnsw"}) {
@@ -53,7 +58,7 @@ inline std::vector<Variant> variants() {
 inline std::string variant_name(const ::testing::TestParamInfo<Variant>& info) {
   const Variant& v = info.param;
   return std::string(v.index) + "_" + v.faiss_search + "_" + v.select + "_tail_" + v.tail + "_" +
-         std::string(name_of(v.dtype));
+         std::string(name_of(v.dtype)) + (v.has_codes() ? "_int8" : "");
 }
 
 // The tokens of a head as HeadCache holds them: two segments and the tokens that follow, or an
@@ -69,10 +74,12 @@ class Held {
 
   void build(const TokenBlock& tokens, const QueryMoments& moments) {
     if (grows(*context_.config)) {
+      StoredTokens stored(context_, tokens.count, tokens.first_position);
+      stored.add(tokens);
       growing_ = make_growing_index(context_);
-      return growing_->build(tokens, moments);
+      return growing_->build(stored.block(), moments);
     }
-    const std::size_t row = context_.head_dim * size_of(context_.dtype);
+    const std::size_t row = context_.row_bytes();
     const std::int32_t first = std::max(1, tokens.count * 3 / 5);
     moments_ = moments;
     for (const auto& [begin, end] : {std::pair{0, first}, std::pair{first, tokens.count}}) {
@@ -121,8 +128,11 @@ class Held {
 
  private:
   void add_segment(const TokenBlock& tokens) {
+    StoredTokens stored(context_, tokens.count, tokens.first_position);
+    if (!segments_.empty()) stored.set_format(segments_.front().index().table().format());
+    stored.add(tokens);
     std::unique_ptr<SemanticIndex> index = make_index(context_);
-    index->build(tokens, moments_);
+    index->build(stored.block(), moments_);
     segments_.emplace_back(std::move(index));
   }
 
@@ -149,6 +159,7 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     config.faiss_search = variant.faiss_search;
     config.select = variant.select;
     config.tail = variant.tail;
+    config.kv_dtype = variant.kv_dtype;
     config.page_size = kPageSize;
     config.far_node_tokens = 32;
     CacheShape shape;
@@ -198,8 +209,45 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     EXPECT_EQ(positions, expected);
     std::vector<std::byte> keys(count * kDim * size_of(all.dtype)), values(keys.size());
     index.gather(keys.data(), values.data());
+    if (GetParam().has_codes()) {
+      expect_near(keys, all.raw_keys, all.dtype);
+      return expect_near(values, all.raw_values, all.dtype);
+    }
     EXPECT_TRUE(std::equal(keys.begin(), keys.end(), all.raw_keys.begin()));
     EXPECT_TRUE(std::equal(values.begin(), values.end(), all.raw_values.begin()));
+  }
+
+  // To what eight bits leave of rows: a hundredth of their largest element or so.
+  static void expect_near(const std::vector<std::byte>& rows, const std::vector<std::byte>& raw,
+                          DType dtype) {
+    std::vector<float> got(rows.size() / size_of(dtype)), expected(got.size());
+    simd::kernels().to_float(rows.data(), dtype, got.data(), got.size());
+    simd::kernels().to_float(raw.data(), dtype, expected.data(), expected.size());
+    for (std::size_t first = 0; first < got.size(); first += kDim) {
+      const float* row = expected.data() + first;
+      float largest = 0.0f;
+      for (int i = 0; i < kDim; ++i) largest = std::max(largest, std::abs(row[i]));
+      for (int i = 0; i < kDim; ++i) {
+        EXPECT_NEAR(got[first + i], row[i], 0.03f * largest) << "token " << first / kDim;
+      }
+    }
+  }
+
+  // The tokens with keys and values as the index holds them.
+  static Tokens as_held(const Held& index, Tokens all) {
+    for (const Segment& segment : index.segments()) {
+      const PageTable& table = segment.index().table();
+      const std::span<const std::uint32_t> masks = segment.masks();
+      for (int page = 0; page < static_cast<int>(masks.size()); ++page) {
+        for (std::uint32_t slots = masks[page]; slots != 0; slots &= slots - 1) {
+          const int slot = std::countr_zero(slots);
+          const std::ptrdiff_t at = (table.position(page, slot) - kFirst) * std::ptrdiff_t{kDim};
+          table.key(page, slot, all.keys.data() + at);
+          table.value(page, slot, all.values.data() + at);
+        }
+      }
+    }
+    return all;
   }
 
   struct Answer {
@@ -237,6 +285,12 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
     request.group = kGroup;
     request.near_lse = near.data();
     request.budget = request.max_budget = budget;
+    std::vector<float> turned(queries.size()), bias(kGroup);
+    if (GetParam().has_codes()) {
+      format(index.segments().front()).turn(queries.data(), kGroup, turned.data(), bias.data());
+      request.turned = turned.data();
+      request.bias = bias.data();
+    }
     Answer answer;
     Selection& selection = answer.selection;
     segments_ = index.segments();
@@ -295,17 +349,21 @@ class IndexContract : public ::testing::TestWithParam<Variant> {
   // Keys and values [T, D] of the picked tokens.
   void picked_rows(const Selection& selection, std::vector<float>& keys,
                    std::vector<float>& values) {
-    const std::size_t row = kDim * size_of(GetParam().dtype);
+    const std::size_t row = pool_->context.stored_row_bytes();
     keys.resize(static_cast<std::size_t>(selection.tokens) * kDim);
     values.resize(keys.size());
     std::size_t at = 0;
     for (const PagePick& pick : selection.picks) {
       for (std::uint32_t slots = pick.slots; slots != 0; slots &= slots - 1, at += kDim) {
         const std::byte* key = pool_->pool->data(pick.page) + std::countr_zero(slots) * row;
-        simd::kernels().to_float(key, GetParam().dtype, keys.data() + at, kDim);
-        simd::kernels().to_float(key + kPageSize * row, GetParam().dtype, values.data() + at, kDim);
+        format(segments_.front()).decode_key(key, keys.data() + at);
+        format(segments_.front()).decode_value(key + kPageSize * row, values.data() + at);
       }
     }
+  }
+
+  static const RowFormat& format(const Segment& segment) {
+    return segment.index().table().format();
   }
 
   static void expect_logit(const float* query, const float* key, float logit) {

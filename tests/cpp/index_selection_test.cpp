@@ -39,8 +39,9 @@ TEST_P(IndexContract, PicksLiveTokensWithinTheBudget) {
 }
 
 TEST_P(IndexContract, TheWholeIndexIsFullAttention) {
-  const Tokens all = tokens(150);
-  const std::unique_ptr<Held> index = made(all, 100);
+  const Tokens given = tokens(150);
+  const std::unique_ptr<Held> index = made(given, 100);
+  const Tokens all = as_held(*index, given);
   const std::vector<float> q = queries();
   const Answer answer = ask(*index, q, 150);
   ASSERT_EQ(answer.selection.tokens, 150);
@@ -62,9 +63,10 @@ TEST_P(IndexContract, TheWholeIndexIsFullAttention) {
 // Tokens that are not picked count by the mean of their values in each node, with what the node
 // weighs; that is near what they weigh.
 TEST_P(IndexContract, TheRestIsSeenThroughItsNodes) {
-  const Tokens all = tokens(420);
-  const std::unique_ptr<Held> index = made(all, 300);
+  const Tokens given = tokens(420);
+  const std::unique_ptr<Held> index = made(given, 300);
   index->truncate(kFirst + 400);
+  const Tokens all = as_held(*index, given);
   const double rounding = GetParam().dtype == DType::kFloat32    ? 0.0
                           : GetParam().dtype == DType::kBFloat16 ? 0x1p-8
                                                                  : 0x1p-11;

@@ -60,7 +60,7 @@ class SegmentBuildTest : public ::testing::Test {
 
 TEST_F(SegmentBuildTest, SealsTheTokensOfItsStart) {
   PageRun tail = run(150);
-  SegmentBuild build(pool_.context, {}, tail, 104, moments_, 300);
+  SegmentBuild build(pool_.context, {{}, tail, 104, {}}, moments_, 300);
   append(tail, 150, 50);  // before the work is done
   tail.pop_front(20);
   build.run();
@@ -73,7 +73,7 @@ TEST_F(SegmentBuildTest, SealsTheTokensOfItsStart) {
 TEST_F(SegmentBuildTest, MergesSegmentsAsTheyWereCut) {
   std::vector<Segment> sources{built(0, 120), built(120, 200).cut(kFirst + 170)};
   expect_holds(sources[1], 120, 170);
-  SegmentBuild build(pool_.context, sources, std::nullopt, 0, moments_, 300);
+  SegmentBuild build(pool_.context, {sources, std::nullopt, 0, {}}, moments_, 300);
   EXPECT_EQ(build.source_count(), 2u);
   sources.clear();
   build.run();
@@ -84,13 +84,13 @@ TEST_F(SegmentBuildTest, MergesSegmentsAsTheyWereCut) {
 TEST_F(SegmentBuildTest, MergesSegmentsAndTokensThatFollow) {
   PageRun tail = run(200);
   tail.pop_front(120);
-  const SegmentBuild build(pool_.context, {built(0, 120)}, tail, 50, moments_, 300);
+  const SegmentBuild build(pool_.context, {{built(0, 120)}, tail, 50, {}}, moments_, 300);
   expect_holds(Segment(build.build()), 0, 170);
 }
 
 TEST_F(SegmentBuildTest, WithoutPagesThereIsNoSegment) {
   const PageRun tail = run(150);
-  SegmentBuild build(pool_.context, {}, tail, 104, moments_, 300);
+  SegmentBuild build(pool_.context, {{}, tail, 104, {}}, moments_, 300);
   std::vector<PageId> taken;
   pool_.pool->allocate(pool_.pool->free_pages() - 3, {}, taken);
   EXPECT_THROW(build.build(), OutOfPages);
@@ -104,8 +104,8 @@ TEST_F(SegmentBuildTest, GivenUpItLeavesNothingBehind) {
   const PageRun tail = run(150);
   const std::size_t used = pool_.pool->used_pages();
   {
-    SegmentBuild unstarted(pool_.context, {}, tail, 104, moments_, 300);
-    SegmentBuild done(pool_.context, {}, tail, 104, moments_, 300);
+    SegmentBuild unstarted(pool_.context, {{}, tail, 104, {}}, moments_, 300);
+    SegmentBuild done(pool_.context, {{}, tail, 104, {}}, moments_, 300);
     done.run();
   }
   EXPECT_EQ(pool_.pool->used_pages(), used);

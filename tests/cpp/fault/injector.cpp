@@ -221,11 +221,11 @@ void SegmentBuild::run() {
   real(this);
 }
 
-void HeadCache::update_index(HeadStats& stats) {
-  static const auto real = fault::original<void (*)(HeadCache*, HeadStats&)>(
-      "_ZN8icecache9HeadCache12update_indexERNS_9HeadStatsE");
+void HeadCache::update_index(bool packs, HeadStats& stats) {
+  static const auto real = fault::original<void (*)(HeadCache*, bool, HeadStats&)>(
+      "_ZN8icecache9HeadCache12update_indexEbRNS_9HeadStatsE");
   const Place place("update");
-  real(this, stats);
+  real(this, packs, stats);
 }
 
 }  // namespace icecache

@@ -1,0 +1,41 @@
+#include "pages/stored_tokens.h"
+
+namespace icecache {
+
+StoredTokens::StoredTokens(const HeadContext& context, std::int32_t count,
+                           std::int32_t first_position)
+    : context_(context),
+      row_bytes_(context.stored_row_bytes()),
+      first_position_(first_position),
+      keys_(static_cast<std::size_t>(count) * row_bytes_),
+      values_(keys_.size()) {}
+
+void StoredTokens::add(const PageRun& run, std::int32_t n) {
+  if (context_.stored() == context_.dtype) {
+    return add_rows({context_.dtype, context_.head_dim}, n,
+                    [&](std::byte* keys, std::byte* values) { run.gather(n, keys, values); });
+  }
+  std::vector<std::byte> keys(static_cast<std::size_t>(n) * context_.row_bytes());
+  std::vector<std::byte> values(keys.size());
+  run.gather(n, keys.data(), values.data());
+  add({keys.data(), values.data(), n, run.first_position()});
+}
+
+void StoredTokens::add(const TokenBlock& tokens) {
+  if (tokens.count == 0) return;
+  const std::size_t row = context_.row_bytes();
+  RowFormat format(context_.dtype, context_.head_dim);
+  if (format_) {
+    format = *format_;
+  } else if (context_.stored() == DType::kInt8) {
+    format = RowFormat::eight_bits(context_.dtype, context_.head_dim, tokens.keys, tokens.count);
+  }
+  add_rows(format, tokens.count, [&](std::byte* keys, std::byte* values) {
+    for (std::int32_t t = 0; t < tokens.count; ++t) {
+      format.encode_key(tokens.keys + t * row, keys + t * row_bytes_);
+      format.encode_value(tokens.values + t * row, values + t * row_bytes_);
+    }
+  });
+}
+
+}  // namespace icecache

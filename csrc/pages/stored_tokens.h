@@ -1,0 +1,53 @@
+// StoredTokens: tokens of a head on their way into the pages of an index, as rows that these hold.
+//
+// With kv_dtype = "int8" the format is that of the tokens that are in pages already, or else fitted
+// to the first that are added.
+//
+// Threads: none of its own.
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "pages/head_context.h"
+#include "pages/page_run.h"
+#include "pages/tokens.h"
+
+namespace icecache {
+
+class StoredTokens {
+ public:
+  // `count` tokens are to be added, in order of position.
+  StoredTokens(const HeadContext& context, std::int32_t count, std::int32_t first_position);
+
+  // That of tokens that are in pages already. Before any are added.
+  void set_format(const RowFormat& format) { format_ = format; }
+  // n tokens whose rows are in `format`, that of all others; fill(keys, values) writes them.
+  template <typename Fill>
+  void add_rows(const RowFormat& format, std::int32_t n, const Fill& fill) {
+    assert(!format_ || format_->is(format));
+    format_ = format;
+    fill(keys_.data() + count_ * row_bytes_, values_.data() + count_ * row_bytes_);
+    count_ += n;
+  }
+  // The first n tokens of a run.
+  void add(const PageRun& run, std::int32_t n);
+  // Tokens in the model's type.
+  void add(const TokenBlock& tokens);
+  // What was added; REQUIRES: something was. Valid as long as this is.
+  TokenBlock block() const {
+    return {keys_.data(), values_.data(), count_, first_position_, &*format_};
+  }
+
+ private:
+  HeadContext context_;
+  std::size_t row_bytes_;
+  std::int32_t first_position_, count_ = 0;
+  std::optional<RowFormat> format_;
+  std::vector<std::byte> keys_, values_;
+};
+
+}  // namespace icecache
