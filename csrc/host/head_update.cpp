@@ -65,6 +65,7 @@ std::int32_t HeadCache::due_tokens(std::int32_t length) const {
 std::size_t HeadCache::pages_for_update(bool packs) const {
   const std::int32_t due = due_tokens(length());
   if (packs && !build_is_due(packs)) return 0;
+  if (packs && !dense_) return static_cast<std::size_t>(due / context_.config->page_size + 1);
   if (build_is_due(packs)) return most_build_pages(*context_.config, indexed_tokens() + due);
   return growing_ ? growing_->most_insert_pages(due) : 0;
 }

@@ -187,7 +187,7 @@ void PageTable::gather(std::byte* keys, std::byte* values) const {
 
 std::size_t PageTable::memory_bytes() const {
   return pages_.capacity() * sizeof(Page) + masks_.capacity() * sizeof(std::uint32_t) +
-         positions_.capacity() * sizeof(std::int32_t);
+         positions_.capacity() * sizeof(std::int32_t) + format_.memory_bytes();
 }
 
 void PageTable::check_integrity() const {

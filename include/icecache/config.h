@@ -46,7 +46,8 @@ namespace icecache {
   X(real, mass_target, 0.0, "",                                                                   \
     "0: off; else tokens are added past token_budget until this share of the attention mass")     \
   X(int, max_token_budget, 0, "tokens", "bound of mass_target; 0: 4 x token_budget")              \
-  X(flag, exact, false, "", "attend to every token: full attention through the same engine")      \
+  X(flag, exact, false, "",                                                                       \
+    "attend to every token: full attention, over keys and values as kv_dtype keeps them")         \
   X(int, decode_tokens, 32, "tokens",                                                             \
     "calls with up to this many new tokens on an indexed sequence are decode steps; larger ones " \
     "are prefill chunks and attend exactly")                                                      \

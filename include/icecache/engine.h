@@ -112,7 +112,8 @@ class Engine {
 
   // append() and then attend() for the same tokens, in one call: both or neither. A prompt in
   // chunks of kPrefill and one of kPromptEnd has the index that it would have in one chunk, however
-  // it is cut.
+  // it is cut; not with kv_dtype = "int8", where a chunk reads those before it in eight bits, which
+  // are fitted to the first of them.
   void step(std::span<const SeqId> sequences, int layer, std::span<const TensorView> keys,
             std::span<const TensorView> values, std::span<const TensorView> queries,
             std::span<const TensorView> outputs, std::span<const Phase> phases = {},

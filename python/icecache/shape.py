@@ -30,8 +30,14 @@ class CacheShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's keys and values in all layers and KV heads."""
+        """Bytes of a token, keys and values in all layers and KV heads, in the model's type."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def stored_bytes(self, kv_dtype: str) -> int:
+        """The same in the pages of an index, by `Config.kv_dtype`: "auto" or "int8"."""
+        if kv_dtype != "int8":
+            return self.token_bytes
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim + torch.float32.itemsize)
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else f", scale {self.scale:g}"

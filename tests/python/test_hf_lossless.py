@@ -259,6 +259,11 @@ def test_what_is_refused(llama: Model, settings: dict[str, Any], match: str) -> 
     assert torch.equal(write(llama), expected)
 
 
+def test_eight_bits_are_not_lossless(llama: Model) -> None:
+    with pytest.raises(InvalidArgument, match="lossless: expected kv_dtype=auto, got int8"):
+        icecache.enable(llama, lossless=True, kv_dtype="int8")
+
+
 def test_refused_ahead_of_the_first_token() -> None:
     with pytest.raises(InvalidArgument, match="overwrites its state"):
         enable(hf_models.build("qwen3_next"))

@@ -52,6 +52,18 @@ def test_counters(model: Model) -> None:
     assert stats.memory.sequences == 0
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_eight_bits_are_near_the_models_type(exact: bool) -> None:
+    ids = hf_models.prompt(1, LENGTH)
+    made = []
+    for kv_dtype in ("auto", "int8"):
+        model = icecache.enable(hf_models.build("llama"), BUDGET, exact=exact, kv_dtype=kv_dtype)
+        made.append(torch.stack(generate(model, ids).logits))
+        icecache.disable(model)
+    difference = (made[0] - made[1]).abs().max()
+    assert 0 < difference < 0.15 * made[0].std()
+
+
 def test_rows_do_not_depend_on_their_company(model: Model) -> None:
     ids = hf_models.prompt(3, LENGTH)
     mask = torch.ones_like(ids)

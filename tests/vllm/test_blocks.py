@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from icecache import Config, Phase
+from icecache.shape import CacheShape
 from icecache.vllm.backend import IceCacheMetadataBuilder
 from icecache.vllm.host_memory import TREE, Room, room_of, slots_needed
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
@@ -128,6 +129,19 @@ def test_an_index_that_opens_more_pages_takes_more_room() -> None:
     seats = manager(pool, slots_needed(1000, room=paper) + slots_needed(100), room=paper)
     seats.allocate_new_blocks("a", 1000)
     assert needed(seats, "b", 100) > pool.get_num_free_blocks()
+
+
+def test_eight_bits_take_half_the_room_of_long_requests() -> None:
+    shape = CacheShape(32, 32, 8, 128, torch.bfloat16)
+    assert shape.stored_bytes("auto") == shape.token_bytes == 128 * 1024
+    assert shape.stored_bytes("int8") == 66 * 1024
+    given = {"dense_tokens": 1536, "segment_tokens": 512, "window_tokens": 32}
+    assert room_of(Config(**given), [shape]) == room_of(Config(**given))
+    room = room_of(Config(kv_dtype="int8", **given), [shape])
+    # Up to dense_tokens a request is as the model makes it.
+    short, long = (slots_needed(tokens, room=room) * 66 for tokens in (1536, 32768))
+    assert slots_needed(1536) * 128 > short > 0.85 * slots_needed(1536) * 128
+    assert long < 0.55 * slots_needed(32768) * 128
 
 
 def worker() -> Worker:

@@ -69,6 +69,15 @@ def test_exact_mode_gives_the_tokens_of_stock(
     assert result["blocks_lost"] == 0 and result["requests"] == 0
 
 
+def test_eight_bits_are_near_stock(run: Run, llama: Path, stock: list[list[int]]) -> None:
+    given = {**EXACT, "kv_dtype": "int8", "segment_tokens": 64, "integrity": "always"}
+    result = serve(run, llama, given, max_num_batched_tokens=256)
+    begins = [tokens[:4] for tokens in result["tokens"]]
+    agreed = sum(one == two[:4] for one, two in zip(begins, stock, strict=True))
+    assert agreed >= len(SIZES) - 2  # a near tie may go the other way
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+
+
 def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
     run: Run, llama: Path, stock: list[list[int]]
 ) -> None:

@@ -44,7 +44,7 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
         ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
         ({"scheduler_cls": None}, "the scheduler of vLLM alone: .*add --scheduler-cls icecache"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: start without it"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: .*as the model makes them"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: .*set kv_dtype=int8"),
     ],
 )
 def test_a_configuration_that_cannot_be_served(

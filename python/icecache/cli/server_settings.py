@@ -64,7 +64,7 @@ def check_settings(
     import torch
 
     from icecache import Config, Engine
-    from icecache.vllm.host_memory import slots_needed
+    from icecache.vllm.host_memory import room_of, slots_needed
 
     dtype = _DTYPES.get(flags.value("--dtype") or ("float32" if model == SMOLLM2 else ""))
     # Made and thrown away: it checks all parameters, and takes no memory for tokens yet.
@@ -82,7 +82,9 @@ def check_settings(
         longest = 0  # vLLM has more ways of writing it
     if not (on_cpu and dtype and longest and shape.all_full) or flags.is_parallel():
         return
-    needed = slots_needed(longest) * cache_shape.token_bytes
+    room = room_of(engine.config, [cache_shape])
+    stored = cache_shape.stored_bytes(engine.config.kv_dtype)
+    needed = slots_needed(longest, room=room) * stored
     if host_memory < needed:
         raise InvalidArgument(
             f"host_memory: expected at least {needed / 2**30:.3f} GiB, room for one request of "

@@ -83,7 +83,8 @@ def enable(
     attention, greedy or sampled: steps within the token budget draft up to `draft_tokens` tokens,
     as many as pay, and one exact call verifies them. With `refresh_every` n, `generate` computes
     every n tokens once more, exactly, so that what the budget costs does not add up; the text stays
-    as it is. Neither is there on a CUDA device, or for models with recurrent layers.
+    as it is. Neither is there on a CUDA device, or for models with recurrent layers; `lossless` not
+    with kv_dtype="int8", whose text is not full attention's.
 
     With `reuse_prefixes`, `generate` goes on from what earlier calls of this model had in common
     with the prompt, token by token: one row of text, not with beams. What is kept goes where the
@@ -97,6 +98,11 @@ def enable(
     if lossless and refresh_every:
         raise InvalidArgument(
             f"refresh_every: nothing to refresh with lossless=True, got {refresh_every}"
+        )
+    if lossless and (kv_dtype := config_fields.get("kv_dtype", "auto")) != "auto":
+        raise InvalidArgument(
+            f"lossless: expected kv_dtype=auto, got {kv_dtype}: the text is to be that of keys and "
+            "values as the model makes them. Leave out one of the two"
         )
     decoding: Decoding | None = None
     if lossless:

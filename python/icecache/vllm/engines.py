@@ -43,7 +43,7 @@ class HostEngine(Engine):
     @property
     def tokens(self) -> int:
         """Tokens that there is memory for, of all sequences."""
-        return int(self.config.host_memory) // self.shape.token_bytes
+        return int(self.config.host_memory) // self.shape.stored_bytes(self.config.kv_dtype)
 
     def all_stats(self) -> list[HeadStats]:
         """Of each layer and KV head."""
@@ -78,8 +78,13 @@ class Engines:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's keys and values in all layers and KV heads."""
-        return sum(engine.shape.token_bytes for engine in self._engines)
+        """Bytes of a token's keys and values in all layers and KV heads, as an index holds them."""
+        return sum(shape.stored_bytes(self.config.kv_dtype) for shape in self.shapes)
+
+    @property
+    def shapes(self) -> list[CacheShape]:
+        """Of each engine."""
+        return [engine.shape for engine in self._engines]
 
     def new_sequence(self) -> Ids:
         """As Engine.new_sequence()."""
@@ -214,7 +219,7 @@ def split_config(
         return [config]
     config.check()
     memory = config.host_memory or usable_memory() // 2
-    total = sum(shape.token_bytes for shape in shapes)
+    sizes = [shape.stored_bytes(config.kv_dtype) for shape in shapes]
     dense: list[list[int]] = [[] for _ in shapes]
     for number in (int(word) for word in config.dense_layers.split(",") if word.strip()):
         if not number < len(places):
@@ -227,9 +232,9 @@ def split_config(
         Config(
             **{
                 **given,
-                "host_memory": memory * shape.token_bytes // total,
+                "host_memory": memory * size // sum(sizes),
                 "dense_layers": ",".join(str(number) for number in numbers),
             }
         )
-        for shape, numbers in zip(shapes, dense, strict=True)
+        for size, numbers in zip(sizes, dense, strict=True)
     ]

@@ -71,7 +71,8 @@ def check_config(vllm_config: Any) -> None:
     if cache.cache_dtype not in _CACHE_DTYPES:
         _refuse(
             f"--kv-cache-dtype {cache.cache_dtype}",
-            "keys and values are kept as the model makes them; leave it at auto",
+            "leave it at auto, and for eight bits set kv_dtype=int8 among IceCache's settings "
+            "(--additional-config, or icecache serve --set kv_dtype=int8)",
         )
     _check_drafts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
@@ -191,7 +192,10 @@ def check_attention(*, alibi_slopes: Any, kv_cache_dtype: str, others: Mapping[s
     if alibi_slopes is not None:
         _refuse("ALiBi", _STOCK)
     if kv_cache_dtype not in _CACHE_DTYPES:
-        _refuse(f"a KV cache in {kv_cache_dtype}", "leave --kv-cache-dtype at auto")
+        _refuse(
+            f"a KV cache in {kv_cache_dtype}",
+            "leave --kv-cache-dtype at auto, and for eight bits set kv_dtype=int8",
+        )
     for name, value in others.items():
         if not (value is None or value is False or value == -1):
             _refuse(f"{name}={value}", _STOCK)

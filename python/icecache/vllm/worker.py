@@ -64,7 +64,7 @@ class Worker:
         if self.store is None:
             engines = self._make_engines()
             longest = self.vllm_config.model_config.max_model_len
-            room = room_of(engines.config)
+            room = room_of(engines.config, engines.shapes)
             check_memory(engines.host_memory, engines.token_bytes, longest, engines.room_step, room)
             if self.vllm_config.speculative_config is not None:
                 drafts = self.vllm_config.speculative_config.num_speculative_tokens
@@ -130,7 +130,7 @@ class Worker:
             host_slots=engines.tokens,
             slot_bytes=engines.token_bytes,
             room_step=engines.room_step,
-            room=room_of(engines.config),
+            room=room_of(engines.config, engines.shapes),
         )
 
     def begin(self, step: StepMetadata) -> None:

@@ -38,6 +38,11 @@ TEST_F(DeviceCacheTest, RefusesWithWhatIsSupported) {
   EXPECT_EQ(refusal(0), "batch must be from 1 to 65535, got 0");
   EXPECT_NE(refusal(1, 8).find("max_tokens must be above"), std::string::npos);
   EXPECT_NE(refusal(1, 1000, 99).find("device must be from 0 to"), std::string::npos);
+  config.kv_dtype = "int8";
+  EXPECT_EQ(refusal(),
+            "device=cuda: kv_dtype must be auto (a device's pages hold what the model makes), got "
+            "int8");
+  config = {};
   config.index = "dci";
   EXPECT_EQ(refusal(), "device=cuda: index must be tree, got dci");
   config = {};
