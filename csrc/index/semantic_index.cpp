@@ -1,24 +1,12 @@
 #include "index/semantic_index.h"
 
 #include <algorithm>
+#include <cassert>
 
 #include "icecache/error.h"
 #include "simd/kernels.h"
 
 namespace icecache {
-namespace {
-
-// Keys and, unless null, values of a block as floats [N, D].
-void decode_tokens(const TokenBlock& tokens, float* keys, float* values, int d) {
-  const std::size_t row = tokens.format->row_bytes();
-  for (std::int32_t t = 0; t < tokens.count; ++t) {
-    const std::ptrdiff_t to = static_cast<std::ptrdiff_t>(t) * d;
-    tokens.format->decode_key(tokens.keys + t * row, keys + to);
-    if (values != nullptr) tokens.format->decode_value(tokens.values + t * row, values + to);
-  }
-}
-
-}  // namespace
 
 SemanticIndex::SemanticIndex(const HeadContext& context, bool has_far_field)
     : context_(context),
@@ -35,29 +23,29 @@ int SemanticIndex::node_pages() const {
 
 void SemanticIndex::build(const TokenBlock& tokens, const QueryMoments& queries) {
   const int d = context_.head_dim;
-  // As the pages will hold them: what stands for a token is made of what is attended.
-  std::vector<float> keys(static_cast<std::size_t>(tokens.count) * d), decoded;
-  const void* values = tokens.values;
-  DType value_type = context_.dtype;
-  if (tokens.format == nullptr || !tokens.format->has_codes()) {
-    simd::kernels().to_float(tokens.keys, context_.dtype, keys.data(), keys.size());
-  } else {
-    decoded.resize(has_sketches() ? keys.size() : 0);
-    decode_tokens(tokens, keys.data(), decoded.empty() ? nullptr : decoded.data(), d);
-    values = decoded.data();
-    value_type = DType::kFloat32;
+  assert(tokens.format == nullptr || !tokens.format->has_codes() || only_holds() ||
+         tokens.key_numbers != nullptr);
+  std::vector<float> converted;
+  const float* keys = tokens.key_numbers;
+  const void* values = keys == nullptr ? static_cast<const void*>(tokens.values)
+                                       : static_cast<const void*>(tokens.value_numbers);
+  const DType value_type = keys == nullptr ? context_.dtype : DType::kFloat32;
+  if (keys == nullptr && !only_holds()) {
+    converted.resize(static_cast<std::size_t>(tokens.count) * d);
+    simd::kernels().to_float(tokens.keys, context_.dtype, converted.data(), converted.size());
+    keys = converted.data();
   }
   std::vector<float> coordinates;
   if (has_sketches()) {
-    space_ = TokenSpace::fit(keys.data(), values, value_type, tokens.count, d, queries,
+    space_ = TokenSpace::fit(keys, values, value_type, tokens.count, d, queries,
                              static_cast<int>(config().sketch_rank),
                              TokenSpace::value_rank_of(config(), d));
     coordinates.resize(static_cast<std::size_t>(tokens.count) * space_.width());
-    space_.coordinates(keys.data(), values, value_type, tokens.count, coordinates.data());
+    space_.coordinates(keys, values, value_type, tokens.count, coordinates.data());
     sketch_.fit(coordinates.data(), tokens.count, space_.width());
   }
   const Arrangement arrangement =
-      arrange({keys.data(), has_sketches() ? coordinates.data() : nullptr, tokens.count});
+      arrange({keys, has_sketches() ? coordinates.data() : nullptr, tokens.count});
   table_.add_pages(tokens, arrangement.order, arrangement.bounds);
   first_position_ = tokens.first_position;
   end_position_ = tokens.first_position + tokens.count;

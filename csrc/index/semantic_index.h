@@ -86,7 +86,7 @@ class SemanticIndex {
   };
   // Rows of the block as floats.
   struct Rows {
-    const float* keys;         // [N, D]
+    const float* keys;         // [N, D]; null where it only holds them
     const float* coordinates;  // [N, width] in space(); null without sketches
     std::int32_t count;        // N
   };

@@ -1,5 +1,7 @@
 #include "pages/stored_tokens.h"
 
+#include "simd/kernels.h"
+
 namespace icecache {
 
 StoredTokens::StoredTokens(const HeadContext& context, std::int32_t count,
@@ -8,7 +10,20 @@ StoredTokens::StoredTokens(const HeadContext& context, std::int32_t count,
       row_bytes_(context.stored_row_bytes()),
       first_position_(first_position),
       keys_(static_cast<std::size_t>(count) * row_bytes_),
-      values_(keys_.size()) {}
+      values_(keys_.size()) {
+  if (context.stored() == context.dtype || context.attends_all) return;
+  key_numbers_.resize(static_cast<std::size_t>(count) * context.head_dim);
+  value_numbers_.resize(key_numbers_.size());
+}
+
+void StoredTokens::decode(std::int32_t n) {
+  if (key_numbers_.empty()) return;
+  const std::size_t d = static_cast<std::size_t>(context_.head_dim);
+  for (std::int32_t t = count_; t < count_ + n; ++t) {
+    format_->decode_key(keys_.data() + t * row_bytes_, key_numbers_.data() + t * d);
+    format_->decode_value(values_.data() + t * row_bytes_, value_numbers_.data() + t * d);
+  }
+}
 
 void StoredTokens::add(const PageRun& run, std::int32_t n) {
   if (context_.stored() == context_.dtype) {
@@ -36,6 +51,11 @@ void StoredTokens::add(const TokenBlock& tokens) {
       format.encode_value(tokens.values + t * row, values + t * row_bytes_);
     }
   });
+  if (key_numbers_.empty()) return;
+  const std::size_t d = static_cast<std::size_t>(context_.head_dim), n = tokens.count * d;
+  const std::size_t first = static_cast<std::size_t>(count_ - tokens.count) * d;
+  simd::kernels().to_float(tokens.keys, context_.dtype, key_numbers_.data() + first, n);
+  simd::kernels().to_float(tokens.values, context_.dtype, value_numbers_.data() + first, n);
 }
 
 }  // namespace icecache

@@ -1,4 +1,5 @@
-// StoredTokens: tokens of a head on their way into the pages of an index, as rows that these hold.
+// StoredTokens: tokens of a head on their way into the pages of an index, as rows that these hold; of
+// rows with codes also as numbers, unless the index only holds them.
 //
 // With kv_dtype = "int8" the format is that of the tokens that are in pages already, or else fitted
 // to the first that are added.
@@ -31,6 +32,7 @@ class StoredTokens {
     assert(!format_ || format_->is(format));
     format_ = format;
     fill(keys_.data() + count_ * row_bytes_, values_.data() + count_ * row_bytes_);
+    decode(n);
     count_ += n;
   }
   // The first n tokens of a run.
@@ -39,15 +41,26 @@ class StoredTokens {
   void add(const TokenBlock& tokens);
   // What was added; REQUIRES: something was. Valid as long as this is.
   TokenBlock block() const {
-    return {keys_.data(), values_.data(), count_, first_position_, &*format_};
+    const bool has_numbers = !key_numbers_.empty();
+    return {keys_.data(),
+            values_.data(),
+            count_,
+            first_position_,
+            &*format_,
+            has_numbers ? key_numbers_.data() : nullptr,
+            has_numbers ? value_numbers_.data() : nullptr};
   }
 
  private:
+  // Numbers of the n rows behind the last one.
+  void decode(std::int32_t n);
+
   HeadContext context_;
   std::size_t row_bytes_;
   std::int32_t first_position_, count_ = 0;
   std::optional<RowFormat> format_;
   std::vector<std::byte> keys_, values_;
+  std::vector<float> key_numbers_, value_numbers_;  // [count, D], or empty
 };
 
 }  // namespace icecache

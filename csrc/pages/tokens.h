@@ -16,6 +16,10 @@ struct TokenBlock {
   std::int32_t count = 0;
   std::int32_t first_position = 0;
   const RowFormat* format = nullptr;  // of the rows; null: the model's type
+  // [n, D] what rows with codes stand for, before they were rounded where that is known. An index is
+  // arranged by it: which tokens lie together does not depend on kv_dtype.
+  const float* key_numbers = nullptr;
+  const float* value_numbers = nullptr;
 };
 
 // Tokens of one page that were picked. Bit s of `slots` stands for slot s.
