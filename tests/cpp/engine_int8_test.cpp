@@ -158,7 +158,7 @@ TEST(EngineInt8, RowsAreRoundedOnce) {
 }
 
 // Of norm 600, in elements that turn slowly with the position, as Qwen 2's keys have it.
-TEST(EngineInt8, ALargeBiasOfKeysCostsNothing) {
+TEST(EngineInt8, ALargeBiasOfKeysLeavesAnswersNear) {
   Talk model("auto", 64, DType::kFloat32, true, 300.0f),
       eight("int8", 64, DType::kFloat32, true, 300.0f);
   model.step(500);
@@ -171,7 +171,7 @@ TEST(EngineInt8, ALargeBiasOfKeysCostsNothing) {
       size += want[i] * want[i];
     }
   }
-  EXPECT_LT(std::sqrt(squares / size), 0.5);
+  EXPECT_LT(std::sqrt(squares / size), 0.05);
 }
 
 TEST(EngineInt8, WhatIsNeitherIsRefused) {
