@@ -42,7 +42,7 @@ help:
 	@echo "make demo            build, fetch a small real model, show IceCache on a long document"
 	@echo "make test            build and run all tests (test-cpp, test-python)"
 	@echo "make test-vllm       the plugin in a real vLLM, which goes into .venv-vllm (10 minutes)"
-	@echo "make test-architectures   all models of docs/vllm-models.md in it (8 minutes)"
+	@echo "make test-architectures   all models of docs/vllm-models.md in it, and heads that draft (9 minutes)"
 	@echo "make build           build into python/icecache, for PYTHONPATH=python"
 	@echo "make install         install the wheel into the environment"
 	@echo "make lint | format   check | mend the form of the sources; lint checks types and layers too"
@@ -96,7 +96,8 @@ test-vllm: setup-vllm
 
 test-architectures: setup-vllm
 	$(TWO_AT_ONCE) .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini -m "" \
-	  tests/vllm/test_architectures.py $(ARGS)
+	  tests/vllm/test_architectures.py \
+	  tests/vllm/test_drafts.py::test_heads_of_other_kinds_and_beside_sliding_windows $(ARGS)
 
 lint: setup-test
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | $(TOOLS) xargs clang-format --dry-run -Werror

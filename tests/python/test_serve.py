@@ -78,6 +78,17 @@ def test_a_server_starts_on_a_cpu_that_is_in_use(monkeypatch: pytest.MonkeyPatch
     assert 2**28 <= int(value(command, "--kv-cache-memory-bytes") or "") <= 2**32
     assert value(command, "--num-gpu-blocks-override") == "65"
     assert value(command_of("another", all_full=False), "--num-gpu-blocks-override") is None
+    # Layers that draft keep keys and values in vLLM's blocks; drafts found in the text need none.
+    for flags, blocks in (
+        (("--speculative-config", '{"method": "ngram"}'), "65"),
+        (("--speculative-config", '{"method": "draft_model", "model": "M"}'), None),
+        (("--speculative-config.method", "eagle"), None),
+        (("-sc", '{"model": "M"}'), None),
+        (("--spec-method", "suffix"), "65"),
+        (("--spec-method", "mtp"), None),
+    ):
+        made = command_of("another", *flags)
+        assert value(made, "--num-gpu-blocks-override") == blocks, flags
     on_device = command_of("another", on_cpu=False)
     assert "--enforce-eager" not in on_device and "--kv-cache-memory-bytes" not in on_device
 

@@ -14,8 +14,12 @@ def make(spec: dict[str, Any]) -> Any:
     from vllm import LLM, ModelRegistry
 
     # Else vLLM looks at the model's class in another process, which imports vLLM first.
-    config = json.loads((Path(spec["model"]) / "config.json").read_text())
-    for name in config["architectures"]:
+    drafts = spec.get("llm", {}).get("speculative_config") or {}
+    names = architectures(spec["model"])
+    if "model" in drafts:
+        head = {"eagle": "Eagle", "eagle3": "Eagle3"}.get(drafts["method"], "")
+        names += [head + name for name in architectures(drafts["model"])]
+    for name in names:
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
     arguments: dict[str, Any] = {
@@ -26,13 +30,19 @@ def make(spec: dict[str, Any]) -> Any:
         "kv_cache_memory_bytes": 64 << 20,  # is filled with zeros
         "skip_tokenizer_init": True,
     }
-    if (spec.get("llm", {}).get("speculative_config") or {}).get("method") == "suffix":
+    if drafts.get("method") == "suffix":
         fake_suffix_trees()
     if spec["icecache"] is not None:
         from icecache.vllm import engine_args
 
         arguments |= engine_args(**spec["icecache"])
     return LLM(model=spec["model"], **(arguments | spec.get("llm", {})))
+
+
+def architectures(model: str) -> list[str]:
+    """Names of the classes of a model, which is in a folder."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    return list(config["architectures"])
 
 
 def sampling(tokens: int) -> Any:
@@ -104,11 +114,17 @@ def scheduler_of(llm: Any) -> Any:
 
 
 def drafts_of(llm: Any) -> dict[str, int]:
-    """Drafted tokens from now on: steps with drafts, those made, those accepted; and rows in which
-    they come right behind a prompt."""
+    """Drafted tokens from now on: steps with drafts, those made, those accepted; the sum of their
+    ids, as they are handed to the scheduler; and rows in which they come right behind a prompt."""
     scheduler = scheduler_of(llm)
-    counts = {"steps": 0, "made": 0, "accepted": 0, "behind_prompts": 0}
-    observe = scheduler.make_spec_decoding_stats
+    counts = {"steps": 0, "made": 0, "accepted": 0, "ids": 0, "behind_prompts": 0}
+    observe, take = scheduler.make_spec_decoding_stats, scheduler.update_draft_token_ids
+
+    def taken(drafted: Any) -> None:
+        counts["ids"] += sum(map(sum, drafted.draft_token_ids))
+        take(drafted)
+
+    scheduler.update_draft_token_ids = taken
 
     def counted(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any) -> Any:
         counts["steps"] += 1
@@ -132,10 +148,18 @@ def drafts_of(llm: Any) -> dict[str, int]:
 
 def stop_drafts(llm: Any) -> None:
     """From now on no token is drafted."""
+    scheduler_of(llm).update_draft_token_ids = lambda drafted: None
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     drafter = getattr(worker.model_runner, "drafter", None)
     if drafter is not None:
-        drafter.propose = lambda num_tokens, sampled, *args, **more: [[] for _ in sampled]
+        drafter.propose = _nothing
+
+
+def _nothing(drafts: Any = 0, sampled: Any = (), *args: Any, **given: Any) -> Any:
+    """In place of what a drafter of vLLM proposes: the layers of one that has any do not run."""
+    if "next_token_ids" in given:
+        return given["next_token_ids"].new_zeros(len(given["next_token_ids"]), 1)
+    return [[] for _ in sampled]
 
 
 def fake_suffix_trees() -> None:

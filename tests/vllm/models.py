@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 VOCABULARY = 512
 NAN_TOKEN = 7  # its embedding is NaN
@@ -22,9 +28,10 @@ def tiny_llama(
     num_kv_heads: int = 2,
     head_dim: int = 32,
     num_layers: int = 2,
+    seed: int = 0,
 ) -> Path:
     """Few layers of random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -38,6 +45,51 @@ def tiny_llama(
         eos_token_id=2,
     )
     with_nan_token(LlamaForCausalLM(config)).save_pretrained(folder)
+    return folder
+
+
+def mtp_model(folder: Path) -> Path:
+    """The configuration of a tiny model with a layer that drafts; it has no weights."""
+    config = Glm4MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        max_position_embeddings=2048,
+        num_nextn_predict_layers=1,
+        architectures=["Glm4MoeForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def eagle_head(folder: Path, model: Path) -> Path:
+    """In EAGLE's form a layer of random weights, which drafts for a tiny Llama from its states."""
+    config = LlamaConfig.from_pretrained(model)
+    config.num_hidden_layers = 1
+    torch.manual_seed(1)
+    head = random_weights(LlamaForCausalLM(config)).model
+    weights = {
+        f"layers.0.{name}": weight.detach()
+        for name, weight in head.layers[0].named_parameters()
+        if name != "input_layernorm.weight"  # a head has none
+    }
+    # The head passes on what it gets, and adds little to it.
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"layers.0.{name}.weight"] *= 0.1
+    size = config.hidden_size
+    weights["fc.weight"] = torch.cat([0.1 * torch.eye(size), torch.eye(size)], dim=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Drafted tokens, which vLLM finds in the text: the answers of decoding without them."""
+"""Drafted tokens, found in the text or by layers: the answers of decoding without them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 from conftest import EngineFailed, Run
 
@@ -18,11 +19,13 @@ BUDGET = {"token_budget": 64, "dense_tokens": 64, "segment_tokens": 32, "host_me
 SETTINGS = {"exact": EXACT, "budget": BUDGET}
 
 
-def drafting(method: str, drafts: int) -> dict[str, Any]:
+def drafting(method: str, drafts: int, model: Path | None = None) -> dict[str, Any]:
     """vLLM's arguments."""
     config: dict[str, Any] = {"method": method, "num_speculative_tokens": drafts}
     if method == "ngram":
         config |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    if model is not None:
+        config["model"] = str(model)
     return {"speculative_config": config}
 
 
@@ -47,10 +50,29 @@ def without(run: Run, llama: Path) -> dict[str, list[list[int]]]:
     return {name: generate(run, llama, given)["tokens"] for name, given in SETTINGS.items()}
 
 
+@pytest.fixture(scope="module")
+def drafters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """vLLM's arguments by what drafts: layers with keys and values of their own."""
+    folder = tmp_path_factory.mktemp("drafters")
+    other = models.tiny_llama(folder / "other", 2, 1, num_layers=1, seed=3)
+    head = models.eagle_head(folder / "head", llama)
+    return {
+        "the same model": drafting("draft_model", 4, llama),
+        "another model": drafting("draft_model", 3, other),
+        "a head": drafting("eagle", 3, head),
+    }
+
+
 @pytest.mark.parametrize(
-    ("method", "drafts"), [("ngram", 1), ("ngram", 4), ("ngram", 15), ("suffix", 15)]
+    ("settings", "method", "drafts"),
+    [
+        ("exact", "ngram", 4),
+        ("exact", "suffix", 15),
+        ("budget", "ngram", 1),
+        ("budget", "ngram", 15),
+        ("budget", "suffix", 15),
+    ],
 )
-@pytest.mark.parametrize("settings", SETTINGS)
 def test_the_tokens_are_those_without_drafts(
     run: Run,
     llama: Path,
@@ -65,38 +87,99 @@ def test_the_tokens_are_those_without_drafts(
     assert 0 < result["drafts"]["accepted"] < result["drafts"]["made"]
 
 
-def test_as_many_drafts_are_accepted_as_by_stock(run: Run, llama: Path) -> None:
-    ours = generate(run, llama, EXACT, **drafting("ngram", 4))
-    stock = generate(run, llama, None, **drafting("ngram", 4))
+@pytest.mark.parametrize(
+    ("settings", "drafter"),
+    [
+        ("exact", "another model"),
+        ("budget", "the same model"),
+        ("budget", "another model"),
+        ("budget", "a head"),
+    ],
+)
+def test_the_tokens_are_those_without_layers_that_draft(
+    run: Run,
+    llama: Path,
+    without: dict[str, list[list[int]]],
+    drafters: dict[str, dict[str, Any]],
+    settings: str,
+    drafter: str,
+) -> None:
+    result = generate(run, llama, SETTINGS[settings], **drafters[drafter])
+    assert result["tokens"] == without[settings]
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+    drafts = result["drafts"]
+    assert 0 <= drafts["accepted"] < drafts["made"]
+    if drafter == "the same model":
+        assert drafts["accepted"] > 0.5 * drafts["made"], "the budget makes the difference"
+
+
+def drafts_as_stock(run: Run, model: Path, **llm: Any) -> dict[str, int]:
+    """Of a run whose answers and drafts are those of stock vLLM."""
+    ours = generate(run, model, EXACT, **llm)
+    stock = generate(run, model, None, **llm)
     assert ours["tokens"] == stock["tokens"]
-    for counted in ("steps", "made", "accepted"):
-        assert ours["drafts"][counted] == stock["drafts"][counted] > 0
+    drafts = dict(ours["drafts"])
+    for counted in ("steps", "made", "accepted", "ids"):
+        assert drafts[counted] == stock["drafts"][counted]
+    assert drafts["made"] > 0
+    return drafts
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_random_requests_with_aborts_and_preemption(run: Run, llama: Path, settings: str) -> None:
+@pytest.mark.parametrize("drafter", ["ngram", "the same model", "a head"])
+def test_as_many_drafts_are_accepted_as_by_stock(
+    run: Run, llama: Path, drafters: dict[str, dict[str, Any]], drafter: str
+) -> None:
+    llm = drafters.get(drafter) or drafting("ngram", 4)
+    assert drafts_as_stock(run, llama, **llm)["accepted"] > 0
+
+
+def test_a_model_with_a_layer_that_drafts(run: Run, tmp_path: Path) -> None:
+    drafts_as_stock(run, models.mtp_model(tmp_path), load_format="dummy", **drafting("mtp", 2))
+
+
+@pytest.mark.sweep
+def test_heads_of_other_kinds_and_beside_sliding_windows(
+    run: Run, llama: Path, gemma: Path, tmp_path: Path
+) -> None:
+    head = models.eagle_head(tmp_path / "head", llama)
+    assert drafts_as_stock(run, gemma, **drafting("eagle", 2, head))["accepted"] > 0
+    target = models.tiny_llama(tmp_path / "target", num_layers=8)  # EAGLE 3 reads from three layers
+    drafts_as_stock(run, target, load_format="dummy", **drafting("eagle3", 2, head))
+
+
+@pytest.mark.parametrize(
+    ("settings", "drafter"),
+    [("exact", "ngram"), ("budget", "ngram"), ("exact", "a head"), ("budget", "the same model")],
+)
+def test_random_requests_with_aborts_and_preemption(
+    run: Run, llama: Path, drafters: dict[str, dict[str, Any]], settings: str, drafter: str
+) -> None:
+    # Layers that draft have blocks of all tokens: room for one longest request, and some more.
+    by_layers = drafter in drafters
+    llm = drafters[drafter] if by_layers else drafting("ngram", 5)
+    host_memory = (1400 if by_layers else 1800) << 10
     result = run(
         "storm",
         model=llama,
-        count=200,
+        count=50 if by_layers else 120,
         abort_share=0.02,
         tokens=60,
-        icecache={**SETTINGS[settings], "host_memory": 1800 << 10, "integrity": "always"},
+        icecache={**SETTINGS[settings], "host_memory": host_memory, "integrity": "always"},
         # 1 KiB a token of both layers and KV heads: room for few of the requests at once.
         llm={
             **SMALL,
-            **drafting("ngram", 5),
-            "num_gpu_blocks_override": 13,
+            **llm,
+            "num_gpu_blocks_override": 34 if by_layers else 13,
             "max_num_batched_tokens": 96,
             "scheduler_reserve_full_isl": False,
         },
     )
-    assert result["drafts"]["accepted"] > 100
+    assert result["drafts"]["accepted"] > (20 if drafter == "a head" else 100)
     # Within a budget what a preempted request had made is part of its prompt from then on.
     may_differ = result["preempted"] if settings == "budget" else []
     assert result["preempted"] and set(result["differing"]) <= set(may_differ)
     assert result["drafts"]["behind_prompts"] > 0, "of one token"
-    assert result["answered"] > 100
+    assert result["answered"] > (40 if by_layers else 90)
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 

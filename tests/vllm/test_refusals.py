@@ -15,10 +15,18 @@ from icecache import InvalidArgument
 from icecache.shape import CacheShape
 from icecache.vllm import engine_args, names, plugin, support
 from icecache.vllm.connector import IceCacheConnector
+from icecache.vllm.drafts import is_draft_layer
 from icecache.vllm.engines import Layer, place_layers
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.scheduler import IceCacheAsyncScheduler, IceCacheScheduler, make_scheduler
-from icecache.vllm.spec import IceCacheManager, IceCacheSpec
+from icecache.vllm.spec import (
+    DraftingManager,
+    DraftingSpec,
+    HostMemoryManager,
+    HostMemorySpec,
+    IceCacheManager,
+    IceCacheSpec,
+)
 from vllm import EngineArgs
 
 SHAPE = CacheShape(1, 4, 2, 32)
@@ -73,8 +81,44 @@ def test_a_parallelism_that_cannot_be_served(
 def test_drafts_of_a_draft_model(llama: Path) -> None:
     drafts = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
     given = config(llama, speculative_config=drafts)
-    with pytest.raises(InvalidArgument, match=r"decoding by draft_model: .*use ngram or suffix"):
+    support.check_config(given)
+    given.scheduler_config.async_scheduling = True
+    with pytest.raises(InvalidArgument, match=r"draft_model and asynch.*add --no-async-scheduling"):
         support.check_config(given)
+    given.speculative_config.method = "medusa"
+    with pytest.raises(InvalidArgument, match=r"decoding by medusa: .*ngram, suffix, draft_model"):
+        support.check_config(given)
+    given.speculative_config.method = "draft_model"
+    support.check_drafting_group(given, 0)
+    with pytest.raises(InvalidArgument, match="a draft model beside layers with sliding windows"):
+        support.check_drafting_group(given, 1)
+
+
+def test_layers_that_draft() -> None:
+    support.check_drafters(["a", "b", "c"], ["b", "c"], are_alike=True)
+    with pytest.raises(InvalidArgument, match=r"several shapes \(\['c'\]\): use another draft mo"):
+        support.check_drafters(["a", "b", "c"], ["c"], are_alike=False)
+    with pytest.raises(InvalidArgument, match="drafts by layers without full attention"):
+        support.check_drafters(["a"], [], are_alike=True)
+    with pytest.raises(InvalidArgument, match="vLLM has not made them last"):
+        support.check_drafters(["a", "b"], ["a"], are_alike=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "drafting", "other"),
+    [
+        ("draft_model", "draft_model.layers.0.attn", "model.layers.1.self_attn.attn"),
+        ("mtp", "model.layers.2.mtp_block.self_attn.attn", "model.layers.1.self_attn.attn"),
+        ("eagle", "model.layers.2.self_attn.attn", "visual.blocks.1.attn"),
+    ],
+)
+def test_layers_are_told_apart_by_name(llama: Path, method: str, drafting: str, other: str) -> None:
+    drafts = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    given = config(llama, speculative_config=drafts)
+    given.speculative_config.method = method
+    assert is_draft_layer(drafting, given) and not is_draft_layer(other, given)
+    given.speculative_config.method = "ngram"
+    assert not is_draft_layer(drafting, given)
 
 
 def test_drafts_of_a_pipeline(llama: Path) -> None:
@@ -222,20 +266,19 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
 @pytest.mark.parametrize(
     ("ours", "methods"),
     [
+        (HostMemoryManager, {"pop_blocks_for_free", "cache_blocks", "find_longest_cache_hit"}),
         (
             IceCacheManager,
             {
                 "get_num_blocks_to_allocate",
                 "allocate_new_blocks",
-                "pop_blocks_for_free",
                 "allocate_external_computed_blocks",
-                "cache_blocks",
                 "remove_skipped_blocks",
                 "get_num_skipped_tokens",
-                "find_longest_cache_hit",
             },
         ),
-        (IceCacheSpec, {"max_memory_usage_bytes", "merge"}),
+        (DraftingManager, {"get_num_blocks_to_allocate", "allocate_new_blocks"}),
+        (IceCacheSpec, {"max_memory_usage_bytes"}),
         (
             IceCacheScheduler.__mro__[1],
             {"has_finished_requests", "reset_prefix_cache", "update_from_output"},
@@ -269,10 +312,29 @@ def test_every_name_that_the_plugin_touches_is_there() -> None:
 def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
     own: Callable[[str], bool] = lambda name: not name.startswith("_")  # noqa: E731
     public = {name for name in vars(ours) if own(name) and callable(getattr(ours, name))}
-    added = {"of", "slots_of", "get_num_common_prefix_blocks", "use_prefixes"}
+    added = {"has_room", "hold", "get_num_common_prefix_blocks", "use_prefixes"}
     assert public - added <= methods
     for name in methods:
         assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
+
+
+def test_specs_merge_as_vllms_and_keep_what_they_say_of_memory() -> None:
+    shape = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    for kind, stock in (
+        (IceCacheSpec, names.AttentionSpec),
+        (DraftingSpec, names.FullAttentionSpec),
+    ):
+        specs = [
+            kind.of(stock(**shape), host_slots=slots, slot_bytes=slots, room_step=8)
+            for slots in (9, 7)
+        ]
+        merged = kind.merge(specs)
+        assert type(merged) is kind and issubclass(kind, HostMemorySpec)
+        assert (merged.host_slots, merged.slot_bytes, merged.room_step) == (7, 9, 8)
+        assert merged.page_size_bytes == stock(**shape).page_size_bytes
+        other = kind.of(stock(**{**shape, "head_size": 64}), host_slots=9)
+        with pytest.raises(AssertionError):
+            kind.merge([specs[0], other])
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -6,6 +6,7 @@ the environment.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from icecache.errors import InvalidArgument
 from icecache.machine import usable_cores, usable_memory
+from icecache.vllm.drafts import IN_TEXT
 
 SMOLLM2 = "smollm2"
 _MAX_NUM_SEQS = 64  # where the user names no --max-num-seqs
@@ -146,12 +148,24 @@ def server_command(
     if model == SMOLLM2:
         command += _unless(flags, "--served-model-name", SMOLLM2)
         command += _unless(flags, "--dtype", "float32")  # what the docs' numbers are of
-    if all_full:
+    if all_full and not _may_draft_by_layers(flags):
         # One block a request, and the one that vLLM keeps for itself.
         command += _unless(flags, "--num-gpu-blocks-override", str(seqs + 1))
     if on_cpu:
         command += _start_on_cpu(flags)
     return [*command, *flags.arguments]
+
+
+def _may_draft_by_layers(flags: Flags) -> bool:
+    """Whether layers may draft, which keep keys and values in vLLM's blocks."""
+    if not flags.has("--speculative-config", "-sc", "--spec-model", "--spec-method"):
+        return False
+    given = flags.value("--speculative-config") or flags.value("-sc") or ""
+    method = flags.value("--spec-method")
+    # Given by parts, or in vLLM's file, it is not JSON.
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        method = json.loads(given)["method"]
+    return method not in IN_TEXT
 
 
 def _unless(flags: Flags, name: str, value: str) -> list[str]:

@@ -13,6 +13,7 @@ names        every vLLM name that the plugin touches
 support      what is refused, and what to do instead
 host_memory  how much of it a request takes
 scheduler    vLLM's own, which also ends requests that a worker lost
+drafts       where drafted tokens come from, and which layers draft
 spec         how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager
 connector    request ids, lifecycle and statistics between scheduler and workers
 backend      the attention backends

@@ -8,6 +8,7 @@ plugin takes over those that the engine serves; the others never differ from sto
    (plugin.py). It makes stock implementations, and offers those of full attention to the Worker.
 2. The first `customize_spec` calls `take_over`: a layer that was offered, and whose spec is full
    attention's, gets IceCacheAttention and a `serving` backend. All others get the stock backend.
+   Layers that draft get it, too, but for the spec: their blocks name the requests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from icecache import InvalidArgument
 from icecache.shape import CacheShape
+from icecache.vllm.drafts import drafts_by_layers, is_draft_layer
 from icecache.vllm.engines import Layer
 from icecache.vllm.metadata import IceCacheMetadata
 from icecache.vllm.names import (
@@ -33,7 +35,7 @@ from icecache.vllm.names import (
 )
 from icecache.vllm.plugin import BACKENDS, is_wanted, stock_backend
 from icecache.vllm.settings import device_of
-from icecache.vllm.support import check_attention, check_head_dims
+from icecache.vllm.support import check_attention, check_drafters, check_head_dims
 from icecache.vllm.worker import Worker, current_worker, worker_for
 
 
@@ -184,6 +186,21 @@ _OFFERING: dict[Any, str] = {}  # backends by offering(), and the names of vLLM'
 
 
 @cache
+def _drafting(name: str) -> Any:
+    """The backend of layers that draft: vLLM's of this name, with a spec of ours."""
+
+    class Backend(stock_backend(name)):  # type: ignore[misc]
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            """As many blocks a request as it has tokens for."""
+            worker = current_worker()
+            assert worker is not None
+            return worker.spec_of(spec)
+
+    return _named(Backend, __name__, name + _DRAFTS)
+
+
+@cache
 def _serving(name: str) -> Any:
     """The backend of layers that the engine serves, in place of vLLM's of this name."""
 
@@ -206,9 +223,14 @@ def _serving(name: str) -> Any:
     return _named(Backend, __name__, name)
 
 
+_DRAFTS = "_DRAFTS"  # ends the names of backends by _drafting()
+
+
 def __getattr__(name: str) -> Any:
     if name in BACKENDS:
         return _serving(name)
+    if name.removesuffix(_DRAFTS) in BACKENDS:
+        return _drafting(name.removesuffix(_DRAFTS))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -251,14 +273,19 @@ def _is_served(spec: Any) -> bool:
 
 def take_over(worker: Worker) -> None:
     """Gives each layer that was offered and has full attention's spec to the engine, and all others
-    of our backends back to vLLM's."""
+    of our backends back to vLLM's.
+
+    Where layers draft, the served ones take their blocks from the first of these: in vLLM's words
+    they share its cache, which they do not touch.
+    """
     offers, worker.offers = worker.offers, {}
-    ours = {}
+    ours: dict[str, str] = {}
     for layer_name, layer in worker.registered.items():
         name = _OFFERING.get(getattr(layer, "attn_backend", None))
         if name is not None:
             ours[layer_name] = name
             layer.attn_backend = stock_backend(name)
+    _take_drafters(worker, ours)
     for layer_name, name in ours.items():
         layer = worker.registered[layer_name]
         spec = layer.get_kv_cache_spec(worker.vllm_config)
@@ -275,3 +302,23 @@ def take_over(worker: Worker) -> None:
         worker.add_layer(served, spec)
         layer.impl = IceCacheAttention(worker, served, layer.kv_cache_dtype)
         layer.attn_backend = _serving(name)
+        if worker.drafters:
+            layer.kv_sharing_target_layer_name = worker.drafters[0]
+
+
+def _take_drafters(worker: Worker, ours: dict[str, str]) -> None:
+    """Moves layers that draft from `ours` to worker.drafters. `ours`: names of vLLM's backends by
+    layer."""
+    if not drafts_by_layers(worker.vllm_config):
+        return
+    drafters = {
+        name: layer
+        for name, layer in worker.registered.items()
+        if hasattr(layer, "get_attn_backend") and is_draft_layer(name, worker.vllm_config)
+    }
+    specs = [layer.get_kv_cache_spec(worker.vllm_config) for layer in drafters.values()]
+    full = [name in ours and _is_served(spec) for name, spec in zip(drafters, specs, strict=True)]
+    check_drafters([*ours], [*drafters], all(full) and all(spec == specs[0] for spec in specs))
+    worker.seat, worker.drafters = specs[0], [*drafters]
+    for name, layer in drafters.items():
+        layer.attn_backend = _drafting(ours.pop(name))

@@ -21,8 +21,8 @@ from icecache.vllm.names import (
     is_forward_context_available,
 )
 from icecache.vllm.prefixes import Prefixes
-from icecache.vllm.spec import IceCacheSpec
-from icecache.vllm.support import check_config, check_groups
+from icecache.vllm.spec import DraftingSpec, HostMemorySpec
+from icecache.vllm.support import check_config, check_drafting_group, check_groups
 from icecache.vllm.worker import current_worker
 
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
@@ -38,11 +38,15 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_config(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
-        served = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, IceCacheSpec)]
+        served = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, HostMemorySpec)]
         check_groups(served, [type(group.kv_cache_spec).__name__ for group in groups])
         self._group = served[0]
         self._spec = spec = groups[self._group].kv_cache_spec
-        self._is_alone = len(groups) == 1
+        if isinstance(spec, DraftingSpec):
+            check_drafting_group(vllm_config, self._group)
+        # Of layers with sliding windows, or that draft, vLLM would have to keep the blocks as long
+        # as the engines keep a sequence.
+        self._may_share = len(groups) == 1 and not isinstance(spec, DraftingSpec)
         # Scheduler's side. By request: its block, and the tokens that are prompt (also those that
         # a preempted request had made before).
         self._block: dict[str, int] = {}
@@ -59,6 +63,8 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._meter = StoreMeter(self._store)
         else:
             longest = vllm_config.model_config.max_model_len
+            if isinstance(spec, DraftingSpec) and vllm_config.cache_config.enable_prefix_caching:
+                logger.info("IceCache: layers draft; prompts that begin alike are not shared")
             logger.info(
                 "IceCache: %s %s tokens, %.1f requests of %s tokens at once",
                 "host and device memory hold" if spec.room_step else "host memory holds",
@@ -74,8 +80,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._prefixes = prefixes
         config, spec = self._vllm_config, self._spec
         events = config.kv_events_config
-        # Of a model with sliding windows vLLM would have to keep those layers' blocks as long.
-        if config.cache_config.enable_prefix_caching and self._is_alone and not spec.room_step:
+        if config.cache_config.enable_prefix_caching and self._may_share and not spec.room_step:
             longest = config.model_config.max_model_len
             with_events = events is not None and events.enable_kv_cache_events
             prefixes.turn_on(block_tokens, longest, with_events)

@@ -35,7 +35,10 @@ if is_supported_version():
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import (
+        FullAttentionManager,
+        SingleTypeKVCacheManager,
+    )
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -54,6 +57,7 @@ __all__ = [
     "CUDAGraphMode",
     "EngineCoreOutput",
     "EngineCoreOutputs",
+    "FullAttentionManager",
     "FullAttentionSpec",
     "KVCacheSpecRegistry",
     "KVConnectorBase_V1",

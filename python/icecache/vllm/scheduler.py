@@ -18,7 +18,7 @@ from icecache.vllm.names import (
     RequestStatus,
     Scheduler,
 )
-from icecache.vllm.spec import IceCacheManager
+from icecache.vllm.spec import HostMemoryManager
 
 # Older schedulers cannot take back a request of which a step is under way.
 _RESTARTS = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters
@@ -30,7 +30,7 @@ class _IceCache(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        ours = [manager for manager in managers if isinstance(manager, IceCacheManager)]
+        ours = [manager for manager in managers if isinstance(manager, HostMemoryManager)]
         # vLLM may split the layers into groups. A request has a block of each, and memory once.
         self._prefixes = ours[0].prefixes
         for manager in ours:

@@ -11,6 +11,7 @@ import torch
 from icecache import Config, InvalidArgument
 from icecache.machine import usable_memory
 from icecache.shape import CacheShape
+from icecache.vllm.drafts import BY_LAYERS, IN_TEXT, drafts_by_layers
 from icecache.vllm.engines import Layer
 from icecache.vllm.host_memory import TREE, Room, slots_needed
 from icecache.vllm.plugin import (
@@ -26,8 +27,6 @@ from icecache.vllm.plugin import (
 from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, device_of, engine_config
 
 NAME = "IceCache"
-# Methods whose drafts need no layers: vLLM finds them in the text.
-DRAFTS = ("ngram", "suffix")
 INDEXES_OF_SEGMENTS = ("tree", "faiss")
 _STOCK = "serve this model with stock vLLM"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -111,11 +110,18 @@ def _check_drafts(vllm_config: Any) -> None:
             "vLLM's runner on CPUs drafts in one stage and fails in the others; use "
             "--tensor-parallel-size, or start without --speculative-config",
         )
-    if speculative.method not in DRAFTS:
+    if speculative.method not in (*IN_TEXT, *BY_LAYERS):
+        methods = ", ".join((*IN_TEXT, *BY_LAYERS))
         _refuse(
             f"speculative decoding by {speculative.method}",
-            "its drafts come from layers with keys and values of their own, or are not known when "
-            f"a step is planned; use {' or '.join(DRAFTS)}, or start without --speculative-config",
+            "its drafts are not known when a step is planned, or were not tried; use one of "
+            f"{methods}, or start without --speculative-config",
+        )
+    if drafts_by_layers(vllm_config) and vllm_config.scheduler_config.async_scheduling:
+        _refuse(
+            f"speculative decoding by {speculative.method} and asynchronous scheduling",
+            "a step is then planned before it is known which drafts of the last one are right; "
+            "add --no-async-scheduling",
         )
 
 
@@ -137,6 +143,38 @@ def check_draft_length(drafts: int, config: Config) -> None:
             f"num_speculative_tokens: expected at most {most - 1}, one less than window_tokens "
             f"({config.window_tokens}) and decode_tokens ({config.decode_tokens}), got {drafts}; "
             "lower it, or raise those two"
+        )
+
+
+def check_drafters(layers: Sequence[str], drafters: Sequence[str], are_alike: bool) -> None:
+    """Raises InvalidArgument where layers draft that vLLM does not give blocks for all tokens.
+
+    `layers`: all that the engines might serve, those that draft among them, as vLLM has made them.
+    `are_alike`: all `drafters` have full attention, of one shape.
+    """
+    if not drafters or not are_alike:
+        _refuse(
+            f"drafts by layers without full attention, or of several shapes ({list(drafters)})",
+            f"use another draft model, or one of the methods {', '.join(IN_TEXT)}",
+        )
+    if list(layers[-len(drafters) :]) != list(drafters):
+        raise InvalidArgument(
+            f"{NAME} takes the layers {list(drafters)} for those that draft, but vLLM has not made "
+            f"them last ({list(layers)}): start without --speculative-config"
+        )
+
+
+def check_drafting_group(vllm_config: Any, group: int) -> None:
+    """Raises InvalidArgument where layers that draft would read another one's keys and values.
+
+    `group`: the number of vLLM's cache group that has theirs.
+    """
+    # In vLLM 0.32's runner (_build_attention_metadata) only other drafters look up their group.
+    if vllm_config.speculative_config.method == "draft_model" and group != 0:
+        _refuse(
+            "a draft model beside layers with sliding windows or states",
+            "vLLM's runner gives it the blocks of the first cache group, which is theirs; use "
+            f"another method of --speculative-config, or {_STOCK}",
         )
 
 

@@ -21,7 +21,7 @@ from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.prompt_attention import PromptAttention
 from icecache.vllm.settings import device_of, engine_config
-from icecache.vllm.spec import IceCacheSpec
+from icecache.vllm.spec import DraftingSpec, HostMemorySpec, IceCacheSpec
 from icecache.vllm.store import Batch, Store
 from icecache.vllm.support import (
     check_config,
@@ -42,7 +42,9 @@ class Worker:
         self.config = engine_config(vllm_config)
         self.offers: dict[Any, Any] = {}  # by implementations that the engines may replace
         self.layers: list[Layer] = []  # that the engines serve, in the model's order
-        self.seat: AttentionSpec | None = None  # the stock spec of the first of them
+        self.drafters: list[str] = []  # layers that draft, by vLLM's own attention
+        # The stock spec of the first drafter, or else of the first layer: that of a request's seat.
+        self.seat: AttentionSpec | None = None
         self.seat_layer = ""  # of the group whose blocks name the requests
         self.places: dict[str, Place] = {}  # of these layers, once the engines are made
         self.store: Store | None = None
@@ -74,12 +76,15 @@ class Worker:
 
     def connect(self, groups: Sequence[Sequence[str]]) -> Store:
         """The store, from now on with its layers. `groups`: names of layers, as vLLM has grouped
-        them; the blocks of the first one name requests."""
+        them, without those that share another one's cache; the blocks of the first group name
+        requests."""
         store = self.open_store()
         store.layers = self.places
-        self.seat_layer = groups[0][0]
+        # Where layers draft, the served ones share the cache of the first of these.
+        shared = self.drafters[0] if self.drafters else None
+        self.seat_layer = self.layers[0].name if shared else groups[0][0]
         named = {name for group in groups for name in group}
-        owners = (layer.owner or layer.name for layer in self.layers)
+        owners = (shared or layer.owner or layer.name for layer in self.layers)
         missing = [name for name in owners if name not in named]
         if missing:
             raise InvalidArgument(f"IceCache: vLLM has no cache group for {missing}")
@@ -118,20 +123,22 @@ class Worker:
                 "--gpu-memory-utilization"
             ) from error
 
-    def spec_of(self, spec: AttentionSpec) -> IceCacheSpec:
+    def spec_of(self, spec: AttentionSpec) -> HostMemorySpec:
         """In place of a stock spec, whose block size it has. Opens the store.
 
         The same for all layers: one that differed would be a group of its own.
         """
         assert self.seat is not None
         engines = self.open_store().engine
-        return IceCacheSpec.of(
+        of_seat: type[HostMemorySpec] = DraftingSpec if self.drafters else IceCacheSpec
+        made: HostMemorySpec = of_seat.of(
             replace(self.seat, block_size=spec.block_size),
             host_slots=engines.tokens,
             slot_bytes=engines.token_bytes,
             room_step=engines.room_step,
             room=room_of(engines.config, engines.shapes),
         )
+        return made
 
     def begin(self, step: StepMetadata) -> None:
         """Before the forward of a step, or the replay of a graph of it.
