@@ -9,7 +9,7 @@ from icecache.shape import CacheShape
 from icecache.vllm.backend import IceCacheMetadataBuilder
 from icecache.vllm.host_memory import TREE, Room, room_of, slots_needed
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
-from icecache.vllm.prefixes import Changes
+from icecache.vllm.prefixes import AHEAD, Changes
 from icecache.vllm.spec import IceCacheManager, IceCacheSpec
 from icecache.vllm.worker import Worker
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -97,20 +97,25 @@ def test_a_step_costs_each_request_alike_whatever_the_others(
         counted += 1
         return slots_of(self, tokens)
 
+    steps = 2 * AHEAD
     costs = []
     for running in (256, 1024):
         pool = BlockPool(num_gpu_blocks=running + 1, enable_caching=False, hash_block_size=BLOCK)
         monkeypatch.setattr(IceCacheSpec, "slots_of", counting)
         seats = manager(pool, 10_000_000, room_step)
         for request in range(running):
-            seats.allocate_new_blocks(str(request), request)
+            assert needed(seats, str(request), request + 1) == 1
+            assert len(seats.allocate_new_blocks(str(request), request + 1)) == 1
         counted = 0
-        for request in range(running):
-            assert needed(seats, str(request), request + 1) == 0
-            seats.allocate_new_blocks(str(request), request + 1)
-        costs.append(counted / running)
+        for step in range(1, steps + 1):
+            for request in range(running):
+                assert needed(seats, str(request), request + 1 + step) == 0
+                assert seats.allocate_new_blocks(str(request), request + 1 + step) == []
+        costs.append(counted / running / steps)
         monkeypatch.setattr(IceCacheSpec, "slots_of", slots_of)
-        expected = [seats.kv_cache_spec.slots_of(tokens + 1) for tokens in range(running)]
+        # Each has asked for memory in its first step, and again when it had used what it got.
+        held = [request + 1 + 2 * (1 + AHEAD) for request in range(running)]
+        expected = [seats.kv_cache_spec.slots_of(tokens) for tokens in held]
         assert seats.prefixes.ledger.used == sum(expected)
         for request in range(0, running, 2):
             seats.free(str(request))
@@ -118,7 +123,26 @@ def test_a_step_costs_each_request_alike_whatever_the_others(
         for request in range(1, running, 2):
             seats.free(str(request))
         assert seats.prefixes.ledger.used == 0
-    assert 0 < costs[0] == costs[1] <= 5
+    assert 0 < costs[0] == costs[1] < 0.2
+
+
+def test_room_ahead_is_given_where_there_is_some_and_taken_from_nobody() -> None:
+    pool = BlockPool(num_gpu_blocks=9, enable_caching=False, hash_block_size=BLOCK)
+    seats = manager(pool, slots_needed(100) + slots_needed(101 + AHEAD))
+    for request in ("a", "b"):
+        assert needed(seats, request, 100) == 1
+        seats.allocate_new_blocks(request, 100)
+    assert needed(seats, "a", 101) == 0
+    seats.allocate_new_blocks("a", 101)
+    assert seats.prefixes.ledger.used == slots_needed(100) + slots_needed(101 + AHEAD)
+    assert needed(seats, "b", 101) > pool.get_num_free_blocks()
+    seats.free("a")
+    seats = manager(pool, 2 * slots_needed(101))
+    for tokens in (100, 101):
+        for request in ("a", "b"):
+            assert needed(seats, request, tokens) == int(tokens == 100)
+            seats.allocate_new_blocks(request, tokens)
+    assert seats.prefixes.ledger.used == 2 * slots_needed(101), "no room ahead"
 
 
 def test_an_index_that_opens_more_pages_takes_more_room() -> None:

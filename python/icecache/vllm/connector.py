@@ -6,6 +6,7 @@ It moves no keys or values: those go from the attention layers to the engine of 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from icecache import Phase
@@ -28,6 +29,16 @@ from icecache.vllm.worker import current_worker
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
 
+@dataclass(slots=True)
+class _Seat:
+    """What the scheduler's side knows of a request that runs."""
+
+    key: int  # of its sequence
+    block: int  # of vLLM's pool
+    given: int  # tokens of its prompt
+    prompt: int  # those, and what it had made when it was preempted
+
+
 class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Named by `kv_connector` in vLLM's kv_transfer_config. Both roles are in this class."""
 
@@ -47,11 +58,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         # Of layers with sliding windows, or that draft, vLLM would have to keep the blocks as long
         # as the engines keep a sequence.
         self._may_share = len(groups) == 1 and not isinstance(spec, DraftingSpec)
-        # Scheduler's side. By request: its block, and the tokens that are prompt (also those that
-        # a preempted request had made before).
-        self._block: dict[str, int] = {}
-        self._prompt: dict[str, int] = {}
-        self._prompt_given: dict[str, int] = {}
+        self._seats: dict[str, _Seat] = {}  # scheduler's side, by request
         self._prefixes: Prefixes | None = None
         self._store = None
         self._meter: Meter | None = None
@@ -107,40 +114,43 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         output = scheduler_output
         for request in output.finished_req_ids:
             self.prefixes.finished(request)
-            self._block.pop(request, None)
-            self._prompt.pop(request, None)
-            self._prompt_given.pop(request, None)
-        position: dict[str, int] = {}
+            self._seats.pop(request, None)
+        counts, rows, begins = output.num_scheduled_tokens, [], []
         for new in output.scheduled_new_reqs:
             # The V2 runner sends resumed requests as new ones, with all their tokens.
             tokens = new.prefill_token_ids or new.prompt_token_ids
-            given = tokens if tokens is not None else new.prompt_embeds
-            self._block[new.req_id] = new.block_ids[self._group][0]
-            self._prompt[new.req_id] = self._prompt_given[new.req_id] = len(given)
-            position[new.req_id] = new.num_computed_tokens
+            given = len(tokens if tokens is not None else new.prompt_embeds)
+            block = new.block_ids[self._group][0]
+            self._seats[new.req_id] = _Seat(self.prefixes.key(new.req_id), block, given, given)
+            begins.append((new.req_id, new.num_computed_tokens))
         cached = output.scheduled_cached_reqs
-        for request, blocks, computed, made in zip(
-            cached.req_ids,
-            cached.new_block_ids,
-            cached.num_computed_tokens,
-            cached.num_output_tokens,
-            strict=True,
-        ):
-            position[request] = computed
+        for index, request in enumerate(cached.req_ids if cached.resumed_req_ids else ()):
             if request in cached.resumed_req_ids:
-                self._block[request] = blocks[self._group][0]
-                self._prompt[request] = self._prompt_given[request] + made
-        rows, prefixes = [], self.prefixes
-        for request, count in output.num_scheduled_tokens.items():
-            first, prompt = position[request], self._prompt[request]
-            phase, drafts = Phase.AUTO, 0
-            if first < prompt:
-                phase = Phase.PROMPT_END if first + count >= prompt else Phase.PREFILL
-                drafts = max(0, first + count - prompt)
-            key, fork = prefixes.key(request), prefixes.take_fork(request)
-            block = self._block[request]
-            rows.append(ScheduledRow(request, key, block, first, count, phase, drafts, fork))
-        return StepMetadata(rows=rows, changes=prefixes.end_of_scheduling())
+                seat = self._seats[request]
+                seat.key = self.prefixes.key(request)
+                seat.block = cached.new_block_ids[index][self._group][0]
+                seat.prompt = seat.given + cached.num_output_tokens[index]
+        seats, auto = self._seats, Phase.AUTO
+        # Nearly all rows of nearly all steps decode: no more is done for each of them than this.
+        for request, first in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            seat = seats[request]
+            if first < seat.prompt:
+                begins.append((request, first))
+            else:
+                rows.append(
+                    ScheduledRow(request, seat.key, seat.block, first, counts[request], auto)
+                )
+        rows += [self._row_of_prompt(request, first, counts[request]) for request, first in begins]
+        return StepMetadata(rows=rows, changes=self.prefixes.end_of_scheduling())
+
+    def _row_of_prompt(self, request: str, first: int, count: int) -> ScheduledRow:
+        """Of a request that reads its prompt; with drafts, where the row goes beyond its end."""
+        seat = self._seats[request]
+        behind = first + count - seat.prompt
+        phase = Phase.PROMPT_END if behind >= 0 else Phase.PREFILL
+        fork = self.prefixes.take_fork(request)
+        drafts = max(0, behind)
+        return ScheduledRow(request, seat.key, seat.block, first, count, phase, drafts, fork)
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -51,9 +51,11 @@ class Ledger:
         """Of a sequence."""
         return self._accounts[key].tokens
 
-    def shared(self, key: int) -> int:
-        """Tokens that a sequence has from the one it was forked from."""
-        return self._accounts[key].shared
+    def growth(self, key: int, tokens: int) -> int:
+        """Slots that a sequence takes beside its own, once it has so many tokens, or has more."""
+        account = self._accounts[key]
+        most = max(tokens, account.tokens)
+        return self.cost(most, account.shared) - account.slots
 
     def open(self, key: int, tokens: int, parent: int | None = None, shared: int = 0) -> None:
         """A sequence of so many tokens, of which it has the first `shared` from `parent`."""

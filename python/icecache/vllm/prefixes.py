@@ -15,6 +15,8 @@ from icecache.prefix_store import PrefixTable, PrefixText
 from icecache.vllm.ledger import Ledger
 from icecache.vllm.names import MEDIUM_CPU, BlockRemoved, BlockStored, RequestStatus
 
+AHEAD = 16  # tokens that a running request is given room for before it needs it: of a page
+
 
 @dataclass(frozen=True)
 class Fork:
@@ -145,23 +147,34 @@ class Prefixes:
         needed = self.ledger.cost(max(tokens, request.num_tokens), hit.tokens)
         return self.ledger.held_by(hit.owner) + needed <= self.capacity
 
-    def make_room(self, name: str, tokens: int) -> bool:
-        """True where host memory holds so many tokens of a request, beside all others.
+    def make_room(self, name: str, tokens: int) -> int:
+        """The tokens of a request that host memory holds, beside all others; 0 if fewer than
+        `tokens`.
 
-        Kept sequences go for it, but none that it matched. A request that is alone has room.
+        Kept sequences go for it, but none that it matched. A request that is alone has room. One
+        that runs is given room ahead where some is free, so that vLLM's asking in each step finds
+        nothing to do.
         """
         own = self._running.get(name)
-        match = self._matches.get(name)
         if own is None:
+            match = self._matches.get(name)
             more = self.ledger.cost(tokens, match.tokens if match else 0)
-        else:
-            most = max(tokens, self.ledger.tokens(own.key))
-            more = self.ledger.cost(most, self.ledger.shared(own.key))
-            more -= self.ledger.cost_of(own.key)
+            return tokens if self._has_room(more) or self._is_alone(name) else 0
+        ahead = self.ledger.growth(own.key, tokens + AHEAD)
+        if self.ledger.used + ahead <= self.capacity:
+            return tokens + AHEAD
+        more = self.ledger.growth(own.key, tokens)
+        return tokens if self._has_room(more) or self._is_alone(name) else 0
+
+    def _has_room(self, more: int) -> bool:
+        """True where so many slots are left, or can be had for kept sequences."""
         while self.ledger.used + more > self.capacity:
             if not self._evict():
-                return self._running.keys() <= {name}
+                return False
         return True
+
+    def _is_alone(self, name: str) -> bool:
+        return self._running.keys() <= {name}
 
     def hold(self, name: str, tokens: int) -> None:
         """The request was given memory for so many tokens, the first time as it is admitted."""

@@ -79,7 +79,10 @@ class HostMemoryManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.prefixes = Prefixes(kv_cache_spec.slots_of, kv_cache_spec.host_slots)
-        self._asked: dict[str, int] = {}  # by a request that was told how many blocks it needs
+        # Tokens by request: that it has room for, once it was told how many blocks it needs; and
+        # that it holds memory for, together with its block.
+        self._asked: dict[str, int] = {}
+        self._held: dict[str, int] = {}
 
     def has_room(self, request_id: str, num_tokens: int) -> bool:
         """True where host memory holds so many tokens of a request, which may then ask for blocks.
@@ -87,19 +90,26 @@ class HostMemoryManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         Where it does not, the scheduler is told that it needs more blocks than there are: it lets a
         new request wait, and preempts where a running one must grow.
         """
-        if not self.prefixes.make_room(request_id, num_tokens):
-            return False
-        self._asked[request_id] = max(num_tokens, self._asked.get(request_id, 0))
-        return True
+        if num_tokens <= self._held.get(request_id, -1):
+            return True
+        room = self.prefixes.make_room(request_id, num_tokens)
+        if room:
+            self._asked[request_id] = max(room, self._asked.get(request_id, 0))
+        return room > 0
 
     def hold(self, request_id: str, num_tokens: int) -> None:
         """The request gets blocks, and host memory for all tokens that it asked for."""
-        self.prefixes.hold(request_id, max(num_tokens, self._asked.pop(request_id, 0)))
+        if num_tokens <= self._held.get(request_id, -1):
+            return
+        tokens = max(num_tokens, self._asked.pop(request_id, 0))
+        self.prefixes.hold(request_id, tokens)
+        self._held[request_id] = tokens
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The blocks of a request that ends or is preempted."""
         self.prefixes.leave(request_id)
         self._asked.pop(request_id, None)
+        self._held.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
@@ -123,7 +133,7 @@ class HostMemoryManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
 
 class IceCacheManager(HostMemoryManager):
-    """One block a request."""
+    """One block a request. vLLM asks for each request in each step: most times nothing changes."""
 
     def __init__(self, kv_cache_spec: IceCacheSpec, **kwargs: Any) -> None:
         kwargs["max_admission_blocks_per_request"] = 1
@@ -133,12 +143,16 @@ class IceCacheManager(HostMemoryManager):
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
         """0 or 1; more than there are where host memory does not hold `num_tokens` of it."""
+        if num_tokens <= self._held.get(request_id, -1):
+            return 0
         if not self.has_room(request_id, num_tokens):
             return int(self.block_pool.get_num_free_blocks()) + 1
         return 0 if self.req_to_blocks.get(request_id) else 1
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[Any]:
         """The request's block, if it has none yet."""
+        if num_tokens <= self._held.get(request_id, -1):
+            return []
         self.hold(request_id, num_tokens)
         blocks = self.req_to_blocks[request_id]
         if blocks:

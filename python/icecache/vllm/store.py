@@ -19,7 +19,7 @@ from icecache.vllm.prefixes import Changes
 logger = init_logger(f"vllm.{__name__}")  # others have no handler in vLLM
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a step makes one for each request
 class Row:
     """What a step computes of one request."""
 
@@ -107,7 +107,8 @@ class Store:
             if key in self.failed:
                 continue
             try:
-                self._place(row)
+                if row.fork is not None or row.position != self._length.get(key):
+                    self._place(row)
                 self.engine.prepare(self._sequence[key], row.count, row.phase)
             except Error as error:
                 self._fail(row.request, key, str(error))
