@@ -78,12 +78,16 @@ def test_a_parallelism_that_cannot_be_served(
         support.check_config(given)
 
 
-def test_drafts_of_a_draft_model(llama: Path) -> None:
+def test_drafts_of_a_draft_model(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
     given = config(llama, speculative_config=drafts)
     support.check_config(given)
     given.scheduler_config.async_scheduling = True
     with pytest.raises(InvalidArgument, match=r"draft_model and asynch.*add --no-async-scheduling"):
+        support.check_config(given)
+    given.scheduler_config.async_scheduling = False
+    monkeypatch.setattr(type(given), "use_v2_model_runner", True)
+    with pytest.raises(InvalidArgument, match=r"draft_model in vLLM's V2 runner: .*RUNNER=0"):
         support.check_config(given)
     given.speculative_config.method = "medusa"
     with pytest.raises(InvalidArgument, match=r"decoding by medusa: .*ngram, suffix, draft_model"):
@@ -313,9 +317,14 @@ def test_what_we_override_is_vllms(ours: type, methods: set[str]) -> None:
     own: Callable[[str], bool] = lambda name: not name.startswith("_")  # noqa: E731
     public = {name for name in vars(ours) if own(name) and callable(getattr(ours, name))}
     added = {"has_room", "hold", "get_num_common_prefix_blocks", "use_prefixes"}
+    added |= {"supports_sleep_mode"}  # of 0.33
     assert public - added <= methods
     for name in methods:
         assert any(hasattr(base, name) for base in ours.__mro__[1:]), f"{ours.__name__}.{name}"
+
+
+def test_hits_are_said_to_come_from_host_memory() -> None:
+    assert IceCacheConnector._cache_hit_source == "host"
 
 
 def test_specs_merge_as_vllms_and_keep_what_they_say_of_memory() -> None:

@@ -314,7 +314,9 @@ def _take_drafters(worker: Worker, ours: dict[str, str]) -> None:
     drafters = {
         name: layer
         for name, layer in worker.registered.items()
-        if hasattr(layer, "get_attn_backend") and is_draft_layer(name, worker.vllm_config)
+        if hasattr(layer, "get_attn_backend")
+        # vLLM marks them from 0.33 on.
+        and (getattr(layer, "is_draft_layer", False) or is_draft_layer(name, worker.vllm_config))
     }
     specs = [layer.get_kv_cache_spec(worker.vllm_config) for layer in drafters.values()]
     full = [name in ours and _is_served(spec) for name, spec in zip(drafters, specs, strict=True)]

@@ -13,6 +13,7 @@ from icecache import Phase
 from icecache.vllm.metadata import ScheduledRow, StepMetadata
 from icecache.vllm.metrics import Meter, PrefixMeter, PrometheusMetrics, Stats, StoreMeter
 from icecache.vllm.names import (
+    HOST_MEMORY,
     CUDAGraphMode,
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -43,6 +44,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Named by `kv_connector` in vLLM's kv_transfer_config. Both roles are in this class."""
 
     requires_kv_delivery = False
+    _cache_hit_source = HOST_MEMORY
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Raises InvalidArgument where vLLM's configuration cannot be served."""
@@ -79,6 +81,11 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 spec.host_slots / spec.slots_of(longest),
                 f"{longest:,}",
             )
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """True: of vLLM's cache, which goes and comes back elsewhere, nothing is read (0.33)."""
+        return True
 
     # --- scheduler's side
 

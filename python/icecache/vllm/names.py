@@ -44,7 +44,15 @@ if is_supported_version():
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
     from vllm.v1.request import RequestStatus
 
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        HOST_MEMORY = CacheHitSource.HOST
+    except ModuleNotFoundError:  # before 0.32 nobody asks
+        HOST_MEMORY = "host"
+
 __all__ = [
+    "HOST_MEMORY",
     "MEDIUM_CPU",
     "AsyncScheduler",
     "AttentionCGSupport",

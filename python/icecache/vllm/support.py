@@ -117,7 +117,15 @@ def _check_drafts(vllm_config: Any) -> None:
             "its drafts are not known when a step is planned, or were not tried; use one of "
             f"{methods}, or start without --speculative-config",
         )
-    if drafts_by_layers(vllm_config) and vllm_config.scheduler_config.async_scheduling:
+    if not drafts_by_layers(vllm_config):
+        return
+    if vllm_config.use_v2_model_runner:
+        _refuse(
+            f"speculative decoding by {speculative.method} in vLLM's V2 runner",
+            "which blocks it gives to layers that draft was not tried; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0",
+        )
+    if vllm_config.scheduler_config.async_scheduling:
         _refuse(
             f"speculative decoding by {speculative.method} and asynchronous scheduling",
             "a step is then planned before it is known which drafts of the last one are right; "
