@@ -51,10 +51,10 @@ def sampling(tokens: int) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
-def answers(llm: Any, prompts: list[list[int]], tokens: int, lora: Any = None) -> list[list[int]]:
-    """Greedy tokens of all prompts, served together, by one of vLLM's LoRARequests if given."""
+def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy tokens of all prompts, served together."""
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(given, sampling(tokens), use_tqdm=False, lora_request=lora)
+    outputs = llm.generate(given, sampling(tokens), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -155,10 +155,11 @@ def stop_drafts(llm: Any) -> None:
         drafter.propose = _nothing
 
 
-def _nothing(drafts: Any = 0, sampled: Any = (), *args: Any, **given: Any) -> Any:
+def _nothing(*given: Any, **named: Any) -> Any:
     """In place of what a drafter of vLLM proposes: the layers of one that has any do not run."""
-    if "next_token_ids" in given:
-        return given["next_token_ids"].new_zeros(len(given["next_token_ids"]), 1)
+    if "next_token_ids" in named:
+        return named["next_token_ids"].new_zeros(len(named["next_token_ids"]), 1)
+    sampled = next(tokens for tokens in given if isinstance(tokens, list))
     return [[] for _ in sampled]
 
 

@@ -115,7 +115,8 @@ def broken(spec: dict[str, Any]) -> dict[str, Any]:
 
 def asked(spec: dict[str, Any]) -> dict[str, Any]:
     """Tokens, texts and log-probabilities of spec["prompts"] (token ids or texts), all at once, by
-    spec["sampling"] and spec["priority"]; spec["rounds"] times, the engine asleep in between."""
+    spec["sampling"] and spec["priority"]; again after each of the engine's sleeps of
+    spec["levels"]."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -129,9 +130,9 @@ def asked(spec: dict[str, Any]) -> dict[str, Any]:
         for prompt in spec["prompts"]
     ]
     rounds = []
-    for number in range(spec.get("rounds", 1)):
-        if number:
-            llm.sleep(level=spec["level"])
+    for level in (None, *spec.get("levels", [])):
+        if level is not None:
+            llm.sleep(level=level)
             llm.wake_up()
         outputs = llm.generate(
             prompts, SamplingParams(**given), use_tqdm=False, priority=spec.get("priority")

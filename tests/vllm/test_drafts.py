@@ -66,7 +66,6 @@ def drafters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize(
     ("settings", "method", "drafts"),
     [
-        ("exact", "ngram", 4),
         ("exact", "suffix", 15),
         ("budget", "ngram", 1),
         ("budget", "ngram", 15),
@@ -87,25 +86,16 @@ def test_the_tokens_are_those_without_drafts(
     assert 0 < result["drafts"]["accepted"] < result["drafts"]["made"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "drafter"),
-    [
-        ("exact", "another model"),
-        ("budget", "the same model"),
-        ("budget", "another model"),
-        ("budget", "a head"),
-    ],
-)
+@pytest.mark.parametrize("drafter", ["the same model", "another model", "a head"])
 def test_the_tokens_are_those_without_layers_that_draft(
     run: Run,
     llama: Path,
     without: dict[str, list[list[int]]],
     drafters: dict[str, dict[str, Any]],
-    settings: str,
     drafter: str,
 ) -> None:
-    result = generate(run, llama, SETTINGS[settings], **drafters[drafter])
-    assert result["tokens"] == without[settings]
+    result = generate(run, llama, BUDGET, **drafters[drafter])
+    assert result["tokens"] == without["budget"]
     assert result["blocks_lost"] == 0 and result["requests"] == 0
     drafts = result["drafts"]
     assert 0 <= drafts["accepted"] < drafts["made"]
@@ -113,38 +103,39 @@ def test_the_tokens_are_those_without_layers_that_draft(
         assert drafts["accepted"] > 0.5 * drafts["made"], "the budget makes the difference"
 
 
-def drafts_as_stock(run: Run, model: Path, **llm: Any) -> dict[str, int]:
-    """Of a run whose answers and drafts are those of stock vLLM."""
+def as_stock(run: Run, model: Path, **llm: Any) -> dict[str, Any]:
+    """A run whose answers and drafts are those of stock vLLM."""
     ours = generate(run, model, EXACT, **llm)
     stock = generate(run, model, None, **llm)
     assert ours["tokens"] == stock["tokens"]
-    drafts = dict(ours["drafts"])
     for counted in ("steps", "made", "accepted", "ids"):
-        assert drafts[counted] == stock["drafts"][counted]
-    assert drafts["made"] > 0
-    return drafts
+        assert ours["drafts"][counted] == stock["drafts"][counted]
+    assert ours["drafts"]["made"] > 0
+    return ours
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "the same model", "a head"])
 def test_as_many_drafts_are_accepted_as_by_stock(
-    run: Run, llama: Path, drafters: dict[str, dict[str, Any]], drafter: str
+    run: Run,
+    llama: Path,
+    without: dict[str, list[list[int]]],
+    drafters: dict[str, dict[str, Any]],
+    drafter: str,
 ) -> None:
-    llm = drafters.get(drafter) or drafting("ngram", 4)
-    assert drafts_as_stock(run, llama, **llm)["accepted"] > 0
-
-
-def test_a_model_with_a_layer_that_drafts(run: Run, tmp_path: Path) -> None:
-    drafts_as_stock(run, models.mtp_model(tmp_path), load_format="dummy", **drafting("mtp", 2))
+    result = as_stock(run, llama, **(drafters.get(drafter) or drafting("ngram", 4)))
+    assert result["tokens"] == without["exact"]
+    assert result["drafts"]["accepted"] > 0
 
 
 @pytest.mark.sweep
 def test_heads_of_other_kinds_and_beside_sliding_windows(
     run: Run, llama: Path, gemma: Path, tmp_path: Path
 ) -> None:
+    as_stock(run, models.mtp_model(tmp_path), load_format="dummy", **drafting("mtp", 2))
     head = models.eagle_head(tmp_path / "head", llama)
-    assert drafts_as_stock(run, gemma, **drafting("eagle", 2, head))["accepted"] > 0
+    assert as_stock(run, gemma, **drafting("eagle", 2, head))["drafts"]["accepted"] > 0
     target = models.tiny_llama(tmp_path / "target", num_layers=8)  # EAGLE 3 reads from three layers
-    drafts_as_stock(run, target, load_format="dummy", **drafting("eagle3", 2, head))
+    as_stock(run, target, load_format="dummy", **drafting("eagle3", 2, head))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +152,7 @@ def test_random_requests_with_aborts_and_preemption(
     result = run(
         "storm",
         model=llama,
-        count=50 if by_layers else 120,
+        count=50 if by_layers else 100,
         abort_share=0.02,
         tokens=60,
         icecache={**SETTINGS[settings], "host_memory": host_memory, "integrity": "always"},
@@ -174,12 +165,12 @@ def test_random_requests_with_aborts_and_preemption(
             "scheduler_reserve_full_isl": False,
         },
     )
-    assert result["drafts"]["accepted"] > (20 if drafter == "a head" else 100)
+    assert result["drafts"]["accepted"] > (20 if drafter == "a head" else 60)
     # Within a budget what a preempted request had made is part of its prompt from then on.
     may_differ = result["preempted"] if settings == "budget" else []
     assert result["preempted"] and set(result["differing"]) <= set(may_differ)
     assert result["drafts"]["behind_prompts"] > 0, "of one token"
-    assert result["answered"] > (40 if by_layers else 90)
+    assert result["answered"] > (40 if by_layers else 75)
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 
@@ -192,7 +183,7 @@ def test_random_requests_that_share_prefixes(run: Run, llama: Path, host_memory:
     result = run(
         "prefix_storm",
         model=llama,
-        count=200,
+        count=120,
         abort_share=0.1,
         longest=400,
         tokens=60,
@@ -216,7 +207,7 @@ def test_what_is_kept_of_requests_with_drafts_is_shared_as_without(run: Run, lla
         for more, tokens in (([], 40), ([], 8), ([9], 33), ([9, 11], 8))
     ]
     made = []
-    for llm in ({}, drafting("ngram", 7)):
+    for llm in ({}, drafting("suffix", 7)):
         given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": True, **llm}}
         result = run("reuse", model=llama, icecache=BUDGET, **given)
         assert result["consistent"] and sum(result["cached"]) > 1000
@@ -225,7 +216,7 @@ def test_what_is_kept_of_requests_with_drafts_is_shared_as_without(run: Run, lla
 
 
 def test_a_request_with_nan_fails_alone(run: Run, llama: Path) -> None:
-    llm = {**SMALL, **drafting("ngram", 3), "max_num_batched_tokens": 64}
+    llm = {**SMALL, **drafting("suffix", 3), "max_num_batched_tokens": 64}
     result = run("broken", model=llama, icecache=EXACT, llm=llm)
     assert result["reasons"].pop("bad") == result["reasons"].pop("bad, one token") == "error"
     assert set(result["reasons"].values()) == {"length"}

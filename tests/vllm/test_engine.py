@@ -63,7 +63,7 @@ def stock(run: Run, llama: Path) -> list[list[int]]:
 def test_exact_mode_gives_the_tokens_of_stock(
     run: Run, llama: Path, stock: list[list[int]], llm: dict[str, Any]
 ) -> None:
-    result = serve(run, llama, EXACT, **llm)
+    result = serve(run, llama, EXACT, poison=True, **llm)  # vLLM's own blocks are never read
     assert result["tokens"] == stock
     assert result["dense_steps"] > 0 and result["steps"] == 0
     assert result["blocks_lost"] == 0 and result["requests"] == 0
@@ -85,11 +85,6 @@ def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
     assert result["tokens"] == stock
 
 
-def test_blocks_of_vllm_are_never_read(run: Run, llama: Path, stock: list[list[int]]) -> None:
-    result = serve(run, llama, EXACT, max_num_batched_tokens=64, poison=True)
-    assert result["tokens"] == stock
-
-
 def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
     model = models.tiny_llama(tmp_path, num_q_heads=8, num_kv_heads=4)
     given = {"model": model, "prompts": prompts(SIZES[:12]), "tokens": 24}
@@ -98,15 +93,16 @@ def test_two_ranks_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
     two = {**SMALL, "tensor_parallel_size": 2, "max_num_batched_tokens": 64}
     # Two processes on the same cores: bound to them all, as they would on a machine with more.
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    for settings, forked in ((EXACT, False), ({"token_budget": 1024}, True)):
-        ours = {"icecache": {**memory, **settings}, "forked": forked}
-        got = run("ranks", **given, llm=two, **ours, environment=bound)
+    # Workers that are started anew: test_engines_and_front_ends_beside_each_other.
+    for settings in (EXACT, {"token_budget": 1024}):
+        icecache = {**memory, **settings}
+        got = run("ranks", **given, icecache=icecache, llm=two, forked=True, environment=bound)
         assert got["tokens"] == one
 
 
 def test_two_stages_give_the_tokens_of_one(run: Run, tmp_path: Path) -> None:
     model = models.tiny_llama(tmp_path, num_layers=3)  # one stage has two of them, and less room
-    given = {"model": model, "prompts": prompts(SIZES[:14]), "tokens": 24}
+    given = {"model": model, "prompts": prompts(SIZES[:13]), "tokens": 24}
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     stages = {**SMALL, "pipeline_parallel_size": 2, "max_num_batched_tokens": 64}
     for settings in (EXACT, {"token_budget": 64, "dense_tokens": 64}):
@@ -148,13 +144,13 @@ def test_random_requests_with_aborts_leak_nothing(run: Run, llama: Path) -> None
     result = run(
         "storm",
         model=llama,
-        count=250,
+        count=160,
         abort_share=0.15,
         icecache={"exact": True, "host_memory": "8M", "integrity": "always"},
         llm={**SMALL, "num_gpu_blocks_override": 13, "max_num_batched_tokens": 96},
     )
     assert result["most_requests"] >= 8
-    assert 100 < result["answered"] < 250
+    assert 60 < result["answered"] < 160
     assert result["differing"] == []
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
@@ -227,7 +223,7 @@ def test_models_of_several_groups_with_prefix_caching_on(
 ) -> None:
     given = {
         "model": architectures.make(name, tmp_path, **changes),
-        "prompts": prompts(SIZES),
+        "prompts": prompts(SIZES[:14]),
         "tokens": 24,
         "llm": {**SMALL, "enable_prefix_caching": True, "max_num_batched_tokens": 64},
     }

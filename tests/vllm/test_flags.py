@@ -39,7 +39,7 @@ def test_log_probabilities_of_prompts(run: Run, llama: Path) -> None:
     given: dict[str, Any] = {"prompts": prompts([1, 2, 33, 300])}
     given["sampling"] = {"max_tokens": 4, "detokenize": False, "prompt_logprobs": 2}
     given["llm"] = {"enable_prefix_caching": True, "max_num_batched_tokens": 64}
-    ours = ask(run, llama, ICECACHE, **given, rounds=2, level=0)
+    ours = ask(run, llama, ICECACHE, **given, levels=[0])
     stock = ask(run, llama, None, **given)["rounds"][0]
     for one in ours["rounds"]:
         assert one["tokens"] == stock["tokens"] and sum(one["cached"]) == 0
@@ -50,15 +50,14 @@ def test_log_probabilities_of_prompts(run: Run, llama: Path) -> None:
                 assert [p for _, p in at] == pytest.approx([p for _, p in other], abs=1e-4)
 
 
-@pytest.mark.parametrize("level", [0, 1])
-def test_sleep(run: Run, llama: Path, level: int) -> None:
+def test_sleep(run: Run, llama: Path) -> None:
     """From level 1 on vLLM has all caches dropped, as where weights have changed."""
-    given: dict[str, Any] = {"prompts": prompts([100, 300]), "rounds": 2, "level": level}
+    given: dict[str, Any] = {"prompts": prompts([100, 300]), "levels": [0, 1]}
     given["llm"] = {"enable_prefix_caching": True}
-    first, again = ask(run, llama, ICECACHE, **given)["rounds"]
+    first, slept, dropped = ask(run, llama, ICECACHE, **given)["rounds"]
     stock = ask(run, llama, None, prompts=given["prompts"])["rounds"][0]
-    assert first["tokens"] == again["tokens"] == stock["tokens"]
-    assert again["cached"] == ([0, 0] if level else [99, 299])
+    assert first["tokens"] == slept["tokens"] == dropped["tokens"] == stock["tokens"]
+    assert slept["cached"] == [99, 299] and dropped["cached"] == [0, 0]
 
 
 def test_structured_outputs(run: Run, smollm2: Path) -> None:
