@@ -96,7 +96,8 @@ def test_a_step_calls_little_for_each_request(schedulers: dict[str, Any]) -> Non
 
     def count(frame: FrameType, event: str, _: Any) -> None:
         nonlocal calls
-        calls += event == "call" and "/icecache/" in frame.f_code.co_filename
+        module = frame.f_globals.get("__name__", "")
+        calls += event == "call" and module.startswith("icecache.")
 
     steps = AHEAD + 1
     sys.setprofile(count)
@@ -105,5 +106,5 @@ def test_a_step_calls_little_for_each_request(schedulers: dict[str, Any]) -> Non
             step(schedulers["ours"])
     finally:
         sys.setprofile(None)
-    # vLLM's four questions about blocks, and now and then memory.
-    assert 3 < calls / steps / REQUESTS < 5.5
+    # vLLM's four questions about blocks, a row for the worker, and now and then memory.
+    assert 4 < calls / steps / REQUESTS < 6.5
