@@ -8,8 +8,9 @@ of requests that may be under way at once:
 - throughput_*: output tokens per second; throughput_ratio_*: IceCache's over vLLM's
 - ttft_ms_*, tpot_ms_*: medians of the client
 
-Afterwards each server is idle: `left_requests`, what its metrics say is still running or waiting,
-and `memory_growth_mib`, what the server's processes have grown by from the first to the last round.
+Afterwards each server is idle: `left_requests`, what its metrics say is still running or waiting;
+`left_bytes`, what IceCache holds beside the requests that it keeps for prompts that begin alike;
+`memory_growth_mib`, what the server's processes have grown by from the first to the last round.
 
     python benchmarks/python/bench_vllm_serve.py --json benchmarks/results/vllm_serve.json
 
@@ -123,15 +124,13 @@ class Server:
         made: dict[str, Any] = json_lines.loads(found.read_text())
         return made
 
-    def left_requests(self) -> float:
-        """Running or waiting requests, by the server's metrics."""
+    def metric(self, name: str) -> float:
+        """A gauge of the server's; raises RuntimeError where there is none."""
         page = urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=30)
-        text = page.read().decode()
-        names = "|".join(UNDER_WAY)
-        values = re.findall(rf"^(?:{names})\{{[^}}]*\}} (\S+)$", text, re.MULTILINE)
-        if len(values) < len(UNDER_WAY):
-            raise RuntimeError(f"{self._name}: its metrics do not tell {' and '.join(UNDER_WAY)}")
-        return sum(float(value) for value in values)
+        found = re.search(rf"^{name}\{{[^}}]*\}} (\S+)$", page.read().decode(), re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"{self._name}: its metrics do not tell {name}")
+        return float(found[1])
 
     def memory(self) -> float:
         """Resident MiB of the server and its children."""
@@ -238,9 +237,13 @@ def main(
             found += results(load, runs[size], str(size))
         for name, server in servers.items():
             params = {"rounds": rounds}
-            found.append(Result(f"left_requests_{name}", server.left_requests(), "", params))
+            left = sum(server.metric(gauge) for gauge in UNDER_WAY)
+            found.append(Result(f"left_requests_{name}", left, "requests", params))
             grown = memory[name][-1] - memory[name][0]
             found.append(Result(f"memory_growth_mib_{name}", grown, "MiB", params))
+        ours = servers[OURS]
+        left = ours.metric("icecache:host_bytes") - ours.metric("icecache:prefix_bytes")
+        found.append(Result("left_bytes_icecache", left, "bytes", {"rounds": rounds}))
     show_and_write("SmolLM2-135M-Instruct, float32", found, json)
 
 
