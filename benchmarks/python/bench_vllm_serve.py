@@ -9,8 +9,8 @@ of requests that may be under way at once:
 - ttft_ms_*, tpot_ms_*: medians of the client
 
 Afterwards each server is idle: `left_requests`, what its metrics say is still running or waiting;
-`left_bytes`, what IceCache holds beside the requests that it keeps for prompts that begin alike;
-`memory_growth_mib`, what the server's processes have grown by from the first to the last round.
+`memory_growth_mib`, what the server's processes have grown by from the first to the last round:
+IceCache keeps requests that ended for prompts that begin alike, up to its host memory.
 
     python benchmarks/python/bench_vllm_serve.py --json benchmarks/results/vllm_serve.json
 
@@ -241,9 +241,6 @@ def main(
             found.append(Result(f"left_requests_{name}", left, "requests", params))
             grown = memory[name][-1] - memory[name][0]
             found.append(Result(f"memory_growth_mib_{name}", grown, "MiB", params))
-        ours = servers[OURS]
-        left = ours.metric("icecache:host_bytes") - ours.metric("icecache:prefix_bytes")
-        found.append(Result("left_bytes_icecache", left, "bytes", {"rounds": rounds}))
     show_and_write("SmolLM2-135M-Instruct, float32", found, json)
 
 
