@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import icecache
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoTokenizer
 from vllm_process import EngineProcess
-from vllm_results import show_and_write
+from vllm_results import median_result, show_and_write
 
 OURS, STOCK = "icecache", "stock"
 DRAFTED = "_drafts"  # ends the names of engines with drafts
@@ -42,12 +41,13 @@ def seconds_of(answer: dict[str, Any]) -> float:
 
 
 def results(answers: dict[str, list[dict[str, Any]]], params: dict[str, Any]) -> list[Result]:
-    found = []
     count = params["answer_tokens"] - 1
-    for name, own in answers.items():
-        each = sorted(1e3 * seconds_of(one) / count for one in own)
-        spread = {**params, "least": each[0], "most": each[-1]}
-        found.append(Result(f"tpot_ms_{name}", median(each), "ms", spread))
+    found = [
+        median_result(
+            f"tpot_ms_{name}", [1e3 * seconds_of(one) / count for one in own], "ms", params
+        )
+        for name, own in answers.items()
+    ]
     for name in (OURS, STOCK):
         pairs = list(zip(answers[name], answers[name + DRAFTED], strict=True))
         found.append(_ratio(f"draft_speedup_{name}", pairs, params))
@@ -60,9 +60,8 @@ def results(answers: dict[str, list[dict[str, Any]]], params: dict[str, Any]) ->
 def _ratio(
     name: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]], params: dict[str, Any]
 ) -> Result:
-    ratios = sorted(seconds_of(one) / seconds_of(other) for one, other in pairs)
-    spread = {**params, "least": ratios[0], "most": ratios[-1]}
-    return Result(name, median(ratios), "ratio", spread)
+    ratios = [seconds_of(one) / seconds_of(other) for one, other in pairs]
+    return median_result(name, ratios, "ratio", params)
 
 
 def main(

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoTokenizer
 from vllm_process import EngineProcess
-from vllm_results import show_and_write
+from vllm_results import median_result, show_and_write
 
 OURS, STOCK, OFF = "icecache", "stock", "icecache_off"
 BLOCK = 128  # tokens of a block of vLLM's pool
@@ -195,9 +195,8 @@ class Run:
             seconds += once()
         first, second = pair.engines
         ratios = [each[first] / each[second] for each in seconds]
-        spread = {"least": min(ratios), "most": max(ratios), "n": len(ratios)}
         params = self.params(**given)
-        self.results.append(Result(name, median(ratios), "ratio", {**params, **spread}))
+        self.results.append(median_result(name, ratios, "ratio", params))
         for engine in pair.engines:
             took = median(one[engine] for one in seconds)
             self.results.append(Result(f"{what}_s_{engine}", took, "s", params))

@@ -42,7 +42,7 @@ from icecache.bench.report import Result
 from icecache.cli.usage import numbers
 from rich.console import Console
 from rich.progress import Progress
-from vllm_results import show_and_write
+from vllm_results import median_result, show_and_write
 
 OURS, STOCK = "icecache", "stock"
 HOST = "127.0.0.1"
@@ -191,8 +191,7 @@ def results(load: Load, runs: dict[str, list[dict[str, Any]]], tail: str) -> lis
             found.append(Result(f"{ours}_{name}_{tail}", value, unit, params))
     pairs = zip(runs[OURS], runs[STOCK], strict=True)
     ratios = [ours["output_throughput"] / stock["output_throughput"] for ours, stock in pairs]
-    spread = {**params, "least": min(ratios), "most": max(ratios)}
-    return [*found, Result(f"throughput_ratio_{tail}", median(ratios), "ratio", spread)]
+    return [*found, median_result(f"throughput_ratio_{tail}", ratios, "ratio", params)]
 
 
 def main(

@@ -1,8 +1,8 @@
 // Attention of one GQA group over pages of the pool, in place.
 //
-// A page is [2][S] rows of D elements in `dtype`: S key rows, then S value rows. Queries are fp32 and
-// already multiplied by the softmax scale. Results are merged into an AttentionState whose `group` is the
-// number of query rows. Kernels come from simd::kernels(). No threads.
+// A page is [2][S] rows of D elements in `dtype`: S key rows, then S value rows. Queries are fp32
+// and already multiplied by the softmax scale. Results are merged into an AttentionState whose
+// `group` is the number of query rows. Kernels come from simd::kernels(). No threads.
 #pragma once
 
 #include <cstddef>

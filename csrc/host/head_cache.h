@@ -117,8 +117,8 @@ class HeadCache {
   // enough, or the growing index, however long that takes. Without a change where the sequence fits
   // the budget or pages run out. Where memory runs out, it throws; no token is lost, and the next
   // call makes up for it.
-  // With `packs`, more of a prompt is to come: tokens change into eight bits, if these are to be, and
-  // are not indexed yet. Until they are, everything is attended.
+  // With `packs`, more of a prompt is to come: where kv_dtype is int8 its tokens are stored in eight
+  // bits now, and indexed at the prompt's end. Until then everything is attended.
   void update_index(bool packs, HeadStats& stats);
   // True where update_index() would build.
   bool build_is_due(bool packs) const;

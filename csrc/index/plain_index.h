@@ -1,5 +1,5 @@
-// PlainIndex: tokens in order of position and nothing to pick them by: of heads that attend to all of
-// them, and of the part of a prompt that has come.
+// PlainIndex: tokens in order of position, with nothing to pick some of them by. For heads that
+// attend to all tokens, and for the part of a prompt that has come while more of it is awaited.
 #pragma once
 
 #include <numeric>

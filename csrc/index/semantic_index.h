@@ -64,7 +64,7 @@ class SemanticIndex {
   // Whether keys are sketched: where the far field needs to know what tokens weigh.
   virtual bool has_sketches() const { return has_far_field_; }
   bool has_far_field() const { return has_far_field_; }
-  // True where it only holds tokens, and no step can pick any.
+  // True for an index that only stores tokens: a step cannot pick some of them, it attends to all.
   virtual bool only_holds() const { return false; }
   const Sketch& sketch() const { return sketch_; }
   const TokenSpace& space() const { return space_; }

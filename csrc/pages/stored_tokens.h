@@ -1,5 +1,5 @@
-// StoredTokens: tokens of a head on their way into the pages of an index, as rows that these hold; of
-// rows with codes also as numbers, unless the index only holds them.
+// StoredTokens: tokens of a head on their way into the pages of an index, as the rows that these
+// hold. Rows with codes are also kept as numbers, unless the index only stores tokens.
 //
 // With kv_dtype = "int8" the format is that of the tokens that are in pages already, or else fitted
 // to the first that are added.
@@ -35,9 +35,9 @@ class StoredTokens {
     decode(n);
     count_ += n;
   }
-  // The first n tokens of a run.
+  // Adds the first n tokens of a run.
   void add(const PageRun& run, std::int32_t n);
-  // Tokens in the model's type.
+  // Adds tokens whose rows are in the model's type.
   void add(const TokenBlock& tokens);
   // What was added; REQUIRES: something was. Valid as long as this is.
   TokenBlock block() const {

@@ -20,7 +20,7 @@ namespace icecache::simd {
 
 // Rows of DType::kInt8 are compared and added up as they are, their scale in a register: a row's
 // logit is scale x (query . codes) + bias of the query. What the codes of a key mean, and so how a
-// query is turned for them, csrc/pages/row_format.h says.
+// query is turned for them, csrc/simd/row_format.h says.
 
 // Query rows against a block of tokens that lie anywhere in memory. With at most kFewRows rows,
 // only tokens that a row sees are read; with more, all are, and must be finite.
@@ -135,7 +135,7 @@ struct Kernels {
   std::string_view name;
 
   // dst[i] = float(src[i]); dst[i] = round-to-nearest-even(src[i]). Of kInt8, `src` is one row of n
-  // elements; what makes such rows is in csrc/pages/row_format.h, not here.
+  // elements; what makes such rows is in csrc/simd/row_format.h, not here.
   void (*to_float)(const void* src, DType dtype, float* dst, std::size_t n);
   void (*from_float)(const float* src, void* dst, DType dtype, std::size_t n);
   // The largest magnitude of n elements, infinite where one is NaN or Inf; 0 of none.

@@ -27,8 +27,14 @@ std::int8_t code_of(double x) {
                                   std::bit_cast<std::int32_t>(kMagic));
 }
 
-// Codes and scale of a row of n numbers, the largest of magnitude `largest`.
-void write_row(const double* x, int n, double largest, std::byte* row) {
+// Codes and scale of a row of n numbers: number(i) is the i-th.
+template <typename Number>
+void write_row(int n, const Number& number, std::byte* row) {
+  double x[kMaxHeadDim], largest = 0.0;
+  for (int i = 0; i < n; ++i) {
+    x[i] = number(i);
+    largest = std::max(largest, std::abs(x[i]));
+  }
   const auto scale = static_cast<float>(largest / kMostCode);
   const double share = scale > 0.0f ? 1.0 / static_cast<double>(scale) : 0.0;
   for (int i = 0; i < n; ++i) row[i] = std::bit_cast<std::byte>(code_of(x[i] * share));
@@ -89,13 +95,11 @@ void RowFormat::encode_key(const std::byte* key, std::byte* row) const {
     return;
   }
   float given[kMaxHeadDim];
-  double x[kMaxHeadDim], largest = 0.0;
   simd::kernels().to_float(key, model_, given, static_cast<std::size_t>(head_dim_));
-  for (int i = 0; i < head_dim_; ++i) {
-    x[i] = (static_cast<double>(given[i]) - codes_->centre[i]) / codes_->step[i];
-    largest = std::max(largest, std::abs(x[i]));
-  }
-  write_row(x, head_dim_, largest, row);
+  const auto number = [&](int i) {
+    return (static_cast<double>(given[i]) - codes_->centre[i]) / codes_->step[i];
+  };
+  write_row(head_dim_, number, row);
 }
 
 void RowFormat::encode_value(const std::byte* value, std::byte* row) const {
@@ -104,13 +108,9 @@ void RowFormat::encode_value(const std::byte* value, std::byte* row) const {
     return;
   }
   float given[kMaxHeadDim];
-  double x[kMaxHeadDim], largest = 0.0;
   simd::kernels().to_float(value, model_, given, static_cast<std::size_t>(head_dim_));
-  for (int i = 0; i < head_dim_; ++i) {
-    x[i] = given[i];
-    largest = std::max(largest, std::abs(x[i]));
-  }
-  write_row(x, head_dim_, largest, row);
+  write_row(
+      head_dim_, [&](int i) { return static_cast<double>(given[i]); }, row);
 }
 
 void RowFormat::decode_key(const std::byte* row, float* key) const {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from engines import (
+    answers,
     drafts_of,
     inner,
     make,
@@ -95,9 +96,7 @@ def storm(spec: dict[str, Any]) -> dict[str, Any]:
         # vLLM's own names of requests begin with those that they were given.
         "preempted": [name.split("-")[0] for name in sorted(seen["preempted"])],
     }
-    made_of = {name: [answer] for name, answer in made.items()}
-    # Two at once find room, and share nothing.
-    return {**result, "differing": differing(llm, requests, made_of, together=2)}
+    return {**result, "differing": differing(llm, requests, {n: [a] for n, a in made.items()})}
 
 
 def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
@@ -160,23 +159,16 @@ def prefix_storm(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(
-    llm: Any, requests: dict[str, Request], made: dict[str, list[list[int]]], together: int = 1
+    llm: Any, requests: dict[str, Request], made: dict[str, list[list[int]]]
 ) -> list[str]:
-    """The requests of which an answer is not that of the request served alone, or beside
-    `together` - 1 others, sharing nothing and without drafts."""
+    """The requests of which an answer is not that of the request served alone, sharing nothing and
+    without drafts."""
     stop_drafts(llm)
-    found, names = [], sorted(made)
-    for begin in range(0, len(names), together):
+    found = []
+    for name in sorted(made):
         llm.reset_prefix_cache()
-        some = names[begin : begin + together]
-        outputs = llm.generate(
-            [{"prompt_token_ids": requests[name].prompt["prompt_token_ids"]} for name in some],
-            [sampling(requests[name].params.max_tokens) for name in some],
-            use_tqdm=False,
-            lora_request=[requests[name].lora for name in some],
-        )
-        for name, output in zip(some, outputs, strict=True):
-            alone = list(output.outputs[0].token_ids)
-            if any(answer != alone for answer in made[name]):
-                found.append(name)
+        prompt, params, lora = requests[name]
+        alone = answers(llm, [prompt["prompt_token_ids"]], params.max_tokens, lora)
+        if any(answer != alone[0] for answer in made[name]):
+            found.append(name)
     return found

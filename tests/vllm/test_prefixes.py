@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {"max_model_len": 1024, "block_size": 32, "max_num_seqs"
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 # Requests of a storm. ICECACHE_STORM=2000 takes minutes, and is not for every day.
-COUNT = int(os.environ.get("ICECACHE_STORM", "120"))
+COUNT = int(os.environ.get("ICECACHE_STORM", "200"))
 
 
 def storm(run: Run, model: Path, icecache: dict[str, Any], **spec: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_a_second_pass_over_gsm8k_reads_nothing_again(
 ) -> None:
     """vLLM's own recipe for stores of prefixes: by its counters, and with equal answers."""
     data = shared_dir / "data" / "gsm8k_test.jsonl"
-    samples = list(islice(gsm8k.open_source(data).samples(gsm8k.TASK), 4))
+    samples = list(islice(gsm8k.open_source(data).samples(gsm8k.TASK), 8))
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
     given = {"prompts": prompts, "passes": 2, "tokens": 16, "llm": {**SMALL, "max_model_len": 1536}}

@@ -79,8 +79,9 @@ class HostMemoryManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.prefixes = Prefixes(kv_cache_spec.slots_of, kv_cache_spec.host_slots)
-        # Tokens by request: that it has room for, once it was told how many blocks it needs; and
-        # that it holds memory for, together with its block.
+        # Both in tokens, by request. `asked`: there is room for so many; vLLM has been told how
+        # many blocks the request needs, and may give it these. `held`: the request has blocks,
+        # and host memory for so many.
         self._asked: dict[str, int] = {}
         self._held: dict[str, int] = {}
 
