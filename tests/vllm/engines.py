@@ -51,10 +51,10 @@ def sampling(tokens: int) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
-def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy tokens of all prompts, served together."""
+def answers(llm: Any, prompts: list[list[int]], tokens: int, lora: Any = None) -> list[list[int]]:
+    """Greedy tokens of all prompts, served together, by one of vLLM's LoRARequests if given."""
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(given, sampling(tokens), use_tqdm=False)
+    outputs = llm.generate(given, sampling(tokens), use_tqdm=False, lora_request=lora)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

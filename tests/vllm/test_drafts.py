@@ -66,8 +66,11 @@ def drafters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize(
     ("settings", "method", "drafts"),
     [
+        ("exact", "ngram", 1),  # 4: test_as_many_drafts_are_accepted_as_by_stock
+        ("exact", "ngram", 15),
         ("exact", "suffix", 15),
         ("budget", "ngram", 1),
+        ("budget", "ngram", 4),
         ("budget", "ngram", 15),
         ("budget", "suffix", 15),
     ],
@@ -152,7 +155,7 @@ def test_random_requests_with_aborts_and_preemption(
     result = run(
         "storm",
         model=llama,
-        count=50 if by_layers else 100,
+        count=50 if by_layers else 200,
         abort_share=0.02,
         tokens=60,
         icecache={**SETTINGS[settings], "host_memory": host_memory, "integrity": "always"},
@@ -165,12 +168,12 @@ def test_random_requests_with_aborts_and_preemption(
             "scheduler_reserve_full_isl": False,
         },
     )
-    assert result["drafts"]["accepted"] > (20 if drafter == "a head" else 60)
+    assert result["drafts"]["accepted"] > (20 if drafter == "a head" else 100)
     # Within a budget what a preempted request had made is part of its prompt from then on.
     may_differ = result["preempted"] if settings == "budget" else []
     assert result["preempted"] and set(result["differing"]) <= set(may_differ)
     assert result["drafts"]["behind_prompts"] > 0, "of one token"
-    assert result["answered"] > (40 if by_layers else 75)
+    assert result["answered"] > (40 if by_layers else 100)
     assert result["blocks_lost"] == 0
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
 
@@ -183,7 +186,7 @@ def test_random_requests_that_share_prefixes(run: Run, llama: Path, host_memory:
     result = run(
         "prefix_storm",
         model=llama,
-        count=120,
+        count=200,
         abort_share=0.1,
         longest=400,
         tokens=60,
@@ -207,7 +210,7 @@ def test_what_is_kept_of_requests_with_drafts_is_shared_as_without(run: Run, lla
         for more, tokens in (([], 40), ([], 8), ([9], 33), ([9, 11], 8))
     ]
     made = []
-    for llm in ({}, drafting("suffix", 7)):
+    for llm in ({}, drafting("ngram", 7)):
         given = {"requests": requests, "llm": {**SMALL, "enable_prefix_caching": True, **llm}}
         result = run("reuse", model=llama, icecache=BUDGET, **given)
         assert result["consistent"] and sum(result["cached"]) > 1000
@@ -216,7 +219,7 @@ def test_what_is_kept_of_requests_with_drafts_is_shared_as_without(run: Run, lla
 
 
 def test_a_request_with_nan_fails_alone(run: Run, llama: Path) -> None:
-    llm = {**SMALL, **drafting("suffix", 3), "max_num_batched_tokens": 64}
+    llm = {**SMALL, **drafting("ngram", 3), "max_num_batched_tokens": 64}
     result = run("broken", model=llama, icecache=EXACT, llm=llm)
     assert result["reasons"].pop("bad") == result["reasons"].pop("bad, one token") == "error"
     assert set(result["reasons"].values()) == {"length"}
