@@ -27,6 +27,9 @@ struct Field {
 constexpr Field<HeadStats, std::int64_t> kHeadCounts[] = {
     {"steps", &HeadStats::steps, "decode queries answered with an index"},
     {"dense_steps", &HeadStats::dense_steps, "decode queries that attended to everything"},
+    {"prompt_tokens", &HeadStats::prompt_tokens, "tokens of prompts that attended"},
+    {"sparse_prompt_tokens", &HeadStats::sparse_prompt_tokens,
+     "tokens of prompts that attended within prefill_budget"},
     {"tokens_selected", &HeadStats::tokens_selected, "by the index; sink and window not counted"},
     {"pages_selected", &HeadStats::pages_selected, "by the index"},
     {"widened_steps", &HeadStats::widened_steps,

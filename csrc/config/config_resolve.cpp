@@ -15,6 +15,9 @@ namespace {
 // more exact scores to make.
 constexpr std::int64_t kSegmentTokens = 512;
 
+// A prompt's tokens attend exactly to half of this many on average, beside what they pick.
+constexpr std::int64_t kPrefillChunk = 2048;
+
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30;       // positions are 32-bit
 constexpr std::int64_t kMaxPages = (std::int64_t{1} << 31) - 1;  // of a device: their numbers, too
 constexpr std::int64_t kMaxThreads = 1024;
@@ -179,6 +182,20 @@ void resolve_index(Config& config, const CacheShape& shape) {
   require("dci_beam", config.dci_beam, 0, kMaxTokens);
 }
 
+void resolve_prefill(Config& config) {
+  require("prefill_budget", config.prefill_budget, 0, kMaxTokens);
+  require("prefill_chunk", config.prefill_chunk, 0, kMaxTokens);
+  if (config.prefill_chunk == 0) config.prefill_chunk = kPrefillChunk;
+  if (config.prefill_chunk < config.far_node_tokens) {
+    throw InvalidArgument(message("prefill_chunk must be at least far_node_tokens (",
+                                  config.far_node_tokens, "), got ", config.prefill_chunk));
+  }
+  if (config.prefill_budget > 0 && config.index != "tree") {
+    throw InvalidArgument(message("prefill_budget must be 0 with index=", config.index, ", got ",
+                                  config.prefill_budget, "; use index=tree"));
+  }
+}
+
 void resolve_threads(Config& config) {
   require("num_threads", config.num_threads, 0, kMaxThreads);
   if (config.num_threads == 0) {
@@ -232,6 +249,7 @@ Config Config::resolved(const CacheShape& shape) const {
   check_words(result);
   resolve_budget(result);
   resolve_index(result, shape);
+  resolve_prefill(result);
   resolve_dense_layers(result, shape);
   resolve_threads(result);
   resolve_memory(result, shape);

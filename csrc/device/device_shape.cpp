@@ -28,6 +28,8 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
   if (config.select != "token") refuse("select", config.select, "token");
   if (config.exact)
     refuse("exact", "true", "false (attend with the model's own attention instead)");
+  if (config.prefill_budget > 0)
+    refuse("prefill_budget", config.prefill_budget, "0 (a device's prompts attend to everything)");
   if (config.mass_target > 0.0) refuse("mass_target", config.mass_target, "0");
   if (!config.dense_layers.empty()) refuse("dense_layers", config.dense_layers, "empty");
   if (config.integrity != "off") refuse("integrity", config.integrity, "off");

@@ -51,6 +51,12 @@ namespace icecache {
   X(int, decode_tokens, 32, "tokens",                                                             \
     "calls with up to this many new tokens on an indexed sequence are decode steps; larger ones " \
     "are prefill chunks and attend exactly")                                                      \
+  X(int, prefill_budget, 0, "tokens",                                                             \
+    "0: a prompt attends to all of itself; else tokens that 64 of its tokens together pick per "  \
+    "KV head of what is beyond their own chunk, whose rest takes part through summaries")         \
+  X(int, prefill_chunk, 0, "tokens",                                                              \
+    "with prefill_budget: tokens of a prompt that become a segment of the index before the rest " \
+    "of it is attended for; 0: 2048")                                                             \
   X(int, host_memory, 0, "bytes", "bound of the page pool; 0: half of the machine's memory")      \
   X(int, device_pages, 0, "pages",                                                                \
     "page slots on the device; 0: four times what one step of one layer selects")                 \

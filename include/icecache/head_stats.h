@@ -12,7 +12,9 @@ namespace icecache {
 struct HeadStats {
   // Decode queries within the budget; of an Engine those of calls with up to decode_tokens tokens.
   std::int64_t steps = 0;
-  std::int64_t dense_steps = 0;      // decode queries that attended to everything
+  std::int64_t dense_steps = 0;  // decode queries that attended to everything
+  // Tokens of prompts that attended, and those of them that attended within prefill_budget.
+  std::int64_t prompt_tokens = 0, sparse_prompt_tokens = 0;
   std::int64_t tokens_selected = 0;  // by the index, sink and window not counted
   std::int64_t pages_selected = 0;
   // Steps with more candidates than at first, lest a main token of a head be missed; and those
@@ -28,10 +30,11 @@ struct HeadStats {
 
   HeadStats& operator+=(const HeadStats& other) {
     for (const auto field :
-         {&HeadStats::steps, &HeadStats::dense_steps, &HeadStats::tokens_selected,
-          &HeadStats::pages_selected, &HeadStats::widened_steps, &HeadStats::doubtful_steps,
-          &HeadStats::seals, &HeadStats::merges, &HeadStats::bytes_read, &HeadStats::hits,
-          &HeadStats::misses, &HeadStats::bytes_moved}) {
+         {&HeadStats::steps, &HeadStats::dense_steps, &HeadStats::prompt_tokens,
+          &HeadStats::sparse_prompt_tokens, &HeadStats::tokens_selected, &HeadStats::pages_selected,
+          &HeadStats::widened_steps, &HeadStats::doubtful_steps, &HeadStats::seals,
+          &HeadStats::merges, &HeadStats::bytes_read, &HeadStats::hits, &HeadStats::misses,
+          &HeadStats::bytes_moved}) {
       this->*field += other.*field;
     }
     for (const auto field : {&HeadStats::mass, &HeadStats::select_seconds,
