@@ -95,6 +95,38 @@ void ExactAttention::attend(std::span<const PageSlots> pages, const PageLayout& 
   attend_pages(pages, block, layout, {out_, max_.data(), sum_.data(), rows, head_dim_});
 }
 
+void ExactAttention::add(std::span<float> logits, std::span<const float> values) {
+  const simd::Kernels& kernels = simd::kernels();
+  const auto n = static_cast<std::int64_t>(values.size()) / head_dim_;
+  const auto rows = static_cast<std::int64_t>(max_.size());
+  std::vector<float> weights(static_cast<std::size_t>(n));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* const row = logits.data() + r * n;
+    float max = 0.0f, sum = 0.0f;
+    kernels.softmax_stats(row, n, &max, &sum);
+    const float high = std::max(max_[r], max);
+    const float kept = high == -INFINITY ? 0.0f : std::exp(max_[r] - high);
+    sum_[r] *= kept;
+    for (int d = 0; d < head_dim_; ++d) out_[r * head_dim_ + d] *= kept;
+    max_[r] = high;
+    std::fill(weights.begin(), weights.end(), 0.0f);
+    if (sum > 0.0f) {
+      kernels.add_exp(row, high, weights.data(), n);
+      sum_[r] += sum * std::exp(max - high);
+    }
+    std::copy(weights.begin(), weights.end(), row);
+  }
+  added_.resize(static_cast<std::size_t>(rows * head_dim_));
+  kernels.matmul(logits.data(), values.data(), added_.data(), rows, n, head_dim_);
+  kernels.axpy(1.0f, added_.data(), out_, added_.size());
+}
+
+void ExactAttention::lse(float* out) const {
+  for (std::size_t r = 0; r < max_.size(); ++r) {
+    out[r] = sum_[r] > 0.0f ? max_[r] + std::log(sum_[r]) : max_[r];
+  }
+}
+
 void ExactAttention::finish(float* lse) {
   const int rows = block_.tokens * block_.group, d = head_dim_;
   const AttentionState state{out_, max_.data(), sum_.data(), rows, d};

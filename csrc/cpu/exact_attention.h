@@ -37,6 +37,11 @@ class ExactAttention {
   // Of the tokens of the pages, in order, query t sees the first seen + t.
   void attend(std::span<const PageSlots> pages, const PageLayout& layout,
               std::int64_t seen = QueryBlock::kAll);
+  // Weights exp(logits) [T, G, n] of values [n, D], given as they are, of whatever stands for tokens.
+  // `logits` do not keep their numbers. REQUIRES: floats have room, see can_estimate().
+  void add(std::span<float> logits, std::span<const float> values);
+  // Logs of the total weights so far, [T, G]. REQUIRES: as above.
+  void lse(float* out) const;
   // Fills `out`: normalised, zeros over no tokens. `lse` [T, G], unless null: log of the total
   // weight as a float has it, infinite where it has none; -inf over no tokens.
   void finish(float* lse = nullptr);
@@ -56,6 +61,7 @@ class ExactAttention {
   std::optional<WideAttention> wide_;
   std::optional<simd::FlushSubnormals> flush_;
   std::vector<float> max_, sum_;  // [T, G] without wide_
+  std::vector<float> added_;      // [T, G, D] scratch
 };
 
 }  // namespace icecache

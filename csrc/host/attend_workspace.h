@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/paged_attention.h"
+#include "index/block_selector.h"
 #include "index/log_sum.h"
 #include "index/selector.h"
 #include "pages/page_pool.h"
@@ -24,6 +25,15 @@ struct alignas(64) AttendWorkspace {    // no cache line is written by two threa
   // Tokens that are attended exactly: of one part after another, or of a whole step.
   std::vector<PagePick> picks;
   std::vector<PageSlots> pages;
+
+  // A block of a prompt within prefill_budget.
+  BlockSelector block_selector;
+  std::vector<BlockSelector::Pick> block_picks;
+  std::vector<float> near_rows;  // [T, G]
+  // Of the nodes of one segment: mean keys [D, C], half variances [dims, C], mean values [C, D];
+  // of queries their squares [T, G, dims]; and logits [T, G, C].
+  std::vector<float> node_keys, node_spreads, node_values, squares, node_logits, node_spread_logits;
+  std::vector<float> node_counts;
 
   // One step within the budget.
   std::vector<const Segment*> segments;

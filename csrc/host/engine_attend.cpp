@@ -29,7 +29,7 @@ constexpr std::int32_t kPostponed = 64;
 // One call of attend():
 //  1. plan() cuts it into tasks. Tokens before the call's own stay from now on: what they change in
 //     the index, decide() does.
-//  2. compute() carries the tasks out on all threads. It writes the outputs, and may move tokens
+//  2. compute() carries the tasks out on all threads, behind the chunks of prompts that they pick of. It writes the outputs, and may move tokens
 //     into a growing index, which the same step would move again.
 //  3. prepare() makes ready what follows in the background.
 //  4. commit() lets the sequences have what the call learnt: it cannot fail.
@@ -67,6 +67,15 @@ class Engine::Impl::AttendCall {
                ? tokens <= kQueryBlock
                : phase_of(b) == Phase::kAuto && tokens <= engine_.config.decode_tokens;
   }
+  // True where a prompt's tokens attend within prefill_budget.
+  bool picks_in_prompt(std::size_t b) const {
+    return !decodes(b) && phase_of(b) != Phase::kVerify &&
+           caches_[b]->heads.front().picks_in_prompts();
+  }
+  // Query tokens of a task that begins with token `first` of a call.
+  std::int64_t block_tokens(std::size_t b, std::int64_t first) const;
+  // Makes segments of the chunks that are due by the end of the call, where there are pages.
+  void build_chunks();
   // Of a sequence's tokens in this call, how many a head attends for exactly, before those that it
   // answers within the token budget.
   std::int64_t exact_tokens(std::size_t b, int head) const;
@@ -83,6 +92,7 @@ class Engine::Impl::AttendCall {
   const AttendArgs args_;
   std::vector<LayerCache*> caches_;
   std::vector<Task> tasks_;
+  std::vector<std::vector<Segment>> chunks_;  // [B, Hkv], of prompts within prefill_budget
   std::vector<FollowUp> follow_ups_;
 };
 
@@ -98,13 +108,40 @@ void Engine::Impl::AttendCall::plan(std::span<const SeqId> ids) {
     engine_.wait_for_builds(cache, cache.length());
     for (int h = 0; h < engine_.shape.num_kv_heads; ++h) {
       const std::int64_t exact = exact_tokens(b, h);
-      const std::int64_t most = std::min(kQueryBlock, kQueryRows / engine_.shape.group());
-      for (std::int64_t first = 0; first < exact; first += most) {
-        tasks_.push_back({b, h, first, std::min(most, exact - first), false, is_alone(b)});
+      for (std::int64_t first = 0, count = 0; first < exact; first += count) {
+        count = std::min(block_tokens(b, first), exact - first);
+        tasks_.push_back({b, h, first, count, false, is_alone(b)});
       }
       if (exact < tokens) tasks_.push_back({b, h, exact, tokens - exact, true, true});
     }
   }
+}
+
+std::int64_t Engine::Impl::AttendCall::block_tokens(std::size_t b, std::int64_t first) const {
+  const std::int64_t most = std::min(kQueryBlock, kQueryRows / engine_.shape.group());
+  if (!picks_in_prompt(b)) return most;
+  // Blocks are those of the sequence, wherever the call begins.
+  const std::int64_t position = caches_[b]->length() - args_.queries[b].tokens + first;
+  return std::min(most, HeadCache::kPromptBlock - position % HeadCache::kPromptBlock);
+}
+
+void Engine::Impl::AttendCall::build_chunks() {
+  const int heads = engine_.shape.num_kv_heads;
+  chunks_.resize(caches_.size() * heads);
+  std::vector<int> counts(caches_.size(), 0);
+  std::size_t pages = 0;
+  for (std::size_t b = 0; b < caches_.size(); ++b) {
+    const HeadCache& head = caches_[b]->heads.front();
+    if (picks_in_prompt(b)) counts[b] = head.due_chunks(head.length());
+    pages += heads * head.pages_for_chunks(counts[b]);
+  }
+  if (pages == 0 || !engine_.has_pages(pages)) return;
+  engine_.threads.parallel_for(static_cast<std::int64_t>(chunks_.size()), [&](std::int64_t i, int) {
+    const std::int64_t b = i / heads, h = i % heads;
+    if (counts[b] == 0) return;
+    chunks_[i] =
+        caches_[b]->heads[h].build_chunks(counts[b], args_.queries[b], static_cast<int>(h));
+  });
 }
 
 std::int64_t Engine::Impl::AttendCall::exact_tokens(std::size_t b, int head) const {
@@ -118,6 +155,7 @@ std::int64_t Engine::Impl::AttendCall::exact_tokens(std::size_t b, int head) con
 }
 
 void Engine::Impl::AttendCall::compute() {
+  build_chunks();
   std::size_t pages = 0;
   for (const Task& task : tasks_) {
     if (!task.alone) continue;
@@ -160,6 +198,10 @@ void Engine::Impl::AttendCall::run(Task& task, AttendWorkspace& workspace) {
                   {result.data() + row * d, any_lse == nullptr ? nullptr : any_lse + row},
                   task.decoded[t].stats, task.trace, workspace);
     }
+  } else if (picks_in_prompt(task.item)) {
+    head.attend_prompt(scaled.data(), static_cast<int>(task.tokens), first,
+                       chunks_[task.item * shape.num_kv_heads + task.head],
+                       {result.data(), any_lse}, task.stats, workspace);
   } else {
     if (task.alone && head.sparse()) head.insert_due(first, task.stats, workspace);
     head.attend_exact(scaled.data(), static_cast<int>(task.tokens), first, {result.data(), any_lse},
@@ -196,6 +238,10 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
 }
 
 void Engine::Impl::AttendCall::prepare() {
+  for (std::size_t i = 0; i < chunks_.size(); ++i) {
+    const std::size_t heads = engine_.shape.num_kv_heads;
+    caches_[i / heads]->heads[i % heads].reserve_chunks(chunks_[i].size());
+  }
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     if (is_alone(b)) continue;
     follow_ups_.push_back(
@@ -221,6 +267,10 @@ void Engine::Impl::AttendCall::prepare() {
 }
 
 void Engine::Impl::AttendCall::commit() noexcept {
+  for (std::size_t i = 0; i < chunks_.size(); ++i) {
+    const std::size_t heads = engine_.shape.num_kv_heads;
+    caches_[i / heads]->heads[i % heads].add_chunks(std::move(chunks_[i]));
+  }
   for (Task& task : tasks_) {
     HeadCache& head = caches_[task.item]->heads[task.head];
     engine_.collect(layer_, task.head, task.stats);

@@ -70,33 +70,41 @@ void HeadCache::attend_exact(const float* queries, int tokens, std::int32_t firs
   ExactAttention attention(
       {queries, tokens, context_.group, QueryBlock::kAll, context_.logit_softcap},
       context_.head_dim, held_, out.rows);
-  std::vector<PagePick>& picks = workspace.picks;
-  const auto attend_run = [&](const PageRun& run) {
-    picks.clear();
-    run.picks(run.first_position(), first_position + tokens, picks);
-    attend_picks(run_layout(), first_position + 1 - run.first_position(), attention, stats,
-                 workspace);
-  };
-  attend_run(sink_);
-  const auto attend_index = [&](const Segment& segment) {
-    picks.clear();
-    const PageLayout layout = layout_of(segment.index().table());
-    const std::int64_t seen = first_position + 1 - segment.first_position();
-    if (seen < segment.size()) {  // another layer's call for the same tokens has indexed them
-      add_in_order(segment, picks);
-      return attend_picks(layout, seen, attention, stats, workspace);
-    }
-    const std::span<const std::uint32_t> masks = segment.masks();
-    for (std::size_t page = 0; page < masks.size(); ++page) {
-      if (masks[page] == 0) continue;
-      picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
-    }
-    attend_picks(layout, QueryBlock::kAll, attention, stats, workspace);
-  };
-  for (const Segment& segment : segments_) attend_index(segment);
-  if (growing_) attend_index(Segment(*growing_));
-  attend_run(tail_);
+  const std::int32_t end = first_position + tokens;
+  attend_run(sink_, 0, first_position, end, attention, stats, workspace);
+  for (const Segment& segment : segments_) {
+    attend_segment(segment, first_position, attention, stats, workspace);
+  }
+  if (growing_) attend_segment(Segment(*growing_), first_position, attention, stats, workspace);
+  attend_run(tail_, tail_.first_position(), first_position, end, attention, stats, workspace);
   attention.finish(out.lse);
+}
+
+void HeadCache::attend_run(const PageRun& run, std::int32_t begin, std::int32_t first_position,
+                           std::int32_t end, ExactAttention& attention, HeadStats& stats,
+                           AttendWorkspace& workspace) const {
+  workspace.picks.clear();
+  run.picks(begin, end, workspace.picks);
+  attend_picks(run_layout(), first_position + 1 - begin, attention, stats, workspace);
+}
+
+void HeadCache::attend_segment(const Segment& segment, std::int32_t first_position,
+                               ExactAttention& attention, HeadStats& stats,
+                               AttendWorkspace& workspace) const {
+  std::vector<PagePick>& picks = workspace.picks;
+  picks.clear();
+  const PageLayout layout = layout_of(segment.index().table());
+  const std::int64_t seen = first_position + 1 - segment.first_position();
+  if (seen < segment.size()) {  // another layer's call for the same tokens has indexed them
+    add_in_order(segment, picks);
+    return attend_picks(layout, seen, attention, stats, workspace);
+  }
+  const std::span<const std::uint32_t> masks = segment.masks();
+  for (std::size_t page = 0; page < masks.size(); ++page) {
+    if (masks[page] == 0) continue;
+    picks.push_back(segment.index().table().pick(static_cast<int>(page), masks[page]));
+  }
+  attend_picks(layout, QueryBlock::kAll, attention, stats, workspace);
 }
 
 void HeadCache::insert_due(std::int32_t position, HeadStats& stats, AttendWorkspace& workspace) {

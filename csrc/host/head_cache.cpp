@@ -107,10 +107,11 @@ bool HeadCache::sparse_at(std::int32_t position) const {
   // Tokens behind the query are in the index: another layer of the model, which shares these keys,
   // has attended for them first.
   if (tail_.first_position() > position + 1) return false;
-  if (has_packed()) {
+  const std::size_t first = first_in_prompt();
+  if (first < segments_.size() && segments_[first].index().only_holds()) {
     const SemanticIndex* merged = ready_segment(Work::kMerge, position + 1);
-    const std::int32_t packed = segments_[first_packed()].first_position();
-    if (merged == nullptr || merged->first_position() > packed) return false;
+    if (merged == nullptr || merged->first_position() > segments_[first].first_position())
+      return false;
   }
   return has_index() || ready_segment(Work::kSeal, position + 1) != nullptr;
 }

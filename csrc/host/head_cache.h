@@ -75,6 +75,23 @@ class HeadCache {
   // with NaN or Inf gives NaN.
   void attend_exact(const float* queries, int tokens, std::int32_t first_position, Out out,
                     HeadStats& stats, AttendWorkspace& workspace) const;
+  // A prompt within prefill_budget. Its tokens become segments chunk by chunk, at lengths that do not
+  // depend on how it comes in calls, and blocks of kPromptBlock queries attend to sinks, to what is
+  // in no chunk yet and to kPromptWindow tokens before the block exactly.
+  static constexpr std::int32_t kPromptBlock = 64;
+  // Chunks of the tail that queries behind the first `length` tokens pick of.
+  int due_chunks(std::int32_t length) const;
+  // Segments of the first chunks of the tail, beside the tokens: add_chunks() lets the head have
+  // them, in their place. `queries` [Hq, T, D] are of the last T tokens. Throws OutOfPages.
+  std::vector<Segment> build_chunks(int count, const TensorView& queries, int kv_head) const;
+  std::size_t pages_for_chunks(int count) const;
+  void reserve_chunks(std::size_t count) { segments_.reserve(segments_.size() + count + 2); }
+  void add_chunks(std::vector<Segment> chunks) noexcept;
+  // attend_exact() of a block that begins at a multiple of kPromptBlock, or goes on in one: with
+  // those of `chunks`, of the tail, that it picks of.
+  void attend_prompt(const float* queries, int tokens, std::int32_t first_position,
+                     std::span<const Segment> chunks, Out out, HeadStats& stats,
+                     AttendWorkspace& workspace) const;
   // One query per head of the group [G, D] (scaled) at `position`; T = 1.
   // Attends to everything where logits may be too large for a float to tell tokens apart, or a
   // query has NaN or Inf.
@@ -125,6 +142,8 @@ class HeadCache {
   // Pages that update_index() takes at most.
   std::size_t pages_for_update(bool packs) const;
   bool dense() const { return dense_; }
+  // True where a prompt's tokens attend within prefill_budget.
+  bool picks_in_prompts() const { return context_.config->prefill_budget > 0 && !dense_; }
   // True where tokens are inserted into one index, in place of segments.
   bool grows() const { return grows_; }
   // True where no index is ever built: all tokens are attended, and stay as the model makes them.
@@ -179,9 +198,9 @@ class HeadCache {
   // of all, with the last one.
   std::size_t first_to_merge(std::size_t end, std::int32_t more) const;
   std::size_t first_to_merge() const;
-  // The first segment that only holds tokens which are to be indexed; their number: none does.
-  std::size_t first_packed() const;
-  bool has_packed() const { return first_packed() < segments_.size(); }
+  // The first segment of a prompt of which more was to come; their number: none is.
+  std::size_t first_in_prompt() const;
+  bool has_in_prompt() const { return first_in_prompt() < segments_.size(); }
   // The format of its segments, if there are any.
   std::optional<RowFormat> format() const;
   // Pages of sink and tail, and of an index.
@@ -190,6 +209,28 @@ class HeadCache {
   // Query t sees the first seen + t tokens of workspace.picks.
   void attend_picks(const PageLayout& layout, std::int64_t seen, ExactAttention& attention,
                     HeadStats& stats, AttendWorkspace& workspace) const;
+  // All tokens of a segment that queries from `first_position` on see.
+  void attend_segment(const Segment& segment, std::int32_t first_position,
+                      ExactAttention& attention, HeadStats& stats,
+                      AttendWorkspace& workspace) const;
+  void attend_run(const PageRun& run, std::int32_t begin, std::int32_t first_position,
+                  std::int32_t end, ExactAttention& attention, HeadStats& stats,
+                  AttendWorkspace& workspace) const;
+  // Where chunk `number` of the tail ends. Queries below `seen_from` that position shape its metric,
+  // and those from there on pick of it.
+  std::int32_t chunk_end(int number) const;
+  static std::int32_t seen_from(std::int32_t end_position);
+  // The parts of attend_prompt().
+  // What the block picks of, and attends to whole: workspace.segments, and from there on the tail.
+  void look_back(std::int32_t first_position, std::span<const Segment> chunks,
+                 AttendWorkspace& workspace) const;
+  // What the nodes of workspace.segments[number] weigh without the picked tokens.
+  void add_nodes(std::size_t number, std::span<const BlockSelector::Pick> picks,
+                 const float* queries, int tokens, ExactAttention& attention,
+                 AttendWorkspace& workspace) const;
+  // Their mean keys and values, spreads and numbers of tokens, in the workspace.
+  void take_picks_out(const Segment& segment, std::span<const BlockSelector::Pick> picks,
+                      AttendWorkspace& workspace) const;
   // The parts of decode().
   void score_near(const float* queries, std::int32_t position, AttendWorkspace& step) const;
   void weigh(std::int64_t nodes, AttendWorkspace& step) const;

@@ -48,12 +48,13 @@ std::int32_t HeadCache::window_start(std::int32_t position) const {
 }
 
 bool HeadCache::build_is_due(bool packs) const {
-  if (packs) {
-    return context_.stored() != context_.dtype && !grows_ && due_tokens(length()) >= seal_tokens();
+  if (packs) {  // within prefill_budget, chunks are
+    return context_.stored() != context_.dtype && !grows_ && (dense_ || !picks_in_prompts()) &&
+           due_tokens(length()) >= seal_tokens();
   }
   if (is_broken()) return true;
   if (stays_whole() || length() + 1 <= context_.config->dense_tokens) return false;
-  if (has_packed()) return true;
+  if (has_in_prompt()) return true;
   const std::int32_t due = window_start(length()) - tail_.first_position();
   return due > 0 && (!has_index() || (!grows_ && due >= seal_tokens()));
 }
@@ -85,13 +86,12 @@ std::size_t HeadCache::first_to_merge(std::size_t end, std::int32_t more) const 
 
 std::size_t HeadCache::first_to_merge() const {
   if (segments_.empty()) return 0;
-  return std::min(first_packed(), first_to_merge(segments_.size() - 1, segments_.back().size()));
+  return std::min(first_in_prompt(), first_to_merge(segments_.size() - 1, segments_.back().size()));
 }
 
-std::size_t HeadCache::first_packed() const {
-  if (dense_) return segments_.size();
+std::size_t HeadCache::first_in_prompt() const {
   const auto found = std::find_if(segments_.begin(), segments_.end(), [](const Segment& segment) {
-    return segment.index().only_holds();
+    return segment.index().in_prompt();
   });
   return static_cast<std::size_t>(found - segments_.begin());
 }
@@ -111,8 +111,8 @@ void HeadCache::require_pages(std::int32_t tokens) const {
 }
 
 void HeadCache::build_segment(std::int32_t due) {
-  const auto first =
-      static_cast<std::ptrdiff_t>(std::min(first_packed(), first_to_merge(segments_.size(), due)));
+  const auto first = static_cast<std::ptrdiff_t>(
+      std::min(first_in_prompt(), first_to_merge(segments_.size(), due)));
   const SegmentBuild build(context_,
                            {{segments_.begin() + first, segments_.end()}, tail_, due, format()},
                            moments_, length());
@@ -126,7 +126,7 @@ void HeadCache::build_segment(std::int32_t due) {
 
 void HeadCache::pack_segment(std::int32_t due) {
   HeadContext context = context_;
-  context.attends_all = true;
+  context.attends_all = context.in_prompt = true;
   const SegmentBuild build(context, {{}, tail_, due, format()}, moments_, length());
   require_pages(due);
   segments_.reserve(segments_.size() + 3);
@@ -197,7 +197,7 @@ std::int32_t HeadCache::due_work(Work work, std::int32_t length) const {
     return length + 1 > context_.config->dense_tokens ? due : 0;
   }
   const std::size_t first = first_to_merge();
-  if (first >= segments_.size() || (first + 1 == segments_.size() && !has_packed())) return 0;
+  if (first >= segments_.size() || (first + 1 == segments_.size() && !has_in_prompt())) return 0;
   return segments_.back().end_position() - segments_[first].first_position();
 }
 

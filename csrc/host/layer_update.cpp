@@ -19,6 +19,15 @@ void load_queries(const TensorView& queries, int kv_head, int group, std::int64_
   }
 }
 
+void load_rows(const TensorView& queries, int kv_head, int group, std::int64_t first,
+               std::span<const std::int64_t> rows, float* out) {
+  for (const std::int64_t row : rows) {
+    simd::kernels().to_float(queries.at(kv_head * group + row % group, first + row / group),
+                             queries.dtype, out, queries.dim);
+    out += queries.dim;
+  }
+}
+
 LayerUpdate::LayerUpdate(std::span<HeadCache> heads, std::span<HeadStats> stats,
                          const TensorView& queries, bool packs)
     : heads_(heads),
@@ -33,13 +42,9 @@ LayerUpdate::LayerUpdate(std::span<HeadCache> heads, std::span<HeadStats> stats,
   const std::vector<std::int64_t> rows = heads.front().counting_queries(all_);
   counting_ = static_cast<std::int64_t>(rows.size());
   queries_.resize(static_cast<std::size_t>(count * counting_) * head_dim_);
-  float* out = queries_.data();
   for (std::int64_t h = 0; h < count; ++h) {
-    for (const std::int64_t row : rows) {
-      simd::kernels().to_float(queries.at(h * group + row % group, row / group), queries.dtype, out,
-                               head_dim_);
-      out += head_dim_;
-    }
+    load_rows(queries, static_cast<int>(h), static_cast<int>(group), 0, rows,
+              queries_.data() + h * counting_ * head_dim_);
   }
 }
 

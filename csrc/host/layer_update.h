@@ -42,4 +42,9 @@ class LayerUpdate {
 void load_queries(const TensorView& queries, int kv_head, int group, std::int64_t first,
                   std::int64_t tokens, float scale, float* out);
 
+// Rows [rows.size(), D] fp32 of the same queries, unscaled: those with the given numbers, counted
+// from token `first` on as [tokens, G].
+void load_rows(const TensorView& queries, int kv_head, int group, std::int64_t first,
+               std::span<const std::int64_t> rows, float* out);
+
 }  // namespace icecache

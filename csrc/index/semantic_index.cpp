@@ -64,8 +64,10 @@ void SemanticIndex::build(const TokenBlock& tokens, const QueryMoments& queries)
   node_count_ = 1 + *std::max_element(node_of_page_.begin(), node_of_page_.end());
   if (has_far_field_) {
     far_.reserve(node_count_);
-    for (const std::vector<int>& pages : pages_by_node())
-      far_.assign(far_.add_node(), table_, pages);
+    const std::vector<std::vector<int>> by_node = pages_by_node();
+    for (const std::vector<int>& pages : by_node) far_.assign(far_.add_node(), table_, pages);
+    if (config().prefill_budget > 0)
+      node_keys_ = NodeKeys(table_, sketch_, space_.metric.rank, by_node);
   }
   built();
 }
@@ -86,6 +88,7 @@ std::vector<std::vector<int>> SemanticIndex::pages_by_node() const {
 
 std::size_t SemanticIndex::memory_bytes() const {
   return table_.memory_bytes() + sketch_.memory_bytes() + far_.memory_bytes() +
+         node_keys_.memory_bytes() +
          (space_.metric.from_key.capacity() + space_.metric.from_query.capacity() +
           space_.metric.mean.capacity() + space_.from_value.capacity()) *
              sizeof(float) +

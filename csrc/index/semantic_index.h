@@ -26,6 +26,7 @@
 #include "icecache/step_trace.h"
 #include "index/far_field.h"
 #include "index/index_search.h"
+#include "index/node_keys.h"
 #include "index/query_moments.h"
 #include "index/sketch.h"
 #include "index/token_space.h"
@@ -66,9 +67,13 @@ class SemanticIndex {
   bool has_far_field() const { return has_far_field_; }
   // True for an index that only stores tokens: a step cannot pick some of them, it attends to all.
   virtual bool only_holds() const { return false; }
+  // True for a part of a prompt of which more is to come: it is merged with what follows.
+  bool in_prompt() const { return context_.in_prompt; }
   const Sketch& sketch() const { return sketch_; }
   const TokenSpace& space() const { return space_; }
   const FarField& far_field() const { return far_; }
+  // Of the nodes of far_field(), with prefill_budget; else empty.
+  const NodeKeys& node_keys() const { return node_keys_; }
 
   // Who names a query's candidates; null: the best sketch scores do.
   virtual const CandidateFinder* finder() const { return nullptr; }
@@ -109,6 +114,7 @@ class SemanticIndex {
   TokenSpace space_;
   Sketch sketch_;
   FarField far_;
+  NodeKeys node_keys_;
   const bool has_far_field_;
   std::int32_t first_position_ = 0, end_position_ = 0;
   int node_count_ = 0;

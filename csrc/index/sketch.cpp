@@ -46,6 +46,18 @@ void Sketch::write(int page, int slot, const float* coordinates) {
   }
 }
 
+void Sketch::read(int page, int slot, int dims, std::uint8_t* codes) const {
+  const std::uint8_t* from = codes_.data() + static_cast<std::size_t>(page) * page_bytes();
+  for (int j = 0; j < dims; ++j) {
+    if (bits_ == 4) {
+      const std::uint8_t byte = from[(j / 8 * page_size_ + slot) * 4 + j % 4];
+      codes[j] = j % 8 < 4 ? byte & 15 : byte >> 4;
+    } else {
+      codes[j] = from[(j / 4 * page_size_ + slot) * 4 + j % 4];
+    }
+  }
+}
+
 void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
   std::uint8_t* to = codes_.data() + static_cast<std::size_t>(to_page) * page_bytes();
   const std::uint8_t* from = codes_.data() + static_cast<std::size_t>(from_page) * page_bytes();
@@ -56,16 +68,37 @@ void Sketch::copy(int to_page, int to_slot, int from_page, int from_slot) {
 
 void Sketch::prepare(const QueryMetric& metric, const float* queries, int group,
                      Query& query) const {
-  const simd::Kernels& kernels = simd::kernels();
-  std::vector<float>& projected = query.projected;
-  projected.resize(static_cast<std::size_t>(group) * rank_);
-  kernels.matmul(queries, metric.from_query.data(), projected.data(), group, metric.head_dim,
-                 rank_);
+  query.projected.resize(static_cast<std::size_t>(group) * rank_);
+  simd::kernels().matmul(queries, metric.from_query.data(), query.projected.data(), group,
+                         metric.head_dim, rank_);
+  prepare(metric, queries, query.projected.data(), group, rank_, query);
+}
+
+void Sketch::project(const QueryMetric& metric, const float* queries, std::int64_t n, int dims,
+                     std::vector<float>& basis, float* projected) const {
+  basis.resize(static_cast<std::size_t>(metric.head_dim) * dims);
+  for (int i = 0; i < metric.head_dim; ++i) {
+    std::copy_n(metric.from_query.data() + static_cast<std::ptrdiff_t>(i) * rank_, dims,
+                basis.data() + static_cast<std::ptrdiff_t>(i) * dims);
+  }
+  simd::kernels().matmul(queries, basis.data(), projected, n, metric.head_dim, dims);
+}
+
+void Sketch::prepare(const QueryMetric& metric, const float* queries, float* projected, int group,
+                     int dims, Query& query) const {
+  query.dims = dims;
+  const int codes = (1 << bits_) - 1;
+  // Of the keys' mean, to which coordinates are relative, and of the nearest code there is.
+  float zero[kMaxSketchRank], mean[kMaxSketchRank];
+  for (int j = 0; j < dims; ++j) {
+    zero[j] = -low_[j] / step_[j];
+    mean[j] = std::clamp(zero[j], 0.0f, static_cast<float>(codes));
+  }
   float largest = 0.0f;
   for (int g = 0; g < group; ++g) {
-    for (int j = 0; j < rank_; ++j) {
-      projected[g * rank_ + j] *= step_[j];
-      largest = std::max(largest, std::abs(projected[g * rank_ + j]));
+    for (int j = 0; j < dims; ++j) {
+      projected[g * dims + j] *= step_[j];
+      largest = std::max(largest, std::abs(projected[g * dims + j]));
     }
   }
   // Of a query's level: a power of two of a score's unit, so that a shift makes scores of sums.
@@ -73,21 +106,20 @@ void Sketch::prepare(const QueryMetric& metric, const float* queries, int group,
   const float octaves = std::ceil(std::log2(largest / (kLevels * simd::kScoreUnit)));
   query.level = static_cast<int>(std::clamp(octaves, -100.0f, 100.0f));
   const float scale = std::ldexp(simd::kScoreUnit, query.level);
-  query.rounded.resize(static_cast<std::size_t>(group) * rank_);
-  const int codes = (1 << bits_) - 1;
+  query.rounded.resize(static_cast<std::size_t>(group) * dims);
   query.reach = 0;  // of a sum, whatever the codes
   for (int g = 0; g < group; ++g) {
+    const float* exact = projected + static_cast<std::ptrdiff_t>(g) * dims;
+    std::int8_t* rounded = query.rounded.data() + static_cast<std::ptrdiff_t>(g) * dims;
     int above = 0, below = 0;
-    float bias = kernels.dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
-    for (int j = 0; j < rank_; ++j) {
-      const float exact = projected[g * rank_ + j];
-      const auto q = static_cast<std::int8_t>(std::lrintf(exact / scale));
-      query.rounded[g * rank_ + j] = q;
+    float bias =
+        simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
+    for (int j = 0; j < dims; ++j) {
+      const auto q = static_cast<std::int8_t>(std::lrintf(exact[j] / scale));
+      rounded[j] = q;
       (q > 0 ? above : below) += q * codes;
-      // Rounding the query moves no score at the keys' mean, to which coordinates are relative.
-      const float zero = -low_[j] / step_[j];
-      const float mean = std::clamp(zero, 0.0f, static_cast<float>(codes));
-      bias += (exact - scale * q) * mean - exact * zero;
+      // Rounding the query moves no score at the keys' mean.
+      bias += (exact[j] - scale * q) * mean[j] - exact[j] * zero[j];
     }
     query.reach = std::max(query.reach, above - below);
     query.base[g] = -below;
@@ -108,11 +140,27 @@ std::int64_t Sketch::scan(const Query& query, std::span<const std::uint32_t> mas
     out.bias(part)[g] = query.bias[g];
   }
   simd::kernels().soft_cap(out.bias(part), group, logit_softcap);
-  simd::kernels().sketch_scan({codes_.data(), masks.data(), query.rounded.data(), base,
-                               out.scores(part), out.max(part), out.mass(part), out.stride(), pages,
-                               group, rank_, page_size_, bits_, shift, out.coarse(), logit_softcap,
-                               out.unit(), query.bias, out.bias(part)});
-  return static_cast<std::int64_t>(pages) * page_bytes();
+  simd::kernels().sketch_scan({codes_.data(),
+                               masks.data(),
+                               query.rounded.data(),
+                               base,
+                               out.scores(part),
+                               out.max(part),
+                               out.mass(part),
+                               out.stride(),
+                               pages,
+                               group,
+                               rank_,
+                               page_size_,
+                               bits_,
+                               shift,
+                               out.coarse(),
+                               logit_softcap,
+                               out.unit(),
+                               query.bias,
+                               out.bias(part),
+                               query.dims});
+  return static_cast<std::int64_t>(pages) * page_bytes() * query.dims / rank_;
 }
 
 }  // namespace icecache

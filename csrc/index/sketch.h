@@ -24,6 +24,8 @@ class Sketch {
   // Makes room for pages 0..pages-1.
   void resize(int pages);
   void write(int page, int slot, const float* coordinates);
+  // The first `dims` codes of a slot, a multiple of 8.
+  void read(int page, int slot, int dims, std::uint8_t* codes) const;
   // Copies the codes of one slot.
   void copy(int to_page, int to_slot, int from_page, int from_slot);
 
@@ -32,13 +34,21 @@ class Sketch {
   // make.
   struct Query {
     std::vector<float> projected;      // [G, R]
-    std::vector<std::int8_t> rounded;  // [G, R]
+    std::vector<std::int8_t> rounded;  // [G, dims]
+    int dims = 0;                      // the first ones of R
     std::int32_t base[kMaxGroup];      // such that no score is below 0
     float bias[kMaxGroup];             // nats of a score of 0
     int level = 0, reach = 0;          // its unit is 2^level; the largest sum
     int octave = 0;                    // of SketchScores, at least
   };
   void prepare(const QueryMetric& metric, const float* queries, int group, Query& query) const;
+  // The same in two steps, for a scan that looks at the first `dims` of the R directions, those in
+  // which keys vary most, and for many queries [n, D] whose projections [n, dims] are made at once.
+  // `projected` [G, dims] become times the step of a code. `basis` is scratch.
+  void project(const QueryMetric& metric, const float* queries, std::int64_t n, int dims,
+               std::vector<float>& basis, float* projected) const;
+  void prepare(const QueryMetric& metric, const float* queries, float* projected, int group,
+               int dims, Query& query) const;
   // Scores of all tokens, those that `masks` [P] has: near q.k, or that capped. Part `part` of `out`
   // becomes these, in out's unit, of at least query.octave. Returns the bytes read.
   std::int64_t scan(const Query& query, std::span<const std::uint32_t> masks, int part,

@@ -73,8 +73,7 @@ float SketchScores::log_total(int g) const {
   return totals[g];
 }
 
-float SketchScores::top(const float* near_lse, std::int64_t k, float least_share,
-                        std::vector<std::int32_t>& slots) {
+float SketchScores::rank(const float* near_lse) {
   float totals[kMaxGroup];
   log_totals(totals);
   // In units; only how heads and parts differ matters. A head without any weight has no total.
@@ -103,6 +102,12 @@ float SketchScores::top(const float* near_lse, std::int64_t k, float least_share
     const std::int64_t end = p + 1 < static_cast<int>(parts_.size()) ? first_slot(p + 1) : stride_;
     std::fill(rank_.begin() + first + slots_of_part, rank_.begin() + end, simd::kNoScore);
   }
+  return least;
+}
+
+float SketchScores::top(const float* near_lse, std::int64_t k, float least_share,
+                        std::vector<std::int32_t>& slots) {
+  const float least = rank(near_lse);
   // Free slots rank at kNoScore or below, tokens above.
   std::int16_t floor = simd::kNoScore;
   if (least_share > -INFINITY) {

@@ -57,6 +57,10 @@ class SketchScores {
   // or below. Returns the logarithm of the largest share that a token beside them may have, by its
   // score; -inf where there is none.
   float top(const float* near_lse, std::int64_t k, float least, std::vector<std::int32_t>& slots);
+  // The same ranks by themselves, in units: of every slot [stride()], in which kNoScore or less is
+  // no token. Returns what a share of 1 has.
+  float rank(const float* near_lse);
+  std::span<const std::int16_t> ranks() const { return rank_; }
   // What a slot's score says of its logit: log weight of head g.
   float log_weight(int part, int g, std::int32_t slot) const {
     return parts_[part].bias[g] + unit() * scores_[g * stride_ + slot];

@@ -19,6 +19,7 @@ struct HeadContext {
   float scale = 0.0f;             // softmax scale
   float logit_softcap = 0.0f;     // 0: none
   bool attends_all = false;       // no query picks tokens: an index only holds them
+  bool in_prompt = false;         // of a segment: it is merged when the prompt has ended
 
   // Of rows in the pages of an index.
   DType stored() const { return config->stored_dtype(dtype); }

@@ -89,6 +89,10 @@ struct SketchScanArgs {
   float unit = 0.0f;                   // nats
   const float* bias = nullptr;         // [G]
   const float* capped_bias = nullptr;  // [G]
+  // The queries' dims: [G, dims]. The first ones of the keys' R count; 0: all.
+  int dims = 0;
+
+  constexpr int query_dims() const { return dims == 0 ? rank : dims; }
 };
 
 // Floats of one row of a page's masses.

@@ -95,6 +95,31 @@ class SimdScanTest : public SimdLevel {
     return used(c, slot) ? static_cast<std::int16_t>(sum >> shift_) : kNoScore;
   }
 
+  // Queries of fewer dims score as those that have zeros in the others.
+  void check_fewer_dims(const Case& c, SketchScanArgs args) {
+    const int dims = c.rank / 16 * 8;
+    if (dims == 0) return;
+    std::vector<std::int8_t> few, zeros(queries_.begin(), queries_.begin() + args.group * c.rank);
+    for (int g = 0; g < args.group; ++g) {
+      const auto query = zeros.begin() + static_cast<std::ptrdiff_t>(g) * c.rank;
+      few.insert(few.end(), query, query + dims);
+      std::fill(query + dims, query + c.rank, std::int8_t{0});
+    }
+    const std::size_t size = static_cast<std::size_t>(args.group * args.score_stride);
+    std::vector<std::int16_t> max(args.group), expected(size, kUntouched), scores = expected;
+    std::vector<float> mass(static_cast<std::size_t>(args.score_stride) * mass_stride(args.group));
+    args.max = max.data();
+    args.mass = mass.data();
+    args.scores = expected.data();
+    args.queries = zeros.data();
+    k().sketch_scan(args);
+    args.scores = scores.data();
+    args.queries = few.data();
+    args.dims = dims;
+    k().sketch_scan(args);
+    ASSERT_EQ(scores, expected) << c.bits << " bits, R " << c.rank << ", G " << args.group;
+  }
+
   void check(const Case& c, int group) {
     const std::int64_t slots = c.pages * c.page_size;
     const std::int64_t rounded = (slots + kScoreSlots - 1) / kScoreSlots * kScoreSlots;
@@ -136,6 +161,7 @@ class SimdScanTest : public SimdLevel {
       ASSERT_EQ(max[g], best) << where() << ", query " << g;
     }
     ASSERT_EQ(max[group], kUntouched) << where();
+    check_fewer_dims(c, args);
     for (std::int64_t p = 0; p < c.pages; ++p) {
       for (int g = 0; g < columns; ++g) {
         // Within the bounds of score_mass, and nothing where there is no token or no query.

@@ -35,8 +35,9 @@ struct ScanQueries {
     // 8 bits are rare, and not worth the code of more queries at once.
     count = args.bits == 8 ? 1 : smaller(kScanQueries, args.group - from);
     for (int g = 0; g < count; ++g) {
-      const std::int8_t* query = args.queries + static_cast<std::ptrdiff_t>(from + g) * args.rank;
-      for (int j = 0; j < args.rank / 4; ++j) weights[j][g] = four_bytes(query + 4 * j);
+      const int dims = args.query_dims();
+      const std::int8_t* query = args.queries + static_cast<std::ptrdiff_t>(from + g) * dims;
+      for (int j = 0; j < dims / 4; ++j) weights[j][g] = four_bytes(query + 4 * j);
       base[g] = args.base[from + g];
     }
   }
@@ -85,12 +86,12 @@ ICECACHE_INLINE void scan_blocks(const std::uint8_t* const* codes, int block_byt
 // Scores of kQueries x kScanVectors x W slots. codes[v]: of each slot vector, in its page's first
 // block.
 template <int kBits, int kQueries>
-ICECACHE_INLINE void scan_pass(int rank, int shift, const ScanQueries& queries,
+ICECACHE_INLINE void scan_pass(int dims, int shift, const ScanQueries& queries,
                                const std::uint8_t* const* codes, int block_bytes,
                                std::int16_t* scores, std::int64_t stride) {
   // Additions to a partial sum: two of 4 bits a block, one of each half of 8 bits.
   constexpr int kBlocks = kBits == 4 ? kDot4Adds / 2 : kDot4Adds;
-  const int blocks = rank * kBits / 32;
+  const int blocks = dims * kBits / 32;
   VecI sum[kScanVectors][kQueries];
 #pragma GCC unroll 4
   for (int g = 0; g < kQueries; ++g) sum[0][g] = sum[1][g] = VecI{} + queries.base[g];
@@ -116,7 +117,7 @@ template <int kBits, int kQueries>
 void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::int64_t first,
                  std::int64_t end) {
   constexpr int kSlots = kScanVectors * kWidth;
-  const int blocks = args.rank * kBits / 32;
+  const int all_blocks = args.rank * kBits / 32, blocks = args.query_dims() * kBits / 32;
   const int width = 4 * args.page_size;  // bytes of a block
   const int together = kSlots / args.page_size;
   alignas(64) std::uint8_t codes[kMaxSketchRank / 4 * 4 * kSlots] = {};
@@ -124,14 +125,15 @@ void scan_narrow(const SketchScanArgs& args, const ScanQueries& queries, std::in
   for (std::int64_t page = first; page < end; page += together) {
     const int here = static_cast<int>(smaller<std::int64_t>(together, end - page));
     for (int p = 0; p < here; ++p) {
-      const std::uint8_t* from = args.codes + (page + p) * blocks * width;
+      const std::uint8_t* from = args.codes + (page + p) * all_blocks * width;
       for (int b = 0; b < blocks; ++b) {
         __builtin_memcpy(codes + b * 4 * kSlots + p * width, from + b * width,
                          static_cast<std::size_t>(width));
       }
     }
     const std::uint8_t* vectors[kScanVectors] = {codes, codes + 4 * kWidth};
-    scan_pass<kBits, kQueries>(args.rank, args.shift, queries, vectors, 4 * kSlots, scores, kSlots);
+    scan_pass<kBits, kQueries>(args.query_dims(), args.shift, queries, vectors, 4 * kSlots, scores,
+                               kSlots);
     for (int g = 0; g < kQueries; ++g) {
       __builtin_memcpy(
           args.scores + (queries.first + g) * args.score_stride + page * args.page_size,
@@ -155,9 +157,10 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
                 std::int64_t end) {
   if (args.page_size < kWidth) return scan_narrow<kBits, kQueries>(args, queries, first, end);
   // Copies that no store may change.
-  const int rank = args.rank, shift = args.shift, page_size = args.page_size;
+  const int dims = args.query_dims(), shift = args.shift, page_size = args.page_size;
   const int block_bytes = 4 * page_size;
-  const std::ptrdiff_t page_bytes = static_cast<std::ptrdiff_t>(rank) * kBits / 32 * block_bytes;
+  const std::ptrdiff_t page_bytes =
+      static_cast<std::ptrdiff_t>(args.rank) * kBits / 32 * block_bytes;
   const std::int64_t stride = args.score_stride;
   const std::uint8_t* codes = args.codes + first * page_bytes;
   std::int16_t* scores = args.scores + queries.first * stride + first * page_size;
@@ -167,7 +170,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
       prefetch(codes + kScanAhead, static_cast<std::size_t>(2 * page_bytes));
       prefetch_scores<kQueries>(scores, stride);
       const std::uint8_t* both[kScanVectors] = {codes, codes + page_bytes};
-      scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
+      scan_pass<kBits, kQueries>(dims, shift, queries, both, block_bytes, scores, stride);
     }
     if (page < end) scan_narrow<kBits, kQueries>(args, queries, page, end);
     return;
@@ -177,7 +180,7 @@ void scan_pages(const SketchScanArgs& args, const ScanQueries& queries, std::int
     prefetch_scores<kQueries>(scores, stride);
     for (int s = 0; s < page_size; s += kScanVectors * kWidth) {
       const std::uint8_t* both[kScanVectors] = {codes + 4 * s, codes + 4 * (s + kWidth)};
-      scan_pass<kBits, kQueries>(rank, shift, queries, both, block_bytes, scores, stride);
+      scan_pass<kBits, kQueries>(dims, shift, queries, both, block_bytes, scores, stride);
       scores += kScanVectors * kWidth;
     }
   }

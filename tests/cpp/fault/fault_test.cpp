@@ -37,7 +37,7 @@ constexpr unsigned kSeconds = 120;
 constexpr std::int64_t kCases = 200;
 constexpr unsigned kSeconds = 30;
 #endif
-constexpr std::size_t kMostOutputs = 1 << 16;
+constexpr std::size_t kMostOutputs = 1 << 17;
 
 // What a child tells its parent.
 struct Report {
@@ -213,6 +213,12 @@ LifeOptions options_of(const char* index, int threads = 1, int index_threads = 1
   return options;
 }
 
+LifeOptions options_of_prompts() {
+  LifeOptions options = options_of("tree");
+  options.picks_in_prompts = true;
+  return options;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Of, Fault,
     ::testing::Values(Case{"MemoryTree", options_of("tree"), Kind::kMemory},
@@ -220,6 +226,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"MemoryPositional", options_of("positional"), Kind::kMemory},
                       Case{"MemoryFaiss", options_of("faiss"), Kind::kMemory},
                       Case{"MemoryManyThreads", options_of("tree", 3, 3), Kind::kMemory},
+                      Case{"MemoryPrompts", options_of_prompts(), Kind::kMemory},
+                      Case{"PagesPrompts", options_of_prompts(), Kind::kPages},
                       Case{"PagesTree", options_of("tree"), Kind::kPages},
                       Case{"PagesDci", options_of("dci"), Kind::kPages},
                       Case{"PagesPositional", options_of("positional"), Kind::kPages},

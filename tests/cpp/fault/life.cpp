@@ -41,6 +41,10 @@ Life::Life(const LifeOptions& options) : options_(options) {
   shape_.head_dim = kDim;
   config_.index = options.index;
   config_.segment_tokens = 8;
+  if (options.picks_in_prompts) {
+    config_.prefill_budget = 16;
+    config_.prefill_chunk = 64;
+  }
   config_.faiss_search = options.faiss_search;
   config_.page_size = 8;
   config_.token_budget = 24;
@@ -289,6 +293,15 @@ void Life::script() {
   step({e}, 1);
   release(e);
   release(c);
+  if (options_.picks_in_prompts) {
+    const SeqId f = create();
+    step({f}, 384, Phase::kPrefill);  // one chunk
+    step({f}, 100, Phase::kPrefill);  // another one, in the middle of a block
+    truncate(f, length(f) - 10);
+    step({f}, 50, Phase::kPromptEnd);
+    step({f}, 1);
+    if (engine_->stats(0, 0).sparse_prompt_tokens == 0) fail("the prompt attended to everything");
+  }
   step({d}, 12);  // pending at destruction
   verify("at the end");
 }

@@ -15,6 +15,7 @@ namespace icecache::fault {
 struct LifeOptions {
   std::string index = "tree", faiss_search = "sketch";
   int num_threads = 1, index_threads = 1;
+  bool picks_in_prompts = false;  // within prefill_budget
   // After a call that threw: checks the sequences at once (true), or does the call again at once,
   // while background work may be pending (false).
   bool checks_at_once = true;
