@@ -32,7 +32,7 @@ except ImportError as error:
         f"icecache's C++ extension is missing or does not load ({error}). In a checkout: "
         "make build, and PYTHONPATH=python; else: pip install --no-build-isolation --no-deps ."
     ) from error
-from icecache.config import Config, config_fields
+from icecache.config import PREFILL_BLOCK, Config, config_fields
 
 if TYPE_CHECKING:
     from icecache import models, ops
@@ -59,6 +59,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "PREFILL_BLOCK",
     "BuildInfo",
     "Config",
     "CudaError",

@@ -13,6 +13,9 @@ Value = int | float | str | bool
 
 _FIELDS = {field.name: field for field in _core.config_fields()}
 _LEAST_HEAD_DIM = 8  # of any cache
+# With prefill_budget so many tokens of a prompt choose together. Results do not depend on how a
+# prompt is cut into calls as long as the cuts are at multiples of it.
+PREFILL_BLOCK = 64
 
 
 def config_fields() -> list[_core.ConfigField]:

@@ -303,6 +303,14 @@ def test_generate_reports_what_a_budget_left_out(tiny: Path, tmp_path: Path) -> 
     assert "0.0 MiB on the device" not in result.stderr
 
 
+def test_generate_reports_what_a_prompt_left_out(tiny: Path, tmp_path: Path) -> None:
+    path = str(document(tmp_path, 480))
+    settings = ("--set", "prefill_budget=16", "--set", "prefill_chunk=64")
+    result = run("generate", str(tiny), "-f", path, "-n", "5", "--token-budget", "64", *settings)
+    assert result.exit_code == 0, result.stderr
+    assert "% of the prompt attended within prefill_budget; attention mass" in result.stderr
+
+
 def test_generate_uses_the_chat_template(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "chat"
     folder.mkdir()

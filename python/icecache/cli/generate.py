@@ -129,9 +129,11 @@ def _report(stats: ModelStats) -> str:
         f"{(memory.pool_bytes + memory.index_bytes + memory.query_bytes) / 2**20:.1f} MiB "
         "in host memory"
     )
-    steps = stats.total("steps")
+    steps, sparse = stats.total("steps"), stats.sparse_prompt
+    prompt = f"{sparse:.1%} of the prompt attended within prefill_budget; " if sparse else ""
     if not steps:
-        return f"attention was full: the sequence fits the token budget; {held}"
+        what = "answer's " if sparse else ""
+        return f"{prompt}{what}attention was full: the sequence fits the token budget; {held}"
     drafts = ""
     if stats.lossless is not None and stats.lossless.drafted:
         share = stats.lossless.kept / stats.lossless.drafted
@@ -139,8 +141,11 @@ def _report(stats: ModelStats) -> str:
             f"{stats.lossless.drafted} tokens drafted, {share:.0%} of them kept, in "
             f"{stats.lossless.verifications} verifications; in drafts, "
         )
-    read = stats.total("bytes_read") / (steps + stats.total("dense_steps"))
+    read = ""
+    if not stats.total("prompt_tokens"):  # bytes read for prompts are among those counted
+        each = stats.total("bytes_read") / (steps + stats.total("dense_steps"))
+        read = f"{each / 1024:.0f} KiB read per KV head and step; "
     return (
-        f"{drafts}attention mass attended exactly: {stats.total('mass') / steps:.1%} on average, "
-        f"{stats.worst_mass:.1%} at worst; {read / 1024:.0f} KiB read per KV head and step; {held}"
+        f"{prompt}{drafts}attention mass attended exactly: {stats.total('mass') / steps:.1%} on "
+        f"average, {stats.worst_mass:.1%} at worst; {read}{held}"
     )

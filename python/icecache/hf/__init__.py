@@ -12,8 +12,9 @@ chunked prefill, continued conversations; with lossless=True greedy and sampled 
 attention's own (lossless.py); attention sinks and soft caps (softmax.py), and layers that share the
 keys and values of others. Layers that do not attend to the whole context (sliding, chunked, linear)
 keep transformers' own cache. A first chunk is attended in torch, chunks of more than
-`decode_tokens` exactly, decode steps within the token budget. Everything else is refused with
-InvalidArgument before the first token: see support.py.
+`decode_tokens` exactly, decode steps within the token budget; with `prefill_budget` the engine
+attends to prompts, and `generate` feeds long ones in chunks (prompt_chunks.py). Everything else is
+refused with InvalidArgument before the first token: see support.py.
 """
 
 from icecache.hf.attention import register

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from icecache import InvalidArgument, device
 from icecache.engine import Phase
-from icecache.hf.cache import IceLayer
+from icecache.hf.cache import IceCache, IceLayer
 from icecache.hf.eager import outside_graphs
 from icecache.hf.engine_handle import EngineLike
 from icecache.hf.mask import LazyMask, icecache_mask
@@ -130,17 +130,20 @@ class _Call:
         self.softmax = softmax
         # The first to attend to the new tokens is the layer whose they are.
         self.appends, layer.is_pending = layer.is_pending, False
-        self.phase = Phase.VERIFY if layer.cache.is_exact else Phase.AUTO
+        # First chunks of prompts have all their tokens at hand: else torch attends to them.
+        self.by_engine = layer.cache.handle.attends_prompts
+        self.phases = _phases(layer.cache, chunk)
 
     def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """All tensors and the result are `[B, H, T, D]`."""
-        alike = self.chunk.real is None and len({early == 0 for early in self.chunk.earlier}) == 1
+        kinds = set(zip((early == 0 for early in self.chunk.earlier), self.phases, strict=True))
+        alike = self.chunk.real is None and len(kinds) == 1
         return (self._batch if alike else self._ragged)(query, key, value)
 
     def _batch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """All rows at once: no padding in the chunk, and all rows empty before it or none."""
-        sequences = self.rows.sequences
-        if self.chunk.earlier[0] == 0:
+        """All rows at once, in one phase: no padding, and all rows empty before it or none."""
+        sequences, phase = self.rows.sequences, self.phases[0]
+        if self.chunk.earlier[0] == 0 and not self.by_engine:
             if self.appends:
                 self.engine.append(sequences, self.layer, key, value)
             output = self._stock(query, key, value)
@@ -149,9 +152,9 @@ class _Call:
             return output
         asked = self.softmax.asks(query)
         if self.appends:
-            output = self.engine.step(sequences, self.layer, query, key, value, self.phase, **asked)
+            output = self.engine.step(sequences, self.layer, query, key, value, phase, **asked)
         else:
-            output = self.engine.attend(sequences, self.layer, query, self.phase, **asked)
+            output = self.engine.attend(sequences, self.layer, query, phase, **asked)
         return self.softmax.with_sinks(output, asked.get("lse"))
 
     def _ragged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -165,8 +168,8 @@ class _Call:
         columns = [self._columns(row) for row in range(query.shape[0])]
         asking = [own[own >= without] - without for own in columns]
         filled = [row for row, own in enumerate(columns) if own.numel()]
-        first = [row for row in filled if self.chunk.earlier[row] == 0]
-        later = [row for row in filled if self.chunk.earlier[row] != 0 and asking[row].numel()]
+        first = [row for row in filled if self.chunk.earlier[row] == 0 and not self.by_engine]
+        later = [row for row in filled if row not in first and asking[row].numel()]
         keys = {row: key[row][:, columns[row]] for row in filled}
         values = {row: value[row][:, columns[row]] for row in filled}
         queries = {row: query[row][:, asking[row]] for row in filled}
@@ -182,7 +185,9 @@ class _Call:
         if first and self.appends:
             self.engine.observe(self._sequences(first), self.layer, [queries[r] for r in first])
         if later:
-            self._attend(later, [queries[row] for row in later], output, asking)
+            for phase in dict.fromkeys(self.phases[row] for row in later):
+                those = [row for row in later if self.phases[row] == phase]
+                self._attend(those, [queries[row] for row in those], output, asking, phase)
         self._attend_padding(query, output, columns)
         return output
 
@@ -198,7 +203,9 @@ class _Call:
         ]
         if padded:
             last = [torch.tensor([query.shape[2] - 1])] * query.shape[0]
-            self._attend(padded, [query[row][:, -1:] for row in padded], output, last)
+            # With prefill_budget the engine counts the tokens of a prompt, and this is none.
+            phase = Phase.VERIFY if self.by_engine else self.phases[0]
+            self._attend(padded, [query[row][:, -1:] for row in padded], output, last, phase)
 
     def _attend(
         self,
@@ -206,11 +213,12 @@ class _Call:
         queries: list[torch.Tensor],
         output: torch.Tensor,
         columns: list[torch.Tensor],
+        phase: Phase,
     ) -> None:
         asked = [self.softmax.asks(query) for query in queries]
         lse = [one["lse"] for one in asked if one]
         results = self.engine.attend(
-            self._sequences(rows), self.layer, queries, self.phase, **({"lse": lse} if lse else {})
+            self._sequences(rows), self.layer, queries, phase, **({"lse": lse} if lse else {})
         )
         for row, result, one in zip(rows, results, asked, strict=True):
             output[row][:, columns[row]] = self.softmax.with_sinks(result, one.get("lse"))
@@ -224,6 +232,20 @@ class _Call:
 
     def _sequences(self, rows: list[int]) -> list[int]:
         return [self.rows.sequences[row] for row in rows]
+
+
+def _phases(cache: IceCache, chunk: Chunk) -> list[Phase]:
+    """Of each row of a forward call."""
+    lengths, ends, handle = cache.rows.lengths, cache.prompt_lengths, cache.handle
+    if cache.is_exact:
+        return [Phase.VERIFY] * len(lengths)
+    is_prompt = ends is not None or chunk.length > handle.decode_tokens
+    if not handle.attends_prompts or not is_prompt:
+        return [Phase.AUTO] * len(lengths)
+    return [
+        Phase.PROMPT_END if length >= end else Phase.PREFILL
+        for length, end in zip(lengths, ends or lengths, strict=True)
+    ]
 
 
 def register() -> None:

@@ -23,7 +23,12 @@ from icecache.hf.forward_call import DUMMY_LAYERS, ForwardCall, replaces_tensors
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.new_tokens import NewTokens
 from icecache.hf.rows import Rows
-from icecache.hf.support import CACHE, check_config, full_attention_layers
+from icecache.hf.support import (
+    CACHE,
+    check_config,
+    check_prefill_budget,
+    full_attention_layers,
+)
 
 
 class IceLayer(CacheLayerMixin):
@@ -146,6 +151,8 @@ class IceCache(Cache):
         model_layers = full_attention_layers(text_config)
         if handle is None:
             handle = EngineHandle(model_layers, config_fields, engine_class)
+            if handle.attends_prompts:
+                check_prefill_budget(text_config)
         elif config_fields or engine_class is not None:
             raise InvalidArgument(
                 "handle: an engine that is shared is already configured, got "
@@ -155,6 +162,9 @@ class IceCache(Cache):
         self.rows = Rows()
         self.call = ForwardCall()
         self.is_exact = handle.is_lossless  # every call attends to all tokens
+        # Tokens of each row at the end of a prompt that comes in several calls. None: each call of
+        # more than decode_tokens tokens is the end of one.
+        self.prompt_lengths: list[int] | None = None
         self.failed: str | None = None
         self._seen_before = 0  # columns of the rows before the call in progress
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text_config)

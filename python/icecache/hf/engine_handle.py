@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 import torch
 
 import icecache
-from icecache import InvalidArgument
+from icecache import Config, InvalidArgument
 from icecache.engine import Phase
 from icecache.hf.support import CACHE
 from icecache.shape import CacheShape
@@ -45,6 +45,9 @@ class EngineLike(Protocol):
     def memory(self) -> Any: ...
 
 
+# Parameters that say how prompts are attended to.
+_OF_PROMPTS = frozenset(["prefill_budget", "exact", "decode_tokens"])
+
 # Called with the keyword arguments of `icecache.Engine`, `config` aside.
 EngineFactory: TypeAlias = Callable[..., EngineLike]
 
@@ -60,7 +63,8 @@ class EngineHandle:
     ) -> None:
         """`model_layers[i]` is the model's index of engine layer i.
 
-        Raises InvalidArgument where `dense_layers` names a layer that is not among them.
+        Raises InvalidArgument where `dense_layers` names a layer that is not among them, and for
+        settings of prompts that are no settings.
         """
         self.model_layers = tuple(model_layers)
         self.is_enabled = False  # icecache.enable set it: the model is known to ask for IceCache
@@ -68,6 +72,10 @@ class EngineHandle:
         self._fields = dict(config_fields)
         if "dense_layers" in self._fields:
             self._fields["dense_layers"] = self._engine_layers(self._fields["dense_layers"])
+        # The engine attends to whole prompts itself, within `prefill_budget`.
+        prompts = Config(**{name: self._fields[name] for name in _OF_PROMPTS & self._fields.keys()})
+        self.attends_prompts = prompts.prompt_block > 1
+        self.decode_tokens: int = prompts.decode_tokens
         self._engine_class: EngineFactory = (
             icecache.Engine if engine_class is None else engine_class
         )

@@ -40,6 +40,15 @@ class ModelStats:
         return float(sum(getattr(head, field) for heads in self.layers.values() for head in heads))
 
     @property
+    def sparse_prompt(self) -> float:
+        """Share of the prompts' tokens that attended within `prefill_budget`; 0 without any.
+
+        Mean over layers and KV heads. Prompts that torch attended, exactly, do not count.
+        """
+        tokens = self.total("prompt_tokens")
+        return self.total("sparse_prompt_tokens") / tokens if tokens else 0.0
+
+    @property
     def worst_mass(self) -> float:
         """Least share of the attention mass that a decode step attended exactly; 1 without any."""
         return min(

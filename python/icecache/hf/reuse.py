@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from icecache import InvalidArgument
+from icecache import PREFILL_BLOCK, InvalidArgument
 from icecache.hf.cache import IceCache
 from icecache.hf.engine_handle import EngineHandle
 from icecache.hf.support import CACHE, CACHE_NAMES
@@ -87,6 +87,8 @@ class Reuse:
         while True:
             number, common = self._table.find(text)
             common = min(common, len(tokens) - 1)
+            if self._handle.attends_prompts:  # tokens that choose together stay together
+                common -= common % PREFILL_BLOCK
             if common < BLOCK:
                 return self._new_cache()
             kept = self._kept[number]

@@ -61,6 +61,16 @@ def full_attention_layers(text_config: PreTrainedConfig) -> list[int]:
     return layers
 
 
+def check_prefill_budget(text_config: PreTrainedConfig) -> None:
+    """Raises InvalidArgument for models whose prompts the engine attends to exactly alone."""
+    if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
+        raise InvalidArgument(
+            f"prefill_budget: expected 0 for {text_config.model_type}, whose layers share keys and "
+            "values: what each of them looks for would depend on how a prompt is cut into calls. "
+            "Leave it out for this model"
+        )
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Raises InvalidArgument for models whose attention the engine cannot compute."""
     name = config.model_type

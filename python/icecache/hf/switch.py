@@ -21,6 +21,7 @@ from icecache.hf.forward_hooks import after_forward, before_forward, check_cache
 from icecache.hf.lossless import Lossless
 from icecache.hf.model_stats import ModelStats, collect
 from icecache.hf.placement import compute_device, wrapped_model
+from icecache.hf.prompt_chunks import feed_prompt
 from icecache.hf.refresh import Refresh
 from icecache.hf.reuse import Reuse
 from icecache.hf.support import (
@@ -28,6 +29,7 @@ from icecache.hf.support import (
     check_forward,
     check_generation,
     check_model,
+    check_prefill_budget,
     full_attention_layers,
     logit_softcap,
 )
@@ -36,6 +38,7 @@ from icecache.shape import CacheShape
 ModelT = TypeVar("ModelT")
 
 _PREPARE_CACHE = "_prepare_cache_for_generation"
+_PREFILL = "_prefill"
 _CONTINUOUS_BATCHING = (
     "generate_batch",
     "init_continuous_batching",
@@ -92,6 +95,11 @@ def enable(
     CUDA device, not for models with sliding or recurrent layers, not with lossless or
     refresh_every.
 
+    With `prefill_budget` the prompt, too, attends within a budget: of what is before their own
+    chunk, 64 of its tokens together pick so many per KV head, and the rest takes part through
+    summaries. `generate` feeds long prompts in calls of `GenerationConfig.prefill_chunk_size`
+    tokens, or 2,048: the text does not depend on it. Not on a CUDA device, not with lossless.
+
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
     `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
     """
@@ -99,13 +107,9 @@ def enable(
         raise InvalidArgument(
             f"refresh_every: nothing to refresh with lossless=True, got {refresh_every}"
         )
-    if lossless and (kv_dtype := config_fields.get("kv_dtype", "auto")) != "auto":
-        raise InvalidArgument(
-            f"lossless: expected kv_dtype=auto, got {kv_dtype}: the text is to be that of keys and "
-            "values as the model makes them. Leave out one of the two"
-        )
     decoding: Decoding | None = None
     if lossless:
+        _check_lossless(config_fields)
         decoding = Lossless(draft_tokens)
     elif refresh_every:
         decoding = Refresh(refresh_every)
@@ -121,6 +125,22 @@ def enable(
         config_fields,
     )
     return model
+
+
+def _check_lossless(config_fields: dict[str, Any]) -> None:
+    """Raises InvalidArgument for settings with which the text is not full attention's."""
+    kv_dtype = config_fields.get("kv_dtype", "auto")
+    if kv_dtype != "auto":
+        raise InvalidArgument(
+            f"lossless: expected kv_dtype=auto, got {kv_dtype}: the text is to be that of keys and "
+            "values as the model makes them. Leave out one of the two"
+        )
+    prefill_budget = config_fields.get("prefill_budget", 0)
+    if prefill_budget not in (0, "0"):
+        raise InvalidArgument(
+            f"lossless: expected prefill_budget=0, got {prefill_budget}: the text is to be that of "
+            "a prompt that attends to all of itself. Leave out one of the two"
+        )
 
 
 def _enable(
@@ -160,6 +180,8 @@ def _enable(
         engine_class,
     )
     handle.is_lossless = isinstance(decoding, Lossless)
+    if handle.attends_prompts:
+        check_prefill_budget(text_config)
     if decoding is not None:
         IceCache(model.config, handle=handle).savepoint()  # refuses layers that take no tokens back
     reuse = Reuse(model.config, handle) if reuse_prefixes else None
@@ -178,20 +200,31 @@ def _enable(
         ),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
     )
+    methods = _methods(model, handle, decoding or reuse)
+    for name, method in methods.items():
+        model.__dict__[name] = method
+    handle.is_enabled = True
+    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), decoding)
+
+
+def _methods(
+    model: PreTrainedModel, handle: EngineHandle, stand_in: Decoding | Reuse | None
+) -> dict[str, Callable[..., Any]]:
+    """What stands in for methods of `model`, by name. They do not keep it alive."""
+    this = weakref.ref(model)
     methods: dict[str, Callable[..., Any]] = {
-        _PREPARE_CACHE: functools.partial(_prepare_cache, weakref.ref(model), handle)
+        _PREPARE_CACHE: functools.partial(_prepare_cache, this, handle)
     }
     methods |= {
         name: functools.partial(_refuse_continuous_batching, name)
         for name in _CONTINUOUS_BATCHING
         if hasattr(model, name)
     }
-    if (stand_in := decoding or reuse) is not None:
-        methods["generate"] = functools.partial(_generate, weakref.ref(model), stand_in)
-    for name, method in methods.items():
-        model.__dict__[name] = method
-    handle.is_enabled = True
-    _enabled[model] = _Enabled(handle, restore, hooks, tuple(methods), decoding)
+    if handle.attends_prompts:
+        methods[_PREFILL] = functools.partial(_feed_prompt, this)
+    if stand_in is not None:
+        methods["generate"] = functools.partial(_generate, this, stand_in)
+    return methods
 
 
 def disable(model: Any) -> None:
@@ -255,6 +288,12 @@ def _generate(
     """Stands in for the model's `generate`."""
     model: Any = _alive(model_ref)
     return stand_in.generate(functools.partial(type(model).generate, model), *args, **kwargs)
+
+
+def _feed_prompt(model_ref: weakref.ref[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's step of `generate` that feeds the prompt."""
+    model: Any = _alive(model_ref)
+    return feed_prompt(functools.partial(type(model)._prefill, model), *args, **kwargs)
 
 
 def _alive(model_ref: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
