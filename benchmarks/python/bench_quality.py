@@ -31,7 +31,7 @@ import torch
 import typer
 from gemma3 import absent, gemma3
 from icecache.bench.decoder import Decoder
-from icecache.bench.methods import METHODS, Method, find_methods
+from icecache.bench.methods import METHODS, Method, find_methods, with_settings
 from icecache.bench.prefill import Prefill, load, prefill, save
 from icecache.bench.prompts import Prompt
 from icecache.bench.quality import DecodeStats, Subject, decode_stats
@@ -101,10 +101,7 @@ def main(
     """Measure KL to full attention, agreement and needles of every method and budget."""
     check_data(data)
     fields = dict(setting.split("=", 1) for setting in settings or [])
-    chosen = [
-        method.with_fields(fields) if method.name == "icecache" else method
-        for method in find_methods([name for name in methods.split(",") if name])
-    ]
+    chosen = with_settings(find_methods([name for name in methods.split(",") if name]), fields)
     sizes = [int(text) for text in budgets.split(",")]
     wanted = sorted(parse_lengths(lengths))
     plan = Plan(data, chosen, sizes, prompts, wanted, needle_length, prefill_dir)

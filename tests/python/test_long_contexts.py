@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
 def test_a_text_runs_once_for_all_lengths(
     decoder: Decoder, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefill, "_CHUNK", 24)  # of a model whose window is 16
+    monkeypatch.setattr(prefill, "CHUNK", 24)  # of a model whose window is 16
     made = list(long_contexts.text_contexts(decoder, Letters(), data, [60, 110], steps=4))
     assert [one.group for one in made] == ["60", "110"] * 4
     assert [one.name for one in made[:3]] == ["essays_60", "essays_110", "novel_60"]

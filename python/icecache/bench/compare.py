@@ -1,4 +1,4 @@
-"""Many methods on one prompt after a single exact prefill.
+"""Many methods on one prompt after a single exact prefill, but for those with a prefill_budget.
 
 Every method is fed full attention's own answer, all rows in one batch: KL, agreement, mass. As long
 as a row's most likely token is full attention's, its own answer is the same, so it needs no second
@@ -17,10 +17,11 @@ from itertools import pairwise
 import torch
 
 from icecache.bench.decoder import Decoder
+from icecache.bench.engine_session import branch_of, start_of
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
 from icecache.bench.prefill import Prefill
-from icecache.bench.quality import kl_divergence, row_by_row, token_nll
+from icecache.bench.quality import first_tokens, kl_divergence, row_by_row, token_nll
 from icecache.bench.runs import Branch
 from icecache.bench.session import Session
 from icecache.bench.writing import IsEnd, Manner, Writer, greedy, write_on
@@ -41,7 +42,7 @@ class Outcome:
     answer: list[int] = field(default_factory=list)  # what it writes by itself
     gold_nll: float | None = None  # of a token of the right answer, nats; None where there is none
     output_error: list[list[float]] = field(default_factory=list)  # [layers][Hq], relative L2
-    open_s: float = 0.0  # seconds to fill and index its cache
+    open_s: float = 0.0  # seconds to fill and index its cache; with a prefill_budget, to prefill
     step_s: float = 0.0  # seconds of attention of a step, all layers
 
 
@@ -98,7 +99,20 @@ def _fill_answers(
     timer = _Timed(sessions)
     left: set[int] = set()
     groups: list[_Group] = []
-    branch = prefill.branch(decoder, len(sessions))
+    branch = branch_of(decoder, prefill, sessions)
+
+    def leave(rows: list[int]) -> None:
+        """They write on by themselves, from the end of their answers."""
+        left.update(rows)
+        forks = [sessions[row].fork() for row in rows]
+        groups.append(_Group(branch.fork(rows), [outcomes[row] for row in rows], forks))
+
+    first = first_tokens(prefill, sessions).tolist()
+    others = [row for row, token in enumerate(first) if token != answer[0]]
+    for row in others:
+        outcomes[row].answer = [first[row]]
+    if others:
+        leave(others)
     for step in range(prefill.steps):
         tokens = torch.tensor(answer[step]).expand(len(sessions), 1)
         logits = branch.run(tokens, timer.attend)
@@ -113,9 +127,7 @@ def _fill_answers(
                 leaving.append(row)
                 outcome.answer = [*answer[: step + 1], token]
         if leaving:
-            left.update(leaving)
-            forks = [sessions[row].fork() for row in leaving]
-            groups.append(_Group(branch.fork(leaving), [outcomes[row] for row in leaving], forks))
+            leave(leaving)
     for row, (outcome, session) in enumerate(zip(outcomes, sessions, strict=True)):
         outcome.mass = session.mass() if prefill.steps else 1.0
         steps = max(1, prefill.steps)
@@ -166,8 +178,9 @@ def _fill_gold(
     if not gold:
         return
     forks = [session.fork() for session in sessions]
-    nll = torch.full((len(forks),), float(token_nll(prefill.first_logits, gold[0])))
-    attend, branch = row_by_row(forks), prefill.branch(decoder, len(forks))
+    starts = [start_of(session, prefill).first_logits for session in forks]
+    nll = token_nll(torch.stack(starts), gold[0])
+    attend, branch = row_by_row(forks), branch_of(decoder, prefill, forks)
     for token, following in pairwise(gold):
         tokens = torch.tensor(token).expand(len(forks), 1)
         nll += token_nll(branch.run(tokens, attend), following)

@@ -1,17 +1,23 @@
-"""The engine as a method: a sequence of an engine of its own, filled from a prefill."""
+"""The engine as a method: a sequence of an engine of its own, filled from a prefill.
+
+With `prefill_budget` the engine attends to the prompt itself: the model runs over it once more, and
+keys, values and what comes behind them are this method's own.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from icecache import Engine, HeadStats, Phase
 from icecache.bench.decoder import Decoder
-from icecache.bench.prefill import Prefill
+from icecache.bench.prefill import CHUNK, Prefill
+from icecache.bench.runs import Branch, Start, start_rows
+from icecache.bench.session import Session
 from icecache.hf.engine_handle import EngineHandle
 from icecache.hf.softmax import Softmax
 
@@ -36,11 +42,36 @@ class EngineSession:
         self.engine = engine
         self._heads = [*itertools.product(range(decoder.num_layers), range(decoder.num_kv_heads))]
         self.sequence = self.engine.new_sequence()
-        for layer in range(decoder.num_layers):
+        self.start: Start | None = None  # of its own, with prefill_budget
+        if handle.attends_prompts:
+            self.start = self._run(decoder, prefill.tokens)
+        else:
+            self._fill(prefill)
+        self.engine.synchronize()
+
+    def _fill(self, prefill: Prefill) -> None:
+        for layer in range(self.engine.num_layers):
             keys, values = prefill.keys[layer, None], prefill.values[layer, None]
             self.engine.append([self.sequence], layer, keys, values)
             self.engine.observe([self.sequence], layer, prefill.queries[layer, None])
-        self.engine.synchronize()
+
+    def _run(self, decoder: Decoder, tokens: torch.Tensor) -> Start:
+        """The model over a prompt [L] whose attention is the engine's."""
+        branch, phase = decoder.begin(), Phase.PREFILL
+
+        def attend(
+            layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> torch.Tensor:
+            softmax = self._softmax[layer]
+            asked = softmax.asks(queries)
+            output = self.engine.step([self.sequence], layer, queries, keys, values, phase, **asked)
+            return softmax.with_sinks(output, asked.get("lse"))
+
+        *before, last = tokens.split(CHUNK)
+        for part in before:
+            branch.run(part[None], attend)
+        phase = Phase.PROMPT_END
+        return branch.start(branch.run(last[None], attend)[0].clone())
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -94,3 +125,14 @@ class LosslessSession(EngineSession):
     def mass(self) -> float:
         """All of it, at every step."""
         return 1.0
+
+
+def start_of(session: Session, prefill: Prefill) -> Start:
+    """Where a session starts to decode: where it has run over the prompt itself, or `prefill`."""
+    own = session.start if isinstance(session, EngineSession) else None
+    return own or prefill.start
+
+
+def branch_of(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> Branch:
+    """A row for each session, at its start."""
+    return start_rows(decoder, [start_of(session, prefill) for session in sessions])

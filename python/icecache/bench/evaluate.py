@@ -11,7 +11,7 @@ from typing import Any
 from icecache.bench.ask import GOLD_TOKENS, Asker, Limits, ask_endpoint
 from icecache.bench.decoder import Decoder, check_served
 from icecache.bench.html_report import html_report
-from icecache.bench.methods import find_methods
+from icecache.bench.methods import find_methods, with_settings
 from icecache.bench.report import machine, write_json
 from icecache.bench.runner import (
     Progress,
@@ -214,10 +214,7 @@ def _limits(plan: Plan, context: int, gold: int) -> Limits:
 def _asker(plan: Plan, folder: str, gold: int) -> Asker:
     model, tokenizer = load_model(Path(folder), plan.dtype)
     config = model.config.get_text_config(decoder=True)
-    methods = [
-        method.with_fields(plan.engine) if method.name == "icecache" else method
-        for method in find_methods(plan.methods)
-    ]
+    methods = with_settings(find_methods(plan.methods), plan.engine)
     limits = _limits(plan, _context(config), gold)
     return Asker(Decoder(model), tokenizer, methods, plan.budgets, limits)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from icecache.bench.decoder import Decoder
+from icecache.bench.engine_session import branch_of, start_of
 from icecache.bench.growth import FullLogits
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
@@ -52,11 +53,12 @@ def write_freely(
                 if method.name != "full":
                     sessions.append(method.open(decoder, made, budget))
                     texts.append(FreeText(method.label, budget))
-        first = manner.choose(made.first_logits[None], [0])
-        for text in texts:
-            text.written += first
+        logits = torch.stack([start_of(session, made).first_logits for session in sessions])
+        first = manner.choose(logits, [0] * len(texts))
+        for text, token in zip(texts, first, strict=True):
+            text.written.append(token)
         writers = [Writer(*pair) for pair in zip((t.written for t in texts), sessions, strict=True)]
-        write_on(made.branch(decoder, len(texts)), writers, manner)
+        write_on(branch_of(decoder, made, sessions), writers, manner)
     finally:
         for session in sessions:
             session.close()

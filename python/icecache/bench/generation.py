@@ -15,7 +15,7 @@ from icecache.bench.free_text import own_text, write_freely
 from icecache.bench.generation_plan import TASK, GenerationPlan
 from icecache.bench.generation_report import html_report, results
 from icecache.bench.growth import FullLogits, Text, grow
-from icecache.bench.methods import Method, find_methods
+from icecache.bench.methods import Method, find_methods, with_settings
 from icecache.bench.prefill import Prefill, finish
 from icecache.bench.prompts import pydoc_text
 from icecache.bench.report import machine, write_json
@@ -38,10 +38,7 @@ def measure(plan: GenerationPlan, out: Path, progress: Progress) -> list[Record]
     method can run, before anything is written.
     """
     plan.check()
-    methods = [
-        method.with_fields(plan.engine) if method.name == "icecache" else method
-        for method in find_methods(plan.methods)
-    ]
+    methods = with_settings(find_methods(plan.methods), plan.engine)
     settings = {"arguments": plan.arguments(), "machine": machine()}
     folder = RunFolder(out, settings)
     model, tokenizer = load_model(model_folder(plan.model), plan.dtype)

@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 
 from icecache.bench.decoder import Decoder
-from icecache.bench.engine_session import EngineSession
+from icecache.bench.engine_session import EngineSession, branch_of
 from icecache.bench.generation_plan import BLOCK, Checkpoints
 from icecache.bench.methods import Method
 from icecache.bench.oracles import FullSession
@@ -162,7 +162,10 @@ class _Course:
         self._decoder, self._rows = decoder, rows
         self._made, self._logits, self._tokens = text.made, text.full, text.tokens
         self._checkpoints = checkpoints
-        self._branch = text.made.branch(decoder, max(1, len(rows)))
+        sessions = [row.session for row in rows]
+        self._branch = (
+            branch_of(decoder, text.made, sessions) if rows else text.made.branch(decoder, 1)
+        )
         grown = [at for at, row in enumerate(rows) if isinstance(row.session, EngineSession)]
         self._recent = _RecentQueries(text.made, grown if checkpoints.every else [])
 
@@ -224,8 +227,9 @@ class _Course:
                 values=torch.stack([values for _, values in held]),
                 queries=self._recent.of(at),
             )
+            loaded = row.method.with_fields({"prefill_budget": 0})  # over what is held
             sessions = [
-                row.method.open(self._decoder, again, row.budget),
+                loaded.open(self._decoder, again, row.budget),
                 FullSession(again, place, self._decoder.scale),
             ]
             branch, kl = self._branch.fork([at, at]), torch.zeros(2, dtype=torch.float64)

@@ -10,9 +10,11 @@ generate_until         the prompt is attended exactly, the answer written within
 loglikelihood          the context but its last token is attended exactly. That token and those of
                        the continuation are fed one at a time, so that every token that counts is
                        predicted within the budget; one forward call over all of them would be a
-                       prefill, which no budget touches
+                       prefill, which no token budget touches
 loglikelihood_rolling  the same over lm_eval's windows of max_length tokens: each scores all behind
                        its first token, the last one what the one before it did not reach
+
+With prefill_budget, prompts and contexts attend within it.
 """
 
 from __future__ import annotations

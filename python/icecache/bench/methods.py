@@ -21,9 +21,13 @@ from icecache.bench.names import unknown
 from icecache.bench.oracles import FullSession, RecentSession, TopSession
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
+from icecache.config import Config
 
 # From a prefill, the token budget and the scale of scores.
 OpenSession = Callable[[Prefill, int, float], Session]
+
+
+_PREFILL = ", prefill "  # in a label, before the prefill_budget
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,21 @@ class Method:
         return self.engine_session(decoder, prefill, budget, self.engine_fields or {})
 
     def with_fields(self, fields: Mapping[str, Any]) -> Method:
-        """The same with other engine fields; sessions in torch have none and stay as they are."""
+        """The same with other engine fields; sessions in torch have none and stay as they are.
+
+        The label tells the prefill_budget, if there is one.
+        """
         if self.session is not None:
             return self
-        return replace(self, engine_fields={**(self.engine_fields or {}), **fields})
+        own = {**(self.engine_fields or {}), **fields}
+        label, _, _ = self.label.partition(_PREFILL)
+        if budget := Config(prefill_budget=own.get("prefill_budget", 0)).prefill_budget:
+            label += f"{_PREFILL}{budget}"
+        return replace(self, label=label, engine_fields=own)
 
 
 _PAGES = {"select": "page", "tail": "off"}
+_OF_PROMPTS = ("prefill_budget", "prefill_chunk")
 
 # `topk` is exact: no method that shares its picks in a group can attend to more mass. The paper
 # does not give its share of promoted keys for contexts of some thousand tokens: of those tried on
@@ -71,6 +83,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "icecache-lossless", "icecache, lossless", engine_fields={}, engine_session=LosslessSession
     ),
+    Method("icecache-prefill", "icecache").with_fields({"prefill_budget": 1024}),
     Method("faiss", "icecache, faiss", engine_fields={"index": "faiss"}),
     Method("topk_head", "exact top-B per head", partial(TopSession, per_head=True)),
     Method("paper_reuse", "paper, layer reuse", LayerReuseSession),
@@ -96,3 +109,16 @@ def find_methods(names: Sequence[str]) -> list[Method]:
         if name not in by_name:
             raise unknown("method", name, by_name)
     return [method for name in names or by_name for method in by_name[name]]
+
+
+def with_settings(methods: Sequence[Method], fields: Mapping[str, Any]) -> list[Method]:
+    """The same, IceCache's own with engine fields that a user sets; those of others stay.
+
+    Fields that say how prompts are attended are those of "icecache-prefill", if it is among them.
+    """
+    others = {name: value for name, value in fields.items() if name not in _OF_PROMPTS}
+    compared = any(method.name == "icecache-prefill" for method in methods)
+    own = {"icecache": others if compared else fields, "icecache-prefill": fields}
+    return [
+        method.with_fields(own[method.name]) if method.name in own else method for method in methods
+    ]

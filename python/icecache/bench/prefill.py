@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from icecache import InvalidArgument
 from icecache.bench.decoder import Decoder
-from icecache.bench.runs import Branch, OwnRun
+from icecache.bench.runs import Branch, OwnRun, Start, start_rows
 
-_CHUNK = 1024  # tokens of a long prompt that run at once
+CHUNK = 1024  # tokens of a long prompt that run at once
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,14 @@ class Prefill:
     def steps(self) -> int:
         return self.logits.shape[0]
 
+    @cached_property
+    def start(self) -> Start:
+        """Where rows start to decode whose method attended to the prompt exactly."""
+        return Start(self.length, self.first_logits, self.stock_layers)
+
     def branch(self, decoder: Decoder, rows: int) -> Branch:
-        """Where so many rows start to decode."""
-        start = Branch(decoder, self.stock_layers, torch.tensor([self.length]))
-        return start.fork([0] * rows)
+        """So many rows that start to decode."""
+        return start_rows(decoder, [self.start] * rows)
 
 
 def prefill(decoder: Decoder, tokens: torch.Tensor, steps: int, end: int | None) -> Prefill:
@@ -119,7 +124,7 @@ def run_in_chunks(run: OwnRun, tokens: torch.Tensor) -> torch.Tensor:
     In chunks attention of a sliding window costs no more than its window, and no mask is L x L.
     """
     logits = torch.empty(0)
-    for part in tokens[run.length :].split(_CHUNK):
+    for part in tokens[run.length :].split(CHUNK):
         logits = run.run(part)
     return logits
 

@@ -14,6 +14,7 @@ import torch
 
 from icecache.bench.cache_layers import Attention
 from icecache.bench.decoder import Decoder
+from icecache.bench.engine_session import branch_of, start_of
 from icecache.bench.methods import Method
 from icecache.bench.prefill import Prefill
 from icecache.bench.session import Session
@@ -21,7 +22,10 @@ from icecache.bench.session import Session
 
 @dataclass(frozen=True)
 class DecodeStats:
-    """One method at one budget on one prompt; T decode steps."""
+    """One method at one budget on one prompt; T decode steps, from the second token behind it on.
+
+    The first token is the prompt's: methods differ in it only where they have a prefill_budget.
+    """
 
     prompt: str
     method: Method
@@ -83,7 +87,7 @@ def decode_stats(
 
 def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
     """Logits [B, T, V] of each session fed with the prefill's continuation."""
-    attend, rows = row_by_row(sessions), prefill.branch(decoder, len(sessions))
+    attend, rows = row_by_row(sessions), branch_of(decoder, prefill, sessions)
     steps = [
         rows.run(prefill.continuation[step].expand(len(sessions), 1), attend)
         for step in range(prefill.steps)
@@ -92,13 +96,25 @@ def teacher_forced(decoder: Decoder, prefill: Prefill, sessions: Sequence[Sessio
 
 
 def decode_freely(decoder: Decoder, prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
-    """Greedy tokens [B, T + 1] of each session fed with its own; the first is the prefill's."""
-    attend, rows = row_by_row(sessions), prefill.branch(decoder, len(sessions))
-    tokens = prefill.continuation[:1].expand(len(sessions), 1)
+    """Greedy tokens [B, T + 1] of each session fed with its own.
+
+    The first is the prefill's, or what comes of the prompt where the session ran over it itself.
+    """
+    attend, rows = row_by_row(sessions), branch_of(decoder, prefill, sessions)
+    tokens = first_tokens(prefill, sessions)[:, None]
     for _ in range(prefill.steps):
         logits = rows.run(tokens[:, -1:], attend)
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     return tokens
+
+
+def first_tokens(prefill: Prefill, sessions: Sequence[Session]) -> torch.Tensor:
+    """The token [B] that each session writes right behind the prompt."""
+    starts = [start_of(session, prefill) for session in sessions]
+    own = [
+        prefill.continuation[0] if s is prefill.start else s.first_logits.argmax() for s in starts
+    ]
+    return torch.stack(own)
 
 
 def kl_divergence(truth: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,10 @@ class Branch:
         self.positions = self.positions + tokens.shape[1]
         return logits[:, -1]
 
+    def start(self, first_logits: torch.Tensor) -> Start:
+        """Of rows that go on from this branch, which has one; `first_logits` [V] are behind it."""
+        return Start(int(self.positions), first_logits, _of_rows(self._stock, [0]))
+
     def fork(self, rows: Sequence[int]) -> Branch:
         """A branch of these rows of this one."""
         return Branch(
@@ -146,6 +151,25 @@ class Branch:
         assert self._decoder.can_join
         positions = [self.positions, *(other.positions for other in others)]
         return Branch(self._decoder, self._stock, torch.cat(positions))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a row starts to decode: what the model made of a prompt, beside what a method holds."""
+
+    length: int  # tokens of the prompt
+    first_logits: torch.Tensor  # [V]: after the prompt
+    stock_layers: Sequence[Any]  # as in Decoder.stock_layers, one row each
+
+
+def start_rows(decoder: Decoder, starts: Sequence[Start]) -> Branch:
+    """A branch with a row from each of `starts`, which are after prompts of one length."""
+    first = starts[0]
+    if all(start is first for start in starts):
+        stock = _of_rows(first.stock_layers, [0] * len(starts))
+    else:
+        stock = [_joined(rows) for rows in zip(*(one.stock_layers for one in starts), strict=True)]
+    return Branch(decoder, stock, torch.tensor([start.length for start in starts]))
 
 
 def _cache(decoder: Decoder, full: Sequence[FullLayer], stock: Sequence[Any]) -> Cache:
@@ -165,3 +189,22 @@ def _of_rows(stock: Sequence[Any], rows: Sequence[int]) -> list[Any]:
             other.reorder_cache(index)
         copies.append(other)
     return copies
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    """A copy of transformers' layers, or of what they hold, that has the rows of all.
+
+    They have seen as many tokens, so that they differ in tensors alone.
+    """
+    first = rows[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(rows)) if first.dim() > 1 else first.clone()
+    if isinstance(first, dict):
+        return {key: _joined([row[key] for row in rows]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_joined(values) for values in zip(*rows, strict=True))
+    if not hasattr(first, "get_seq_length"):
+        return first
+    made = copy.copy(first)
+    vars(made).update(_joined([vars(row) for row in rows]))
+    return made

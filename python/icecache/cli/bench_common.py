@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # Of icecache.bench.methods, in its order.
 METHODS = (
-    *("full", "icecache", "topk", "paper", "quest", "streaming", "icecache-lossless", "faiss"),
-    *("topk_head", "paper_reuse", "h2o", "snapkv", "arkvale", "omnikv", "pqcache", "magicpig"),
-    "retroinfer",
+    *("full", "icecache", "topk", "paper", "quest", "streaming", "icecache-lossless"),
+    *("icecache-prefill", "faiss", "topk_head", "paper_reuse", "h2o", "snapkv", "arkvale"),
+    *("omnikv", "pqcache", "magicpig", "retroinfer"),
 )
 _DEFAULT = ",".join(METHODS[:6])
 

@@ -31,7 +31,7 @@ def generation(
         int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of a stretch, prompt included.")
     ] = 2048,
     prompt: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens that are prefilled exactly.")
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens that are prefilled.")
     ] = 256,
     budget: Annotated[str, typer.Option(help="Token budgets, comma-separated.")] = "64,256",
     method: MethodNames = None,
