@@ -23,7 +23,10 @@ from models import NAN_TOKEN, SIDE, VOCABULARY
 
 
 def generate(spec: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens of spec["prompts"], all at once, and what the engine saw of it."""
+    """Greedy tokens of spec["prompts"], all at once, and what the engine saw of it.
+
+    With "alone": true also of each of them by itself, behind that.
+    """
     llm = make(spec)
     seen, drafts = inner(llm), drafts_of(llm)
     if spec.get("poison"):
@@ -32,6 +35,11 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "tokens": answers(llm, spec["prompts"], spec["tokens"]),
         "preemptions": seen["preemptions"][0],
+        "alone": [
+            answers(llm, [prompt], spec["tokens"])[0]
+            for prompt in spec["prompts"]
+            if spec.get("alone")
+        ],
         "blocks_lost": free - seen["pool"].get_num_free_blocks(),
         "drafts": drafts,
     }

@@ -12,6 +12,7 @@ plugin       what vLLM loads where IceCache is installed, asked for or not
 names        every vLLM name that the plugin touches
 support      what is refused, and what to do instead
 host_memory  how much of it a request takes
+prompts      where prompts within a budget are cut
 scheduler    vLLM's own, which also ends requests that a worker lost
 drafts       where drafted tokens come from, and which layers draft
 spec         how many of vLLM's blocks a request holds: IceCacheSpec, IceCacheManager

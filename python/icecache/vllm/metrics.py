@@ -41,6 +41,16 @@ METRICS = (
         "Decode queries that attended to everything, per layer and KV head",
         of_heads="dense_steps",
     ),
+    Metric(
+        "prompt_tokens",
+        "Tokens of prompts that attended, per layer and KV head",
+        of_heads="prompt_tokens",
+    ),
+    Metric(
+        "sparse_prompt_tokens",
+        "Tokens of prompts that attended within prefill_budget, per layer and KV head",
+        of_heads="sparse_prompt_tokens",
+    ),
     Metric("tokens_selected", "Tokens picked by the index", of_heads="tokens_selected"),
     Metric("pages_selected", "Pages that picked tokens came from", of_heads="pages_selected"),
     Metric("page_hits", "Picked pages that the device had", of_heads="hits"),
@@ -107,6 +117,9 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
         if steps and self.data["attention_mass"]:  # which a device does not estimate
             line["exact attention mass"] = round(self.data["attention_mass"] / steps, 4)
             line["select us per head"] = round(self.data["select_seconds"] / steps * 1e6, 1)
+        if self.data.get("sparse_prompt_tokens"):
+            share = self.data["sparse_prompt_tokens"] / self.data["prompt_tokens"]
+            line["prompt within budget"] = round(share, 3)
         if pages:
             line["page hit rate"] = round(self.data["page_hits"] / pages, 3)
         return line

@@ -67,7 +67,7 @@ class Prefixes:
         self.changes = Changes()
         self.events: list[Any] | None = None  # for routers, where somebody takes them
         self._is_on = False
-        self._block_tokens = 1
+        self._block_tokens = self._whole = 1
         self._longest = 0
         self._next_key = 0
         self._running: dict[str, _Running] = {}
@@ -79,10 +79,10 @@ class Prefixes:
         self._hashes: dict[int, list[bytes]] = {}  # of kept sequences, where events are taken
         self._make_stores()
 
-    def turn_on(self, block_tokens: int, longest: int, with_events: bool) -> None:
+    def turn_on(self, block_tokens: int, longest: int, with_events: bool, whole: int = 1) -> None:
         """Shares prefixes from now on. `block_tokens`: of vLLM's block hashes; `longest`: tokens
-        that a request may have."""
-        self._is_on = True
+        that a request may have; `whole`: what the tokens of a hit are a multiple of."""
+        self._is_on, self._whole = True, whole
         self._block_tokens, self._longest = block_tokens, longest
         self.events = [] if with_events else None
         self._make_stores()
@@ -104,9 +104,9 @@ class Prefixes:
         if not self._is_on or request.skip_reading_prefix_cache or name in self._cold:
             return 0
         found = self._look_up(request)
-        kept, common = found.kept
-        running, of_prompt = found.running
+        (kept, common), (running, of_prompt) = found.kept, found.running
         most = request.num_tokens - 1
+        most, common, of_prompt = (n - n % self._whole for n in (most, common, of_prompt))
         if min(of_prompt, most) > common:
             other = self._running[self._request_of[running]]
             done = other.request.num_computed_tokens

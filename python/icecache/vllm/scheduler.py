@@ -18,6 +18,8 @@ from icecache.vllm.names import (
     RequestStatus,
     Scheduler,
 )
+from icecache.vllm.prompts import prompt_block, whole_blocks
+from icecache.vllm.settings import engine_config
 from icecache.vllm.spec import HostMemoryManager
 
 # Older schedulers cannot take back a request of which a step is under way.
@@ -36,6 +38,35 @@ class _IceCache(Scheduler):  # type: ignore[misc]
         for manager in ours:
             manager.prefixes = self._prefixes
         self.connector.use_prefixes(self._prefixes, self.hash_block_size)
+        self._prompt_block = prompt_block(engine_config(self.vllm_config))
+        if self._prompt_block > 1:  # vLLM then asks how many tokens of a prompt a step may take
+            self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Where prompts have a budget, in place of vLLM's: tokens of a request that a step takes,
+        up to the end of a block of them. Else vLLM's own.
+
+        0 lets the request wait; the first one that waits so has room in the next step, which
+        check_prompts() has made sure of.
+        """
+        known = num_new_local_computed_tokens + num_external_computed_tokens
+        if self._prompt_block == 1:
+            return int(
+                super()._mamba_block_aligned_split(
+                    request,
+                    num_new_tokens,
+                    num_new_local_computed_tokens,
+                    num_external_computed_tokens,
+                )
+            )
+        start = request.num_computed_tokens + known
+        return whole_blocks(start, num_new_tokens, request.num_tokens, self._prompt_block)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's. What was computed is kept until somebody needs its memory."""

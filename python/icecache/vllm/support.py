@@ -24,6 +24,7 @@ from icecache.vllm.plugin import (
     is_loaded,
     is_supported_version,
 )
+from icecache.vllm.prompts import check_prompts
 from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, device_of, engine_config
 
 NAME = "IceCache"
@@ -74,6 +75,7 @@ def check_config(vllm_config: Any) -> None:
             "(--additional-config, or icecache serve --set kv_dtype=int8)",
         )
     _check_drafts(vllm_config)
+    check_prompts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
         _refuse("decode context parallelism", "use --tensor-parallel-size")
     if cache.kv_sharing_fast_prefill:

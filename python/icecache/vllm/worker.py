@@ -20,6 +20,7 @@ from icecache.vllm.host_memory import room_of
 from icecache.vllm.metadata import IceCacheMetadata, ScheduledRow, StepMetadata
 from icecache.vllm.names import AttentionSpec, VllmConfig
 from icecache.vllm.prompt_attention import PromptAttention
+from icecache.vllm.prompts import check_prompt_layers
 from icecache.vllm.settings import device_of, engine_config
 from icecache.vllm.spec import DraftingSpec, HostMemorySpec, IceCacheSpec
 from icecache.vllm.store import Batch, Store
@@ -95,6 +96,7 @@ class Worker:
         shapes, self.places = place_layers(self.layers)
         drafts = self.vllm_config.speculative_config is not None
         check_layers(self.layers, shapes, device, drafts)
+        check_prompt_layers(self.layers, self.config)
         if device is not None:
             return Engines([self._on_device(device, shapes[0])])
         own = [self.places[layer.name] for layer in self.layers if layer.owner is None]
