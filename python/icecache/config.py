@@ -64,6 +64,11 @@ class Config:
         # The smallest cache: what it does not allow, none does.
         self._values.resolved(max(layers, default=0) + 1, 1, 1, _LEAST_HEAD_DIM)
 
+    @property
+    def prompt_block(self) -> int:
+        """PREFILL_BLOCK with a prefill_budget; 1 where prompts attend to all of themselves."""
+        return PREFILL_BLOCK if self.prefill_budget and not self.exact else 1
+
     def most_slots(self, tokens: int) -> int:
         """Slots that the pages of an index of so many tokens have at most; of values in use."""
         return self._values.most_slots(tokens)

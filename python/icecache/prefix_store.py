@@ -31,6 +31,7 @@ class PrefixStore:
     def __init__(self, engine: Engine, block_tokens: int = 16) -> None:
         """`block_tokens`: fewer common tokens are not shared."""
         self.engine = engine
+        self._block = engine.config.prompt_block
         self._table = PrefixTable(block_tokens)
 
     def __len__(self) -> int:
@@ -40,12 +41,14 @@ class PrefixStore:
     def open(self, tokens: Sequence[int], space: str = "") -> tuple[int, int]:
         """A new sequence, and how many of `tokens` it holds already: at most all but the last.
 
+        With `prefill_budget` these are a multiple of PREFILL_BLOCK, whose tokens choose together.
         The rest is for the caller to prefill, as of a prompt whose first chunk is done.
         """
         text = self._table.text(tokens, space=space)
         while True:
             kept, common = self._table.find(text)
             known = min(common, len(tokens) - 1)
+            known -= known % self._block
             if known <= 0:
                 return self.engine.new_sequence(), 0
             if self.engine.contains(kept):

@@ -135,3 +135,18 @@ def test_refusals_change_nothing() -> None:
         PrefixStore(engine, block_tokens=0)
     with pytest.raises(TypeError, match="hashes must be bytes, got str"):
         PrefixTable(4).text([1], hashes=["a"])  # type: ignore[list-item]
+
+
+def test_whole_blocks_are_shared_of_prompts_within_a_budget() -> None:
+    generator = random.Random(5)
+    document = some(generator, 300)
+    for exact, common in ((False, 256), (True, 300)):
+        engine = make_engine(token_budget=64, prefill_budget=48, prefill_chunk=128, exact=exact)
+        store = PrefixStore(engine)
+        for hit in (0, common):
+            prompt = [*document, 1 + bool(hit), *some(generator, 20)]
+            seq, known = store.open(prompt)
+            assert known == hit
+            feed(engine, seq, prompt[known:], Phase.PROMPT_END)
+            store.keep(seq, prompt)
+        assert store.open(document[:40])[1] == (39 if exact else 0)

@@ -23,7 +23,6 @@ from icecache.vllm.names import (
     is_forward_context_available,
 )
 from icecache.vllm.prefixes import Prefixes
-from icecache.vllm.prompts import prompt_block
 from icecache.vllm.settings import engine_config
 from icecache.vllm.spec import DraftingSpec, HostMemorySpec
 from icecache.vllm.support import check_config, check_drafting_group, check_groups
@@ -99,7 +98,7 @@ class IceCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if config.cache_config.enable_prefix_caching and self._may_share and not spec.room_step:
             longest = config.model_config.max_model_len
             with_events = events is not None and events.enable_kv_cache_events
-            whole = prompt_block(engine_config(config))
+            whole = engine_config(config).prompt_block
             prefixes.turn_on(block_tokens, longest, with_events, whole)
             self._meter = PrefixMeter(prefixes, spec.slot_bytes)
 

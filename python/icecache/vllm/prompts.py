@@ -10,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from icecache import PREFILL_BLOCK, Config, InvalidArgument
+from icecache import Config, InvalidArgument
 from icecache.vllm.engines import Layer
 from icecache.vllm.settings import device_of, engine_config
 
 _REFUSAL = "prefill_budget: IceCache does not serve with it"
-
-
-def prompt_block(config: Config) -> int:
-    """Tokens of a prompt that choose together; 1 where each attends to all before it."""
-    return PREFILL_BLOCK if config.prefill_budget and not config.exact else 1
 
 
 def whole_blocks(start: int, count: int, length: int, block: int) -> int:
@@ -31,7 +26,7 @@ def whole_blocks(start: int, count: int, length: int, block: int) -> int:
 
 def check_prompts(vllm_config: Any) -> None:
     """Raises InvalidArgument where vLLM would cut prompts elsewhere, or could not go on at all."""
-    block = prompt_block(engine_config(vllm_config))
+    block = engine_config(vllm_config).prompt_block
     if block == 1:
         return
     if device_of(vllm_config) is not None:
@@ -67,7 +62,7 @@ def check_prompts(vllm_config: Any) -> None:
 def check_prompt_layers(layers: Sequence[Layer], config: Config) -> None:
     """Raises InvalidArgument for layers that do not attend to prompts within a budget."""
     sharing = [layer.name for layer in layers if layer.owner is not None]
-    if prompt_block(config) > 1 and sharing:
+    if config.prompt_block > 1 and sharing:
         raise InvalidArgument(
             f"{_REFUSAL} layers that share keys and values ({sharing[0]} among them): leave it out "
             "for this model"

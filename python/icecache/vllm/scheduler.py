@@ -18,7 +18,7 @@ from icecache.vllm.names import (
     RequestStatus,
     Scheduler,
 )
-from icecache.vllm.prompts import prompt_block, whole_blocks
+from icecache.vllm.prompts import whole_blocks
 from icecache.vllm.settings import engine_config
 from icecache.vllm.spec import HostMemoryManager
 
@@ -38,7 +38,7 @@ class _IceCache(Scheduler):  # type: ignore[misc]
         for manager in ours:
             manager.prefixes = self._prefixes
         self.connector.use_prefixes(self._prefixes, self.hash_block_size)
-        self._prompt_block = prompt_block(engine_config(self.vllm_config))
+        self._prompt_block = engine_config(self.vllm_config).prompt_block
         if self._prompt_block > 1:  # vLLM then asks how many tokens of a prompt a step may take
             self.need_mamba_block_aligned_split = True
 
