@@ -34,6 +34,9 @@ void bind_memory(py::module_& module) {
                  .def_readonly("rows_bytes", &DeviceCacheMemory::rows_bytes)
                  .def_readonly("index_bytes", &DeviceCacheMemory::index_bytes)
                  .def_readonly("scratch_bytes", &DeviceCacheMemory::scratch_bytes)
+                 .def_readonly("resident_bytes", &DeviceCacheMemory::resident_bytes)
+                 .def_readonly("resident_sequences", &DeviceCacheMemory::resident_sequences)
+                 .def_readonly("sparse_sequences", &DeviceCacheMemory::sparse_sequences)
                  .def_readonly("host_bytes", &DeviceCacheMemory::host_bytes)
                  .def_readonly("token_bytes", &DeviceCacheMemory::token_bytes)
                  .def_readonly("free_bytes", &DeviceCacheMemory::free_bytes)
@@ -41,6 +44,7 @@ void bind_memory(py::module_& module) {
                  .def("__repr__", [](const py::object& self) {
                    return describe(self,
                                    {"device_bytes", "rows_bytes", "index_bytes", "scratch_bytes",
+                                    "resident_bytes", "resident_sequences", "sparse_sequences",
                                     "host_bytes", "token_bytes", "free_bytes", "total_bytes"});
                  }));
 }
@@ -209,6 +213,13 @@ void bind_sequences(Class& cache) {
              void* const stream = stream_of(self);
              const Unlocked unlocked;
              self->truncate(sequence, kept, stream);
+           })
+      .def("evict",
+           [](Self self, py::handle sequence_number) {
+             const int sequence = narrow_integer("sequence", sequence_number);
+             void* const stream = stream_of(self);
+             const Unlocked unlocked;
+             self->evict(sequence, stream);
            })
       .def("release",
            [](Self self, py::handle sequence_number) {

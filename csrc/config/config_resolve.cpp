@@ -238,6 +238,7 @@ void resolve_memory(Config& config, const CacheShape& shape) {
   const std::int64_t step_pages =
       (config.select == "page" ? pages_of(picked, size) : picked) * shape.num_kv_heads;
   require("device_pages", config.device_pages, 0, kMaxPages);
+  require("device_tokens", config.device_tokens, 0, kMaxTokens);
   if (config.device_pages == 0) config.device_pages = std::min(4 * step_pages, kMaxPages);
 }
 

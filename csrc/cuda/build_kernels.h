@@ -371,7 +371,10 @@ __global__ void __launch_bounds__(kBuildBlock) near_kernel(const BuildParams p) 
                      (p.query_tokens - 1 - back) * p.query_token;
     recent[i] = vectors_of(query)[i % vectors];
   }
-  if (threadIdx.x == 0) p.layer.lengths[x] = p.length;
+  if (threadIdx.x == 0) {
+    p.layer.lengths[x] = p.length;
+    if (p.layer.resident[x] == ~p.length) p.layer.resident[x] = p.length;  // see KeepParams
+  }
 }
 
 }  // namespace icecache::gpu

@@ -34,6 +34,15 @@ __device__ __forceinline__ T* mean_of(const StepShape& s, const LayerState& laye
   return reinterpret_cast<T*>(part) + (node & ((1 << shift) - 1)) * d;
 }
 
+// The key [D] of a token that a slab holds, by position; its value is kSlabTokens rows behind.
+template <typename T>
+__device__ __forceinline__ T* slab_key(const StepShape& s, const LayerState& layer, int x,
+                                       int position, int d) {
+  std::byte* part =
+      layer.slabs[static_cast<std::int64_t>(x) * s.slabs + position / kSlabTokens] + layer.in_slab;
+  return reinterpret_cast<T*>(part) + position % kSlabTokens * d;
+}
+
 // The host page [2][S][D] of an index token.
 __device__ __forceinline__ std::byte* page_of(const StepShape& s, const LayerState& layer, int x,
                                               int token) {

@@ -57,7 +57,8 @@ Buffer::Buffer(std::size_t bytes, Stream stream) : bytes_(bytes), stream_(stream
     cudaGetLastError();  // not sticky: the device goes on
     throw OutOfPages(message("the device has no ", bytes, " bytes of memory left (",
                              memory_info().free,
-                             " are free); lower max_tokens, the batch or device_pages"));
+                             " are free); lower max_tokens, the batch, device_pages or "
+                             "device_tokens"));
   }
   check(status, "cudaMallocAsync");
   data_ = static_cast<std::byte*>(memory);

@@ -4,6 +4,7 @@
 #include "cuda/step.h"
 #include "cuda/step_append.h"
 #include "cuda/step_attend.h"
+#include "cuda/step_attend_all.h"
 #include "cuda/step_pick.h"
 #include "cuda/step_rescore.h"
 #include "cuda/step_scan.h"
@@ -51,7 +52,8 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
   typed(layer.owner, s.cached_rows);
   typed(layer.stamp, s.cached_rows);
   typed(layer.has_value, s.cached_rows);
-  typed(layer.counters, 4);
+  typed(layer.resident, 1);
+  typed(layer.counters, kCounters);
 }
 
 template <typename T, int D>
@@ -67,6 +69,13 @@ void launch_with(const StepParams& p, Stream stream) {
     return dim3(static_cast<unsigned>(s.blocks_of_pair(resident)), pairs);
   };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
+  if (s.slabs > 0) {
+    start("attend_all",
+          s.attend_tiles() == 1 ? attend_all_kernel<T, D, 1> : attend_all_kernel<T, D, 2>,
+          dim3(static_cast<unsigned>(s.attend_all_blocks()), pairs,
+               static_cast<unsigned>(s.attend_groups())),
+          kAttendBlock);
+  }
   const bool wide = s.far_node_tokens == 2 * kWarp;
   start("scan",
         s.words() == 4 ? (wide ? scan_kernel<4, true> : scan_kernel<4, false>)
@@ -154,6 +163,8 @@ std::size_t place_shared(const StepShape& s, std::byte* memory, LayerState& laye
   Layout layout(memory);
   layout.place(layer.chunks, std::int64_t{s.pairs()} * s.chunks());
   layout.place(layer.room, s.pairs());
+  layout.place(layer.slabs, std::int64_t{s.pairs()} * s.slabs);
+  layout.place(layer.slab_room, s.pairs());
   return layout.bytes();
 }
 
@@ -173,6 +184,7 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   const std::int64_t pairs = s.pairs(), heads = s.padded_group();
   layout.place(scratch.inputs, pairs);
   layout.place(scratch.lengths, pairs);
+  layout.place(scratch.resident_lengths, pairs);
   layout.place(scratch.query_codes, pairs * heads * s.rank);
   layout.place(scratch.unit, pairs);
   layout.place(scratch.bias, pairs * heads);
@@ -196,8 +208,9 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.entry_sources, pairs * s.entries());
   layout.place(scratch.entry_weights, pairs * s.entries() * heads);
   layout.place(scratch.far_scale, pairs * heads);
-  layout.place(scratch.partial, pairs * s.attend_blocks() * heads * s.head_dim);
-  layout.place(scratch.partial_sum, pairs * s.attend_blocks() * heads);
+  layout.place(scratch.partial, pairs * s.partial_blocks() * heads * s.head_dim);
+  layout.place(scratch.partial_sum, pairs * s.partial_blocks() * heads);
+  layout.place(scratch.partial_max, pairs * s.partial_blocks() * heads);
   layout.place(scratch.blocks_done, pairs);
   return layout.bytes();
 }

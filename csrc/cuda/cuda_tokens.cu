@@ -13,6 +13,20 @@ void launch_fetch(const FetchParams& p, Stream stream) {
   });
 }
 
+void launch_keep(const KeepParams& p, Stream stream) {
+  with_type(p.shape.dtype, [&](auto type) {
+    launch("keep", keep_kernel<decltype(type)>,
+           dim3(blocks_for(static_cast<std::int64_t>(p.length) * 16, kTokenBlock),
+                static_cast<unsigned>(p.shape.kv_heads)),
+           kTokenBlock, stream, p);
+  });
+}
+
+void launch_give_slabs(const SlabParams& p, Stream stream) {
+  launch("give_slabs", give_slabs_kernel, dim3(static_cast<unsigned>(p.shape.kv_heads)),
+         kSlabsAtOnce, stream, p);
+}
+
 void launch_truncate(const TruncateParams& p, Stream stream) {
   with_type(p.shape.dtype, [&](auto type) {
     launch("truncate", truncate_kernel<decltype(type)>,

@@ -2,6 +2,8 @@
 //
 //   append   puts the new token into the window; the token that it displaces goes to its host page
 //            and gets a sketch; logits of sink and window; the query in sketch coordinates
+//   attend_all   full attention of the sequences that are resident: the device holds the keys and
+//            values of all their tokens. The kernels below pass them by
 //   scan     integer scores of all sketches, for every head of the group
 //   rank     each head's log weight over all tokens, and how many tokens have each rank (score bin)
 //   choose   candidates: the tokens of the best ranks; what the others weigh, node by node
@@ -38,9 +40,16 @@ constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
 constexpr int kAttendMost = 16;        // blocks of a pair, which one of them merges
+constexpr int kSlabTokens = 256;       // tokens of a slab: what a resident sequence grows by
+constexpr int kAttendAllMost = 64;     // blocks of a pair in attend_all
+constexpr int kCounters = 5;           // of a pair
 // Blocks of attend that a multiprocessor holds at once, by the fours of heads that each takes.
 constexpr int attend_resident(int tiles) {
   return tiles == 1 ? 4 : 3;
+}
+// Blocks of attend_all that a multiprocessor holds at once: registers bound them.
+constexpr int attend_all_resident(int tiles, int head_dim) {
+  return head_dim > 128 ? 2 : tiles == 1 ? 4 : 3;
 }
 constexpr int kHeadTile = 4;  // scores and coefficients are stored in fours of heads
 
@@ -54,6 +63,11 @@ constexpr int kHeadTile = 4;  // scores and coefficients are stored in fours of 
 //   codes [kChunkTokens, R / 8] uint32   sketches
 //   row_of [kChunkTokens] int16          cached row of a token; -1: none
 //   means [kChunkTokens / F, D]          mean values of far-field nodes, F = far_node_tokens
+//
+// All tokens of a resident sequence, in order of position, are stored in slabs of device memory. A
+// slab belongs to one sequence and has a part for each head and layer of it: keys [kSlabTokens, D],
+// then values alike. What is in chunks and host pages is kept up to date beside that, so that a
+// sequence whose slabs are taken away goes on from there.
 struct StepShape {
   int batch = 0, kv_heads = 0, group = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
@@ -65,6 +79,7 @@ struct StepShape {
   bool tail = true;     // far field
   int token_room = 0;   // N, a multiple of far_node_tokens and of page_size
   int cached_rows = 0;  // M
+  int slabs = 0;        // of a sequence, at most; 0: no sequence is ever resident
   float scale = 0.0f;
   int multiprocessors = 1;  // of the device
 
@@ -87,6 +102,9 @@ struct StepShape {
     return means_at() + static_cast<std::int64_t>(head_dim << node_shift()) *
                             static_cast<std::int64_t>(size_of(dtype));
   }
+  constexpr std::int64_t slab_part_bytes() const {
+    return std::int64_t{2} * kSlabTokens * head_dim * static_cast<std::int64_t>(size_of(dtype));
+  }
   // What a step attends to exactly, at most; and what attend adds to the nodes.
   constexpr int attended() const { return near_rows() + select_tokens; }
   constexpr int entries() const { return attended() + kMaxCandidates; }
@@ -102,6 +120,17 @@ struct StepShape {
     const int most = (attended() + nodes() + kAttendLeast - 1) / kAttendLeast;
     return std::clamp(share, 1, std::min(most, kAttendMost));
   }
+  // Blocks of attend_all, at most, for each pair.
+  constexpr int attend_all_blocks() const {
+    const int share = multiprocessors * attend_all_resident(attend_tiles(), head_dim) /
+                      (pairs() * attend_groups());
+    return std::clamp(share, 1,
+                      std::clamp(slabs * (kSlabTokens / kAttendLeast), 1, kAttendAllMost));
+  }
+  // Parts of a pair's sum that one block merges, at most.
+  constexpr int partial_blocks() const {
+    return slabs > 0 ? std::max(attend_blocks(), attend_all_blocks()) : attend_blocks();
+  }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
   constexpr int blocks_of_pair(int resident) const {
     return std::clamp(multiprocessors * resident / pairs(), 1, chunks());
@@ -113,38 +142,47 @@ struct LayerState {
   std::int32_t* lengths = nullptr;  // [X] tokens; -1: no sequence there
   void* row_keys = nullptr;         // [X, E + M, D]: sink, window (a ring), cached rows
   void* row_values = nullptr;
-  std::byte** pages = nullptr;             // [B, N / S, Hkv] host pages [2][S][D]
-  float* open_sum = nullptr;               // [X, D] values of the node that is being filled
-  void* recent_queries = nullptr;          // [X, G, kRecentQueries, D], a ring by position
-  float* mean_key = nullptr;               // [X, D]
-  float* from_key = nullptr;               // [X, D, R]
-  float* from_query = nullptr;             // [X, D, R]
-  float* low = nullptr;                    // [X, R] of the coordinates
-  float* step = nullptr;                   // [X, R] of one code
-  std::int32_t* owner = nullptr;           // [X, M] index token of a cached row; -1: none
-  std::int32_t* stamp = nullptr;           // [X, M] length at which the row was last used
-  std::uint8_t* has_value = nullptr;       // [X, M] the row's value came, too
-  unsigned long long* counters = nullptr;  // [X, 4] hits, misses, bytes moved, steps
+  std::byte** pages = nullptr;        // [B, N / S, Hkv] host pages [2][S][D]
+  float* open_sum = nullptr;          // [X, D] values of the node that is being filled
+  void* recent_queries = nullptr;     // [X, G, kRecentQueries, D], a ring by position
+  float* mean_key = nullptr;          // [X, D]
+  float* from_key = nullptr;          // [X, D, R]
+  float* from_query = nullptr;        // [X, D, R]
+  float* low = nullptr;               // [X, R] of the coordinates
+  float* step = nullptr;              // [X, R] of one code
+  std::int32_t* owner = nullptr;      // [X, M] index token of a cached row; -1: none
+  std::int32_t* stamp = nullptr;      // [X, M] length at which the row was last used
+  std::uint8_t* has_value = nullptr;  // [X, M] the row's value came, too
+  // [X] tokens that slabs hold, the first ones: all of a resident sequence.
+  std::int32_t* resident = nullptr;
+  // [X, kCounters] hits, misses, bytes moved, steps within the budget, steps of residents
+  unsigned long long* counters = nullptr;
   // Of all layers: each pair's part of its sequence's chunks, of which this layer's own begins at
   // `in_chunk`; and the index tokens for which it has chunks and pages.
   std::byte** chunks = nullptr;  // [X, chunks]
   std::int64_t in_chunk = 0;
   std::int32_t* room = nullptr;  // [X]
+  // Of all layers: likewise of slabs, and the tokens that they have capacity for; 0: none.
+  std::byte** slabs = nullptr;  // [X, slabs]
+  std::int64_t in_slab = 0;
+  std::int32_t* slab_room = nullptr;  // [X]
 };
 
 // What the kernels of a step hand to each other; used again by every layer.
 struct StepScratch {
-  std::int32_t* inputs = nullptr;      // [X] row * Hkv + h of queries, keys, ...; < 0: none
-  std::int32_t* lengths = nullptr;     // [X] before the step; < 0: not in it
-  std::int8_t* query_codes = nullptr;  // [X, H, R]
-  float* unit = nullptr;               // [X] nats of one score
-  float* bias = nullptr;               // [X, H]
-  float* near_logits = nullptr;        // [X, E, H]
-  float* near_lse = nullptr;           // [X, H]
-  std::int16_t* scores = nullptr;      // [X, H / 4, N, 4]
-  std::uint16_t* ranks = nullptr;      // [X, N]
-  std::int32_t* chunk_max = nullptr;   // [X, scan chunks, H]
-  float* chunk_sum = nullptr;          // [X, scan chunks, H]
+  std::int32_t* inputs = nullptr;  // [X] row * Hkv + h of queries, keys, ...; < 0: none
+  // [X] before the step; < 0: not in it; or kFull, kResident (step_common.h)
+  std::int32_t* lengths = nullptr;
+  std::int32_t* resident_lengths = nullptr;  // [X] of residents, before the step; < 0: none
+  std::int8_t* query_codes = nullptr;        // [X, H, R]
+  float* unit = nullptr;                     // [X] nats of one score
+  float* bias = nullptr;                     // [X, H]
+  float* near_logits = nullptr;              // [X, E, H]
+  float* near_lse = nullptr;                 // [X, H]
+  std::int16_t* scores = nullptr;            // [X, H / 4, N, 4]
+  std::uint16_t* ranks = nullptr;            // [X, N]
+  std::int32_t* chunk_max = nullptr;         // [X, scan chunks, H]
+  float* chunk_sum = nullptr;                // [X, scan chunks, H]
   float* lse = nullptr;                // [X, H] log weight of everything, as far as sketches tell
   std::uint32_t* histogram = nullptr;  // [X, kRanks]
   std::uint32_t* blocks_ranked = nullptr;  // [X]
@@ -162,9 +200,11 @@ struct StepScratch {
   std::int32_t* entry_sources = nullptr;  // [X, entries] index token of a missing value; -1: none
   float* entry_weights = nullptr;         // [X, entries, H]
   float* far_scale = nullptr;             // [X, H]
-  float* partial = nullptr;               // [X, attend blocks, H, D]
-  float* partial_sum = nullptr;           // [X, attend blocks, H]
-  std::uint32_t* blocks_done = nullptr;   // [X]
+  // Of what blocks of attend, or of attend_all, hand to the one that merges them, T of a pair.
+  float* partial = nullptr;              // [X, T, H, D]
+  float* partial_sum = nullptr;          // [X, T, H]
+  float* partial_max = nullptr;          // [X, T, H] base-2 logits that the sums are relative to
+  std::uint32_t* blocks_done = nullptr;  // [X]
 };
 
 // A step of one layer. Rows of queries, keys, values and out are contiguous; A rows, one for each

@@ -5,9 +5,10 @@
 
 namespace icecache::gpu {
 
-// The token that leaves the window goes to its host page, and the new one takes its place.
+// The token that leaves the window goes to its host page, and the new one takes its place, and
+// one in the slab of a resident sequence.
 template <typename T, int D>
-__device__ void store_token(const StepParams& p, int x, int input, int length) {
+__device__ void store_token(const StepParams& p, int x, int input, int length, bool is_resident) {
   using Shape = RowShape<T, D>;
   constexpr int kMaxRank = 64;
   __shared__ float key[D];
@@ -66,6 +67,12 @@ __device__ void store_token(const StepParams& p, int x, int input, int length) {
     row_key[d] = new_key[d];
     row_value[d] = new_value[d];
   }
+  if (!is_resident) return;
+  T* kept_key = slab_key<T>(s, p.layer, x, length, D);
+  for (int d = thread; d < D; d += kBlock) {
+    kept_key[d] = new_key[d];
+    kept_key[kSlabTokens * D + d] = new_value[d];
+  }
 }
 
 // Logits of sink and window, the new token among them, and the sum of their weights.
@@ -122,6 +129,22 @@ __device__ void score_near(const StepParams& p, int x, int input, int length) {
   }
 }
 
+// The queries, kept for the metric of the next build.
+template <typename T, int D>
+__device__ __forceinline__ void keep_queries(const StepParams& p, int x, int input, int length) {
+  const StepShape& s = p.shape;
+  T* recent = static_cast<T*>(p.layer.recent_queries) +
+              static_cast<std::int64_t>(x) * s.group * kRecentQueries * D +
+              length % kRecentQueries * D;
+  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
+  constexpr int kVectors = RowShape<T, D>::kVectors;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.group * kVectors; i += kBlock) {
+    reinterpret_cast<uint4*>(recent + i / kVectors * kRecentQueries * D)[i % kVectors] =
+        vectors_of(from)[i];
+  }
+}
+
 // The queries in sketch coordinates, in 8 bits on a scale that the heads share.
 template <typename T, int D>
 __device__ void project_queries(const StepParams& p, int x, int input, int length) {
@@ -173,17 +196,7 @@ __device__ void project_queries(const StepParams& p, int x, int input, int lengt
   const float scale = fmaxf(largest, 1e-20f) * (1.0f / 127.0f);
   const float unit = scale * static_cast<float>(rank / 16);  // scores lose log2(R / 16) bits
   if (thread == 0) p.scratch.unit[x] = unit;
-  // Kept for the metric of the next build.
-  T* recent = static_cast<T*>(p.layer.recent_queries) +
-              static_cast<std::int64_t>(x) * s.group * kRecentQueries * D +
-              length % kRecentQueries * D;
-  const T* from = static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D;
-  constexpr int kVectors = RowShape<T, D>::kVectors;
-#pragma unroll 1
-  for (int i = thread; i < s.group * kVectors; i += kBlock) {
-    reinterpret_cast<uint4*>(recent + i / kVectors * kRecentQueries * D)[i % kVectors] =
-        vectors_of(from)[i];
-  }
+  keep_queries<T, D>(p, x, input, length);
 #pragma unroll 1
   for (int g = warp; g < heads; g += kWarps) {
     float bias = 0.0f;
@@ -209,6 +222,8 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   const int input = row < 0 ? -1 : row * heads + x % heads;
   int length = row < 0 ? -1 : p.layer.lengths[x];
   if (length >= p.shape.near_rows() + p.layer.room[x]) length = kFull;
+  const bool is_resident = p.shape.slabs > 0 && !is_idle(length) && length == p.layer.resident[x] &&
+                           length < p.layer.slab_room[x];
   if (blockIdx.y == 0) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRanks; i += kBlock) {
@@ -216,7 +231,8 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
     }
     if (threadIdx.x == 0) {
       p.scratch.inputs[x] = input;
-      p.scratch.lengths[x] = length;
+      p.scratch.lengths[x] = is_resident ? kResident : length;
+      p.scratch.resident_lengths[x] = is_resident ? length : -1;
       p.scratch.found[x] = 0;
       p.scratch.blocks_ranked[x] = 0;
       p.scratch.blocks_done[x] = 0;
@@ -225,10 +241,12 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   if (is_idle(length)) return;
   switch (blockIdx.y) {
     case 0:
-      return store_token<T, D>(p, x, input, length);
+      return store_token<T, D>(p, x, input, length, is_resident);
     case 1:
-      return score_near<T, D>(p, x, input, length);
+      if (!is_resident) score_near<T, D>(p, x, input, length);
+      return;
     default:
+      if (is_resident) return keep_queries<T, D>(p, x, input, length);
       return project_queries<T, D>(p, x, input, length);
   }
 }

@@ -20,12 +20,12 @@ struct AttendPart {
   }
 };
 
-// The outputs of a pair [G, D] from the sums of its `blocks` blocks, in a fixed order. `room`:
-// shared, [kAttendBlock]. Four outputs at a time, and as many threads to them as there are to
-// spare.
-template <typename T, int D>
+// The outputs of a pair [G, D] from the sums of its `blocks` blocks, in a fixed order, each times
+// scale(block, head). `room`: shared, [kAttendBlock]. Four outputs at a time, and as many threads
+// to them as there are to spare.
+template <typename T, int D, typename Scale>
 __device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blocks, T* out,
-                                             AttendPart* room) {
+                                             AttendPart* room, const Scale& scale) {
   constexpr int kAtOnce = 8;  // parts whose loads are under way at once
   const int thread = threadIdx.x, group = p.shape.group, heads = p.shape.padded_group();
   const int fours = group * D / 4, at_once = min(fours, kAttendBlock);
@@ -48,7 +48,12 @@ __device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blo
         weights[k] = there ? __ldcg(p.scratch.partial_sum + at + head) : 0.0f;
       }
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) part.add(values[k], weights[k]);
+      for (int k = 0; k < kAtOnce; ++k) {
+        const float by = scale(min(first_part + k * threads, blocks - 1), head);
+        part.add(
+            make_float4(values[k].x * by, values[k].y * by, values[k].z * by, values[k].w * by),
+            weights[k] * by);
+      }
     }
     room[thread] = part;
     __syncthreads();
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
   };
 
   // 1.
-  const bool takes_part = input >= 0 && block < blocks;
+  const bool takes_part = input >= 0 && block < blocks && length != kResident;
   if (!takes_part || is_idle(length)) {
     wait_for_earlier_kernel();
     if (!takes_part || blockIdx.z != 0) return;
@@ -311,7 +316,8 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 
   // 4.
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
-  merge_blocks<T, D>(p, x, blocks, output(), reinterpret_cast<AttendPart*>(stages_of_warps));
+  merge_blocks<T, D>(p, x, blocks, output(), reinterpret_cast<AttendPart*>(stages_of_warps),
+                     [](int, int) { return 1.0f; });
   if (thread == 0) p.layer.lengths[x] = length_of(p, x) + 1;
 }
 

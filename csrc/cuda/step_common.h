@@ -22,9 +22,10 @@ __device__ __forceinline__ int input_of(const StepParams& p, int x) {
 __device__ __forceinline__ int length_of(const StepParams& p, int x) {
   return p.scratch.lengths[x];
 }
-constexpr int kFull = INT_MAX;  // in place of the length of a sequence without room
+// In place of the length: of a sequence without room; of one that attend_all answers.
+constexpr int kFull = INT_MAX, kResident = INT_MAX - 1;
 __device__ __forceinline__ bool is_idle(int length) {
-  return length < 0 || length == kFull;
+  return length < 0 || length >= kResident;
 }
 // Index tokens and near rows once the token at position `length` is in the window.
 __device__ __forceinline__ int index_tokens(const StepShape& s, int length) {

@@ -109,7 +109,7 @@ static __global__ void __launch_bounds__(kPickBlock) resolve_kernel(const StepPa
     p.scratch.token_rows[x * kMaxCandidates + thread] = missing ? ~in_rows : in_rows;
   }
   if (thread == 0) {
-    unsigned long long* counters = p.layer.counters + static_cast<std::int64_t>(x) * 4;
+    unsigned long long* counters = p.layer.counters + static_cast<std::int64_t>(x) * kCounters;
     counters[0] += found - misses;
     counters[1] += misses;
     counters[2] +=
@@ -333,7 +333,7 @@ static __global__ void __launch_bounds__(kPickBlock, kPickResident)
     p.scratch.entry_rows[entry0 + own.at] = in_rows;
     p.scratch.entry_sources[entry0 + own.at] = has_own_value ? -1 : own_token;
     if (!has_own_value) {
-      atomicAdd(p.layer.counters + static_cast<std::int64_t>(x) * 4 + 2,
+      atomicAdd(p.layer.counters + static_cast<std::int64_t>(x) * kCounters + 2,
                 static_cast<unsigned long long>(s.head_dim * (s.dtype == DType::kFloat32 ? 4 : 2)));
     }
     *has_value = 1;

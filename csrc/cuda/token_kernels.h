@@ -48,6 +48,35 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kTokenBlock) keep_kernel(const KeepParams p) {
+  constexpr int kCount = Vector<T>::kCount;
+  const StepShape& s = p.shape;
+  const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / kCount;
+  const std::int64_t all = static_cast<std::int64_t>(p.length) * vectors;
+  for (std::int64_t i = blockIdx.x * kTokenBlock + threadIdx.x; i < all;
+       i += static_cast<std::int64_t>(gridDim.x) * kTokenBlock) {
+    const auto position = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
+    const auto* key = static_cast<const T*>(p.keys) + h * p.key_head + position * p.key_token;
+    const auto* value =
+        static_cast<const T*>(p.values) + h * p.value_head + position * p.value_token;
+    T* to = slab_key<T>(s, p.layer, x, position, s.head_dim);
+    reinterpret_cast<uint4*>(to)[v] = vectors_of(key)[v];
+    reinterpret_cast<uint4*>(to + kSlabTokens * s.head_dim)[v] = vectors_of(value)[v];
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.layer.resident[x] = ~p.length;
+}
+
+// A block for each head.
+static __global__ void __launch_bounds__(kSlabsAtOnce) give_slabs_kernel(const SlabParams p) {
+  const int h = blockIdx.x, x = p.first_pair + h, i = threadIdx.x;
+  if (i < p.count) {
+    p.layer.slabs[static_cast<std::int64_t>(x) * p.shape.slabs + p.first + i] =
+        p.slabs[i] + h * p.head_bytes;
+  }
+  if (i == 0) p.layer.slab_room[x] = p.room;
+}
+
 // A block for each head.
 template <typename T>
 __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const TruncateParams p) {
@@ -94,7 +123,10 @@ __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const Truncate
       stamp = min(stamp, p.kept);
     }
   }
-  if (thread == 0) p.layer.lengths[x] = p.kept;
+  if (thread == 0) {
+    p.layer.lengths[x] = p.kept;
+    p.layer.resident[x] = min(p.layer.resident[x], p.kept);
+  }
 }
 
 }  // namespace icecache::gpu

@@ -24,6 +24,35 @@ struct FetchParams {
 };
 void launch_fetch(const FetchParams& params, Stream stream);
 
+// The keys and values of a prompt of one layer go to the sequence's slabs, which have capacity for
+// it. Until lay_out, the last kernel of the prompt's build, `resident` is ~length: a prompt whose
+// build fails is not resident.
+struct KeepParams {
+  StepShape shape;
+  LayerState layer;
+  int first_pair = 0;
+  int length = 0;              // T
+  const void* keys = nullptr;  // [Hkv, T, D]
+  const void* values = nullptr;
+  std::int64_t key_head = 0, key_token = 0, value_head = 0, value_token = 0;  // strides, elements
+};
+void launch_keep(const KeepParams& params, Stream stream);
+
+constexpr int kSlabsAtOnce = 64;
+
+// What slabs a sequence has, from the `first` on; those before it stay. By value, so that nobody
+// waits for a copy.
+struct SlabParams {
+  StepShape shape;
+  LayerState layer;
+  int first_pair = 0;
+  int first = 0, count = 0;
+  std::int32_t room = 0;        // tokens, in all; 0: it has none
+  std::int64_t head_bytes = 0;  // from a head's part of a slab to the next one's
+  std::byte* slabs[kSlabsAtOnce] = {};
+};
+void launch_give_slabs(const SlabParams& params, Stream stream);
+
 // Takes back the last tokens, so that the sequence is what it was at `kept` tokens: those that left
 // the window since then come back from their pages. Rows of arranged tokens stay where they are:
 // kept >= near rows + arranged tokens, or there are none of those.

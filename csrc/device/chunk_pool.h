@@ -49,6 +49,7 @@ class ChunkPool {
     from.resize(kept);
   }
   std::size_t chunk_bytes() const { return chunk_bytes_; }
+  std::size_t free_chunks() const { return free_.size(); }
   std::size_t bytes() const { return chunks_ * chunk_bytes_; }
 
  private:

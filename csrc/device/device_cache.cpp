@@ -41,6 +41,10 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
       chunk_pool(static_cast<std::size_t>(step.part_bytes() * step.kv_heads * shape.num_layers),
                  start.get()),
       chunks(static_cast<std::size_t>(batch)),
+      slab_pool(static_cast<std::size_t>(step.slab_part_bytes() * step.kv_heads * shape.num_layers),
+                start.get()),
+      slabs(static_cast<std::size_t>(batch)),
+      named(static_cast<std::size_t>(batch)),
       layers(static_cast<std::size_t>(shape.num_layers)),
       jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
   const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
@@ -57,13 +61,22 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
     layer.memory = gpu::Buffer(layer_bytes, start.get());
     layer.state = shared;
     layer.state.in_chunk = (&layer - layers.data()) * step.part_bytes();
+    layer.state.in_slab = (&layer - layers.data()) * step.slab_part_bytes();
     gpu::place(step, layer.memory.data(), layer.state);
     // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
     gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
-    gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * 4 * step.pairs(), start.get());
+    gpu::fill(layer.state.counters, 0, sizeof(unsigned long long) * gpu::kCounters * step.pairs(),
+              start.get());
+    // Never a length.
+    gpu::fill(layer.state.resident, 0x80, sizeof(std::int32_t) * step.pairs(), start.get());
     layer.pages.resize(static_cast<std::size_t>(batch));
     layer.order.resize(static_cast<std::size_t>(batch));
     layer.building.resize(static_cast<std::size_t>(batch));
+  }
+  const std::int64_t wanted = (config.device_tokens + gpu::kSlabTokens - 1) / gpu::kSlabTokens;
+  if (wanted > 0) {
+    slab_pool.limit(
+        static_cast<std::size_t>(std::min(wanted, std::int64_t{batch} * std::int64_t{step.slabs})));
   }
   gpu::synchronize(start.get());
 }
@@ -82,6 +95,11 @@ DeviceCache::~DeviceCache() {
 
 void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys,
                           const TensorView& values, const TensorView& queries, Stream stream) {
+  build(layer_number, sequence, {keys, values, queries, true}, stream);
+}
+
+void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, Stream stream) {
+  const auto& [keys, values, queries, is_new] = prompt;
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
   const gpu::StepShape& s = self.step;
@@ -104,6 +122,7 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
         PageSet(self.pool, self.full_pages(room), static_cast<std::size_t>(s.kv_heads),
                 {sequence, layer_number, -1});
   }
+  self.keep_prompt(layer_number, sequence, prompt, stream);
 
   gpu::BuildParams p;
   p.shape = s;
@@ -191,18 +210,21 @@ HeadStats DeviceCache::stats(int layer_number, int kv_head, Stream stream) {
                                   ", or -1 for all, got ", kv_head));
   }
   const gpu::DeviceScope here(self.device);
-  std::vector<unsigned long long> counters(static_cast<std::size_t>(self.step.pairs()) * 4);
+  std::vector<unsigned long long> counters(static_cast<std::size_t>(self.step.pairs()) *
+                                           gpu::kCounters);
   gpu::copy_to_host(counters.data(), layer.state.counters,
                     counters.size() * sizeof(unsigned long long), stream);
   gpu::synchronize(stream);
   HeadStats sum;
   sum.mass = sum.worst_mass = std::numeric_limits<double>::quiet_NaN();
-  for (std::size_t i = 0; i < counters.size(); i += 4) {
-    if (kv_head >= 0 && static_cast<int>(i / 4) % self.step.kv_heads != kv_head) continue;
+  for (std::size_t i = 0; i < counters.size(); i += gpu::kCounters) {
+    if (kv_head >= 0 && static_cast<int>(i / gpu::kCounters) % self.step.kv_heads != kv_head)
+      continue;
     sum.hits += static_cast<std::int64_t>(counters[i]);
     sum.misses += static_cast<std::int64_t>(counters[i + 1]);
     sum.bytes_moved += static_cast<std::int64_t>(counters[i + 2]);
     sum.steps += static_cast<std::int64_t>(counters[i + 3]);
+    sum.dense_steps += static_cast<std::int64_t>(counters[i + 4]);
   }
   return sum;
 }
@@ -220,7 +242,14 @@ DeviceCacheMemory DeviceCache::memory() const {
       static_cast<std::int64_t>(self.layers.size() * self.layers.front().memory.bytes() +
                                 self.shared_memory.bytes() + self.chunk_pool.bytes());
   memory.index_bytes = all - memory.rows_bytes;
-  memory.device_bytes = all + memory.scratch_bytes;
+  memory.resident_bytes = static_cast<std::int64_t>(self.slab_pool.bytes());
+  for (std::size_t b = 0; b < self.slabs.size(); ++b) {
+    const bool holds = std::any_of(self.layers.begin(), self.layers.end(),
+                                   [&](const auto& layer) { return layer.pages[b].size() > 0; });
+    if (!holds) continue;
+    (self.slabs[b].empty() ? memory.sparse_sequences : memory.resident_sequences) += 1;
+  }
+  memory.device_bytes = all + memory.scratch_bytes + memory.resident_bytes;
   memory.token_bytes = static_cast<std::int64_t>(self.chunk_pool.chunk_bytes()) / gpu::kChunkTokens;
   const gpu::MemoryInfo on_device = gpu::memory_info();
   memory.free_bytes = static_cast<std::int64_t>(on_device.free);

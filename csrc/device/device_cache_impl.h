@@ -18,6 +18,12 @@
 
 namespace icecache {
 
+// What a layer of a sequence is built of.
+struct DeviceCache::Prompt {
+  const TensorView &keys, &values, &queries;
+  bool is_new;  // else the sequence's own tokens, or the first of them
+};
+
 struct DeviceCache::Impl {
   static_assert(kRoomStep == gpu::kChunkTokens);
   Impl(const CacheShape& cache_shape, const Config& given, int batch, std::int64_t most, int on);
@@ -77,6 +83,19 @@ struct DeviceCache::Impl {
     return std::min<std::int64_t>(static_cast<std::int64_t>(count) * gpu::kChunkTokens,
                                   step.token_room);
   }
+  // Slabs (cuda/step.h), in device_residents.cpp. Nothing here waits for the device.
+  //
+  // Gives a sequence slabs for `tokens` at least; where too few are free, those of longer sequences,
+  // the longest first. False, and nothing changes, where that would not be enough.
+  bool keep_resident(int sequence, std::int64_t tokens, gpu::Stream stream);
+  // A prompt goes to the slabs of its sequence, which is given some at its first layer.
+  void keep_prompt(int layer, int sequence, const Prompt& prompt, gpu::Stream stream);
+  // Takes a sequence's slabs: from now on it is not resident.
+  void give_up_slabs(int sequence, gpu::Stream stream);
+  void fork_slabs(int sequence, int from, gpu::Stream stream);
+  // Tells the device of the slabs from `first` on.
+  void give_slabs(int sequence, std::size_t first, gpu::Stream stream) const;
+
   // Tells the device what chunks a sequence has, and its room.
   void give_chunks(int sequence, gpu::Stream stream) const {
     const std::vector<std::byte*>& own = chunks[sequence];
@@ -149,6 +168,9 @@ struct DeviceCache::Impl {
   gpu::OwnStream start;  // of the memory below
   ChunkPool chunk_pool;
   std::vector<std::vector<std::byte*>> chunks;  // [B] of all layers
+  ChunkPool slab_pool;
+  std::vector<std::vector<std::byte*>> slabs;  // [B] of all layers
+  std::vector<std::int64_t> named;             // [B] tokens that reserve() was asked for
   gpu::Buffer shared_memory;
   gpu::LayerState shared;  // what layers share of theirs
   gpu::Buffer scratch_memory;

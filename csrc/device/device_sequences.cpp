@@ -31,9 +31,10 @@ void DeviceCache::build_anew(int layer_number, int sequence, std::int64_t tokens
     return TensorView{data,        s.dtype, static_cast<int>(heads), count, static_cast<int>(d),
                       of_head * d, d};
   };
-  prefill(layer_number, sequence, view(keys.data(), s.kv_heads, tokens, kept),
-          view(values.data(), s.kv_heads, tokens, kept),
-          view(recent.data(), rows, gpu::kRecentQueries, gpu::kRecentQueries), stream);
+  build(layer_number, sequence,
+        {view(keys.data(), s.kv_heads, tokens, kept), view(values.data(), s.kv_heads, tokens, kept),
+         view(recent.data(), rows, gpu::kRecentQueries, gpu::kRecentQueries), false},
+        stream);
   wait(layer_number);
 }
 
@@ -59,7 +60,17 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
       std::max<std::int64_t>(0, self.indexed(tokens) - 1) / gpu::kChunkTokens + 1);
   std::vector<std::byte*>& chunks = self.chunks[sequence];
   const std::size_t held = chunks.size();
-  if (wanted <= held) return;
+  if (wanted > held) add_room(sequence, wanted, stream);
+  self.named[sequence] = std::max(self.named[sequence], tokens);
+  const std::size_t slabs = self.slabs[sequence].size();
+  if (slabs == 0 || tokens <= static_cast<std::int64_t>(slabs) * gpu::kSlabTokens) return;
+  const gpu::DeviceScope here(self.device);
+  if (!self.keep_resident(sequence, tokens, stream)) self.give_up_slabs(sequence, stream);
+}
+
+void DeviceCache::add_room(int sequence, std::size_t wanted, Stream stream) {
+  Impl& self = *impl_;
+  std::vector<std::byte*>& chunks = self.chunks[sequence];
   const gpu::DeviceScope here(self.device);
   const std::size_t pages = self.full_pages(self.room_of(wanted));
   const auto heads = static_cast<std::size_t>(self.step.kv_heads);
@@ -70,7 +81,7 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
     more[i] = PageSet(self.pool, pages - before, heads, {sequence, static_cast<int>(i), -1});
     self.layers[i].pages[sequence].reserve(pages);
   }
-  self.chunk_pool.take(wanted - held, chunks);
+  self.chunk_pool.take(wanted - chunks.size(), chunks);
   for (std::size_t i = 0; i < more.size(); ++i) {
     PageSet& own = self.layers[i].pages[sequence];
     const std::size_t before = own.size();
@@ -105,6 +116,8 @@ void DeviceCache::fork(int sequence, int from, Stream stream) {
   for (std::size_t c = 0; c < own.size(); ++c) {
     gpu::copy_on_device(own[c], source[c], self.chunk_pool.chunk_bytes(), stream);
   }
+  self.named[sequence] = self.named[from];
+  self.fork_slabs(sequence, from, stream);
   for (int number = 0; number < self.shape.num_layers; ++number) {
     Impl::Layer& layer = self.layers[number];
     gpu::copy_pairs(s, layer.state, static_cast<std::int64_t>(from) * s.kv_heads,
@@ -169,6 +182,14 @@ void DeviceCache::release(int sequence, Stream stream) {
     layer.order[sequence].clear();
   }
   self.chunk_pool.give_back(self.chunks[sequence]);
+  self.give_up_slabs(sequence, stream);
+  self.named[sequence] = 0;
+}
+
+void DeviceCache::evict(int sequence, Stream stream) {
+  impl_->check_sequence("sequence", sequence);
+  const gpu::DeviceScope here(impl_->device);
+  impl_->give_up_slabs(sequence, stream);
 }
 
 void DeviceCache::gather(int layer_number, int sequence, void* keys, void* values, Stream stream) {

@@ -49,6 +49,9 @@ void DeviceCache::fork(int, int, Stream) {
 void DeviceCache::truncate(int, std::int64_t, Stream) {
   refuse();
 }
+void DeviceCache::evict(int, Stream) {
+  refuse();
+}
 void DeviceCache::release(int, Stream) {
   refuse();
 }

@@ -43,7 +43,13 @@ Engine::Impl::Impl(const CacheShape& cache_shape, const Config& user_config)
       pool(pool_options(shape, config)),
       stats(static_cast<std::size_t>(shape.num_layers) * shape.num_kv_heads),
       workspaces(static_cast<std::size_t>(config.num_threads)),
-      threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {}
+      threads(static_cast<int>(config.num_threads), static_cast<int>(config.index_threads)) {
+  if (config.device_tokens != 0) {
+    throw InvalidArgument(
+        message("device_tokens must be 0 on the CPU, whose memory holds all tokens anyway, got ",
+                config.device_tokens, "; dense_tokens or exact attend to everything there"));
+  }
+}
 
 SequenceCache& Engine::Impl::sequence(SeqId id) {
   const auto found = sequences.find(id);

@@ -60,6 +60,9 @@ namespace icecache {
   X(int, host_memory, 0, "bytes", "bound of the page pool; 0: half of the machine's memory")      \
   X(int, device_pages, 0, "pages",                                                                \
     "page slots on the device; 0: four times what one step of one layer selects")                 \
+  X(int, device_tokens, 0, "tokens",                                                              \
+    "tokens, of all sequences of a cache together, whose keys and values a CUDA device holds in " \
+    "all layers: sequences attend to everything while they fit, and the longest gives way")       \
   X(int, num_threads, 0, "threads", "threads of one attend call, caller included; 0: all cores")  \
   X(int, index_threads, 0, "threads", "threads that build and update indexes; 0: as num_threads") \
   X(text, integrity, "off", "", "page headers verified before use: off, sampled or always")       \

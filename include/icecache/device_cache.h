@@ -10,12 +10,19 @@
 // max_tokens. A prompt enters whole and once, also while others decode; after that a step adds one
 // token to every sequence of the batch, or to those that it names.
 //
+// With Config::device_tokens sequences are resident while device memory lasts: the device holds the
+// keys and values of all their tokens, too, and a step attends to all of them. Pages and index are
+// kept up to date behind that. When memory is wanted the longest gives its slabs up at once, without
+// a copy, and its next step runs within the budget; it stays so until it is released or gets another
+// prompt. Which sequences are resident is known to the device alone: a captured step stays valid.
+//
 // Streams: what a call launches is ordered on the stream it is given, but for the work that
 // prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the
 // host. Threads: one caller at a time. Failure: a call that throws leaves the other sequences as
 // they were; after CudaError nothing on the device can be relied on.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -26,14 +33,17 @@
 namespace icecache {
 
 struct DeviceCacheMemory {
-  std::int64_t device_bytes = 0;   // all that the cache holds on the device
-  std::int64_t rows_bytes = 0;     // of them: sinks, windows and cached rows
-  std::int64_t index_bytes = 0;    // sketches, means, metrics, tables
-  std::int64_t scratch_bytes = 0;  // shared by all layers
-  std::int64_t host_bytes = 0;     // pages in use
-  std::int64_t token_bytes = 0;    // of device memory that a token takes where a sequence grows
-  std::int64_t free_bytes = 0;     // of the device, that nobody has
-  std::int64_t total_bytes = 0;    // of the device
+  std::int64_t device_bytes = 0;    // all that the cache holds on the device
+  std::int64_t rows_bytes = 0;      // of them: sinks, windows and cached rows
+  std::int64_t index_bytes = 0;     // sketches, means, metrics, tables
+  std::int64_t scratch_bytes = 0;   // shared by all layers
+  std::int64_t resident_bytes = 0;  // slabs of resident sequences, taken or not
+  std::int64_t resident_sequences = 0;
+  std::int64_t sparse_sequences = 0;  // that hold tokens and are not resident
+  std::int64_t host_bytes = 0;        // pages in use
+  std::int64_t token_bytes = 0;       // of device memory that a token takes where a sequence grows
+  std::int64_t free_bytes = 0;        // of the device, that nobody has
+  std::int64_t total_bytes = 0;       // of the device
 };
 
 class DeviceCache {
@@ -55,7 +65,8 @@ class DeviceCache {
   // Gives a sequence room for at least `tokens`, on the device and in host memory, in steps of
   // kRoomStep tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
   // prompt without it has room for max_tokens. Throws InvalidArgument beyond max_tokens,
-  // OutOfPages.
+  // OutOfPages. A resident sequence gets slabs for `tokens`, of longer sequences if need be, or
+  // gives up its own.
   void reserve(int sequence, std::int64_t tokens, Stream stream);
 
   // The prompt of one sequence: keys and values [Hkv, T, D], queries [Hq, T', D] of its last tokens
@@ -89,6 +100,9 @@ class DeviceCache {
   // build of what is left. Throws InvalidArgument for a length beyond the longest layer's;
   // OutOfPages may leave some layers longer than others: call it again, or release.
   void truncate(int sequence, std::int64_t length, Stream stream);
+  // Takes the slabs of a resident sequence at once: its next step runs within the budget. Ordered on
+  // the stream; nothing is waited for.
+  void evict(int sequence, Stream stream);
   // Empties a sequence in every layer.
   void release(int sequence, Stream stream);
 
@@ -109,6 +123,9 @@ class DeviceCache {
 
  private:
   struct Impl;
+  struct Prompt;
+  void build(int layer, int sequence, const Prompt& prompt, Stream stream);
+  void add_room(int sequence, std::size_t chunks, Stream stream);
   // Builds the index of the first `kept` of a sequence's `length` tokens.
   void build_anew(int layer, int sequence, std::int64_t length, std::int64_t kept, Stream stream);
   std::unique_ptr<Impl> impl_;

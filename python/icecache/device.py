@@ -37,6 +37,11 @@ class DeviceCache:
     `max_tokens`: of the device, where limit_tokens() can set a bound, and of the host (pinned),
     within `host_memory`. What all sequences need whatever their length is taken at once.
 
+    With `device_tokens` sequences are resident while they fit: the device holds the keys and values
+    of all their tokens, too, and a step attends to all of them. When memory is wanted the longest
+    gives way: from its next step on it attends within the budget, until its next prompt. Graphs
+    that were captured before see that.
+
     Errors: InvalidArgument for shapes, dtypes and settings that the kernels do not cover (with what
     they do); Unavailable without CUDA in the build or a device; OutOfPages where host or device
     memory does not suffice; CudaError where CUDA fails.
@@ -63,6 +68,9 @@ class DeviceCache:
 
         `config_fields` are fields of Config, and take precedence over `config`. `device_pages`
         bounds the row cache of a layer's sequence (default: three steps' candidates).
+        `device_tokens` (default 0) is how many tokens resident sequences have together, in all
+        layers, rounded up to 256; their memory is taken at once, for no more than `batch` times
+        `max_tokens`. OutOfPages where the device has less.
         """
         self.shape = CacheShape(
             num_layers, num_q_heads, num_kv_heads, head_dim, dtype, scale, logit_softcap
@@ -111,7 +119,8 @@ class DeviceCache:
 
         Before its prompt, and before the step that would be one too many: a sequence without room
         answers with NaN. Where it grows the current stream is waited for. Graphs that were captured
-        before see the room. Raises InvalidArgument beyond max_tokens, OutOfPages.
+        before see the room. A resident sequence stays so, at the cost of longer ones, or is not any
+        more. Raises InvalidArgument beyond max_tokens, OutOfPages.
         """
         if not 0 <= sequence < self.batch or tokens > self._room[sequence]:
             self._cache.reserve(sequence, tokens)
@@ -236,6 +245,13 @@ class DeviceCache:
         """
         self._cache.truncate(sequence, length)
 
+    def evict(self, sequence: int) -> None:
+        """Takes a sequence's device memory for all its tokens, at once, if it is resident.
+
+        Its next step attends within the budget. Does not wait for the device.
+        """
+        self._cache.evict(sequence)
+
     def release(self, sequence: int) -> None:
         """Empties a sequence and gives its pages back. Waits for the current stream."""
         self._cache.release(sequence)
@@ -272,12 +288,13 @@ class DeviceCache:
     def stats(self, layer: int, kv_head: int | None = None) -> _core.HeadStats:
         """Sums over steps, sequences and KV heads of one layer. Waits for the current stream.
 
+        `steps` are those within the budget, `dense_steps` those of resident sequences.
         With `kv_head` of that head alone.
         """
         return self._cache.stats(layer, -1 if kv_head is None else kv_head)
 
     def memory(self) -> _core.DeviceCacheMemory:
-        """Bytes held on the device and in host memory."""
+        """Bytes held on the device and in host memory, and how many sequences are resident."""
         return self._cache.memory()
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:

@@ -266,8 +266,8 @@ TEST(ConfigResolved, RefusesWordsSetWithoutSet) {
 TEST(ConfigResolved, RefusesNegativeCounts) {
   for (const char* name :
        {"token_budget", "sink_tokens", "window_tokens", "candidates", "max_token_budget",
-        "dense_tokens", "decode_tokens", "host_memory", "device_pages", "num_threads",
-        "index_threads", "dci_beam", "far_node_tokens"}) {
+        "dense_tokens", "decode_tokens", "host_memory", "device_pages", "device_tokens",
+        "num_threads", "index_threads", "dci_beam", "far_node_tokens"}) {
     const std::string text = refusal(with(name, "-1"));
     EXPECT_MENTIONS(text, name);
     EXPECT_MENTIONS(text, "got -1");
@@ -288,7 +288,7 @@ TEST(ConfigResolved, RefusesMaximumBelowBudget) {
 }
 
 TEST(ConfigResolved, RefusesWhatDoesNotFitThirtyTwoBits) {
-  for (const std::string name : {"max_token_budget", "device_pages"}) {
+  for (const std::string name : {"max_token_budget", "device_pages", "device_tokens"}) {
     EXPECT_MENTIONS(refusal(with(name, "4294967296")), name + " must be from 0 to ");
   }
 }

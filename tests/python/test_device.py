@@ -56,23 +56,31 @@ def fill(cache: icecache.DeviceCache, length: int) -> list[tuple[torch.Tensor, t
     return held
 
 
+Held = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
+
+
+def step_all(cache: icecache.DeviceCache, held: Held, layer: int, step: int) -> list[torch.Tensor]:
+    """One token more for each sequence: what the cache answers, and full attention."""
+    seed = 1000 + 10 * step + layer
+    queries, key, value = (
+        tokens(1, HEADS, seed),
+        tokens(1, KV_HEADS, seed + 3000),
+        tokens(1, KV_HEADS, seed + 6000),
+    )
+    out = cache.step(layer, queries, key, value)
+    keys = torch.cat((held[layer][0], key), dim=2)
+    values = torch.cat((held[layer][1], value), dim=2)
+    held[layer] = keys, values
+    return [out, F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)]
+
+
 @pytest.mark.usefixtures("any_device")
 def test_full_budget_is_full_attention() -> None:
     cache = make(token_budget=400, max_tokens=400)
     held = fill(cache, 200)
     for step in range(40):
         for layer in range(2):
-            seed = 1000 + 10 * step + layer
-            queries, key, value = (
-                tokens(1, HEADS, seed),
-                tokens(1, KV_HEADS, seed + 3000),
-                tokens(1, KV_HEADS, seed + 6000),
-            )
-            out = cache.step(layer, queries, key, value)
-            keys = torch.cat((held[layer][0], key), dim=2)
-            values = torch.cat((held[layer][1], value), dim=2)
-            held[layer] = keys, values
-            expected = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+            out, expected = step_all(cache, held, layer, step)
             torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     assert cache.length(1, 1) == 240
     assert torch.equal(cache.gather(0, 1)[0], held[0][0][1])
@@ -81,6 +89,80 @@ def test_full_budget_is_full_attention() -> None:
     cache.truncate(1, 190)
     for rows, whole in zip(cache.gather(0, 1), held[0], strict=True):
         assert torch.equal(rows, whole[1, :, :190])
+
+
+@pytest.mark.usefixtures("any_device")
+def test_residents_attend_to_everything_until_they_give_way() -> None:
+    cache = make(token_budget=48, window_tokens=16, device_tokens=1536, max_tokens=2000)
+    held = fill(cache, 500)
+
+    def expect(*resident: bool) -> None:
+        before = cache.stats(1).dense_steps
+        for layer in range(2):
+            out, expected = step_all(cache, held, layer, held[layer][0].shape[2])
+            for row, is_resident in enumerate(resident):
+                apart = (out[row] - expected[row]).float().norm() / expected[row].float().norm()
+                assert apart < (1e-2 if is_resident else 0.5)
+        assert cache.stats(1).dense_steps - before == KV_HEADS * sum(resident)
+        memory = cache.memory()
+        assert memory.resident_sequences == sum(resident)
+        assert memory.sparse_sequences == 2 - sum(resident)
+
+    assert cache.memory().resident_bytes == 1536 * 2 * 2 * KV_HEADS * DIM * 2
+    expect(True, True)
+    cache.reserve(0, 700)
+    cache.reserve(1, 1100)  # five parts of 256 tokens, of six
+    expect(True, False)
+    cache.truncate(1, 400)
+    cache.truncate(0, 400)
+    held[:] = [(keys[:, :, :400], values[:, :, :400]) for keys, values in held]
+    expect(True, False)
+    cache.fork(1, 0)
+    held[:] = [(keys[:1].repeat(2, 1, 1, 1), rows[:1].repeat(2, 1, 1, 1)) for keys, rows in held]
+    expect(True, True)
+    cache.evict(0)
+    expect(False, True)
+    held[:] = fill(cache, 300)
+    expect(True, True)
+    cache.release(0)
+    cache.release(1)
+    assert cache.memory().resident_sequences == 0
+
+
+@pytest.mark.usefixtures("any_device")
+def test_refuses_device_tokens_that_cannot_be() -> None:
+    for tokens_given in (-1, 2**30 + 1):
+        with pytest.raises(icecache.InvalidArgument, match="device_tokens must be from 0 to"):
+            make(device_tokens=tokens_given)
+    with pytest.raises(icecache.InvalidArgument, match="sequence must be from 0 to 1, got 2"):
+        make(device_tokens=1).evict(2)
+
+
+@gpu
+def test_a_captured_step_goes_on_when_residents_give_way() -> None:
+    def steps(captured: bool) -> torch.Tensor:
+        cache = make(device_tokens=8192)
+        fill(cache, 3000)
+        cache.synchronize()
+        queries, key, value = tokens(1, HEADS, 1), tokens(1, KV_HEADS, 2), tokens(1, KV_HEADS, 3)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                out = cache.step(0, queries, key, value)
+        made = []
+        for step in range(20):
+            if step == 10:
+                cache.evict(0)
+            if captured:
+                graph.replay()
+            else:
+                out = cache.step(0, queries, key, value)
+            made.append(out.clone())
+        assert cache.stats(0).dense_steps == (10 + 20) * KV_HEADS
+        return torch.stack(made)
+
+    with torch.device("cuda"):
+        assert torch.equal(steps(captured=False), steps(captured=True))
 
 
 @gpu

@@ -66,6 +66,7 @@ DEVICE_METHODS: dict[str, list[str]] = {
     "rebuild": ["layer", "sequence"],
     "fork": ["sequence", "source"],
     "truncate": ["sequence", "length"],
+    "evict": ["sequence"],
     "release": ["sequence"],
     "length": ["layer", "sequence"],
     "gather": ["layer", "sequence", "keys", "values"],
@@ -278,6 +279,7 @@ VALID_INTS = {
     "decode_tokens": (1, MOST),
     "host_memory": (155_648, 2**60),  # 19 pages of 8 KiB
     "device_pages": (0, 2**31 - 1),
+    "device_tokens": (0, 0),  # on the CPU
     "num_threads": (0, 1024),
     "index_threads": (0, 1024),
     "seed": (-(2**63), 2**63 - 1),

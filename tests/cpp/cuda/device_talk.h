@@ -84,7 +84,7 @@ struct Case {
   DType dtype = DType::kFloat32;
   int kv_heads = 2, group = 4, batch = 2;
   int budget = 256, window = 16, page_size = 16, far_node_tokens = 64, rank = 32;
-  std::int64_t device_pages = 0;
+  std::int64_t device_pages = 0, device_tokens = 0;
   std::string tail = "on";
 };
 
@@ -105,6 +105,7 @@ class Talk {
     config.far_node_tokens = setup.far_node_tokens;
     config.sketch_rank = setup.rank;
     config.device_pages = setup.device_pages;
+    config.device_tokens = setup.device_tokens;
     config.tail = setup.tail;
     config.host_memory = std::int64_t{1} << 30;
     config.index_threads = 1;
