@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
   const StepShape& s = p.shape;
   const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / Vector<T>::kCount;
   const int indexed = max(0, p.length - s.near_rows());
+  const bool is_resident =
+      s.slabs > 0 && p.layer.resident[x] >= p.length && p.layer.slab_room[x] >= p.length;
   const std::int64_t all = static_cast<std::int64_t>(p.length) * vectors;
   for (std::int64_t i = blockIdx.x * kTokenBlock + threadIdx.x; i < all;
        i += static_cast<std::int64_t>(gridDim.x) * kTokenBlock) {
@@ -29,7 +31,10 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
     const uint4 *key, *value;
     int position = row;
     const int token = row - s.sink_tokens;
-    if (token >= 0 && token < indexed) {
+    if (is_resident) {
+      key = vectors_of(slab_key<T>(s, p.layer, x, row, s.head_dim));
+      value = key + kSlabTokens * vectors;
+    } else if (token >= 0 && token < indexed) {
       key = page_row<T>(s, p.layer, x, token);
       value = key + s.page_size * vectors;
       if (token < p.arranged.count) {

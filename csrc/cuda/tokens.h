@@ -12,7 +12,8 @@ struct Arrangement {
   int count = 0;
 };
 
-// All tokens in order of position, from sinks, window and host pages.
+// All tokens in order of position, from sinks, window and host pages; of a resident sequence from
+// its slabs.
 struct FetchParams {
   StepShape shape;
   LayerState layer;

@@ -38,13 +38,12 @@ bool DeviceCache::Impl::keep_resident(int sequence, std::int64_t tokens, gpu::St
 
 void DeviceCache::Impl::keep_prompt(int layer_number, int sequence, const Prompt& prompt,
                                     gpu::Stream stream) {
-  if (step.slabs == 0) return;
+  if (step.slabs == 0 || !prompt.is_new) return;
   const std::int64_t tokens = prompt.keys.tokens;
   const bool is_first = std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
     return &layer == &layers[layer_number] || layer.pages[sequence].size() == 0;
   });
-  const bool may_take = prompt.is_new && (is_first || layer_number == 0);
-  if (slabs[sequence].empty() && !may_take) return;
+  if (slabs[sequence].empty() && !is_first && layer_number > 0) return;
   // Slabs for what is to come, or at least for the next token.
   const std::int64_t next = std::min(tokens + 1, max_tokens);
   const std::int64_t likely = named[sequence] > 0 ? named[sequence] : max_tokens;
