@@ -65,6 +65,10 @@ constexpr Field<MemoryStats, std::int64_t> kMemoryCounts[] = {
     {"retained_bytes", &MemoryStats::retained_bytes, "pages that only retained sequences hold"},
     {"evicted_sequences", &MemoryStats::evicted_sequences,
      "retained ones that have ended for want of pages"},
+    {"resident_sequences", &MemoryStats::resident_sequences,
+     "whose keys and values a CUDA device holds all (device_tokens)"},
+    {"resident_bytes", &MemoryStats::resident_bytes,
+     "of the device, for those sequences, in use or not; part of device_bytes"},
 };
 
 HeadStats sum_of(HeadStats one, const HeadStats& other) {

@@ -43,6 +43,9 @@ struct MemoryStats {
   std::int64_t retained_sequences = 0;  // of `sequences`
   std::int64_t retained_bytes = 0;      // pages that only retained sequences hold
   std::int64_t evicted_sequences = 0;   // retained ones that have ended for want of pages
+  // A CUDA device's: those whose tokens it holds all, and its memory for such.
+  std::int64_t resident_sequences = 0;
+  std::int64_t resident_bytes = 0;
 };
 
 // How a call of Engine::step treats the tokens of one sequence.

@@ -6,7 +6,6 @@ Dimension letters as in engine.py; N rows of a packed step, A sequences of a ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, NoReturn
@@ -17,23 +16,12 @@ from icecache import HeadStats, MemoryStats
 from icecache.device import ROOM_STEP, DeviceCache
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument
-from icecache.lanes import Lanes, decoding, take_memory
+from icecache.lanes import Fork, Lanes, decoding, take_memory
 from icecache.prompt_attention import AttendPrompt, attend_prompt
 
 _NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
 _GONE = -1  # in place of what a fork copies: it is no longer what it was
 _ELSE = "or run the model on the CPU, or without IceCache"
-
-
-@dataclass
-class _Fork:
-    """A sequence without a lane: what it copies, and how many tokens of that (None: all)."""
-
-    source: int
-    length: int | None = None
-
-    def tokens(self) -> float:
-        return float("inf") if self.length is None else self.length
 
 
 class DeviceEngine:
@@ -51,6 +39,7 @@ class DeviceEngine:
 
     Without `lanes`, sequences whose prompts enter in one call form a batch with a cache of its own,
     which grows up to `max_tokens`, or 32,768 tokens behind the prompt. A step is of one batch.
+    What the caches of other batches have taken of `device_tokens` is left out of its own.
 
     A fork takes a free lane, or else that of the next sequence of its cache which is released, as
     beams come and go, if what it copies has not gone on by then. Anything else is refused.
@@ -79,7 +68,7 @@ class DeviceEngine:
         self._shared: Lanes | None = None  # those of all sequences; None: each batch has its own
         self._batches: list[Lanes] = []
         self._waiting: list[int] = []  # sequences that get a lane with their prompt
-        self._forks: dict[int, _Fork] = {}
+        self._forks: dict[int, Fork] = {}
         self._next = 0
         if lanes is None:
             # Refuses settings now and not at the first token.
@@ -122,7 +111,7 @@ class DeviceEngine:
             lanes.shorten(lanes.free[-1], length)
             lanes.enter(self._next)
         else:
-            self._forks[self._next] = _Fork(seq, length)
+            self._forks[self._next] = Fork(seq, length)
         self._next += 1
         return self._next - 1
 
@@ -393,6 +382,8 @@ class DeviceEngine:
             device_bytes=sum(m.device_bytes for m in held),
             pool_bytes=sum(m.host_bytes for m in held),
             sequences=len(self._waiting) + sum(len(lanes.of) for lanes in self._batches),
+            resident_sequences=sum(m.resident_sequences for m in held),
+            resident_bytes=sum(m.resident_bytes for m in held),
         )
 
     def pool_bytes(self) -> int:
@@ -400,7 +391,11 @@ class DeviceEngine:
         return self.memory().pool_bytes
 
     def _make_cache(self, batch: int, max_tokens: int) -> DeviceCache:
-        return DeviceCache(batch=batch, max_tokens=max_tokens, **self._settings)
+        settings = self._settings
+        if taken := sum(lanes.cache.memory().resident_bytes for lanes in self._batches):
+            left = int(self.config.device_tokens) - taken // self.shape.token_bytes
+            settings = {**settings, "device_tokens": max(0, left)}
+        return DeviceCache(batch=batch, max_tokens=max_tokens, **settings)
 
     def _place(self, seq: int) -> tuple[Lanes, int]:
         """The batch that a sequence is in, and its lane."""

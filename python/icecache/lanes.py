@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument, OutOfPages
+
+
+@dataclass
+class Fork:
+    """A sequence without a lane: what it copies, and how many tokens of that (None: all)."""
+
+    source: int
+    length: int | None = None
+
+    def tokens(self) -> float:
+        return float("inf") if self.length is None else self.length
 
 
 class Lanes:

@@ -9,7 +9,9 @@ from icecache.device_engine import DeviceEngine
 HEADS, KV_HEADS, DIM = 4, 2, 64
 
 
-def make_engine(layers: int = 1, lanes: int = 2, host_memory: str = "1M") -> DeviceEngine:
+def make_engine(
+    layers: int = 1, lanes: int | None = 2, host_memory: str = "1M", device_tokens: int = 0
+) -> DeviceEngine:
     """On torch's default device."""
     return DeviceEngine(
         num_layers=layers,
@@ -18,7 +20,12 @@ def make_engine(layers: int = 1, lanes: int = 2, host_memory: str = "1M") -> Dev
         head_dim=DIM,
         dtype=torch.float32,
         scale=DIM**-0.5,
-        config=Config(host_memory=host_memory, token_budget=64, window_tokens=16),
+        config=Config(
+            host_memory=host_memory,
+            token_budget=64,
+            window_tokens=16,
+            device_tokens=device_tokens,
+        ),
         device=torch.get_default_device(),
         lanes=lanes,
         max_tokens=700,

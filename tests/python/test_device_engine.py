@@ -70,6 +70,20 @@ def test_a_prompt_that_finds_no_room_leaves_the_others(host_memory: str, missing
     assert engine.length(first) == 301
 
 
+@pytest.mark.usefixtures("any_device")
+def test_batches_share_what_the_device_holds_whole() -> None:
+    engine = make_engine(lanes=None, device_tokens=1024)
+    for count in (1, 2, 2):  # resident sequences; a batch takes up to 768 tokens
+        seq = engine.new_sequence()
+        queries, keys, values, _ = (x.transpose(0, 1)[None] for x in random_rows(40))
+        engine.append([seq], 0, keys, values)
+        engine.observe([seq], 0, queries)
+        assert engine.memory().resident_sequences == count
+        query, key, value, _ = (x[None].transpose(1, 2) for x in random_rows(1))
+        assert engine.step([seq], 0, query, key, value).isfinite().all()
+    assert engine.memory().resident_bytes == 1024 * engine.shape.token_bytes
+
+
 def test_more_than_a_token_behind_a_prompt_is_refused(engine: DeviceEngine) -> None:
     first = engine.new_sequence()
     step(engine, {first: 20}, Phase.PREFILL)

@@ -86,6 +86,44 @@ def test_within_the_budget_is_close_and_repeats(model: LlamaForCausalLM) -> None
     assert icecache.stats(model).memory.device_bytes > 0
 
 
+def test_residents_are_the_stock_model_until_the_longest_gives_way(
+    model: LlamaForCausalLM,
+) -> None:
+    prompt, steps = words(2, 250), words(2, 20, seed=2)
+    expected = logits(model, prompt, steps)
+    settings: dict[str, Any] = {"token_budget": 48, "window_tokens": 16, "max_tokens": 400}
+    icecache.enable(model, device_tokens=2048, **settings)
+    torch.testing.assert_close(logits(model, prompt, steps), expected, atol=2e-4, rtol=2e-4)
+    stats = icecache.stats(model)
+    assert stats.total("steps") == 0 and stats.total("dense_steps") == 20 * 2 * 3 * 2
+    # Three parts of 256 tokens: one sequence takes two of them at 257 tokens, the other cannot.
+    icecache.enable(model, device_tokens=768, **settings)
+    found = logits(model, prompt, steps)
+    torch.testing.assert_close(found[:7], expected[:7], atol=2e-4, rtol=2e-4)
+    exact = [torch.allclose(found[:, row], expected[:, row], atol=2e-4) for row in range(2)]
+    assert sum(exact) == 1
+    apart = expected.log_softmax(-1) - found.log_softmax(-1)
+    assert (expected.softmax(-1) * apart).sum(-1).max() < 5e-2
+    assert icecache.stats(model).total("steps") > 0
+
+
+def test_residents_fork_and_are_cropped(model: LlamaForCausalLM) -> None:
+    prompt, turn, steps = words(2, 150), words(2, 20, seed=2), words(2, 5, seed=3)
+    kept = torch.cat([prompt, turn], dim=1)[:, :140]
+    expected = model(torch.cat([kept, steps], dim=1)).logits[:, -5:]
+    settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    beams = model.generate(prompt, **settings)
+    icecache.enable(model, token_budget=48, window_tokens=16, device_tokens=4096, max_tokens=200)
+    cache = model(prompt, use_cache=True).past_key_values
+    model(turn, past_key_values=cache)
+    assert icecache.stats(model).memory.resident_sequences == 2
+    cache.crop(-30)
+    found = model(steps, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    del cache
+    assert torch.equal(model.generate(prompt, **settings), beams)
+
+
 def test_generate_with_left_padding(model: LlamaForCausalLM) -> None:
     prompt = words(2, 200)
     mask = torch.ones_like(prompt)
@@ -211,6 +249,8 @@ def test_what_only_the_cpu_computes_is_refused(architecture: str, named: str) ->
 def test_refusals_name_the_way_out(model: LlamaForCausalLM) -> None:
     with pytest.raises(icecache.InvalidArgument, match="index must be tree, got dci"):
         icecache.enable(model, index="dci")
+    with pytest.raises(icecache.InvalidArgument, match="device_tokens must be from 0 to"):
+        icecache.enable(model, device_tokens=-1)
     with pytest.raises(icecache.InvalidArgument, match="max_tokens: expected a positive number"):
         icecache.enable(model, max_tokens=-1)
     icecache.enable(model)

@@ -57,17 +57,31 @@ def stock(run: Run, model: Path) -> list[list[int]]:
     return list(result["tokens"])
 
 
-@pytest.mark.parametrize("batched_tokens", [1024, 48], ids=["whole prompts", "48 tokens a step"])
+@pytest.mark.parametrize(
+    ("batched_tokens", "device_tokens"),
+    [(1024, 0), (48, 0), (1024, 1024)],
+    ids=["whole prompts", "48 tokens a step", "some are resident"],
+)
 def test_a_budget_as_long_as_the_context_gives_the_tokens_of_stock(
-    run: Run, model: Path, stock: list[list[int]], batched_tokens: int
+    run: Run, model: Path, stock: list[list[int]], batched_tokens: int, device_tokens: int
 ) -> None:
-    budget = {"token_budget": 512}
+    budget = {"token_budget": 512, "device_tokens": device_tokens}
     result = serve(run, model, budget, max_num_batched_tokens=batched_tokens)
     assert result["tokens"] == stock
     # Eight requests in six seats: they step in changing company, beside prompts.
-    assert result["steps"] == 8 * 11 * 2 * 2
+    assert result["steps"] + result["dense_steps"] == 8 * 11 * 2 * 2
+    assert (result["dense_steps"] > 0) == (device_tokens > 0) and result["steps"] > 0
     assert result["blocks_lost"] == 0 and result["requests"] == 0
     assert result["page_misses"] > 0
+
+
+def test_requests_that_the_device_holds_give_the_tokens_of_stock(
+    run: Run, model: Path, stock: list[list[int]]
+) -> None:
+    small = {"token_budget": 48, "window_tokens": 16, "device_tokens": 8192}
+    result = serve(run, model, small, max_num_batched_tokens=48)
+    assert result["tokens"] == stock
+    assert result["steps"] == 0 and result["dense_steps"] == 8 * 11 * 2 * 2
 
 
 def test_requests_come_and_go(run: Run, model: Path) -> None:

@@ -101,7 +101,9 @@ def enable(
     tokens, or 2,048: the text does not depend on it. Not on a CUDA device, not with lossless.
 
     On a CUDA device the cache of a batch is made when its prompt comes, and grows up to
-    `max_tokens`, prompt included, or 32,768 tokens behind the prompt.
+    `max_tokens`, prompt included, or 32,768 tokens behind the prompt. With `device_tokens` the
+    device holds so many tokens whole besides: sequences attend to everything while they fit, and
+    the longest goes on within the budget when another wants its memory.
     """
     if lossless and refresh_every:
         raise InvalidArgument(

@@ -169,6 +169,11 @@ class Engines:
         """Bytes of pages in use, of `host_memory`."""
         return sum(engine.pool_bytes() for engine in self._engines)
 
+    def residents(self) -> tuple[int, int]:
+        """Sequences that a device holds whole, and the bytes of it that are for such."""
+        held = [e.memory() for e in self._engines if isinstance(e, DeviceEngine)]
+        return sum(m.resident_sequences for m in held), sum(m.resident_bytes for m in held)
+
     def sequences(self) -> int:
         """Sequences that any engine has. Waits for background work."""
         return max(engine.memory().sequences for engine in self._engines)

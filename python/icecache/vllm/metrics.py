@@ -81,6 +81,8 @@ METRICS = (
     Metric("host_bytes", "Bytes of pages in use", is_gauge=True),
     Metric("host_capacity_bytes", "Bytes of pages that host_memory holds", is_gauge=True),
     Metric("requests", "Requests that hold pages", is_gauge=True),
+    Metric("resident_requests", "Requests that a device holds whole", is_gauge=True),
+    Metric("resident_bytes", "Bytes of the device for such requests", is_gauge=True),
     Metric("prefixes", "Ended requests that are kept for those that begin alike", is_gauge=True),
     Metric("prefix_bytes", "Bytes of pages, by estimate, that are free when asked", is_gauge=True),
     Metric("prefix_evictions", "Kept requests that went for want of host memory"),
@@ -112,6 +114,8 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
             "IceCache host GiB": round(self.data.get("host_bytes", 0) / 2**30, 3),
             "requests": self.data.get("requests", 0),
         }
+        if self.data.get("resident_bytes"):
+            line["resident requests"] = self.data["resident_requests"]
         if self.data.get("prefixes"):
             line["prefixes"] = self.data["prefixes"]
         if steps and self.data["attention_mass"]:  # which a device does not estimate
@@ -161,6 +165,7 @@ class StoreMeter(Meter):
         data["host_bytes"] = engine.pool_bytes()
         data["host_capacity_bytes"] = engine.host_memory
         data["requests"] = self._store.requests
+        data["resident_requests"], data["resident_bytes"] = engine.residents()
         return data
 
 

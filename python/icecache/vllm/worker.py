@@ -121,8 +121,8 @@ class Worker:
         except OutOfPages as error:
             raise InvalidArgument(
                 f"max_num_seqs: {device} has no memory for {lanes} requests of which one has "
-                f"{longest:,} tokens ({error}); lower --max-num-seqs or --max-model-len, or raise "
-                "--gpu-memory-utilization"
+                f"{longest:,} tokens ({error}); lower --max-num-seqs, --max-model-len or "
+                "device_tokens, or raise --gpu-memory-utilization"
             ) from error
 
     def spec_of(self, spec: AttentionSpec) -> HostMemorySpec:
