@@ -35,6 +35,8 @@ struct BuildParams {
   int query_tokens = 0;  // T'
   int key_samples = 0;   // of a head, and as many values
   int query_samples = 0;
+  bool is_fitted =
+      true;  // else the space is the same for all heads, and the order that of position
   constexpr int width() const { return shape.rank + (shape.tail ? kValueRank : 0); }
 
   float* sampled_keys = nullptr;     // [Hkv, key_samples, D]

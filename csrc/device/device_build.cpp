@@ -1,6 +1,8 @@
 #include "device/device_build.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 
 #include "index/query_moments.h"
 #include "index/token_space.h"
@@ -10,7 +12,12 @@ namespace icecache {
 DeviceBuild::DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream)
     : p_(params),
       stream_(stream),
-      levels_(gpu::bisection_levels(params.indexed, params.shape.far_node_tokens)) {
+      levels_(params.is_fitted ? gpu::bisection_levels(params.indexed, params.shape.far_node_tokens)
+                               : std::vector<std::vector<std::int32_t>>()) {
+  if (!p_.is_fitted) {
+    p_.key_samples = p_.query_samples = 0;
+    p_.shape.tail = false;  // no coordinates of values, which shape the order alone
+  }
   const auto heads = static_cast<std::size_t>(p_.shape.kv_heads);
   const auto d = static_cast<std::size_t>(p_.shape.head_dim);
   const auto rank = static_cast<std::size_t>(p_.shape.rank);
@@ -34,12 +41,17 @@ DeviceBuild::DeviceBuild(const gpu::BuildParams& params, gpu::Stream stream)
   take(segments_, p_.segments, bounds_.size());
   take(directions_, p_.directions, heads * most * width);
   take(order_, p_.order, 2 * items);  // the sort goes to and fro
-  take(sort_keys_, p_.sort_keys, 2 * items);
-  room_ = gpu::Buffer(items > 0 ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0, stream);
+  take(sort_keys_, p_.sort_keys, p_.is_fitted ? 2 * items : 0);
+  room_ = gpu::Buffer(
+      items > 0 && p_.is_fitted ? gpu::sort_room(static_cast<std::int64_t>(items)) : 0, stream);
 }
 
 std::vector<std::int32_t> DeviceBuild::run(std::span<std::byte* const> pages) {
-  fit_spaces();
+  if (p_.is_fitted) {
+    fit_spaces();
+  } else {
+    take_fixed_space();
+  }
   gpu::launch_coordinates(p_, stream_);
   order_tokens();
   // The row cache is empty; codes, means and pages are written in their order.
@@ -95,6 +107,24 @@ void DeviceBuild::fit_spaces() {
   copy(p_.layer.from_query + pair * d * rank, from_query);
   if (value_rank > 0) copy(p_.from_value, from_value);
   gpu::synchronize(stream_);  // the vectors go
+}
+
+// Signs of a Hadamard matrix: orthogonal directions, none of which is one of the model's own.
+void DeviceBuild::take_fixed_space() {
+  const auto heads = static_cast<std::size_t>(p_.shape.kv_heads);
+  const auto d = static_cast<std::size_t>(p_.shape.head_dim);
+  const auto rank = static_cast<std::size_t>(p_.shape.rank);
+  std::vector<float> space(heads * d * rank);
+  const float size = 1.0f / std::sqrt(static_cast<float>(rank));
+  for (std::size_t i = 0; i < space.size(); ++i) {
+    space[i] = std::popcount(i / rank % d & i % rank) % 2 == 0 ? size : -size;
+  }
+  const std::size_t pair = p_.first_pair;
+  gpu::fill(p_.layer.mean_key + pair * d, 0, heads * d * sizeof(float), stream_);
+  for (float* to : {p_.layer.from_key, p_.layer.from_query}) {
+    gpu::copy_to_device(to + pair * d * rank, space.data(), space.size() * sizeof(float), stream_);
+  }
+  gpu::synchronize(stream_);  // the vector goes
 }
 
 // Bisection, from the whole down to nodes; ends with `order` pointing to the last level's.

@@ -145,6 +145,8 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
   p.query_samples =
       static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / s.group, queries.tokens)) *
       s.group;
+  // Within the budget all tokens are attended; rebuild() fits a space when there are more.
+  p.is_fitted = !is_new || self.slabs[sequence].empty() || p.length > self.config.dense_tokens;
   auto ready = std::make_shared<gpu::Event>();
   ready->record(stream);
   layer.pending = true;

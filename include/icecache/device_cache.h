@@ -14,7 +14,8 @@
 // keys and values of all their tokens, too, and a step attends to all of them. Pages and index are
 // kept up to date behind that. When memory is wanted the longest gives its slabs up at once, without
 // a copy, and its next step runs within the budget; it stays so until it is released or gets another
-// prompt. Which sequences are resident is known to the device alone: a captured step stays valid.
+// prompt. A resident prompt of up to dense_tokens tokens is indexed without a fit of its own: call
+// rebuild() when it has grown. Which sequences are resident is known to the device alone: a captured step stays valid.
 //
 // Streams: what a call launches is ordered on the stream it is given, but for the work that
 // prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the

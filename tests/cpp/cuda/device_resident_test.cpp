@@ -110,7 +110,7 @@ TEST_F(DeviceCacheTest, AfterTheSwitchNothingIsLeftOfResidence) {
     Talk sparse(setup, 2000);
     for (Talk* talk : {&resident, &sparse}) {
       talk->prefill(0, 600);
-      talk->prefill(1, 30);
+      talk->prefill(1, 60);
     }
     expect_counts(resident, 2, 0);
     expect_counts(sparse, 0, 2);
@@ -131,6 +131,32 @@ TEST_F(DeviceCacheTest, AfterTheSwitchNothingIsLeftOfResidence) {
     resident.expect_complete(0);
     resident.expect_complete(1);
   }
+}
+
+// The index of a short prompt is made without a fit, which the budget does not need before there is
+// more than it holds.
+TEST_F(DeviceCacheTest, ShortResidentsAreWithinTheBudgetAsAnyOther) {
+  Case setup;
+  setup.dtype = DType::kBFloat16;
+  setup.device_tokens = 8192;
+  Talk talk(setup, 2000);
+  talk.prefill(0, 245);
+  talk.prefill(1, 3);
+  expect_step(talk, {true, true});
+  for (const int b : {0, 1}) talk.cache->evict(b, nullptr);
+  for (int t = 0; t < 10; ++t) {  // up to the budget
+    const Rows out = talk.step();
+    ASSERT_LT(talk.error(out, 0), rounding(setup.dtype)) << "step " << t;
+    ASSERT_LT(talk.error(out, 1), rounding(setup.dtype)) << "step " << t;
+  }
+  for (int t = 0; t < 20; ++t) talk.step();
+  EXPECT_LT(talk.error(talk.step(), 0), 0.15);
+  for (const int b : {0, 1}) talk.expect_complete(b);
+  talk.cache->rebuild(0, 0, nullptr);
+  EXPECT_LT(talk.error(talk.step(), 0), 0.15);
+  talk.truncate(0, 150);
+  EXPECT_LT(talk.error(talk.step(), 0), rounding(setup.dtype));
+  talk.expect_complete(0);
 }
 
 // Slabs go to the shorter ones; a sequence that would be the longest does not get any.
