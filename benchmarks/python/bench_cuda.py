@@ -83,6 +83,13 @@ def main(
         row = {"batch": batch, "tokens": tokens, "icecache": ours, "full": full}
         if full["fits"]:
             row["speedup"] = full["tpot_ms"]["median"] / ours["tpot_ms"]["median"]
+            if tokens <= 32768:
+                clean()
+                resident = with_icecache(model, batch, tokens, resident=True)
+                row["resident"] = resident
+                row["resident_over_full"] = (
+                    resident["tpot_ms"]["median"] / full["tpot_ms"]["median"]
+                )
         return row
 
     for tokens in (32768, 131072, 1048576):

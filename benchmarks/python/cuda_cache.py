@@ -68,7 +68,9 @@ class Tokens:
         return 1.5 * self.centres[head, which] + 0.5 * self.normal(rows, HEADS, DIM)
 
 
-def make_cache(batch: int, tokens: int, layers: int) -> icecache.DeviceCache:
+def make_cache(
+    batch: int, tokens: int, layers: int, resident: bool = False
+) -> icecache.DeviceCache:
     return icecache.DeviceCache(
         num_layers=layers,
         num_q_heads=HEADS,
@@ -78,6 +80,7 @@ def make_cache(batch: int, tokens: int, layers: int) -> icecache.DeviceCache:
         batch=batch,
         max_tokens=tokens + ROOM,
         token_budget=BUDGET,
+        device_tokens=batch * (tokens + 2 * ROOM) if resident else 0,
         host_memory=96 << 30,
     )
 

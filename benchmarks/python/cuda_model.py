@@ -106,8 +106,9 @@ def time_steps(model: Model, batch: int, attend: Any) -> dict[str, float]:
     return spread(seconds(graph.replay, repeats=40, warm=20))
 
 
-def with_icecache(model: Model, batch: int, tokens: int) -> dict[str, Any]:
-    cache = make_cache(batch, tokens, LAYERS)
+def with_icecache(model: Model, batch: int, tokens: int, resident: bool = False) -> dict[str, Any]:
+    """`resident`: all sequences stay on the device whole."""
+    cache = make_cache(batch, tokens, LAYERS, resident)
     took = fill(cache, tokens)
     times = time_steps(model, batch, cache.step)
     stats = [cache.stats(layer) for layer in range(LAYERS)]

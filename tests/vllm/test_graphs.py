@@ -32,6 +32,7 @@ from icecache.vllm.names import (
     KVConnectorRole,
     get_forward_context,
 )
+from icecache.vllm.plugin import KEY
 from icecache.vllm.prefixes import Changes
 from icecache.vllm.spec import IceCacheSpec
 from icecache.vllm.worker import worker_for
@@ -261,6 +262,29 @@ def test_replays_give_what_forwards_give(vllm_config: Any) -> None:
     assert replays > 20 and not plain.store.failed
     assert plain.cache.rebuilds == graphed.cache.rebuilds
     assert len(plain.cache.rebuilds) > 5 * LAYERS
+
+
+def test_replays_go_on_when_residents_give_way(vllm_config: Any) -> None:
+    holding = copy.copy(vllm_config)
+    holding.additional_config = copy.deepcopy(vllm_config.additional_config)
+    holding.additional_config[KEY]["device_tokens"] = 512  # two requests of three
+    plain, graphed = Server(holding), Server(holding)
+    graphed.capture()
+    kinds = set()
+    for number, step in enumerate(traffic(40)):
+        if number % 5 == 4:
+            for server in (plain, graphed):
+                server.cache.evict(number % SEATS)
+        one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.equal(mine, theirs) and mine.isfinite().all()
+        held = plain.cache.memory()
+        kinds.add((held.resident_sequences, held.sparse_sequences))
+    # Both kinds in one batch, and each alone.
+    assert {(1, 0), (0, 1), (1, 1), (2, 1), (1, 2)} <= kinds
+    stats = [plain.cache.stats(0), graphed.cache.stats(0)]
+    assert stats[0].dense_steps == stats[1].dense_steps > 0
+    assert stats[0].steps == stats[1].steps > 0
 
 
 def test_a_dummy_batch_between_steps_leaves_all_as_they_are(vllm_config: Any) -> None:
