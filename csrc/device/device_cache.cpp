@@ -114,7 +114,7 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
   const gpu::DeviceScope here(self.device);
   gpu::check_stream(stream, self.device);
   if (layer.building[sequence] != 0) wait(layer_number);  // one build of a sequence at a time
-  reserve(sequence, self.chunks[sequence].empty() ? self.max_tokens : keys.tokens, stream);
+  make_room(sequence, self.chunks[sequence].empty() ? self.max_tokens : keys.tokens, stream);
   // Pages that a fork shares are not written.
   if (layer.pages[sequence].size() == 0 || layer.pages[sequence].is_shared()) {
     const std::int64_t room = self.room_of(self.chunks[sequence].size());
@@ -122,6 +122,7 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
         PageSet(self.pool, self.full_pages(room), static_cast<std::size_t>(s.kv_heads),
                 {sequence, layer_number, -1});
   }
+  // Others lose slabs when nothing of this call can fail any more.
   self.keep_prompt(layer_number, sequence, prompt, stream);
 
   gpu::BuildParams p;

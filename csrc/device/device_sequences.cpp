@@ -49,6 +49,16 @@ void DeviceCache::limit_tokens(std::int64_t tokens) {
 }
 
 void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
+  make_room(sequence, tokens, stream);
+  Impl& self = *impl_;
+  self.named[sequence] = std::max(self.named[sequence], tokens);
+  const std::size_t slabs = self.slabs[sequence].size();
+  if (slabs == 0 || tokens <= static_cast<std::int64_t>(slabs) * gpu::kSlabTokens) return;
+  const gpu::DeviceScope here(self.device);
+  if (!self.keep_resident(sequence, tokens, stream)) self.give_up_slabs(sequence, stream);
+}
+
+void DeviceCache::make_room(int sequence, std::int64_t tokens, Stream stream) {
   Impl& self = *impl_;
   self.check_sequence("sequence", sequence);
   if (tokens < 0) throw InvalidArgument(message("tokens must not be negative, got ", tokens));
@@ -60,17 +70,7 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
       std::max<std::int64_t>(0, self.indexed(tokens) - 1) / gpu::kChunkTokens + 1);
   std::vector<std::byte*>& chunks = self.chunks[sequence];
   const std::size_t held = chunks.size();
-  if (wanted > held) add_room(sequence, wanted, stream);
-  self.named[sequence] = std::max(self.named[sequence], tokens);
-  const std::size_t slabs = self.slabs[sequence].size();
-  if (slabs == 0 || tokens <= static_cast<std::int64_t>(slabs) * gpu::kSlabTokens) return;
-  const gpu::DeviceScope here(self.device);
-  if (!self.keep_resident(sequence, tokens, stream)) self.give_up_slabs(sequence, stream);
-}
-
-void DeviceCache::add_room(int sequence, std::size_t wanted, Stream stream) {
-  Impl& self = *impl_;
-  std::vector<std::byte*>& chunks = self.chunks[sequence];
+  if (wanted <= held) return;
   const gpu::DeviceScope here(self.device);
   const std::size_t pages = self.full_pages(self.room_of(wanted));
   const auto heads = static_cast<std::size_t>(self.step.kv_heads);
@@ -81,7 +81,7 @@ void DeviceCache::add_room(int sequence, std::size_t wanted, Stream stream) {
     more[i] = PageSet(self.pool, pages - before, heads, {sequence, static_cast<int>(i), -1});
     self.layers[i].pages[sequence].reserve(pages);
   }
-  self.chunk_pool.take(wanted - chunks.size(), chunks);
+  self.chunk_pool.take(wanted - held, chunks);
   for (std::size_t i = 0; i < more.size(); ++i) {
     PageSet& own = self.layers[i].pages[sequence];
     const std::size_t before = own.size();

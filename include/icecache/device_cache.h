@@ -23,7 +23,6 @@
 // they were; after CudaError nothing on the device can be relied on.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -126,7 +125,8 @@ class DeviceCache {
   struct Impl;
   struct Prompt;
   void build(int layer, int sequence, const Prompt& prompt, Stream stream);
-  void add_room(int sequence, std::size_t chunks, Stream stream);
+  // Of chunks and pages, as reserve() says.
+  void make_room(int sequence, std::int64_t tokens, Stream stream);
   // Builds the index of the first `kept` of a sequence's `length` tokens.
   void build_anew(int layer, int sequence, std::int64_t length, std::int64_t kept, Stream stream);
   std::unique_ptr<Impl> impl_;

@@ -2,7 +2,9 @@
 // the budget from the step on at which it no longer does.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
+#include <random>
 #include <tuple>
 #include <vector>
 
@@ -254,6 +256,74 @@ TEST_F(DeviceCacheTest, RowsOfResidentsChangeNoResult) {
     const Rows all = alone.step(), permuted = among.step({1, 0});
     EXPECT_EQ(0, std::memcmp(all.data(), permuted.data(), all.bytes() / 2)) << "step " << t;
   }
+}
+
+// Whatever happens to the sequences, as many as the host believes to be resident attend to all.
+TEST_F(DeviceCacheTest, ResidentsComeAndGoInAnyOrder) {
+  Case setup = resident_case(5 * kSlab);
+  setup.batch = 4;
+  setup.kv_heads = 1;
+  setup.group = 2;
+  Talk talk(setup, 700);
+  std::mt19937 random(5);
+  const auto below = [&](int n) { return static_cast<int>(random() % n); };
+  const auto tokens_of = [&](int b) {
+    return talk.keys[b].empty() ? 0 : static_cast<int>(talk.keys[b][0].size()) / talk.d();
+  };
+  int mixed = 0;
+  for (int t = 0; t < 160; ++t) {
+    const int b = below(4), other = below(4), tokens = tokens_of(b);
+    switch (below(9)) {
+      case 0: {
+        const int prompt = 1 + below(below(2) == 0 ? 60 : 600);
+        if (below(2) == 0) talk.cache->reserve(b, prompt + 1, nullptr);
+        talk.prefill(b, prompt);
+        break;
+      }
+      case 1:
+        if (tokens > 0 && other != b) talk.fork(other, b);
+        break;
+      case 2:
+        if (tokens > 1) talk.truncate(b, 1 + below(tokens));
+        break;
+      case 3:
+        if (tokens > 1) talk.truncate(b, std::max(1, tokens - below(8)));
+        break;
+      case 4:
+        talk.cache->evict(b, nullptr);
+        break;
+      case 5:
+        talk.cache->rebuild(0, b, nullptr);
+        break;
+      case 6:
+        talk.cache->release(b, nullptr);
+        talk.keys[b].clear();
+        break;
+      default:
+        break;
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (tokens_of(i) > 0 && tokens_of(i) < 690) talk.cache->reserve(i, tokens_of(i) + 1, nullptr);
+    }
+    const DeviceCacheMemory memory = talk.cache->memory();
+    const std::int64_t before = talk.cache->stats(0, -1, nullptr).dense_steps;
+    const Rows out = talk.step();
+    ASSERT_EQ(talk.cache->stats(0, -1, nullptr).dense_steps - before, memory.resident_sequences)
+        << "after " << t;
+    int exact = 0, all = 0;
+    for (int i = 0; i < 4; ++i) {
+      if (tokens_of(i) == 0) continue;
+      const double error = talk.error(out, i);
+      ASSERT_LT(error, 0.5) << "sequence " << i << " of " << tokens_of(i) << " after " << t;
+      exact += error < rounding(setup.dtype) ? 1 : 0;
+      ++all;
+    }
+    ASSERT_GE(exact, memory.resident_sequences) << "after " << t;
+    ASSERT_EQ(all, memory.resident_sequences + memory.sparse_sequences);
+    mixed += memory.resident_sequences > 0 && memory.sparse_sequences > 0 ? 1 : 0;
+    if (t % 16 == 0 && tokens_of(b) > 0) talk.expect_complete(b);
+  }
+  EXPECT_GT(mixed, 40);
 }
 
 TEST_F(DeviceCacheTest, ResidentsWithoutRoomAreNaNAndNaNStaysWithItsSequence) {
