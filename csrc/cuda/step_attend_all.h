@@ -246,6 +246,7 @@ __device__ __forceinline__ void store_attend_all(const StepParams& p,
     p.scratch.partial_max[at + thread] = top;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = thread; i < own_heads * D / 4; i += kAttendBlock) {
     float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll
@@ -258,25 +259,27 @@ __device__ __forceinline__ void store_attend_all(const StepParams& p,
   }
 }
 
-// factors [blocks, H]: what the sums of each block of a pair are multiplied by. All threads of the
-// block call it.
+// factors [blocks, H]: what the sums of each block of a pair are multiplied by. A warp for each head;
+// all threads of the block call it.
 __device__ __forceinline__ void attend_all_factors(const StepParams& p, int x, int blocks,
-                                                   float* factors, float* top) {
-  const int thread = threadIdx.x, heads = p.shape.padded_group();
+                                                   float* factors) {
+  static_assert(kAttendAllMost == 2 * kWarp, "two blocks to a lane");
+  const int lane = threadIdx.x % kWarp, heads = p.shape.padded_group();
   const float* largest = p.scratch.partial_max + static_cast<std::int64_t>(x) * gridDim.x * heads;
-  for (int i = thread; i < blocks * heads; i += kAttendBlock) factors[i] = __ldcg(largest + i);
-  __syncthreads();
-  if (thread < heads) {
-    float high = -INFINITY;
-#pragma unroll 4
-    for (int block = 0; block < blocks; ++block) {
-      high = fmaxf(high, factors[block * heads + thread]);
+#pragma unroll 1
+  for (int g = threadIdx.x / kWarp; g < heads; g += kAttendBlock / kWarp) {
+    float of_block[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int block = lane + k * kWarp;
+      of_block[k] = block < blocks ? __ldcg(largest + block * heads + g) : -INFINITY;
     }
-    top[thread] = high;
-  }
-  __syncthreads();
-  for (int i = thread; i < blocks * heads; i += kAttendBlock) {
-    factors[i] = factors[i] == -INFINITY ? 0.0f : power_of_two(factors[i] - top[i % heads]);
+    const float top = warp_max(fmaxf(of_block[0], of_block[1]));
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      factors[(lane + k * kWarp) * heads + g] =
+          of_block[k] == -INFINITY ? 0.0f : power_of_two(of_block[k] - top);
+    }
   }
   __syncthreads();
 }
@@ -330,7 +333,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
   auto* room = reinterpret_cast<AttendPart*>(shared.stages);
   auto* factors = reinterpret_cast<float*>(room + kAttendBlock);
-  attend_all_factors(p, x, blocks, factors, factors + kAttendAllMost * kMaxStepGroup);
+  attend_all_factors(p, x, blocks, factors);
   const int heads = s.padded_group();
   T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
   merge_blocks<T, D>(p, x, blocks, out, room,

@@ -117,6 +117,7 @@ def test_refuses_other_head_dims(head_dim: int) -> None:
         ({"token_bugdet": 64}, 'nearest name is "token_budget"'),
         ({"index": "treee"}, 'index must be tree, .*got "treee"'),
         ({"host_memory": "64K"}, "host_memory must hold at least one sequence"),
+        ({"device_tokens": 1024}, "device_tokens must be 0 on the CPU, .* got 1024"),
     ],
 )
 def test_refuses_settings_when_enabled(settings: dict[str, Any], named: str) -> None:
