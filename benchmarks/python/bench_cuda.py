@@ -36,6 +36,22 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def compare(model: Model, batch: int, tokens: int) -> dict[str, Any]:
+    """Full attention, and IceCache within its budget and, up to 32,768 tokens, with residents."""
+    full = with_full_cache(model, batch, tokens)
+    clean()
+    ours = with_icecache(model, batch, tokens)
+    row = {"batch": batch, "tokens": tokens, "icecache": ours, "full": full}
+    if full["fits"]:
+        row["speedup"] = full["tpot_ms"]["median"] / ours["tpot_ms"]["median"]
+        if tokens <= 32768:
+            clean()
+            resident = with_icecache(model, batch, tokens, resident=True)
+            row["resident"] = resident
+            row["resident_over_full"] = resident["tpot_ms"]["median"] / full["tpot_ms"]["median"]
+    return row
+
+
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where results go.")] = None,
     seconds_allowed: Annotated[float, typer.Option("--seconds", help="No new run past it.")] = 300,
@@ -76,28 +92,16 @@ def main(
         run("kernels", f"kernels at {batch} x {tokens}", measure)
     model = Model()
 
-    def both(batch: int, tokens: int) -> dict[str, Any]:
-        full = with_full_cache(model, batch, tokens)
-        clean()
-        ours = with_icecache(model, batch, tokens)
-        row = {"batch": batch, "tokens": tokens, "icecache": ours, "full": full}
-        if full["fits"]:
-            row["speedup"] = full["tpot_ms"]["median"] / ours["tpot_ms"]["median"]
-            if tokens <= 32768:
-                clean()
-                resident = with_icecache(model, batch, tokens, resident=True)
-                row["resident"] = resident
-                row["resident_over_full"] = (
-                    resident["tpot_ms"]["median"] / full["tpot_ms"]["median"]
-                )
-        return row
-
     for tokens in (32768, 131072, 1048576):
         run("largest", f"largest batch of {tokens}", functools.partial(largest_batch, tokens))
     cases = [(1, 1024), (1, 131072), (16, 131072), (1, 8192), (1, 32768), (1, 262144)]
     cases += [(4, 8192), (4, 32768), (4, 131072), (16, 8192), (16, 32768)]
     for batch, tokens in cases:
-        run("model", f"model at {batch} x {tokens}", functools.partial(both, batch, tokens))
+        run(
+            "model",
+            f"model at {batch} x {tokens}",
+            functools.partial(compare, model, batch, tokens),
+        )
     at = {(row["batch"], row["tokens"]): row for row in results["model"]}
     if {(1, 1024), (1, 131072)} <= at.keys():
         results["tpot_128k_over_1k"] = (

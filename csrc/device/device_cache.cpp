@@ -98,8 +98,37 @@ void DeviceCache::prefill(int layer_number, int sequence, const TensorView& keys
   build(layer_number, sequence, {keys, values, queries, true}, stream);
 }
 
-void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, Stream stream) {
+gpu::BuildParams DeviceCache::Impl::build_params(const Layer& layer, int sequence,
+                                                 const Prompt& prompt) const {
   const auto& [keys, values, queries, is_new] = prompt;
+  gpu::BuildParams p;
+  p.shape = step;
+  p.layer = layer.state;
+  p.first_pair = sequence * step.kv_heads;
+  p.length = static_cast<int>(keys.tokens);
+  p.indexed = std::max(0, p.length - step.near_rows());
+  p.first = p.indexed > 0 || p.length > 2 * step.sink_tokens ? step.sink_tokens : 0;
+  p.keys = keys.data;
+  p.values = values.data;
+  p.key_head = keys.head_stride;
+  p.key_token = keys.token_stride;
+  p.value_head = values.head_stride;
+  p.value_token = values.token_stride;
+  p.queries = queries.data;
+  p.query_head = queries.head_stride;
+  p.query_token = queries.token_stride;
+  p.query_tokens = static_cast<int>(queries.tokens);
+  p.key_samples = std::min(gpu::kMaxSampledKeys, p.length - p.first);
+  p.query_samples =
+      static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / step.group, queries.tokens)) *
+      step.group;
+  // Within the budget all tokens are attended; rebuild() fits a space when there are more.
+  p.is_fitted = !is_new || slabs[sequence].empty() || p.length > config.dense_tokens;
+  return p;
+}
+
+void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, Stream stream) {
+  const TensorView &keys = prompt.keys, &values = prompt.values, &queries = prompt.queries;
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
   const gpu::StepShape& s = self.step;
@@ -125,29 +154,7 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
   // Others lose slabs when nothing of this call can fail any more.
   self.keep_prompt(layer_number, sequence, prompt, stream);
 
-  gpu::BuildParams p;
-  p.shape = s;
-  p.layer = layer.state;
-  p.first_pair = sequence * s.kv_heads;
-  p.length = static_cast<int>(keys.tokens);
-  p.indexed = std::max(0, p.length - s.near_rows());
-  p.first = p.indexed > 0 || p.length > 2 * s.sink_tokens ? s.sink_tokens : 0;
-  p.keys = keys.data;
-  p.values = values.data;
-  p.key_head = keys.head_stride;
-  p.key_token = keys.token_stride;
-  p.value_head = values.head_stride;
-  p.value_token = values.token_stride;
-  p.queries = queries.data;
-  p.query_head = queries.head_stride;
-  p.query_token = queries.token_stride;
-  p.query_tokens = static_cast<int>(queries.tokens);
-  p.key_samples = std::min(gpu::kMaxSampledKeys, p.length - p.first);
-  p.query_samples =
-      static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / s.group, queries.tokens)) *
-      s.group;
-  // Within the budget all tokens are attended; rebuild() fits a space when there are more.
-  p.is_fitted = !is_new || self.slabs[sequence].empty() || p.length > self.config.dense_tokens;
+  const gpu::BuildParams p = self.build_params(layer, sequence, prompt);
   auto ready = std::make_shared<gpu::Event>();
   ready->record(stream);
   layer.pending = true;

@@ -96,6 +96,7 @@ struct DeviceCache::Impl {
   // Tells the device of the slabs from `first` on.
   void give_slabs(int sequence, std::size_t first, gpu::Stream stream) const;
 
+  gpu::BuildParams build_params(const Layer& layer, int sequence, const Prompt& prompt) const;
   // Tells the device what chunks a sequence has, and its room.
   void give_chunks(int sequence, gpu::Stream stream) const {
     const std::vector<std::byte*>& own = chunks[sequence];
