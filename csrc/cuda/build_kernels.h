@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kBuildBlock) near_kernel(const BuildParams p) 
   }
   if (threadIdx.x == 0) {
     p.layer.lengths[x] = p.length;
-    // See KeepParams; or the first of the tokens that slabs hold by now.
+    // See KeepParams; or the first of the tokens that extents hold by now.
     const int resident = p.layer.resident[x];
     p.layer.resident[x] = resident == ~p.length ? p.length : min(resident, p.length);
   }

@@ -34,13 +34,14 @@ __device__ __forceinline__ T* mean_of(const StepShape& s, const LayerState& laye
   return reinterpret_cast<T*>(part) + (node & ((1 << shift) - 1)) * d;
 }
 
-// The key [D] of a token that a slab holds, by position; its value is kSlabTokens rows behind.
+// The key [D] of a token that an extent holds, by position; its value is kExtentTokens rows behind.
 template <typename T>
-__device__ __forceinline__ T* slab_key(const StepShape& s, const LayerState& layer, int x,
-                                       int position, int d) {
+__device__ __forceinline__ T* extent_key(const StepShape& s, const LayerState& layer, int x,
+                                         int position, int d) {
   std::byte* part =
-      layer.slabs[static_cast<std::int64_t>(x) * s.slabs + position / kSlabTokens] + layer.in_slab;
-  return reinterpret_cast<T*>(part) + position % kSlabTokens * d;
+      layer.extents[static_cast<std::int64_t>(x) * s.extents + position / kExtentTokens] +
+      layer.in_extent;
+  return reinterpret_cast<T*>(part) + position % kExtentTokens * d;
 }
 
 // The host page [2][S][D] of an index token.

@@ -69,7 +69,7 @@ void launch_with(const StepParams& p, Stream stream) {
     return dim3(static_cast<unsigned>(s.blocks_of_pair(resident)), pairs);
   };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
-  if (s.slabs > 0) {
+  if (s.extents > 0) {
     start("attend_all",
           s.attend_tiles() == 1 ? attend_all_kernel<T, D, 1> : attend_all_kernel<T, D, 2>,
           dim3(static_cast<unsigned>(s.attend_all_blocks()), pairs,
@@ -163,8 +163,8 @@ std::size_t place_shared(const StepShape& s, std::byte* memory, LayerState& laye
   Layout layout(memory);
   layout.place(layer.chunks, std::int64_t{s.pairs()} * s.chunks());
   layout.place(layer.room, s.pairs());
-  layout.place(layer.slabs, std::int64_t{s.pairs()} * s.slabs);
-  layout.place(layer.slab_room, s.pairs());
+  layout.place(layer.extents, std::int64_t{s.pairs()} * s.extents);
+  layout.place(layer.extent_room, s.pairs());
   return layout.bytes();
 }
 

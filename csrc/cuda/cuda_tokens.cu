@@ -22,9 +22,9 @@ void launch_keep(const KeepParams& p, Stream stream) {
   });
 }
 
-void launch_give_slabs(const SlabParams& p, Stream stream) {
-  launch("give_slabs", give_slabs_kernel, dim3(static_cast<unsigned>(p.shape.kv_heads)),
-         kSlabsAtOnce, stream, p);
+void launch_give_extents(const ExtentParams& p, Stream stream) {
+  launch("give_extents", give_extents_kernel, dim3(static_cast<unsigned>(p.shape.kv_heads)),
+         kExtentsAtOnce, stream, p);
 }
 
 void launch_truncate(const TruncateParams& p, Stream stream) {

@@ -40,7 +40,7 @@ constexpr int kCodesPerWord = 8;       // 4-bit codes
 constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
 constexpr int kAttendMost = 16;        // blocks of a pair, which one of them merges
-constexpr int kSlabTokens = 256;       // tokens of a slab: what a resident sequence grows by
+constexpr int kExtentTokens = 256;     // tokens of an extent: what a resident sequence grows by
 constexpr int kAttendAllMost = 64;     // blocks of a pair in attend_all
 constexpr int kCounters = 5;           // of a pair
 // Blocks of attend that a multiprocessor holds at once, by the fours of heads that each takes.
@@ -64,10 +64,10 @@ constexpr int kHeadTile = 4;  // scores and coefficients are stored in fours of 
 //   row_of [kChunkTokens] int16          cached row of a token; -1: none
 //   means [kChunkTokens / F, D]          mean values of far-field nodes, F = far_node_tokens
 //
-// All tokens of a resident sequence, in order of position, are stored in slabs of device memory. A
-// slab belongs to one sequence and has a part for each head and layer of it: keys [kSlabTokens, D],
-// then values alike. What is in chunks and host pages is kept up to date beside that, so that a
-// sequence whose slabs are taken away goes on from there.
+// All tokens of a resident sequence, in order of position, are stored in extents of device memory.
+// An extent belongs to one sequence and has a part for each head and layer of it: keys
+// [kExtentTokens, D], then values alike. What is in chunks and host pages is kept up to date beside
+// that, so that a sequence whose extents are taken away goes on from there.
 struct StepShape {
   int batch = 0, kv_heads = 0, group = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
@@ -79,7 +79,7 @@ struct StepShape {
   bool tail = true;     // far field
   int token_room = 0;   // N, a multiple of far_node_tokens and of page_size
   int cached_rows = 0;  // M
-  int slabs = 0;        // of a sequence, at most; 0: no sequence is ever resident
+  int extents = 0;      // of a sequence, at most; 0: no sequence is ever resident
   float scale = 0.0f;
   int multiprocessors = 1;  // of the device
 
@@ -102,8 +102,8 @@ struct StepShape {
     return means_at() + static_cast<std::int64_t>(head_dim << node_shift()) *
                             static_cast<std::int64_t>(size_of(dtype));
   }
-  constexpr std::int64_t slab_part_bytes() const {
-    return std::int64_t{2} * kSlabTokens * head_dim * static_cast<std::int64_t>(size_of(dtype));
+  constexpr std::int64_t extent_part_bytes() const {
+    return std::int64_t{2} * kExtentTokens * head_dim * static_cast<std::int64_t>(size_of(dtype));
   }
   // What a step attends to exactly, at most; and what attend adds to the nodes.
   constexpr int attended() const { return near_rows() + select_tokens; }
@@ -125,11 +125,11 @@ struct StepShape {
     const int share = multiprocessors * attend_all_resident(attend_tiles(), head_dim) /
                       (pairs() * attend_groups());
     return std::clamp(share, 1,
-                      std::clamp(slabs * (kSlabTokens / kAttendLeast), 1, kAttendAllMost));
+                      std::clamp(extents * (kExtentTokens / kAttendLeast), 1, kAttendAllMost));
   }
   // Parts of a pair's sum that one block merges, at most.
   constexpr int partial_blocks() const {
-    return slabs > 0 ? std::max(attend_blocks(), attend_all_blocks()) : attend_blocks();
+    return extents > 0 ? std::max(attend_blocks(), attend_all_blocks()) : attend_blocks();
   }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
   constexpr int blocks_of_pair(int resident) const {
@@ -153,7 +153,7 @@ struct LayerState {
   std::int32_t* owner = nullptr;      // [X, M] index token of a cached row; -1: none
   std::int32_t* stamp = nullptr;      // [X, M] length at which the row was last used
   std::uint8_t* has_value = nullptr;  // [X, M] the row's value came, too
-  // [X] tokens that slabs hold, the first ones: all of a resident sequence.
+  // [X] tokens that extents hold, the first ones: all of a resident sequence.
   std::int32_t* resident = nullptr;
   // [X, kCounters] hits, misses, bytes moved, steps within the budget, steps of residents
   unsigned long long* counters = nullptr;
@@ -162,10 +162,10 @@ struct LayerState {
   std::byte** chunks = nullptr;  // [X, chunks]
   std::int64_t in_chunk = 0;
   std::int32_t* room = nullptr;  // [X]
-  // Of all layers: likewise of slabs, and the tokens that they have capacity for; 0: none.
-  std::byte** slabs = nullptr;  // [X, slabs]
-  std::int64_t in_slab = 0;
-  std::int32_t* slab_room = nullptr;  // [X]
+  // Of all layers: likewise of extents, and the tokens that they have capacity for; 0: none.
+  std::byte** extents = nullptr;  // [X, extents]
+  std::int64_t in_extent = 0;
+  std::int32_t* extent_room = nullptr;  // [X]
 };
 
 // What the kernels of a step hand to each other; used again by every layer.

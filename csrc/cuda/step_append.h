@@ -6,7 +6,7 @@
 namespace icecache::gpu {
 
 // The token that leaves the window goes to its host page, and the new one takes its place, and
-// one in the slab of a resident sequence.
+// one in the extent of a resident sequence.
 template <typename T, int D>
 __device__ void store_token(const StepParams& p, int x, int input, int length, bool is_resident) {
   using Shape = RowShape<T, D>;
@@ -68,10 +68,10 @@ __device__ void store_token(const StepParams& p, int x, int input, int length, b
     row_value[d] = new_value[d];
   }
   if (!is_resident) return;
-  T* kept_key = slab_key<T>(s, p.layer, x, length, D);
+  T* kept_key = extent_key<T>(s, p.layer, x, length, D);
   for (int d = thread; d < D; d += kBlock) {
     kept_key[d] = new_key[d];
-    kept_key[kSlabTokens * D + d] = new_value[d];
+    kept_key[kExtentTokens * D + d] = new_value[d];
   }
 }
 
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   const int input = row < 0 ? -1 : row * heads + x % heads;
   int length = row < 0 ? -1 : p.layer.lengths[x];
   if (length >= p.shape.near_rows() + p.layer.room[x]) length = kFull;
-  const bool is_resident = p.shape.slabs > 0 && !is_idle(length) && length == p.layer.resident[x] &&
-                           length < p.layer.slab_room[x];
+  const bool is_resident = p.shape.extents > 0 && !is_idle(length) &&
+                           length == p.layer.resident[x] && length < p.layer.extent_room[x];
   if (blockIdx.y == 0) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRanks; i += kBlock) {

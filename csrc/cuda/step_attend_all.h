@@ -1,5 +1,5 @@
-// attend_all: full attention of resident sequences, over the keys and values in their slabs, split
-// over blocks (flash decoding). Device code.
+// attend_all: full attention of resident sequences, over the keys and values in their extents,
+// split over blocks (flash decoding). Device code.
 #pragma once
 
 #include "cuda/step_attend.h"
@@ -47,7 +47,7 @@ struct AttendAllWarp {
   using Stage = typename Memory::Stage;
   static constexpr int kRows = Stage::kRows, kUnroll = Stage::kUnroll, kWarps = Memory::kWarps;
   static constexpr int kWeighed = kRows * Tiles;  // lanes with a row's four weights
-  static_assert(kSlabTokens % kRows == 0, "a stage lies in one slab");
+  static_assert(kExtentTokens % kRows == 0, "a stage lies in one extent");
 
   const StepParams& p;
   Memory& shared;
@@ -60,7 +60,7 @@ struct AttendAllWarp {
 
   // Asks for keys and values; those past the last are zeros.
   __device__ __forceinline__ void ask(Stage& stage, int first) const {
-    const T* keys = slab_key<T>(p.shape, p.layer, x, first_token + first, D);
+    const T* keys = extent_key<T>(p.shape, p.layer, x, first_token + first, D);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int row = u * Shape::kRows + own;
@@ -70,7 +70,8 @@ struct AttendAllWarp {
         const int v = Shape::vector(within, j);
         const int from = Shape::kVectors % Shape::kLanes == 0 ? v : min(v, Shape::kVectors - 1);
         copy_async(stage.key(row, v), vectors_of(keys + row * D) + from, there);
-        copy_async(stage.vector(row, v), vectors_of(keys + (kSlabTokens + row) * D) + from, there);
+        copy_async(stage.vector(row, v), vectors_of(keys + (kExtentTokens + row) * D) + from,
+                   there);
       }
     }
   }
@@ -259,8 +260,8 @@ __device__ __forceinline__ void store_attend_all(const StepParams& p,
   }
 }
 
-// factors [blocks, H]: what the sums of each block of a pair are multiplied by. A warp for each head;
-// all threads of the block call it.
+// factors [blocks, H]: what the sums of each block of a pair are multiplied by. A warp for each
+// head; all threads of the block call it.
 __device__ __forceinline__ void attend_all_factors(const StepParams& p, int x, int blocks,
                                                    float* factors) {
   static_assert(kAttendAllMost == 2 * kWarp, "two blocks to a lane");
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
   const int block = blockIdx.x, first_head = blockIdx.z * Memory::kHeads;
   if (block >= blocks) return;
 
-  // 2. Tokens are split by whole stages, each of which lies in one slab.
+  // 2. Tokens are split by whole stages, each of which lies in one extent.
   const int stages = (tokens + Stage::kRows - 1) / Stage::kRows;
   const auto share = [&](int of) {
     return static_cast<int>(static_cast<std::int64_t>(stages) * of / blocks) * Stage::kRows;

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
   const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / Vector<T>::kCount;
   const int indexed = max(0, p.length - s.near_rows());
   const bool is_resident =
-      s.slabs > 0 && p.layer.resident[x] >= p.length && p.layer.slab_room[x] >= p.length;
+      s.extents > 0 && p.layer.resident[x] >= p.length && p.layer.extent_room[x] >= p.length;
   const std::int64_t all = static_cast<std::int64_t>(p.length) * vectors;
   for (std::int64_t i = blockIdx.x * kTokenBlock + threadIdx.x; i < all;
        i += static_cast<std::int64_t>(gridDim.x) * kTokenBlock) {
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
     int position = row;
     const int token = row - s.sink_tokens;
     if (is_resident) {
-      key = vectors_of(slab_key<T>(s, p.layer, x, row, s.head_dim));
-      value = key + kSlabTokens * vectors;
+      key = vectors_of(extent_key<T>(s, p.layer, x, row, s.head_dim));
+      value = key + kExtentTokens * vectors;
     } else if (token >= 0 && token < indexed) {
       key = page_row<T>(s, p.layer, x, token);
       value = key + s.page_size * vectors;
@@ -55,31 +55,30 @@ __global__ void __launch_bounds__(kTokenBlock) fetch_kernel(const FetchParams p)
 
 template <typename T>
 __global__ void __launch_bounds__(kTokenBlock) keep_kernel(const KeepParams p) {
-  constexpr int kCount = Vector<T>::kCount;
   const StepShape& s = p.shape;
-  const int h = blockIdx.y, x = p.first_pair + h, vectors = s.head_dim / kCount;
-  const std::int64_t all = static_cast<std::int64_t>(p.length) * vectors;
-  for (std::int64_t i = blockIdx.x * kTokenBlock + threadIdx.x; i < all;
-       i += static_cast<std::int64_t>(gridDim.x) * kTokenBlock) {
-    const auto position = static_cast<int>(i / vectors), v = static_cast<int>(i % vectors);
+  const int h = blockIdx.y, x = p.first_pair + h, thread = threadIdx.x;
+  const int vectors = s.head_dim / Vector<T>::kCount, of_block = kTokenBlock / vectors;
+  const int own = thread / vectors, v = thread % vectors;
+  for (int position = blockIdx.x * of_block + own; own < of_block && position < p.length;
+       position += gridDim.x * of_block) {
     const auto* key = static_cast<const T*>(p.keys) + h * p.key_head + position * p.key_token;
     const auto* value =
         static_cast<const T*>(p.values) + h * p.value_head + position * p.value_token;
-    T* to = slab_key<T>(s, p.layer, x, position, s.head_dim);
+    T* to = extent_key<T>(s, p.layer, x, position, s.head_dim);
     reinterpret_cast<uint4*>(to)[v] = vectors_of(key)[v];
-    reinterpret_cast<uint4*>(to + kSlabTokens * s.head_dim)[v] = vectors_of(value)[v];
+    reinterpret_cast<uint4*>(to + kExtentTokens * s.head_dim)[v] = vectors_of(value)[v];
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.layer.resident[x] = ~p.length;
+  if (blockIdx.x == 0 && thread == 0) p.layer.resident[x] = ~p.length;
 }
 
 // A block for each head.
-static __global__ void __launch_bounds__(kSlabsAtOnce) give_slabs_kernel(const SlabParams p) {
+static __global__ void __launch_bounds__(kExtentsAtOnce) give_extents_kernel(const ExtentParams p) {
   const int h = blockIdx.x, x = p.first_pair + h, i = threadIdx.x;
   if (i < p.count) {
-    p.layer.slabs[static_cast<std::int64_t>(x) * p.shape.slabs + p.first + i] =
-        p.slabs[i] + h * p.head_bytes;
+    p.layer.extents[static_cast<std::int64_t>(x) * p.shape.extents + p.first + i] =
+        p.extents[i] + h * p.head_bytes;
   }
-  if (i == 0) p.layer.slab_room[x] = p.room;
+  if (i == 0) p.layer.extent_room[x] = p.room;
 }
 
 // A block for each head.

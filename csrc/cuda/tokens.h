@@ -13,7 +13,7 @@ struct Arrangement {
 };
 
 // All tokens in order of position, from sinks, window and host pages; of a resident sequence from
-// its slabs.
+// its extents.
 struct FetchParams {
   StepShape shape;
   LayerState layer;
@@ -25,8 +25,8 @@ struct FetchParams {
 };
 void launch_fetch(const FetchParams& params, Stream stream);
 
-// The keys and values of a prompt of one layer go to the sequence's slabs, which have capacity for
-// it. Until lay_out, the last kernel of the prompt's build, `resident` is ~length: a prompt whose
+// The keys and values of a prompt of one layer go to the sequence's extents, which have capacity
+// for it. Until lay_out, the last kernel of the prompt's build, `resident` is ~length: a prompt whose
 // build fails is not resident.
 struct KeepParams {
   StepShape shape;
@@ -39,20 +39,20 @@ struct KeepParams {
 };
 void launch_keep(const KeepParams& params, Stream stream);
 
-constexpr int kSlabsAtOnce = 64;
+constexpr int kExtentsAtOnce = 64;
 
-// What slabs a sequence has, from the `first` on; those before it stay. By value, so that nobody
+// What extents a sequence has, from the `first` on; those before it stay. By value, so that nobody
 // waits for a copy.
-struct SlabParams {
+struct ExtentParams {
   StepShape shape;
   LayerState layer;
   int first_pair = 0;
   int first = 0, count = 0;
   std::int32_t room = 0;        // tokens, in all; 0: it has none
-  std::int64_t head_bytes = 0;  // from a head's part of a slab to the next one's
-  std::byte* slabs[kSlabsAtOnce] = {};
+  std::int64_t head_bytes = 0;  // from a head's part of an extent to the next one's
+  std::byte* extents[kExtentsAtOnce] = {};
 };
-void launch_give_slabs(const SlabParams& params, Stream stream);
+void launch_give_extents(const ExtentParams& params, Stream stream);
 
 // Takes back the last tokens, so that the sequence is what it was at `kept` tokens: those that left
 // the window since then come back from their pages. Rows of arranged tokens stay where they are:

@@ -1,7 +1,7 @@
 // DeviceBuild: what DeviceCache::prefill() leaves to an index thread. The prompt of one (sequence,
 // layer) becomes a space of tokens for each head, their order there, sketches, far-field means and
-// host pages. Kernels: cuda/build.h; spaces are fitted on the host, from a sample. Where a fit would
-// bring nothing yet, the space is a fixed one, and nothing is sampled or sorted.
+// host pages. Kernels: cuda/build.h; spaces are fitted on the host, from a sample. Where a fit
+// would bring nothing yet, the space is a fixed one, and nothing is sampled or sorted.
 //
 // Failure: all memory is taken by the constructor; until run() nothing of the layer was touched.
 #pragma once

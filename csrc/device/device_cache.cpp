@@ -41,9 +41,10 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
       chunk_pool(static_cast<std::size_t>(step.part_bytes() * step.kv_heads * shape.num_layers),
                  start.get()),
       chunks(static_cast<std::size_t>(batch)),
-      slab_pool(static_cast<std::size_t>(step.slab_part_bytes() * step.kv_heads * shape.num_layers),
-                start.get()),
-      slabs(static_cast<std::size_t>(batch)),
+      extent_pool(
+          static_cast<std::size_t>(step.extent_part_bytes() * step.kv_heads * shape.num_layers),
+          start.get()),
+      extents(static_cast<std::size_t>(batch)),
       named(static_cast<std::size_t>(batch)),
       layers(static_cast<std::size_t>(shape.num_layers)),
       jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
@@ -61,7 +62,7 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
     layer.memory = gpu::Buffer(layer_bytes, start.get());
     layer.state = shared;
     layer.state.in_chunk = (&layer - layers.data()) * step.part_bytes();
-    layer.state.in_slab = (&layer - layers.data()) * step.slab_part_bytes();
+    layer.state.in_extent = (&layer - layers.data()) * step.extent_part_bytes();
     gpu::place(step, layer.memory.data(), layer.state);
     // Lengths of -1: no sequences. Metrics of 0 are never read before a prefill sets them.
     gpu::fill(layer.state.lengths, 0xff, sizeof(std::int32_t) * step.pairs(), start.get());
@@ -73,10 +74,10 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
     layer.order.resize(static_cast<std::size_t>(batch));
     layer.building.resize(static_cast<std::size_t>(batch));
   }
-  const std::int64_t wanted = (config.device_tokens + gpu::kSlabTokens - 1) / gpu::kSlabTokens;
+  const std::int64_t wanted = (config.device_tokens + gpu::kExtentTokens - 1) / gpu::kExtentTokens;
   if (wanted > 0) {
-    slab_pool.limit(
-        static_cast<std::size_t>(std::min(wanted, std::int64_t{batch} * std::int64_t{step.slabs})));
+    extent_pool.limit(static_cast<std::size_t>(
+        std::min(wanted, std::int64_t{batch} * std::int64_t{step.extents})));
   }
   gpu::synchronize(start.get());
 }
@@ -123,7 +124,7 @@ gpu::BuildParams DeviceCache::Impl::build_params(const Layer& layer, int sequenc
       static_cast<int>(std::min<std::int64_t>(gpu::kMaxQueries / step.group, queries.tokens)) *
       step.group;
   // Within the budget all tokens are attended; rebuild() fits a space when there are more.
-  p.is_fitted = !is_new || slabs[sequence].empty() || p.length > config.dense_tokens;
+  p.is_fitted = !is_new || extents[sequence].empty() || p.length > config.dense_tokens;
   return p;
 }
 
@@ -151,7 +152,7 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
         PageSet(self.pool, self.full_pages(room), static_cast<std::size_t>(s.kv_heads),
                 {sequence, layer_number, -1});
   }
-  // Others lose slabs when nothing of this call can fail any more.
+  // Others lose extents when nothing of this call can fail any more.
   self.keep_prompt(layer_number, sequence, prompt, stream);
 
   const gpu::BuildParams p = self.build_params(layer, sequence, prompt);
@@ -252,12 +253,12 @@ DeviceCacheMemory DeviceCache::memory() const {
       static_cast<std::int64_t>(self.layers.size() * self.layers.front().memory.bytes() +
                                 self.shared_memory.bytes() + self.chunk_pool.bytes());
   memory.index_bytes = all - memory.rows_bytes;
-  memory.resident_bytes = static_cast<std::int64_t>(self.slab_pool.bytes());
-  for (std::size_t b = 0; b < self.slabs.size(); ++b) {
+  memory.resident_bytes = static_cast<std::int64_t>(self.extent_pool.bytes());
+  for (std::size_t b = 0; b < self.extents.size(); ++b) {
     const bool holds = std::any_of(self.layers.begin(), self.layers.end(),
                                    [&](const auto& layer) { return layer.pages[b].size() > 0; });
     if (!holds) continue;
-    (self.slabs[b].empty() ? memory.sparse_sequences : memory.resident_sequences) += 1;
+    (self.extents[b].empty() ? memory.sparse_sequences : memory.resident_sequences) += 1;
   }
   memory.device_bytes = all + memory.scratch_bytes + memory.resident_bytes;
   memory.token_bytes = static_cast<std::int64_t>(self.chunk_pool.chunk_bytes()) / gpu::kChunkTokens;

@@ -83,18 +83,18 @@ struct DeviceCache::Impl {
     return std::min<std::int64_t>(static_cast<std::int64_t>(count) * gpu::kChunkTokens,
                                   step.token_room);
   }
-  // Slabs (cuda/step.h), in device_residents.cpp. Nothing here waits for the device.
+  // Extents (cuda/step.h), in device_residents.cpp. Nothing here waits for the device.
   //
-  // Gives a sequence slabs for `tokens` at least; where too few are free, those of longer sequences,
-  // the longest first. False, and nothing changes, where that would not be enough.
+  // Gives a sequence extents for `tokens` at least; where too few are free, those of longer
+  // sequences, the longest first. False, and nothing changes, where that would not be enough.
   bool keep_resident(int sequence, std::int64_t tokens, gpu::Stream stream);
-  // A prompt goes to the slabs of its sequence, which is given some at its first layer.
+  // A prompt goes to the extents of its sequence, which is given some at its first layer.
   void keep_prompt(int layer, int sequence, const Prompt& prompt, gpu::Stream stream);
-  // Takes a sequence's slabs: from now on it is not resident.
-  void give_up_slabs(int sequence, gpu::Stream stream);
-  void fork_slabs(int sequence, int from, gpu::Stream stream);
-  // Tells the device of the slabs from `first` on.
-  void give_slabs(int sequence, std::size_t first, gpu::Stream stream) const;
+  // Takes a sequence's extents: from now on it is not resident.
+  void give_up_extents(int sequence, gpu::Stream stream);
+  void fork_extents(int sequence, int from, gpu::Stream stream);
+  // Tells the device of the extents from `first` on.
+  void give_extents(int sequence, std::size_t first, gpu::Stream stream) const;
 
   gpu::BuildParams build_params(const Layer& layer, int sequence, const Prompt& prompt) const;
   // Tells the device what chunks a sequence has, and its room.
@@ -169,9 +169,9 @@ struct DeviceCache::Impl {
   gpu::OwnStream start;  // of the memory below
   ChunkPool chunk_pool;
   std::vector<std::vector<std::byte*>> chunks;  // [B] of all layers
-  ChunkPool slab_pool;
-  std::vector<std::vector<std::byte*>> slabs;  // [B] of all layers
-  std::vector<std::int64_t> named;             // [B] tokens that reserve() was asked for
+  ChunkPool extent_pool;
+  std::vector<std::vector<std::byte*>> extents;  // [B] of all layers
+  std::vector<std::int64_t> named;               // [B] tokens that reserve() was asked for
   gpu::Buffer shared_memory;
   gpu::LayerState shared;  // what layers share of theirs
   gpu::Buffer scratch_memory;

@@ -52,10 +52,10 @@ void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
   make_room(sequence, tokens, stream);
   Impl& self = *impl_;
   self.named[sequence] = std::max(self.named[sequence], tokens);
-  const std::size_t slabs = self.slabs[sequence].size();
-  if (slabs == 0 || tokens <= static_cast<std::int64_t>(slabs) * gpu::kSlabTokens) return;
+  const std::size_t extents = self.extents[sequence].size();
+  if (extents == 0 || tokens <= static_cast<std::int64_t>(extents) * gpu::kExtentTokens) return;
   const gpu::DeviceScope here(self.device);
-  if (!self.keep_resident(sequence, tokens, stream)) self.give_up_slabs(sequence, stream);
+  if (!self.keep_resident(sequence, tokens, stream)) self.give_up_extents(sequence, stream);
 }
 
 void DeviceCache::make_room(int sequence, std::int64_t tokens, Stream stream) {
@@ -117,7 +117,7 @@ void DeviceCache::fork(int sequence, int from, Stream stream) {
     gpu::copy_on_device(own[c], source[c], self.chunk_pool.chunk_bytes(), stream);
   }
   self.named[sequence] = self.named[from];
-  self.fork_slabs(sequence, from, stream);
+  self.fork_extents(sequence, from, stream);
   for (int number = 0; number < self.shape.num_layers; ++number) {
     Impl::Layer& layer = self.layers[number];
     gpu::copy_pairs(s, layer.state, static_cast<std::int64_t>(from) * s.kv_heads,
@@ -182,14 +182,14 @@ void DeviceCache::release(int sequence, Stream stream) {
     layer.order[sequence].clear();
   }
   self.chunk_pool.give_back(self.chunks[sequence]);
-  self.give_up_slabs(sequence, stream);
+  self.give_up_extents(sequence, stream);
   self.named[sequence] = 0;
 }
 
 void DeviceCache::evict(int sequence, Stream stream) {
   impl_->check_sequence("sequence", sequence);
   const gpu::DeviceScope here(impl_->device);
-  impl_->give_up_slabs(sequence, stream);
+  impl_->give_up_extents(sequence, stream);
 }
 
 void DeviceCache::gather(int layer_number, int sequence, void* keys, void* values, Stream stream) {

@@ -12,10 +12,11 @@
 //
 // With Config::device_tokens sequences are resident while device memory lasts: the device holds the
 // keys and values of all their tokens, too, and a step attends to all of them. Pages and index are
-// kept up to date behind that. When memory is wanted the longest gives its slabs up at once, without
-// a copy, and its next step runs within the budget; it stays so until it is released or gets another
-// prompt. A resident prompt of up to dense_tokens tokens is indexed without a fit of its own: call
-// rebuild() when it has grown. Which sequences are resident is known to the device alone: a captured step stays valid.
+// kept up to date behind that. When memory is wanted the longest gives its extents (256 tokens of
+// it each) up at once, without a copy, and its next step runs within the budget; it stays so until
+// it is released or gets another prompt. Which sequences are resident is decided on the device: a
+// captured step stays valid. A resident prompt of up to dense_tokens tokens is indexed without a fit
+// of its own: call rebuild() when it has grown.
 //
 // Streams: what a call launches is ordered on the stream it is given, but for the work that
 // prefill() leaves to index threads with streams of their own; wait() and step() wait for it on the
@@ -37,7 +38,7 @@ struct DeviceCacheMemory {
   std::int64_t rows_bytes = 0;      // of them: sinks, windows and cached rows
   std::int64_t index_bytes = 0;     // sketches, means, metrics, tables
   std::int64_t scratch_bytes = 0;   // shared by all layers
-  std::int64_t resident_bytes = 0;  // slabs of resident sequences, taken or not
+  std::int64_t resident_bytes = 0;  // extents of resident sequences, taken or not
   std::int64_t resident_sequences = 0;
   std::int64_t sparse_sequences = 0;  // that hold tokens and are not resident
   std::int64_t host_bytes = 0;        // pages in use
@@ -65,7 +66,7 @@ class DeviceCache {
   // Gives a sequence room for at least `tokens`, on the device and in host memory, in steps of
   // kRoomStep tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
   // prompt without it has room for max_tokens. Throws InvalidArgument beyond max_tokens,
-  // OutOfPages. A resident sequence gets slabs for `tokens`, of longer sequences if need be, or
+  // OutOfPages. A resident sequence gets extents for `tokens`, of longer sequences if need be, or
   // gives up its own.
   void reserve(int sequence, std::int64_t tokens, Stream stream);
 
@@ -100,8 +101,8 @@ class DeviceCache {
   // build of what is left. Throws InvalidArgument for a length beyond the longest layer's;
   // OutOfPages may leave some layers longer than others: call it again, or release.
   void truncate(int sequence, std::int64_t length, Stream stream);
-  // Takes the slabs of a resident sequence at once: its next step runs within the budget. Ordered on
-  // the stream; nothing is waited for.
+  // Takes the extents of a resident sequence at once: its next step runs within the budget. Ordered
+  // on the stream; nothing is waited for.
   void evict(int sequence, Stream stream);
   // Empties a sequence in every layer.
   void release(int sequence, Stream stream);

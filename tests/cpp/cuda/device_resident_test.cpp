@@ -16,7 +16,7 @@
 namespace icecache {
 namespace {
 
-constexpr int kSlab = 256;  // tokens
+constexpr int kExtent = 256;  // tokens
 
 // Little budget: what is within it is far from full attention.
 Case resident_case(std::int64_t device_tokens) {
@@ -57,7 +57,7 @@ TEST_P(DeviceResidentShapes, IsFullAttention) {
   Case setup = resident_case(4096);
   std::tie(setup.head_dim, setup.dtype, setup.group) = GetParam();
   Talk talk(setup, 1000);
-  talk.prefill(0, kSlab - 2);
+  talk.prefill(0, kExtent - 2);
   talk.prefill(1, 7);  // shorter than sinks and window
   for (int t = 0; t < 4; ++t) {
     const Rows out = talk.step();
@@ -161,9 +161,9 @@ TEST_F(DeviceCacheTest, ShortResidentsAreWithinTheBudgetAsAnyOther) {
   talk.expect_complete(0);
 }
 
-// Slabs go to the shorter ones; a sequence that would be the longest does not get any.
+// Extents go to the shorter ones; a sequence that would be the longest does not get any.
 TEST_F(DeviceCacheTest, TheLongestGivesWay) {
-  Case setup = resident_case(6 * kSlab);
+  Case setup = resident_case(6 * kExtent);
   setup.batch = 4;
   setup.kv_heads = 1;
   Talk talk(setup, 3000);
@@ -172,7 +172,7 @@ TEST_F(DeviceCacheTest, TheLongestGivesWay) {
     talk.cache->reserve(b, tokens + 1, nullptr);
     talk.prefill(b, tokens);
   };
-  prefill(0, 700);  // 3 slabs
+  prefill(0, 700);  // 3 extents
   prefill(1, 400);  // 2
   expect_step(talk, {true, true});
   prefill(2, 1000);  // 4, of which there is one
@@ -180,7 +180,7 @@ TEST_F(DeviceCacheTest, TheLongestGivesWay) {
   prefill(3, 300);  // 2: the first gives way
   expect_step(talk, {false, true, false, true});
   expect_counts(talk, 2, 2);
-  // Two slabs are left, and two sequences grow.
+  // Two extents are left, and two sequences grow.
   for (int b : {1, 3}) talk.cache->reserve(b, 600, nullptr);
   expect_step(talk, {false, true, false, true});
   talk.cache->reserve(1, 800, nullptr);  // the longest itself
@@ -195,19 +195,19 @@ TEST_F(DeviceCacheTest, TheLongestGivesWay) {
   expect_step(talk, {false, false, true, true});
 }
 
-// A sequence that outgrows its slabs goes on within the budget; tokens taken back up to where it was
-// resident make it so again.
+// A sequence that outgrows its extents goes on within the budget; tokens taken back up to where it
+// was resident make it so again.
 TEST_F(DeviceCacheTest, TokensTakenBackAroundTheSwitch) {
-  Case setup = resident_case(4 * kSlab);
+  Case setup = resident_case(4 * kExtent);
   setup.kv_heads = 1;
   Talk talk(setup, 2000);
   talk.cache->reserve(0, 500, nullptr);
   talk.prefill(0, 495);
-  for (int t = 0; t < 2 * kSlab - 495; ++t) expect_step(talk, {true});
+  for (int t = 0; t < 2 * kExtent - 495; ++t) expect_step(talk, {true});
   for (int t = 0; t < 5; ++t) expect_step(talk, {false});
-  talk.truncate(0, 2 * kSlab + 2);
+  talk.truncate(0, 2 * kExtent + 2);
   expect_step(talk, {false});
-  talk.truncate(0, 2 * kSlab - 3);
+  talk.truncate(0, 2 * kExtent - 3);
   for (int t = 0; t < 3; ++t) expect_step(talk, {true});
   expect_step(talk, {false});
   talk.truncate(0, 300);  // into the prompt: a build of what is left
@@ -223,7 +223,7 @@ TEST_F(DeviceCacheTest, TokensTakenBackAroundTheSwitch) {
 }
 
 TEST_F(DeviceCacheTest, ForksAroundTheSwitch) {
-  Case setup = resident_case(5 * kSlab);
+  Case setup = resident_case(5 * kExtent);
   setup.batch = 3;
   Talk talk(setup, 2000);
   talk.cache->reserve(0, 500, nullptr);
@@ -231,7 +231,7 @@ TEST_F(DeviceCacheTest, ForksAroundTheSwitch) {
   for (int t = 0; t < 3; ++t) talk.step({0, -1, -1});
   talk.fork(1, 0);
   expect_counts(talk, 2, 0);
-  talk.fork(2, 0);  // one slab is left
+  talk.fork(2, 0);  // one extent is left
   expect_counts(talk, 2, 1);
   expect_step(talk, {true, true, false}, {2, 0, 1});
   expect_step(talk, {true, true, false}, {0, -1, 1});
@@ -260,7 +260,7 @@ TEST_F(DeviceCacheTest, RowsOfResidentsChangeNoResult) {
 
 // Whatever happens to the sequences, as many as the host believes to be resident attend to all.
 TEST_F(DeviceCacheTest, ResidentsComeAndGoInAnyOrder) {
-  Case setup = resident_case(5 * kSlab);
+  Case setup = resident_case(5 * kExtent);
   setup.batch = 4;
   setup.kv_heads = 1;
   setup.group = 2;
@@ -357,7 +357,7 @@ TEST_F(DeviceCacheTest, RefusesDeviceTokensThatCannotBe) {
   // No more than the sequences can hold is taken.
   const std::int64_t all =
       Talk(resident_case(std::int64_t{1} << 30), 1000).cache->memory().resident_bytes;
-  EXPECT_EQ(all, 2 * 5 * kSlab * 2 * 2 * 64 * 4);  // max_tokens is rounded up to whole nodes
+  EXPECT_EQ(all, 2 * 5 * kExtent * 2 * 2 * 64 * 4);  // max_tokens is rounded up to whole nodes
   EXPECT_EQ(Talk(resident_case(1), 1000).cache->memory().resident_bytes * 10, all);
   EXPECT_THROW(Talk(resident_case(1), 1000).cache->evict(2, nullptr), InvalidArgument);
 }
@@ -380,7 +380,7 @@ TEST_F(DeviceCacheTest, HowManyBlocksAttendToAllChangesRoundingAlone) {
 }
 
 TEST_F(DeviceCacheTest, AResidentWhosePromptFailsIsAsBefore) {
-  Case setup = resident_case(4 * kSlab);
+  Case setup = resident_case(4 * kExtent);
   Talk talk(setup, 1500);
   EXPECT_THROW(
       [&] {
