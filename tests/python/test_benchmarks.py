@@ -13,6 +13,7 @@ import bench_fork
 import bench_generate
 import bench_kernels
 import bench_lossless
+import bench_prefill
 import bench_row_cache
 import bench_search
 import hf_models
@@ -61,6 +62,17 @@ def test_builds_and_faiss(tmp_path: Path) -> None:
             assert found[f"build_ms_{rival}_{length}"]["value"] > 0
             assert found[f"build_ms_{rival}_{length}_2threads"]["params"]["threads"] == 2
     assert found["build_ms_1k_d64"]["params"]["head_dim"] == 64
+
+
+def test_prompts_within_a_budget(tmp_path: Path) -> None:
+    path = tmp_path / "prefill.json"
+    given = ["--lengths", "1024", "--budget", "64", "--call", "256", "--json", str(path)]
+    result = run(bench_prefill.main, *given)
+    assert result.exit_code == 0, result.output
+    found = written(path)
+    times = [found[f"prefill_ms_{name}_1k"]["value"] for name in ("budget", "engine", "sdpa")]
+    assert found["prefill_speedup_1k"]["value"] == pytest.approx(min(times[1:]) / times[0])
+    assert found["prefill_sparse_1k"]["value"] == 0.0  # shorter than a chunk
 
 
 def test_forks(tmp_path: Path) -> None:
