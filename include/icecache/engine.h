@@ -50,9 +50,10 @@ struct MemoryStats {
 
 // How a call of Engine::step treats the tokens of one sequence.
 enum class Phase : std::uint8_t {
-  kAuto = 0,       // as append() and attend() do
-  kPrefill = 1,    // a chunk of a prompt, more of it to come: exact, and nothing is indexed
-  kPromptEnd = 2,  // the last chunk of a prompt: exact, then indexed behind the caller
+  kAuto = 0,  // as append() and attend() do
+  // A chunk of a prompt, more of it to come: exact, or within prefill_budget. No step finds it yet.
+  kPrefill = 1,
+  kPromptEnd = 2,  // the last chunk of a prompt: likewise, then indexed behind the caller
   // Drafted tokens that are checked: exact, and else as decoding, whatever their number.
   kVerify = 3,
 };
@@ -62,6 +63,11 @@ enum class Phase : std::uint8_t {
 // before leave nothing in the index, the metric or HeadStats, but for what exact attention of them
 // read. With an index of segments (tree, faiss) a call of up to window_tokens tokens of kAuto
 // therefore answers bitwise as calls of one token each, also where some of them are taken back.
+
+// With prefill_budget a prompt's tokens attend exactly to sinks, to their own chunk and to what their
+// block of 64 tokens picks, and to the rest by summaries (docs/index.md). Calls that are cut where a
+// sequence has a multiple of 64 tokens answer bitwise as one call. Segments of chunks are made beside
+// their tokens in the call: where there are no pages for that, it attends exactly.
 
 class Engine {
  public:

@@ -35,8 +35,9 @@ class Phase(IntEnum):
     """How Engine.attend(), step() and step_packed() treat the tokens of a sequence."""
 
     AUTO = 0  # as append() and attend() do
-    PREFILL = 1  # a chunk of a prompt, more of it to come: exact, and nothing is indexed
-    PROMPT_END = 2  # the last chunk of a prompt: exact, then indexed behind the caller
+    # A chunk of a prompt, more to come: exact, or within prefill_budget. No step finds it yet.
+    PREFILL = 1
+    PROMPT_END = 2  # the last chunk of a prompt: likewise, then indexed behind the caller
     # Drafted tokens that are checked: exact, and else as decoding, whatever their number. Those
     # that truncate() takes back before more are appended leave nothing in index or metric.
     VERIFY = 3
