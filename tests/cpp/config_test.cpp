@@ -140,6 +140,7 @@ TEST(ConfigResolved, FillsInEveryDerivedValue) {
   EXPECT_EQ(config.max_token_budget, 1024);
   EXPECT_EQ(config.candidates, 440);
   EXPECT_EQ(config.far_node_tokens, 64);
+  EXPECT_EQ(config.prefill_chunk, 2048);
   EXPECT_EQ(config.num_threads, usable_cores());
   EXPECT_EQ(config.index_threads, config.num_threads);
   EXPECT_EQ(config.host_memory, usable_memory() / 2);
@@ -159,6 +160,7 @@ TEST(ConfigResolved, KeepsGivenValues) {
   config.window_tokens = 48;
   config.far_node_tokens = 96;
   config.segment_tokens = 100;
+  config.prefill_chunk = 640;
   config.sketch_rank = 48;
   config.candidates = 300;
   config.num_threads = 3;
