@@ -29,7 +29,13 @@ from icecache.bench.methods import METHODS, Method, find_methods
 from icecache.bench.oracles import FullSession, RecentSession, TopSession
 
 # Those that this build has.
-HERE = [one for one in METHODS if one.name != "faiss" or build_info().faiss]
+# Those that prefill themselves need a model: test_bench_prefill.py.
+HERE = [
+    one
+    for one in METHODS
+    if (one.name != "faiss" or build_info().faiss)
+    and "prefill_budget" not in (one.engine_fields or {})
+]
 NAMES = list(dict.fromkeys(method.name for method in HERE))
 # Tokens that wait to be sealed into a segment are attended beside their budget.
 SEGMENTED = ("icecache", "icecache-lossless", "faiss")
