@@ -54,7 +54,7 @@ ExactAttention::ExactAttention(const QueryBlock& queries, int head_dim, const Ma
   flush_.emplace();
   max_.resize(static_cast<std::size_t>(rows));
   sum_.resize(static_cast<std::size_t>(rows));
-  AttentionState{out_, max_.data(), sum_.data(), rows, d}.clear();
+  state().clear();
 }
 
 void ExactAttention::set_aside_bad_rows() {
@@ -91,52 +91,38 @@ void ExactAttention::attend(std::span<const PageSlots> pages, const PageLayout& 
   }
   QueryBlock block = layout.format == nullptr ? block_ : turned_for(*layout.format);
   block.seen = seen;
-  const int rows = block.tokens * block.group;
-  attend_pages(pages, block, layout, {out_, max_.data(), sum_.data(), rows, head_dim_});
+  attend_pages(pages, block, layout, state());
 }
 
-void ExactAttention::add(std::span<float> logits, std::span<const float> values) {
+void ExactAttention::add(std::span<const float> logits, std::span<const float> values) {
   const simd::Kernels& kernels = simd::kernels();
   const auto n = static_cast<std::int64_t>(values.size()) / head_dim_;
   const auto rows = static_cast<std::int64_t>(max_.size());
-  std::vector<float> weights(static_cast<std::size_t>(n));
+  weights_.assign(logits.size(), 0.0f);
+  added_.resize(static_cast<std::size_t>(rows * (head_dim_ + 2)));
+  float *const max = added_.data(), *const sum = max + rows, *const out = sum + rows;
   for (std::int64_t r = 0; r < rows; ++r) {
-    float* const row = logits.data() + r * n;
-    float max = 0.0f, sum = 0.0f;
-    kernels.softmax_stats(row, n, &max, &sum);
-    const float high = std::max(max_[r], max);
-    const float kept = high == -INFINITY ? 0.0f : std::exp(max_[r] - high);
-    sum_[r] *= kept;
-    for (int d = 0; d < head_dim_; ++d) out_[r * head_dim_ + d] *= kept;
-    max_[r] = high;
-    std::fill(weights.begin(), weights.end(), 0.0f);
-    if (sum > 0.0f) {
-      kernels.add_exp(row, high, weights.data(), n);
-      sum_[r] += sum * std::exp(max - high);
-    }
-    std::copy(weights.begin(), weights.end(), row);
+    const float* const row = logits.data() + r * n;
+    kernels.softmax_stats(row, n, max + r, sum + r);
+    if (sum[r] > 0.0f) kernels.add_exp(row, max[r], weights_.data() + r * n, n);
   }
-  added_.resize(static_cast<std::size_t>(rows * head_dim_));
-  kernels.matmul(logits.data(), values.data(), added_.data(), rows, n, head_dim_);
-  kernels.axpy(1.0f, added_.data(), out_, added_.size());
+  kernels.matmul(weights_.data(), values.data(), out, rows, n, head_dim_);
+  merge(state(), {out, max, sum, static_cast<int>(rows), head_dim_});
 }
 
-void ExactAttention::lse(float* out) const {
-  for (std::size_t r = 0; r < max_.size(); ++r) {
-    out[r] = sum_[r] > 0.0f ? max_[r] + std::log(sum_[r]) : max_[r];
-  }
+void ExactAttention::lse(float* out) {
+  const AttentionState so_far = state();
+  for (int r = 0; r < so_far.group; ++r) out[r] = so_far.lse(r);
 }
 
 void ExactAttention::finish(float* lse) {
   const int rows = block_.tokens * block_.group, d = head_dim_;
-  const AttentionState state{out_, max_.data(), sum_.data(), rows, d};
-  for (int r = 0; r < rows && lse != nullptr; ++r) {
-    lse[r] = wide_ ? static_cast<float>(wide_->lse(r)) : state.lse(r);
-  }
   if (wide_) {
+    for (int r = 0; r < rows && lse != nullptr; ++r) lse[r] = static_cast<float>(wide_->lse(r));
     wide_->finish(out_);
   } else {
-    icecache::finish(state, out_);
+    if (lse != nullptr) this->lse(lse);
+    icecache::finish(state(), out_);
   }
   for (const int r : bad_) {
     std::fill_n(out_ + static_cast<std::ptrdiff_t>(r) * d, d, std::nanf(""));

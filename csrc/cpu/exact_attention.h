@@ -37,16 +37,20 @@ class ExactAttention {
   // Of the tokens of the pages, in order, query t sees the first seen + t.
   void attend(std::span<const PageSlots> pages, const PageLayout& layout,
               std::int64_t seen = QueryBlock::kAll);
-  // Weights exp(logits) [T, G, n] of values [n, D], given as they are, of whatever stands for tokens.
-  // `logits` do not keep their numbers. REQUIRES: floats have room, see can_estimate().
-  void add(std::span<float> logits, std::span<const float> values);
+  // Adds values [n, D] with weights exp(logits), logits [T, G, n]: of whatever stands for tokens.
+  // REQUIRES: floats have room, see can_estimate().
+  void add(std::span<const float> logits, std::span<const float> values);
   // Logs of the total weights so far, [T, G]. REQUIRES: as above.
-  void lse(float* out) const;
+  void lse(float* out);
   // Fills `out`: normalised, zeros over no tokens. `lse` [T, G], unless null: log of the total
   // weight as a float has it, infinite where it has none; -inf over no tokens.
   void finish(float* lse = nullptr);
 
  private:
+  // Of the rows without wide_.
+  AttentionState state() {
+    return {out_, max_.data(), sum_.data(), static_cast<int>(max_.size()), head_dim_};
+  }
   void set_aside_bad_rows();
   // The queries as they are compared with rows of a format that has codes.
   const QueryBlock& turned_for(const RowFormat& format);
@@ -60,8 +64,8 @@ class ExactAttention {
   std::vector<int> bad_;               // rows with NaN or Inf
   std::optional<WideAttention> wide_;
   std::optional<simd::FlushSubnormals> flush_;
-  std::vector<float> max_, sum_;  // [T, G] without wide_
-  std::vector<float> added_;      // [T, G, D] scratch
+  std::vector<float> max_, sum_;        // [T, G] without wide_
+  std::vector<float> weights_, added_;  // scratch of add()
 };
 
 }  // namespace icecache

@@ -2,23 +2,28 @@
 #include "cuda/token_kernels.h"
 
 namespace icecache::gpu {
+namespace {
+
+// Of a kernel over the rows of `length` tokens of every head.
+dim3 grid_of_rows(const StepShape& s, int length) {
+  return dim3(blocks_for(static_cast<std::int64_t>(length) * 16, kTokenBlock),
+              static_cast<unsigned>(s.kv_heads));
+}
+
+}  // namespace
 
 void launch_fetch(const FetchParams& p, Stream stream) {
   if (p.length == 0) return;
   with_type(p.shape.dtype, [&](auto type) {
-    launch("fetch", fetch_kernel<decltype(type)>,
-           dim3(blocks_for(static_cast<std::int64_t>(p.length) * 16, kTokenBlock),
-                static_cast<unsigned>(p.shape.kv_heads)),
-           kTokenBlock, stream, p);
+    launch("fetch", fetch_kernel<decltype(type)>, grid_of_rows(p.shape, p.length), kTokenBlock,
+           stream, p);
   });
 }
 
 void launch_keep(const KeepParams& p, Stream stream) {
   with_type(p.shape.dtype, [&](auto type) {
-    launch("keep", keep_kernel<decltype(type)>,
-           dim3(blocks_for(static_cast<std::int64_t>(p.length) * 16, kTokenBlock),
-                static_cast<unsigned>(p.shape.kv_heads)),
-           kTokenBlock, stream, p);
+    launch("keep", keep_kernel<decltype(type)>, grid_of_rows(p.shape, p.length), kTokenBlock,
+           stream, p);
   });
 }
 

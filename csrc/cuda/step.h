@@ -41,8 +41,11 @@ constexpr int kRecentQueries = 64;     // kept for the metric of the next build
 constexpr int kAttendLeast = 64;       // rows of a block of attend
 constexpr int kAttendMost = 16;        // blocks of a pair, which one of them merges
 constexpr int kExtentTokens = 256;     // tokens of an extent: what a resident sequence grows by
-constexpr int kAttendAllMost = 64;     // blocks of a pair in attend_all
-constexpr int kCounters = 5;           // of a pair
+constexpr std::int64_t extents_of(std::int64_t tokens) {
+  return (tokens + kExtentTokens - 1) / kExtentTokens;
+}
+constexpr int kAttendAllMost = 64;  // blocks of a pair in attend_all
+constexpr int kCounters = 5;        // of a pair
 // Blocks of attend that a multiprocessor holds at once, by the fours of heads that each takes.
 constexpr int attend_resident(int tiles) {
   return tiles == 1 ? 4 : 3;

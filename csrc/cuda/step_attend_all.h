@@ -38,8 +38,9 @@ struct AttendAllMemory {
   float largest[kWarps][kHeads], sums[kWarps][kHeads], factors[kWarps][kHeads];
 };
 
-// What a warp adds up for one pair: every kWarps-th stage of the block's tokens. Its sums are
-// relative to the largest logit so far.
+// The part of a pair's attention that one warp computes: a block's tokens are cut into stages, and
+// each warp takes every kWarps-th of these. Its sums of weights and of values are relative to the
+// largest logit that it has seen so far.
 template <typename T, int D, int Tiles>
 struct AttendAllWarp {
   using Shape = RowShape<T, D>;
@@ -313,7 +314,8 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
   const int block = blockIdx.x, first_head = blockIdx.z * Memory::kHeads;
   if (block >= blocks) return;
 
-  // 2. Tokens are split by whole stages, each of which lies in one extent.
+  // 2. Each block gets a number of whole stages (as many tokens as a warp takes at once), which are
+  // shorter than an extent and never cross from one to the next.
   const int stages = (tokens + Stage::kRows - 1) / Stage::kRows;
   const auto share = [&](int of) {
     return static_cast<int>(static_cast<std::int64_t>(stages) * of / blocks) * Stage::kRows;

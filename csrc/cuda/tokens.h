@@ -12,8 +12,8 @@ struct Arrangement {
   int count = 0;
 };
 
-// All tokens in order of position, from sinks, window and host pages; of a resident sequence from
-// its extents.
+// Copies the keys and values of all tokens of a sequence, in order of position. They come from its
+// extents where it is resident, else from sinks, window and host pages.
 struct FetchParams {
   StepShape shape;
   LayerState layer;

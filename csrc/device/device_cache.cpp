@@ -74,7 +74,7 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
     layer.order.resize(static_cast<std::size_t>(batch));
     layer.building.resize(static_cast<std::size_t>(batch));
   }
-  const std::int64_t wanted = (config.device_tokens + gpu::kExtentTokens - 1) / gpu::kExtentTokens;
+  const std::int64_t wanted = gpu::extents_of(config.device_tokens);
   if (wanted > 0) {
     extent_pool.limit(static_cast<std::size_t>(
         std::min(wanted, std::int64_t{batch} * std::int64_t{step.extents})));

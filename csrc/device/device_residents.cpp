@@ -2,16 +2,10 @@
 #include "device/device_cache_impl.h"
 
 namespace icecache {
-namespace {
-
-std::size_t extents_of(std::int64_t tokens) {
-  return static_cast<std::size_t>((tokens + gpu::kExtentTokens - 1) / gpu::kExtentTokens);
-}
-
-}  // namespace
 
 bool DeviceCache::Impl::keep_resident(int sequence, std::int64_t tokens, gpu::Stream stream) {
-  const std::size_t wanted = extents_of(tokens), held = extents[sequence].size();
+  const auto wanted = static_cast<std::size_t>(gpu::extents_of(tokens));
+  const std::size_t held = extents[sequence].size();
   if (wanted <= held) return true;
   if (wanted > static_cast<std::size_t>(step.extents)) return false;
   std::size_t available = extent_pool.free_chunks();

@@ -64,10 +64,8 @@ gpu::StepShape step_shape(const CacheShape& shape, const Config& config, const C
   }
   const std::int64_t unit = std::lcm<std::int64_t>(s.far_node_tokens, s.page_size);
   s.token_room = static_cast<int>((max_tokens - s.near_rows() + unit - 1) / unit * unit);
-  const auto extents_of = [](std::int64_t tokens) {
-    return static_cast<int>((tokens + gpu::kExtentTokens - 1) / gpu::kExtentTokens);
-  };
-  s.extents = std::min(extents_of(config.device_tokens), extents_of(s.near_rows() + s.token_room));
+  s.extents = static_cast<int>(std::min(gpu::extents_of(config.device_tokens),
+                                        gpu::extents_of(s.near_rows() + s.token_room)));
   s.multiprocessors = gpu::multiprocessors();
   gpu::check_shape(s);
   return s;

@@ -30,10 +30,14 @@ struct alignas(64) AttendWorkspace {    // no cache line is written by two threa
   BlockSelector block_selector;
   std::vector<BlockSelector::Pick> block_picks;
   std::vector<float> near_rows;  // [T, G]
-  // Of the nodes of one segment: mean keys [D, C], half variances [dims, C], mean values [C, D];
-  // of queries their squares [T, G, dims]; and logits [T, G, C].
-  std::vector<float> node_keys, node_spreads, node_values, squares, node_logits, node_spread_logits;
-  std::vector<float> node_counts;
+  // The C far-field nodes of one segment, without their picked tokens.
+  std::vector<float> node_counts;         // [C] tokens, and later the logarithms of that
+  std::vector<float> node_keys;           // [D, C] means
+  std::vector<float> node_values;         // [C, D] means
+  std::vector<float> node_spreads;        // [dims, C] half the variances of the keys' codes
+  std::vector<float> squares;             // [T, G, dims] of the projected queries
+  std::vector<float> node_logits;         // [T, G, C]
+  std::vector<float> node_spread_logits;  // [T, G, C] what the spreads add to these
 
   // One step within the budget.
   std::vector<const Segment*> segments;

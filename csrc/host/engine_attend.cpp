@@ -29,8 +29,9 @@ constexpr std::int32_t kPostponed = 64;
 // One call of attend():
 //  1. plan() cuts it into tasks. Tokens before the call's own stay from now on: what they change in
 //     the index, decide() does.
-//  2. compute() carries the tasks out on all threads, behind the chunks of prompts that they pick of. It writes the outputs, and may move tokens
-//     into a growing index, which the same step would move again.
+//  2. compute() makes segments of the chunks of prompts that are due, and then carries the tasks
+//     out, on all threads. It writes the outputs, and may move tokens into a growing index, which
+//     the same step would move again.
 //  3. prepare() makes ready what follows in the background.
 //  4. commit() lets the sequences have what the call learnt: it cannot fail.
 // What throws does so before the fourth, which alone changes what a later call can tell.
@@ -76,6 +77,11 @@ class Engine::Impl::AttendCall {
   std::int64_t block_tokens(std::size_t b, std::int64_t first) const;
   // Makes segments of the chunks that are due by the end of the call, where there are pages.
   void build_chunks();
+  // The head that chunks_[i] are of.
+  HeadCache& head_of_chunks(std::size_t i) const {
+    const std::size_t heads = engine_.shape.num_kv_heads;
+    return caches_[i / heads]->heads[i % heads];
+  }
   // Of a sequence's tokens in this call, how many a head attends for exactly, before those that it
   // answers within the token budget.
   std::int64_t exact_tokens(std::size_t b, int head) const;
@@ -126,8 +132,10 @@ std::int64_t Engine::Impl::AttendCall::block_tokens(std::size_t b, std::int64_t 
 }
 
 void Engine::Impl::AttendCall::build_chunks() {
+  bool any = false;
+  for (std::size_t b = 0; b < caches_.size(); ++b) any = any || picks_in_prompt(b);
+  if (!any) return;
   const int heads = engine_.shape.num_kv_heads;
-  chunks_.resize(caches_.size() * heads);
   std::vector<int> counts(caches_.size(), 0);
   std::size_t pages = 0;
   for (std::size_t b = 0; b < caches_.size(); ++b) {
@@ -135,6 +143,7 @@ void Engine::Impl::AttendCall::build_chunks() {
     if (picks_in_prompt(b)) counts[b] = head.due_chunks(head.length());
     pages += heads * head.pages_for_chunks(counts[b]);
   }
+  chunks_.resize(caches_.size() * heads);
   if (pages == 0 || !engine_.has_pages(pages)) return;
   engine_.threads.parallel_for(static_cast<std::int64_t>(chunks_.size()), [&](std::int64_t i, int) {
     const std::int64_t b = i / heads, h = i % heads;
@@ -238,10 +247,8 @@ void Engine::Impl::AttendCall::observe(Task& task, std::int32_t first, float* sc
 }
 
 void Engine::Impl::AttendCall::prepare() {
-  for (std::size_t i = 0; i < chunks_.size(); ++i) {
-    const std::size_t heads = engine_.shape.num_kv_heads;
-    caches_[i / heads]->heads[i % heads].reserve_chunks(chunks_[i].size());
-  }
+  for (std::size_t i = 0; i < chunks_.size(); ++i)
+    head_of_chunks(i).reserve_chunks(chunks_[i].size());
   for (std::size_t b = 0; b < caches_.size(); ++b) {
     if (is_alone(b)) continue;
     follow_ups_.push_back(
@@ -267,10 +274,8 @@ void Engine::Impl::AttendCall::prepare() {
 }
 
 void Engine::Impl::AttendCall::commit() noexcept {
-  for (std::size_t i = 0; i < chunks_.size(); ++i) {
-    const std::size_t heads = engine_.shape.num_kv_heads;
-    caches_[i / heads]->heads[i % heads].add_chunks(std::move(chunks_[i]));
-  }
+  for (std::size_t i = 0; i < chunks_.size(); ++i)
+    head_of_chunks(i).add_chunks(std::move(chunks_[i]));
   for (Task& task : tasks_) {
     HeadCache& head = caches_[task.item]->heads[task.head];
     engine_.collect(layer_, task.head, task.stats);

@@ -1,4 +1,5 @@
-// BlockSelector: which tokens of a head's segments a block of a prompt's queries attends to exactly.
+// BlockSelector: chooses the tokens that a block of neighbouring queries of a prompt attends to
+// exactly, among those that the head has in segments.
 //
 // A block picks together: what is scattered for one query is a matrix product for many, and tokens
 // next to each other want much the same. Every query of the block scans the sketches; a token ranks

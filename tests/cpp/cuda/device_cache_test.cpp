@@ -38,11 +38,6 @@ TEST_P(DeviceCacheShapes, FullBudgetIsFullAttention) {
   talk.expect_complete(1);
 }
 
-std::string shape_name(const ::testing::TestParamInfo<std::tuple<int, DType, int>>& info) {
-  return "d" + std::to_string(std::get<0>(info.param)) + name_of(std::get<1>(info.param)) + "g" +
-         std::to_string(std::get<2>(info.param));
-}
-
 using ::testing::Combine;
 using ::testing::Values;
 INSTANTIATE_TEST_SUITE_P(Rows, DeviceCacheShapes,

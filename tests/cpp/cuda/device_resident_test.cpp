@@ -70,21 +70,16 @@ TEST_P(DeviceResidentShapes, IsFullAttention) {
   talk.expect_complete(1);
 }
 
-std::string resident_name(const ::testing::TestParamInfo<std::tuple<int, DType, int>>& info) {
-  return "d" + std::to_string(std::get<0>(info.param)) + name_of(std::get<1>(info.param)) + "g" +
-         std::to_string(std::get<2>(info.param));
-}
-
 using ::testing::Combine;
 using ::testing::Values;
 INSTANTIATE_TEST_SUITE_P(Rows, DeviceResidentShapes,
                          Combine(Values(64, 96, 128, 256),
                                  Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
                                  Values(4)),
-                         resident_name);
+                         shape_name);
 INSTANTIATE_TEST_SUITE_P(Groups, DeviceResidentShapes,
                          Combine(Values(64, 128), Values(DType::kBFloat16), Values(1, 3, 8, 16)),
-                         resident_name);
+                         shape_name);
 
 TEST_F(DeviceCacheTest, ResidentsOfAnyLengthAttendToAll) {
   Case setup = resident_case(8192);

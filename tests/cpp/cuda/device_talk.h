@@ -11,6 +11,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/cuda_info.h"
@@ -325,6 +326,12 @@ inline double rounding(DType dtype) {
 
 inline bool same(const Rows& a, const Rows& b) {
   return a.bytes() == b.bytes() && std::memcmp(a.data(), b.data(), a.bytes()) == 0;
+}
+
+// Of a test over head dims, types and groups.
+inline std::string shape_name(const ::testing::TestParamInfo<std::tuple<int, DType, int>>& info) {
+  return "d" + std::to_string(std::get<0>(info.param)) + name_of(std::get<1>(info.param)) + "g" +
+         std::to_string(std::get<2>(info.param));
 }
 
 }  // namespace icecache
