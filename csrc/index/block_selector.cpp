@@ -1,10 +1,7 @@
 #include "index/block_selector.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
-#include "index/top_k.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -54,20 +51,10 @@ std::int64_t BlockSelector::scan(std::span<const Segment* const> segments, const
         segments[s]->index().sketch().scan(pass.prepared[s], segments[s]->masks(),
                                            static_cast<int>(s), request.logit_softcap, scores_);
   }
-  const float share_of_one = scores_.rank(request.near_lse + pass.first);
-  const std::span<const std::int16_t> ranks = scores_.ranks();
   if (number == 0) {
-    share_of_one_ = share_of_one;
-    ranks_.assign(ranks.begin(), ranks.end());
-    return bytes;
-  }
-  // Ranks of this pass as those of the first would be.
-  const auto higher = static_cast<int>(std::lrintf(
-      std::clamp<float>(share_of_one_ - share_of_one, -simd::kMaxScore, simd::kMaxScore)));
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    const int rank = std::min<int>(ranks[i] + higher, simd::kMaxScore);
-    if (ranks[i] > simd::kNoScore)
-      ranks_[i] = static_cast<std::int16_t>(std::max<int>(ranks_[i], rank));
+    share_of_one_ = scores_.rank(request.near_lse + pass.first);
+  } else {
+    scores_.join_ranks(request.near_lse + pass.first, share_of_one_);
   }
   return bytes;
 }
@@ -84,7 +71,7 @@ std::int64_t BlockSelector::prefer(std::span<const Segment* const> segments,
     for (std::size_t slot = 0; slot < positions.size(); ++slot) {
       // A segment that is cut has none of those behind.
       if (positions[slot] < position || positions[slot] >= segments[s]->end_position()) continue;
-      ranks_[first + slot] = std::numeric_limits<std::int16_t>::max();
+      scores_.prefer(static_cast<std::int64_t>(first + slot));
       ++count;
     }
   }
@@ -101,13 +88,7 @@ std::int64_t BlockSelector::select(std::span<const Segment* const> segments, con
   std::int64_t bytes = 0;
   for (int p = 0; p < pass_count_; ++p) bytes += scan(segments, request, p);
   const std::int64_t budget = request.budget + prefer(segments, request.exact_from);
-  const auto blocks = (ranks_.size() + simd::kRankBlock - 1) / simd::kRankBlock;
-  block_max_.assign(blocks * simd::kRankLanes, simd::kNoScore);
-  for (std::size_t i = 0; i < ranks_.size(); ++i) {
-    std::int16_t& most = block_max_[i / simd::kRankBlock * simd::kRankLanes + i % simd::kRankLanes];
-    most = std::max(most, ranks_[i]);
-  }
-  top_k(ranks_, block_max_, simd::kNoScore, budget, chosen_, slots_);
+  scores_.top_ranked(budget, simd::kNoScore, slots_);
   int s = 0;
   for (const std::int32_t slot : slots_) {
     const int number = segments[s]->index().table().page_of(slot);  // over all segments

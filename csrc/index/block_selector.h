@@ -47,7 +47,7 @@ class BlockSelector {
 
  private:
   void prepare(std::span<const Segment* const> segments, const Request& request);
-  // Scans for the rows of a pass; their ranks join `ranks_`.
+  // Scans for the rows of a pass; their ranks join those of the passes before.
   std::int64_t scan(std::span<const Segment* const> segments, const Request& request, int number);
 
   // Gives the tokens from `position` on the highest rank. Returns their number.
@@ -64,8 +64,7 @@ class BlockSelector {
   std::vector<int> pages_;
   std::vector<float> basis_;
   std::vector<std::vector<float>> projected_;  // of each segment
-  std::vector<std::int16_t> ranks_, block_max_, chosen_;
-  float share_of_one_ = 0.0f;  // the rank of a share of 1 among ranks_
+  float share_of_one_ = 0.0f;                  // its rank
   std::vector<std::int32_t> slots_;
 };
 

@@ -94,36 +94,25 @@ void Sketch::prepare(const QueryMetric& metric, const float* queries, float* pro
     zero[j] = -low_[j] / step_[j];
     mean[j] = std::clamp(zero[j], 0.0f, static_cast<float>(codes));
   }
-  float largest = 0.0f;
-  for (int g = 0; g < group; ++g) {
-    for (int j = 0; j < dims; ++j) {
-      projected[g * dims + j] *= step_[j];
-      largest = std::max(largest, std::abs(projected[g * dims + j]));
-    }
-  }
+  const simd::Kernels& kernels = simd::kernels();
+  const float largest = kernels.scale_columns(projected, step_.data(), group, dims);
   // Of a query's level: a power of two of a score's unit, so that a shift makes scores of sums.
   constexpr float kLevels = 127.0f;
   const float octaves = std::ceil(std::log2(largest / (kLevels * simd::kScoreUnit)));
   query.level = static_cast<int>(std::clamp(octaves, -100.0f, 100.0f));
   const float scale = std::ldexp(simd::kScoreUnit, query.level);
   query.rounded.resize(static_cast<std::size_t>(group) * dims);
+  // Rounding the query moves no score at the keys' mean.
+  std::int32_t above[kMaxGroup], below[kMaxGroup];
+  kernels.round_rows(
+      {projected, mean, zero, query.rounded.data(), above, below, query.bias, scale, group, dims});
   query.reach = 0;  // of a sum, whatever the codes
   for (int g = 0; g < group; ++g) {
-    const float* exact = projected + static_cast<std::ptrdiff_t>(g) * dims;
-    std::int8_t* rounded = query.rounded.data() + static_cast<std::ptrdiff_t>(g) * dims;
-    int above = 0, below = 0;
-    float bias =
-        simd::kernels().dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim);
-    for (int j = 0; j < dims; ++j) {
-      const auto q = static_cast<std::int8_t>(std::lrintf(exact[j] / scale));
-      rounded[j] = q;
-      (q > 0 ? above : below) += q * codes;
-      // Rounding the query moves no score at the keys' mean.
-      bias += (exact[j] - scale * q) * mean[j] - exact[j] * zero[j];
-    }
-    query.reach = std::max(query.reach, above - below);
-    query.base[g] = -below;
-    query.bias[g] = bias + scale * static_cast<float>(below);
+    query.reach = std::max(query.reach, codes * (above[g] - below[g]));
+    query.base[g] = -codes * below[g];
+    query.bias[g] +=
+        kernels.dot(queries + g * metric.head_dim, metric.mean.data(), metric.head_dim) +
+        scale * static_cast<float>(codes * below[g]);
   }
   int shift = std::clamp(-query.level, 0, 30);  // beyond, all scores are alike
   while (query.reach >> shift >= simd::kMaxScore) ++shift;

@@ -10,6 +10,23 @@
 #include "simd/kernels.h"
 
 namespace icecache {
+namespace {
+
+// out[c] = the sum of column c of masses [pages, columns].
+void sum_masses(const float* masses, int pages, int columns, float* out) {
+  switch (columns / 4) {
+    case 1:
+      return simd::store_four(out, simd::sum_rows(masses, pages, columns));
+    case 2:
+      return simd::sum_columns<2>(masses, pages, out);
+    case 3:
+      return simd::sum_columns<3>(masses, pages, out);
+    default:
+      return simd::sum_columns<4>(masses, pages, out);
+  }
+}
+
+}  // namespace
 
 void SketchScores::resize(int group, int page_size, std::span<const int> pages, int octave) {
   group_ = group;
@@ -57,10 +74,7 @@ void SketchScores::log_totals(float* out) const {
   std::fill_n(out, group_, -INFINITY);
   float sum[kMaxGroup];
   for (int part = 0; part < static_cast<int>(parts_.size()); ++part) {
-    for (int first = 0; first < mass_columns_; first += 4) {
-      simd::store_four(sum + first, simd::sum_rows(page_mass(part, 0) + first, parts_[part].pages,
-                                                   mass_columns_));
-    }
+    sum_masses(page_mass(part, 0), parts_[part].pages, mass_columns_, sum);
     for (int g = 0; g < group_; ++g) {
       if (sum[g] > 0.0f) out[g] = log_add(out[g], log_max(part, g) + std::log(sum[g]));
     }
@@ -73,21 +87,19 @@ float SketchScores::log_total(int g) const {
   return totals[g];
 }
 
-float SketchScores::rank(const float* near_lse) {
+template <typename Take>
+float SketchScores::with_offsets(const float* near_lse, Take take) const {
   float totals[kMaxGroup];
   log_totals(totals);
+  for (int g = 0; g < group_; ++g) totals[g] = log_add(totals[g], near_lse[g]);
   // In units; only how heads and parts differ matters. A head without any weight has no total.
-  const auto above = [&](const Part& part, int g) {
-    return (log_add(totals[g], near_lse[g]) - part.bias[g]) / unit();
-  };
+  const auto above = [&](const Part& part, int g) { return (totals[g] - part.bias[g]) / unit(); };
   float least = INFINITY;
   for (const Part& part : parts_) {
     for (int g = 0; g < group_; ++g) {
       if (const float units = above(part, g); std::isfinite(units)) least = std::min(least, units);
     }
   }
-  rank_.resize(stride_);
-  block_max_.resize(stride_ / simd::kRankBlock * simd::kRankLanes);
   for (int p = 0; p < static_cast<int>(parts_.size()); ++p) {
     std::int16_t offset[kMaxGroup];
     for (int g = 0; g < group_; ++g) {
@@ -95,14 +107,52 @@ float SketchScores::rank(const float* near_lse) {
       offset[g] = static_cast<std::int16_t>(
           std::isfinite(units) ? std::min<float>(units - least, simd::kMaxScore) : 0.0f);
     }
-    const std::int64_t first = first_slot(p), slots_of_part = parts_[p].slots;
-    simd::kernels().score_rank({scores_.data() + first, offset, rank_.data() + first,
-                                block_max_.data() + first / simd::kRankBlock * simd::kRankLanes,
-                                stride_, slots_of_part, group_});
-    const std::int64_t end = p + 1 < static_cast<int>(parts_.size()) ? first_slot(p + 1) : stride_;
-    std::fill(rank_.begin() + first + slots_of_part, rank_.begin() + end, simd::kNoScore);
+    take(p, offset, least);
   }
   return least;
+}
+
+simd::ScoreRankArgs SketchScores::rank_args(int part, const std::int16_t* offset) {
+  const std::int64_t first = first_slot(part);
+  return {scores_.data() + first,
+          offset,
+          rank_.data() + first,
+          block_max_.data() + first / simd::kRankBlock * simd::kRankLanes,
+          stride_,
+          parts_[part].slots,
+          group_};
+}
+
+float SketchScores::rank(const float* near_lse) {
+  rank_.resize(stride_);
+  block_max_.resize(stride_ / simd::kRankBlock * simd::kRankLanes);
+  return with_offsets(near_lse, [&](int part, const std::int16_t* offset, float) {
+    simd::kernels().score_rank(rank_args(part, offset));
+    const bool is_last = part + 1 == static_cast<int>(parts_.size());
+    std::fill(rank_.begin() + first_slot(part) + parts_[part].slots,
+              rank_.begin() + (is_last ? stride_ : first_slot(part + 1)), simd::kNoScore);
+  });
+}
+
+void SketchScores::join_ranks(const float* near_lse, float share_of_one) {
+  with_offsets(near_lse, [&](int part, const std::int16_t* offset, float own) {
+    simd::ScoreRankArgs args = rank_args(part, offset);
+    args.joins = true;
+    args.higher = static_cast<std::int16_t>(
+        std::lrintf(std::clamp<float>(share_of_one - own, -simd::kMaxScore, simd::kMaxScore)));
+    simd::kernels().score_rank(args);
+  });
+}
+
+void SketchScores::prefer(std::int64_t slot) {
+  constexpr std::int16_t kHighest = std::numeric_limits<std::int16_t>::max();
+  rank_[slot] = kHighest;
+  block_max_[slot / simd::kRankBlock * simd::kRankLanes + slot % simd::kRankLanes] = kHighest;
+}
+
+void SketchScores::top_ranked(std::int64_t k, std::int16_t floor,
+                              std::vector<std::int32_t>& slots) {
+  top_k(rank_, block_max_, floor, k, chosen_, slots);
 }
 
 float SketchScores::top(const float* near_lse, std::int64_t k, float least_share,
@@ -114,7 +164,7 @@ float SketchScores::top(const float* near_lse, std::int64_t k, float least_share
     floor = static_cast<std::int16_t>(std::clamp<float>(
         std::floor(least_share / unit() + least), floor, std::numeric_limits<std::int16_t>::max()));
   }
-  top_k(rank_, block_max_, floor, k, chosen_, slots);
+  top_ranked(k, floor, slots);
   if (static_cast<std::int64_t>(slots.size()) < k) return least_share;
   std::int16_t last = rank_[slots.front()];
   for (const std::int32_t slot : slots) last = std::min(last, rank_[slot]);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "icecache/types.h"
+#include "simd/kernels.h"
 
 namespace icecache {
 
@@ -57,10 +58,15 @@ class SketchScores {
   // or below. Returns the logarithm of the largest share that a token beside them may have, by its
   // score; -inf where there is none.
   float top(const float* near_lse, std::int64_t k, float least, std::vector<std::int32_t>& slots);
-  // The same ranks by themselves, in units: of every slot [stride()], in which kNoScore or less is
-  // no token. Returns what a share of 1 has.
+  // The same ranks by themselves, in units. Returns what a share of 1 has.
   float rank(const float* near_lse);
-  std::span<const std::int16_t> ranks() const { return rank_; }
+  // Other rows have scanned since ranks were made: each slot keeps the larger one. `share_of_one`: of
+  // the first ranks.
+  void join_ranks(const float* near_lse, float share_of_one);
+  // Gives a slot that holds a token the highest rank.
+  void prefer(std::int64_t slot);
+  // The k slots of highest rank above `floor`, ascending.
+  void top_ranked(std::int64_t k, std::int16_t floor, std::vector<std::int32_t>& slots);
   // What a slot's score says of its logit: log weight of head g.
   float log_weight(int part, int g, std::int32_t slot) const {
     return parts_[part].bias[g] + unit() * scores_[g * stride_ + slot];
@@ -75,6 +81,10 @@ class SketchScores {
     std::int16_t max[kMaxGroup];
     float bias[kMaxGroup];
   };
+  // Calls take(part, offset [G], what a share of 1 has) for every part; returns what a share of 1 has.
+  template <typename Take>
+  float with_offsets(const float* near_lse, Take take) const;
+  simd::ScoreRankArgs rank_args(int part, const std::int16_t* offset);
   std::int64_t first_slot(int part) const {
     return static_cast<std::int64_t>(parts_[part].first_page) * page_size_;
   }

@@ -113,7 +113,8 @@ struct ScoreMassArgs {
 };
 
 // rank[slot] = max over g of scores[g, slot] - offset[g], and its maxima: block_max[16 b + j] is
-// that of the slots 256 b + 16 i + j, i < 16.
+// that of the slots 256 b + 16 i + j, i < 16. With `joins`, ranks above kNoScore are `higher` by so
+// much, at most kMaxScore, and those that stand in `rank` stay where they are larger.
 struct ScoreRankArgs {
   const std::int16_t* scores = nullptr;  // [G, score_stride]
   const std::int16_t* offset = nullptr;  // [G] from -kMaxScore to kMaxScore
@@ -122,9 +123,26 @@ struct ScoreRankArgs {
   std::int64_t score_stride = 0;
   std::int64_t slots = 0;  // a multiple of kRankLanes
   int group = 0;
+  bool joins = false;
+  std::int16_t higher = 0;  // from -kMaxScore to kMaxScore
 };
 constexpr int kRankLanes = 16;
 constexpr int kRankBlock = 256;
+
+// Rows of coordinates [n, dims] as 8-bit integers in units of `scale`: of each row what rounding
+// leaves. dims is a multiple of 8; magnitudes are at most 127 units.
+struct RoundRowsArgs {
+  const float* rows = nullptr;       // [n, dims]
+  const float* mean = nullptr;       // [dims]
+  const float* zero = nullptr;       // [dims]
+  std::int8_t* rounded = nullptr;    // out [n, dims], ties to even
+  std::int32_t* positive = nullptr;  // out [n] sum of the rounded ones above 0
+  std::int32_t* negative = nullptr;  // out [n] sum of those below
+  float* rest = nullptr;             // out [n] sum of (row - scale rounded) mean - row zero
+  float scale = 1.0f;
+  std::int64_t n = 0;
+  int dims = 0;
+};
 
 // Some rows of a matrix x [*, dim]: rows[0], rows[stride], rows[2 stride], ... of `count`.
 struct SomeRowsArgs {
@@ -171,6 +189,9 @@ struct Kernels {
   void (*sketch_scan)(const SketchScanArgs& args);
   void (*score_mass)(const ScoreMassArgs& args);
   void (*score_rank)(const ScoreRankArgs& args);
+  // rows[i, j] *= factors[j] of rows [n, dims]; returns the largest magnitude. dims: multiple of 8.
+  float (*scale_columns)(float* rows, const float* factors, std::int64_t n, int dims);
+  void (*round_rows)(const RoundRowsArgs& args);
 
   // max and sum of exp(x - max) over n; (-inf, 0) when n == 0 or all are -inf.
   void (*softmax_stats)(const float* x, std::int64_t n, float* max, float* sum);

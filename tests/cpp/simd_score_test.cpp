@@ -1,4 +1,5 @@
-// score_mass against sums of powers in double, score_rank against its definition.
+// score_mass against sums of powers in double; score_rank, scale_columns and round_rows against
+// their definitions.
 #include <algorithm>
 #include <cmath>
 
@@ -198,6 +199,82 @@ TEST_P(SimdScoreTest, Rank) {
       }
       ASSERT_EQ(rank[slots], 12345) << "wrote past the end";
       ASSERT_EQ(block_max[maxima], 12345) << "wrote past the end";
+
+      // Of other rows, beside those ranks.
+      const std::vector<std::int16_t> before = rank;
+      for (std::int16_t& x : offset) x = from(0);
+      for (const std::int16_t higher : {std::int16_t(-kMaxScore), std::int16_t{77}, kMaxScore}) {
+        rank = before;
+        k().score_rank({scores.data(), offset.data(), rank.data(), block_max.data(), stride, slots,
+                        group, true, higher});
+        expected.assign(maxima, INT16_MIN);
+        for (std::int64_t i = 0; i < slots; ++i) {
+          int best = INT_MIN;
+          for (int g = 0; g < group; ++g) best = std::max(best, scores[g * stride + i] - offset[g]);
+          best = best > kNoScore ? std::min<int>(best + higher, kMaxScore) : kNoScore;
+          best = std::max<int>(best, before[i]);
+          ASSERT_EQ(rank[i], best) << "G " << group << ", slot " << i << ", higher " << higher;
+          std::int16_t& max = expected[i / kRankBlock * kRankLanes + i % kRankLanes];
+          max = std::max(max, rank[i]);
+        }
+        expected.push_back(12345);
+        ASSERT_EQ(block_max, expected) << "G " << group << ", " << slots << ", higher " << higher;
+      }
+    }
+  }
+}
+
+TEST_P(SimdScoreTest, RoundsRows) {
+  for (const int dims : {8, 16, 24, 32, 40, 64, kMaxSketchRank}) {
+    for (const std::int64_t n : {0, 1, 2, 5, 16}) {
+      std::vector<float> rows = normal(static_cast<std::size_t>(n * dims)), expected = rows;
+      const std::vector<float> factors = normal(dims), mean = normal(dims), zero = normal(dims);
+      float largest = 0.0f;
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        expected[i] *= factors[i % dims];
+        largest = std::max(largest, std::abs(expected[i]));
+      }
+      rows.push_back(5.0f);
+      ASSERT_EQ(k().scale_columns(rows.data(), factors.data(), n, dims), largest);
+      for (std::size_t i = 0; i < expected.size(); ++i) ASSERT_EQ(rows[i], expected[i]);
+
+      // Ties, and both ends of the range.
+      const float scale = n == 5 ? 0.25f : std::max(largest, 1.0f) / 127.0f;
+      for (std::int64_t i = 0; i < n; ++i) {
+        rows[i * dims] = scale * 127.0f;
+        rows[i * dims + 1] = -scale * 127.0f;
+        rows[i * dims + 2] = scale * 2.5f;
+        rows[i * dims + 3] = -scale * 1.5f;
+        if (n == 5) {
+          for (int j = 4; j < dims; ++j) rows[i * dims + j] = 0.0f;
+        }
+      }
+      std::vector<std::int8_t> rounded(static_cast<std::size_t>(n * dims) + 1, 99);
+      std::vector<std::int32_t> positive(n + 1, 99), negative(n + 1, 99);
+      std::vector<float> rest(n + 1, 99.0f);
+      k().round_rows({rows.data(), mean.data(), zero.data(), rounded.data(), positive.data(),
+                      negative.data(), rest.data(), scale, n, dims});
+      for (std::int64_t i = 0; i < n; ++i) {
+        int above = 0, below = 0;
+        double left = 0.0, size = 0.0;
+        for (int j = 0; j < dims; ++j) {
+          const float x = rows[i * dims + j];
+          const auto q = static_cast<int>(std::lrintf(x / scale));
+          ASSERT_EQ(rounded[i * dims + j], q) << x / scale;
+          (q > 0 ? above : below) += q;
+          const double one = (double{x} - double{scale} * q) * mean[j], other = double{x} * zero[j];
+          left += one - other;
+          size += std::abs(one) + std::abs(other);
+        }
+        ASSERT_EQ(positive[i], above);
+        ASSERT_EQ(negative[i], below);
+        ASSERT_NEAR(rest[i], left, 1e-5 * size);
+      }
+      ASSERT_EQ(rows[n * dims], 5.0f) << "wrote past the end";
+      ASSERT_EQ(rounded[n * dims], 99) << "wrote past the end";
+      ASSERT_EQ(positive[n], 99) << "wrote past the end";
+      ASSERT_EQ(negative[n], 99) << "wrote past the end";
+      ASSERT_EQ(rest[n], 99.0f) << "wrote past the end";
     }
   }
 }

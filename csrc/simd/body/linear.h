@@ -35,7 +35,7 @@ void axpy(float a, const float* x, float* y, std::size_t n) {
 // rows lie side by side whatever m is (a power of two would map them all to one cache set).
 void matmul(const float* a, const float* b, float* c, std::int64_t n, std::int64_t k,
             std::int64_t m) {
-  constexpr std::int64_t kRowBlock = 192;
+  constexpr std::int64_t kRowBlock = 256;
   constexpr std::int64_t kDepth = 256;
   constexpr std::int64_t kColumns = kTileVectors * kWidth;
   alignas(64) float panel[kDepth * kColumns];
@@ -63,7 +63,11 @@ void matmul(const float* a, const float* b, float* c, std::int64_t n, std::int64
         for (int i = 0; i < depths; ++i) {
           const float* from = b + (depth + i) * m + column;
           float* to = panel + i * kColumns;
-          for (int j = 0; j < columns; ++j) to[j] = from[j];
+          if (columns == kColumns) {
+            __builtin_memcpy(to, from, sizeof(float) * kColumns);
+          } else {
+            for (int j = 0; j < columns; ++j) to[j] = from[j];
+          }
         }
         TileArgs tile;
         tile.a = a + row * k + depth;

@@ -85,7 +85,8 @@ void score_mass(const ScoreMassArgs& args) {
   }
 }
 
-void score_rank(const ScoreRankArgs& args) {
+template <bool kJoins>
+ICECACHE_INLINE void rank_slots(const ScoreRankArgs& args) {
   constexpr std::int64_t kLanes = kRankLanes;
   for (std::int64_t block = 0; block < args.slots; block += kRankBlock) {
     Vec16S best = Vec16S{} + std::int16_t{INT16_MIN};
@@ -98,11 +99,23 @@ void score_rank(const ScoreRankArgs& args) {
         other -= args.offset[g];
         rank = rank > other ? rank : other;
       }
+      if (kJoins) {
+        const Vec16S most = Vec16S{} + kMaxScore;
+        other = rank + args.higher;
+        other = other < most ? other : most;
+        rank = rank > kNoScore ? other : Vec16S{} + kNoScore;
+        load_bytes(&other, args.rank + i);
+        rank = rank > other ? rank : other;
+      }
       store_bytes(args.rank + i, &rank);
       best = rank > best ? rank : best;
     }
     store_bytes(args.block_max + block / kRankBlock * kLanes, &best);
   }
+}
+
+void score_rank(const ScoreRankArgs& args) {
+  args.joins ? rank_slots<true>(args) : rank_slots<false>(args);
 }
 
 }  // namespace
