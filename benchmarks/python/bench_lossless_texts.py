@@ -14,9 +14,9 @@ is another than the answer's, the token counts as different, unless the two best
 
     python benchmarks/python/bench_lossless_texts.py --json benchmarks/results/lossless_texts.json
 
-`--prompts 1 --steps 5500 --kinds novels --lengths 512 --sample` is one long generation. With
-`--decoding budget` it says how far decoding without verification drifts, with `--decoding refresh`
-how much of that stays where every 256 tokens are computed once more.
+`--prompts 1 --steps 5488 --kinds novels --lengths 512 --sample` is one long generation. With
+`--along --decoding budget,refresh` the answer is the novel's own text: how far decoding without
+verification drifts, and how much of that stays where every 256 tokens are computed once more.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from lengths import parse_lengths
 from quality_prompts import DATA, check_data
 from rich.console import Console
 from rich.progress import Progress
+from transformers import LogitsProcessor
 
 EXAMPLES = 8  # worked, before a question
 Ids = torch.Tensor  # [T]
@@ -62,13 +63,25 @@ class Decoding(str, Enum):
         return {"refresh_every": 256} if self is Decoding.refresh else {}
 
 
+class Along(LogitsProcessor):
+    """Chooses a text's own tokens."""
+
+    def __init__(self, text: Ids) -> None:
+        self._text = text
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self._text[ids.shape[1]].view(1)
+        return torch.full_like(scores, -torch.inf).index_fill(1, token, 0.0)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was found of one prompt."""
 
+    decoding: Decoding
     kind: str
     length: int  # tokens of the prompt
-    different: int  # tokens of the answer; of a sampled one meaningless
+    different: int  # tokens of the answer; meaningless unless full attention's best is chosen
     seconds: float  # a token, the first left out
     kl: torch.Tensor  # [steps], nats
     kept: int
@@ -79,10 +92,10 @@ class Answer:
 class Plan:
     """What all answers have in common."""
 
-    decoding: Decoding
     steps: int
     token_budget: int
     sample: bool
+    along: bool
 
 
 def longbench(tokenizer: Any, data: Path) -> Iterator[Ids]:
@@ -103,8 +116,8 @@ def questions(tokenizer: Any, data: Path) -> Iterator[Ids]:
         yield as_chat(tokenizer, f"{text}Question: {asked['question']}\nThink step by step.")
 
 
-def stretches(tokenizer: Any, data: Path, lengths: list[int]) -> Iterator[Ids]:
-    """Of novels, plays and essays in turn, of each length in turn."""
+def stretches(tokenizer: Any, data: Path, lengths: list[int], more: int) -> Iterator[Ids]:
+    """Of novels, plays and essays in turn, of each length in turn, and `more` tokens behind it."""
     sizes = itertools.cycle(lengths)
     texts = []
     for name in ("mobydick.txt", "tinyshakespeare.txt", "wikitext2_test.txt"):
@@ -112,15 +125,19 @@ def stretches(tokenizer: Any, data: Path, lengths: list[int]) -> Iterator[Ids]:
         texts.append(torch.tensor(tokenizer(text[:1_000_000], verbose=False).input_ids))
     for start in itertools.count(1000, 20_000):
         for ids in texts:
-            size = next(sizes)
+            size = next(sizes) + more
             if start + size > ids.shape[0]:
                 return
             yield ids[start : start + size]
 
 
-def ask(model: Any, enabled: Any, kind: str, prompt: Ids, plan: Plan) -> Answer:
-    """An answer of the enabled model to `prompt`, read again by the stock one."""
+def ask(model: Any, enabled: Any, name: Decoding, kind: str, text: Ids, plan: Plan) -> Answer:
+    """An answer of the enabled model to a prompt, read again by the stock one.
+
+    `text`: the prompt, and the answer where that is given.
+    """
     before, clock, steps = drafts_of(enabled), Clock(), plan.steps
+    prompt = text[:-steps] if plan.along else text
     torch.manual_seed(0)
     output = enabled.generate(
         prompt[None],
@@ -128,6 +145,7 @@ def ask(model: Any, enabled: Any, kind: str, prompt: Ids, plan: Plan) -> Answer:
         max_new_tokens=steps,
         min_new_tokens=steps,
         do_sample=plan.sample,
+        logits_processor=[Along(text)] if plan.along else [],
         pad_token_id=0,
         streamer=clock,
         return_dict_in_generate=True,
@@ -147,6 +165,7 @@ def ask(model: Any, enabled: Any, kind: str, prompt: Ids, plan: Plan) -> Answer:
     own = stock.gather(1, chosen[:, None])[:, 0]
     different = (own < best[:, 0]) & (best[:, 0] - best[:, 1] >= TIE)
     return Answer(
+        name,
         kind,
         length,
         int(different.sum()),
@@ -159,16 +178,18 @@ def ask(model: Any, enabled: Any, kind: str, prompt: Ids, plan: Plan) -> Answer:
 
 def results(answers: list[Answer], plan: Plan) -> list[Result]:
     found = []
+    decodings = list(dict.fromkeys(one.decoding for one in answers))
     kinds = sorted({one.kind for one in answers})
-    for kind in [*kinds, "all"]:
-        own = [one for one in answers if kind in (one.kind, "all")]
+    for name, kind in itertools.product(decodings, [*kinds, "all"]):
+        own = [one for one in answers if one.decoding is name and kind in (one.kind, "all")]
         kl = torch.cat([one.kl for one in own])
         params = {
             "kind": kind,
             "n": len(own),
-            "decoding": plan.decoding.value,
+            "decoding": name.value,
             "steps": plan.steps,
             "sampled": plan.sample,
+            "along_text": plan.along,
             "token_budget": plan.token_budget,
             "shortest": min(one.length for one in own),
             "longest": max(one.length for one in own),
@@ -178,7 +199,7 @@ def results(answers: list[Answer], plan: Plan) -> list[Result]:
             Result("kl_mean", float(kl.mean()), "nats", params),
             Result("tpot_ms", 1e3 * median(one.seconds for one in own), "ms", params),
         ]
-        if not plan.sample:
+        if not plan.sample and not plan.along:
             different = sum(one.different for one in own)
             found.append(Result("different_tokens", different, "tokens", params))
         if drafted := sum(one.drafted for one in own):
@@ -195,35 +216,44 @@ def main(
     kinds: Annotated[str, typer.Option(help="Kinds of text.")] = "longbench,questions,novels",
     lengths: Annotated[str, typer.Option(help="Tokens of novels.")] = "512,1500,3000,5000,7500",
     token_budget: Annotated[int, typer.Option(min=1, help="Of a draft.")] = 64,
-    decoding: Annotated[Decoding, typer.Option(help="What is measured.")] = Decoding.lossless,
+    decoding: Annotated[str, typer.Option(help="Of lossless, refresh, budget.")] = "lossless",
     sample: Annotated[bool, typer.Option("--sample", help="Sampled answers, else greedy.")] = False,
+    along: Annotated[bool, typer.Option("--along", help="Novels go on with their text.")] = False,
 ) -> None:
     """Check lossless decoding on many texts; takes about an hour."""
     check_data(data)
     model, tokenizer = load_model(icecache.models.smollm2(), "float32")
-    plan = Plan(decoding, steps, token_budget, sample)
-    enabled = icecache.enable(twin(model), token_budget, **decoding.settings)
+    decodings = [Decoding(name) for name in decoding.split(",")]
+    chosen = kinds.split(",")
+    if along and (chosen != ["novels"] or Decoding.lossless in decodings):
+        # Drafts know nothing of the text.
+        raise typer.BadParameter("--along: expected --kinds novels, --decoding budget or refresh")
+    plan = Plan(steps, token_budget, sample, along)
+    enabled = {
+        name: icecache.enable(twin(model), token_budget, **name.settings) for name in decodings
+    }
     sources = {
         "longbench": longbench(tokenizer, data),
         "questions": questions(tokenizer, data),
-        "novels": stretches(tokenizer, data, parse_lengths(lengths)),
+        "novels": stretches(tokenizer, data, parse_lengths(lengths), steps if along else 0),
     }
-    chosen = kinds.split(",")
     answers: list[Answer] = []
     with Progress(console=Console(), transient=True) as bar:
-        task = bar.add_task("", total=prompts * len(chosen))
+        task = bar.add_task("", total=prompts * len(chosen) * len(decodings))
         # Kind by kind in turn, so that results of a run that was cut short are of all of them.
         for _ in range(prompts):
             for kind in chosen:
-                prompt = next(sources[kind])
-                check_context(model.config, prompt.shape[0], steps)
-                answers.append(ask(model, enabled, kind, prompt, plan))
-                bar.advance(task)
-                if json is not None:
-                    meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32"}
-                    write_json(json, meta, results(answers, plan))
+                text = next(sources[kind])
+                check_context(model.config, text.shape[0], 0 if along else steps)
+                for name, one in enabled.items():
+                    answers.append(ask(model, one, name, kind, text, plan))
+                    bar.advance(task)
+                    if json is not None:
+                        meta = {**machine(), "model": "SmolLM2-135M-Instruct, float32"}
+                        write_json(json, meta, results(answers, plan))
     for result in results(answers, plan):
-        print(f"{result.params['kind']:10} {result.name:18} {result.value:.4g}")
+        params = result.params
+        print(f"{params['decoding']:9} {params['kind']:10} {result.name:18} {result.value:.4g}")
 
 
 if __name__ == "__main__":
