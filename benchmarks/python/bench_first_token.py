@@ -110,7 +110,8 @@ def main(
     for budget in chosen:
         made = icecache.enable(twin(model), BUDGET, prefill_budget=budget)
         models[f"prefill_{budget}"] = made
-    console, found = Console(), []
+    console = Console()
+    found: list[Result] = []
     table = Table("prompt", "method", "first token s", "of exact", "of sdpa", "built behind it s")
     with Progress(console=console, transient=True) as bar:
         for length in sizes:

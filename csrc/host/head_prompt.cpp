@@ -116,62 +116,59 @@ void HeadCache::look_back(std::int32_t first_position, std::span<const Segment> 
   }
 }
 
-// A mean moves away from what is taken out of it.
+// A mean moves away from what is taken out of it. Of keys it is that of all tokens of a node, also
+// where the segment is cut.
 void HeadCache::take_picks_out(const Segment& segment, std::span<const BlockSelector::Pick> picks,
                                AttendWorkspace& workspace) const {
   const SemanticIndex& index = segment.index();
   const NodeKeys& keys = index.node_keys();
-  const std::size_t d = context_.head_dim, nodes = index.node_count();
-  const std::size_t dims = NodeKeys::dims(index.space().metric.rank);
-  const DType dtype = context_.dtype;
-  std::vector<float>& counts = workspace.node_counts;
-  counts.resize(nodes);
-  for (std::size_t c = 0; c < nodes; ++c)
-    counts[c] = static_cast<float>(segment.node_tokens(static_cast<int>(c)));
-  for (const BlockSelector::Pick& pick : picks) {
-    counts[index.node_of(pick.page.local_page)] -=
-        static_cast<float>(std::popcount(pick.page.slots));
+  const int d = context_.head_dim, nodes = keys.node_count();
+  const int dims = NodeKeys::dims(index.space().metric.rank);
+  workspace.node_counts.resize(nodes);
+  workspace.node_values.resize(static_cast<std::size_t>(nodes) * d);
+  workspace.node_keys.assign(keys.means().begin(), keys.means().end());
+  workspace.node_spreads.assign(keys.spreads().begin(), keys.spreads().end());
+  for (int c = 0; c < nodes; ++c) {
+    workspace.node_counts[c] = static_cast<float>(segment.node_tokens(c));
+    simd::kernels().to_float(segment.node_mean(c), context_.dtype,
+                             &workspace.node_values[static_cast<std::size_t>(c) * d], d);
   }
-  workspace.node_keys.resize(d * nodes);
-  workspace.node_spreads.resize(dims * nodes);
-  workspace.node_values.resize(nodes * d);
-  std::size_t next = 0;
   // Picks of a node follow one another, as its pages do.
-  for (std::size_t c = 0; c < nodes; ++c) {
-    const int node = static_cast<int>(c);
-    float key[kMaxHeadDim], value[kMaxHeadDim], one[kMaxHeadDim], sum[kMaxSketchRank],
-        square[kMaxSketchRank];
+  for (auto first = picks.begin(), end = first; first != picks.end(); first = end) {
+    const int node = index.node_of(first->page.local_page);
+    float picked = 0.0f;
+    for (; end != picks.end() && index.node_of(end->page.local_page) == node; ++end)
+      picked += static_cast<float>(std::popcount(end->page.slots));
+    const float left = std::max(workspace.node_counts[node] -= picked, 1.0f);
+    const float keys_left =
+        std::max(static_cast<float>(index.far_field().tokens(node)) - picked, 1.0f);
+    float key[kMaxHeadDim], mean[kMaxHeadDim], whole[kMaxHeadDim], one[kMaxHeadDim],
+        sum[kMaxSketchRank], square[kMaxSketchRank];
     std::uint8_t codes[kMaxSketchRank];
-    const float* mean_key = keys.mean(node);
-    std::copy_n(mean_key, d, key);
-    simd::kernels().to_float(segment.node_mean(node), dtype, value, d);
-    float whole[kMaxHeadDim];
+    float* value = &workspace.node_values[static_cast<std::size_t>(node) * d];
     std::copy_n(value, d, whole);
+    for (int i = 0; i < d; ++i) key[i] = mean[i] = workspace.node_keys[i * nodes + node];
     std::copy_n(keys.sum(node), dims, sum);
     std::copy_n(keys.square(node), dims, square);
-    const float left = std::max(counts[c], 1.0f);
-    for (; next < picks.size() && index.node_of(picks[next].page.local_page) == node; ++next) {
-      const int page = picks[next].page.local_page;
-      for (std::uint32_t slots = picks[next].page.slots; slots != 0; slots &= slots - 1) {
+    for (; first != end; ++first) {
+      const int page = first->page.local_page;
+      for (std::uint32_t slots = first->page.slots; slots != 0; slots &= slots - 1) {
         const int slot = std::countr_zero(slots);
         index.table().key(page, slot, one);
-        for (std::size_t i = 0; i < d; ++i) key[i] -= (one[i] - mean_key[i]) / left;
+        for (int i = 0; i < d; ++i) key[i] -= (one[i] - mean[i]) / keys_left;
         index.table().value(page, slot, one);
-        for (std::size_t i = 0; i < d; ++i) value[i] -= (one[i] - whole[i]) / left;
-        index.sketch().read(page, slot, static_cast<int>(dims), codes);
-        for (std::size_t j = 0; j < dims; ++j) {
+        for (int i = 0; i < d; ++i) value[i] -= (one[i] - whole[i]) / left;
+        index.sketch().read(page, slot, dims, codes);
+        for (int j = 0; j < dims; ++j) {
           const auto code = static_cast<float>(codes[j]);
           sum[j] -= code;
           square[j] -= code * code;
         }
       }
     }
-    for (std::size_t i = 0; i < d; ++i) workspace.node_keys[i * nodes + c] = key[i];
-    std::copy_n(value, d, &workspace.node_values[c * d]);
-    for (std::size_t j = 0; j < dims; ++j) {
-      const float mean = sum[j] / left;
-      workspace.node_spreads[j * nodes + c] = 0.5f * std::max(0.0f, square[j] / left - mean * mean);
-    }
+    for (int i = 0; i < d; ++i) workspace.node_keys[i * nodes + node] = key[i];
+    for (int j = 0; j < dims; ++j)
+      workspace.node_spreads[j * nodes + node] = NodeKeys::spread(sum[j], square[j], keys_left);
   }
 }
 
@@ -199,16 +196,17 @@ void HeadCache::add_nodes(std::size_t number, std::span<const BlockSelector::Pic
     float& count = workspace.node_counts[c];
     count = count > 0.0f ? std::log(count) : -INFINITY;
   }
+  for (std::int64_t i = 0; cap > 0.0f && i < rows * nodes;
+       ++i) {  // what the cap leaves of differences
+    const float slope = 1.0f - logits[i] / cap * (logits[i] / cap);
+    spreads[i] *= slope * slope;
+  }
+  const float* count = workspace.node_counts.data();
   for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < nodes; ++c) {
-      float& logit = logits[r * nodes + c];
-      float spread = spreads[r * nodes + c];
-      if (cap > 0.0f) {  // what the cap leaves of differences
-        const float slope = 1.0f - logit / cap * (logit / cap);
-        spread *= slope * slope;
-      }
-      logit += std::min(spread, kMostSpread) + workspace.node_counts[c];
-    }
+    float* logit = &logits[r * nodes];
+    const float* spread = &spreads[r * nodes];
+    for (std::int64_t c = 0; c < nodes; ++c)
+      logit[c] += (spread[c] < kMostSpread ? spread[c] : kMostSpread) + count[c];
   }
   attention.add(
       logits, {workspace.node_values.data(), static_cast<std::size_t>(nodes) * context_.head_dim});

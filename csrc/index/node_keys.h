@@ -24,23 +24,28 @@ class NodeKeys {
            std::span<const std::vector<int>> pages_of_nodes);
 
   bool empty() const { return means_.empty(); }
-  // [D]
-  const float* mean(int node) const {
-    return means_.data() + static_cast<std::size_t>(node) * head_dim_;
-  }
-  // Sums over the node's tokens of their codes, and of their squares: [dims].
+  int node_count() const { return nodes_; }
+  // Mean keys [D, C], and half the variance of the codes [dims, C].
+  std::span<const float> means() const { return means_; }
+  std::span<const float> spreads() const { return spreads_; }
+  // Sums over a node's tokens of their codes, and of their squares: [dims].
   const float* sum(int node) const {
     return sums_.data() + static_cast<std::size_t>(2 * node) * dims_;
   }
   const float* square(int node) const { return sum(node) + dims_; }
+  // Half the variance of `tokens` codes.
+  static float spread(float sum, float square, float tokens) {
+    const float mean = sum / tokens, variance = square / tokens - mean * mean;
+    return variance > 0.0f ? 0.5f * variance : 0.0f;
+  }
   std::size_t memory_bytes() const {
-    return (means_.capacity() + sums_.capacity()) * sizeof(float);
+    return (means_.capacity() + spreads_.capacity() + sums_.capacity()) * sizeof(float);
   }
 
  private:
-  int head_dim_ = 0, dims_ = 0;
-  std::vector<float> means_;  // [C, D]
-  std::vector<float> sums_;   // [C, 2, dims]
+  int nodes_ = 0, dims_ = 0;
+  std::vector<float> means_, spreads_;
+  std::vector<float> sums_;  // [C, 2, dims]
 };
 
 }  // namespace icecache
