@@ -103,8 +103,12 @@ bool share_memory(const TensorMemory& a, const TensorMemory& b) {
   return a.element(0) < b.end() && b.element(0) < a.end();
 }
 
-void prefill(Self self, py::handle layer_number, py::handle sequence_number, py::handle keys,
-             py::handle values, py::handle queries) {
+// DeviceCache::prefill or extend, which take the same arguments.
+using Fill = void (DeviceCache::*)(int, int, const TensorView&, const TensorView&,
+                                   const TensorView&, void*);
+template <Fill fill>
+void fill_with(Self self, py::handle layer_number, py::handle sequence_number, py::handle keys,
+               py::handle values, py::handle queries) {
   const int layer = narrow_integer("layer", layer_number);
   const int sequence = narrow_integer("sequence", sequence_number);
   const auto view = [&](const char* name, py::handle tensor) {
@@ -115,7 +119,7 @@ void prefill(Self self, py::handle layer_number, py::handle sequence_number, py:
   const TensorView k = view("keys", keys), v = view("values", values), q = view("queries", queries);
   void* const stream = stream_of(self);
   const Unlocked unlocked;
-  self->prefill(layer, sequence, k, v, q, stream);
+  ((*self).*fill)(layer, sequence, k, v, q, stream);
 }
 
 void step(Self self, py::handle layer_number, py::handle queries, py::handle keys,
@@ -134,11 +138,17 @@ void step(Self self, py::handle layer_number, py::handle queries, py::handle key
   const auto o =
       contiguous(form_of(self, "out", dims, Use::kWritten), out, {count, shape.num_q_heads, 1, d});
   const std::int32_t* row_of_sequence = nullptr;
+  std::int64_t tokens = 1;
   std::vector<TensorMemory> held;
   if (!rows.is_none()) {
-    TensorForm form = form_of(self, "rows", "[B]");
+    TensorForm form = form_of(self, "rows", "[T, B]");
     form.is_int32 = true;
-    held.push_back(contiguous(form, rows, {self->batch()}));
+    tokens = TensorMemory(form, rows).size(0);
+    if (tokens < 1 || tokens > DeviceCache::kStepTokens) {
+      throw InvalidArgument(message("rows must be [T, B] with T from 1 to ",
+                                    DeviceCache::kStepTokens, ", got ", tokens));
+    }
+    held.push_back(contiguous(form, rows, {tokens, self->batch()}));
     row_of_sequence = reinterpret_cast<const std::int32_t*>(held.back().element(0));
   }
   const std::pair<const char*, const TensorMemory*> inputs[] = {
@@ -150,8 +160,8 @@ void step(Self self, py::handle layer_number, py::handle queries, py::handle key
   }
   void* const stream = stream_of(self);
   const Unlocked unlocked;
-  self->step(layer, q.element(0), k.element(0), v.element(0), o.element(0), stream,
-             row_of_sequence);
+  self->step(layer, q.element(0), k.element(0), v.element(0), o.element(0), stream, row_of_sequence,
+             static_cast<int>(tokens));
 }
 
 void gather(Self self, py::handle layer_number, py::handle sequence_number, py::handle keys,
@@ -246,8 +256,11 @@ void bind_device_cache(py::module_& module, std::int32_t tensors_on) {
   cache
       .def_property_readonly_static("room_step",
                                     [](const py::object&) { return DeviceCache::kRoomStep; })
+      .def_property_readonly_static("step_tokens",
+                                    [](const py::object&) { return DeviceCache::kStepTokens; })
       .def(py::init(&make_cache))
-      .def("prefill", &prefill)
+      .def("prefill", &fill_with<&DeviceCache::prefill>)
+      .def("extend", &fill_with<&DeviceCache::extend>)
       .def("built",
            [](Self self, py::handle layer_number) {
              const int layer = narrow_integer("layer", layer_number);

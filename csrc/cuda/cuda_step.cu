@@ -3,6 +3,7 @@
 #include "cuda/launch.h"
 #include "cuda/step.h"
 #include "cuda/step_append.h"
+#include "cuda/step_append_all.h"
 #include "cuda/step_attend.h"
 #include "cuda/step_attend_all.h"
 #include "cuda/step_pick.h"
@@ -56,26 +57,44 @@ void for_each_array(const StepShape& s, LayerState& layer, const Visit& visit) {
   typed(layer.counters, kCounters);
 }
 
+// Starts kernels that may begin before the one ahead has ended, where the device has that.
+class Starter {
+ public:
+  explicit Starter(Stream stream) : stream_(stream) {}
+  void operator()(const char* name, void (*kernel)(StepParams), dim3 grid, int threads,
+                  const StepParams& p, Chain chain = Chain::kBehind) const {
+    launch(name, kernel, grid, threads, stream_, p, is_chained_ ? chain : Chain::kNone);
+  }
+
+ private:
+  Stream stream_;
+  bool is_chained_ = can_chain();
+};
+
 template <typename T, int D>
-void launch_with(const StepParams& p, Stream stream) {
+void launch_attend_all(const StepParams& p, const Starter& start) {
   const StepShape& s = p.shape;
-  const bool chained = can_chain();
+  start("attend_all",
+        s.attend_tiles() == 1 ? attend_all_kernel<T, D, 1> : attend_all_kernel<T, D, 2>,
+        dim3(static_cast<unsigned>(s.attend_all_blocks() * p.tokens),
+             static_cast<unsigned>(s.pairs()), static_cast<unsigned>(s.attend_groups())),
+        kAttendBlock, p);
+}
+
+// The kernels of one token of each sequence.
+template <typename T, int D>
+void launch_chain(const StepParams& p, const Starter& start_with) {
+  const StepShape& s = p.shape;
   const auto start = [&](const char* name, void (*kernel)(StepParams), dim3 grid, int threads,
                          Chain chain = Chain::kBehind) {
-    launch(name, kernel, grid, threads, stream, p, chained ? chain : Chain::kNone);
+    start_with(name, kernel, grid, threads, p, chain);
   };
   const auto pairs = static_cast<unsigned>(s.pairs());
   const auto chunked = [&](int resident) {
     return dim3(static_cast<unsigned>(s.blocks_of_pair(resident)), pairs);
   };
   start("append", append_kernel<T, D>, dim3(pairs, 3), kBlock);
-  if (s.extents > 0) {
-    start("attend_all",
-          s.attend_tiles() == 1 ? attend_all_kernel<T, D, 1> : attend_all_kernel<T, D, 2>,
-          dim3(static_cast<unsigned>(s.attend_all_blocks()), pairs,
-               static_cast<unsigned>(s.attend_groups())),
-          kAttendBlock);
-  }
+  if (s.extents > 0 && p.tokens == 1) launch_attend_all<T, D>(p, start_with);
   const bool wide = s.far_node_tokens == 2 * kWarp;
   start("scan",
         s.words() == 4 ? (wide ? scan_kernel<4, true> : scan_kernel<4, false>)
@@ -92,6 +111,23 @@ void launch_with(const StepParams& p, Stream stream) {
                     static_cast<unsigned>(s.attend_groups()));
   start("attend", s.attend_tiles() == 1 ? attend_kernel<T, D, 1> : attend_kernel<T, D, 2>, blocks,
         kAttendBlock, Chain::kBeside);
+}
+
+template <typename T, int D>
+void launch_with(const StepParams& p, Stream stream) {
+  const Starter start(stream);
+  if (p.tokens == 1) return launch_chain<T, D>(p, start);
+  if (p.shape.extents > 0) {
+    start("append_all", append_all_kernel<T, D>, dim3(static_cast<unsigned>(p.shape.pairs()), 2),
+          kBlock, p);
+    launch_attend_all<T, D>(p, start);
+  }
+  StepParams of_token = p;
+  for (int token = 0; token < p.tokens; ++token) {
+    of_token.token = token;
+    of_token.rows = p.rows + std::int64_t{token} * p.shape.batch;
+    launch_chain<T, D>(of_token, start);
+  }
 }
 
 template <typename T>
@@ -182,9 +218,11 @@ void copy_pairs(const StepShape& s, const LayerState& layer, std::int64_t from, 
 std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   Layout layout(memory);
   const std::int64_t pairs = s.pairs(), heads = s.padded_group();
-  layout.place(scratch.inputs, pairs);
+  const std::int64_t tokens = s.extents > 0 ? kMaxStepTokens : 1;
+  layout.place(scratch.inputs, tokens * pairs);
   layout.place(scratch.lengths, pairs);
-  layout.place(scratch.resident_lengths, pairs);
+  layout.place(scratch.resident_lengths, tokens * pairs);
+  layout.place(scratch.taken, pairs);
   layout.place(scratch.query_codes, pairs * heads * s.rank);
   layout.place(scratch.unit, pairs);
   layout.place(scratch.bias, pairs * heads);
@@ -208,10 +246,10 @@ std::size_t place(const StepShape& s, std::byte* memory, StepScratch& scratch) {
   layout.place(scratch.entry_sources, pairs * s.entries());
   layout.place(scratch.entry_weights, pairs * s.entries() * heads);
   layout.place(scratch.far_scale, pairs * heads);
-  layout.place(scratch.partial, pairs * s.partial_blocks() * heads * s.head_dim);
-  layout.place(scratch.partial_sum, pairs * s.partial_blocks() * heads);
-  layout.place(scratch.partial_max, pairs * s.partial_blocks() * heads);
-  layout.place(scratch.blocks_done, pairs);
+  layout.place(scratch.partial, s.partial_sums() * heads * s.head_dim);
+  layout.place(scratch.partial_sum, s.partial_sums() * heads);
+  layout.place(scratch.partial_max, s.partial_sums() * heads);
+  layout.place(scratch.blocks_done, tokens * pairs);
   return layout.bytes();
 }
 

@@ -16,6 +16,11 @@
 //            split over blocks and merged by the last; values that are missing come from host
 //            memory
 //
+// A step may bring several tokens for a sequence, each of which attends to those before it: drafts,
+// and the token ahead of them. append_all then appends all tokens of residents, attend_all answers
+// them in one launch, and the chain above runs once for each token of the others. The results are
+// those of as many steps of one token, to the bit.
+//
 // The unit that moves and is cached is a token's row, not its page: a step picks few tokens of each
 // page, and rows of 128 bytes and more already fill the link (docs/cuda.md).
 //
@@ -45,6 +50,7 @@ constexpr std::int64_t extents_of(std::int64_t tokens) {
   return (tokens + kExtentTokens - 1) / kExtentTokens;
 }
 constexpr int kAttendAllMost = 64;  // blocks of a pair in attend_all
+constexpr int kMaxStepTokens = 16;  // of a sequence in one step
 constexpr int kCounters = 5;        // of a pair
 // Blocks of attend that a multiprocessor holds at once, by the fours of heads that each takes.
 constexpr int attend_resident(int tiles) {
@@ -130,9 +136,12 @@ struct StepShape {
     return std::clamp(share, 1,
                       std::clamp(extents * (kExtentTokens / kAttendLeast), 1, kAttendAllMost));
   }
-  // Parts of a pair's sum that one block merges, at most.
-  constexpr int partial_blocks() const {
-    return extents > 0 ? std::max(attend_blocks(), attend_all_blocks()) : attend_blocks();
+  // Sums that blocks hand to those which merge them, at most: in attend_all of all tokens of a step.
+  constexpr std::int64_t partial_sums() const {
+    const int of_pair = extents > 0
+                            ? std::max(attend_blocks(), kMaxStepTokens * attend_all_blocks())
+                            : attend_blocks();
+    return std::int64_t{of_pair} * pairs();
   }
   // Blocks of rank and choose for each pair, of which a multiprocessor holds `resident`.
   constexpr int blocks_of_pair(int resident) const {
@@ -173,10 +182,13 @@ struct LayerState {
 
 // What the kernels of a step hand to each other; used again by every layer.
 struct StepScratch {
-  std::int32_t* inputs = nullptr;  // [X] row * Hkv + h of queries, keys, ...; < 0: none
+  // Arrays [U, X] have a place for each of the kMaxStepTokens tokens of a step, in which attend_all
+  // answers all tokens of residents; other kernels use the first [X].
+  std::int32_t* inputs = nullptr;  // [U, X] row * Hkv + h of queries, keys, ...; < 0: none
   // [X] before the step; < 0: not in it; or kFull, kResident (step_common.h)
   std::int32_t* lengths = nullptr;
-  std::int32_t* resident_lengths = nullptr;  // [X] of residents, before the step; < 0: none
+  std::int32_t* resident_lengths = nullptr;  // [U, X] of residents, before the token; < 0: none
+  std::int32_t* taken = nullptr;             // [X] tokens of the step that attend_all answers
   std::int8_t* query_codes = nullptr;        // [X, H, R]
   float* unit = nullptr;                     // [X] nats of one score
   float* bias = nullptr;                     // [X, H]
@@ -203,22 +215,27 @@ struct StepScratch {
   std::int32_t* entry_sources = nullptr;  // [X, entries] index token of a missing value; -1: none
   float* entry_weights = nullptr;         // [X, entries, H]
   float* far_scale = nullptr;             // [X, H]
-  // Of what blocks of attend, or of attend_all, hand to the one that merges them, T of a pair.
-  float* partial = nullptr;              // [X, T, H, D]
-  float* partial_sum = nullptr;          // [X, T, H]
-  float* partial_max = nullptr;          // [X, T, H] base-2 logits that the sums are relative to
-  std::uint32_t* blocks_done = nullptr;  // [X]
+  // Of what blocks of attend, or of attend_all, hand to the one that merges them, T of a pair, or of
+  // a token of it.
+  float* partial = nullptr;              // [U, X, T, H, D]
+  float* partial_sum = nullptr;          // [U, X, T, H]
+  float* partial_max = nullptr;          // [U, X, T, H] base-2 logits that sums are relative to
+  std::uint32_t* blocks_done = nullptr;  // [U, X]
 };
 
 // A step of one layer. Rows of queries, keys, values and out are contiguous; A rows, one for each
-// sequence that takes part.
+// token of each sequence that takes part.
 struct StepParams {
   StepShape shape;
   LayerState layer;
   StepScratch scratch;
-  const std::int32_t* rows = nullptr;  // [B] row of each sequence; < 0: none. Null: row b, A = B
-  const void* queries = nullptr;       // [A, Hq, D]
-  const void* keys = nullptr;          // [A, Hkv, D]
+  int tokens = 1;  // of a sequence, at most; 1..kMaxStepTokens
+  int token = 0;   // of them, that the kernels of the chain are for, whose `rows` are [B]
+  // [tokens, B] row of each token of each sequence, in their order; < 0: none. Null: row b, A = B,
+  // and one token.
+  const std::int32_t* rows = nullptr;
+  const void* queries = nullptr;  // [A, Hq, D]
+  const void* keys = nullptr;     // [A, Hkv, D]
   const void* values = nullptr;
   void* out = nullptr;  // [A, Hq, D]; 0 for an empty sequence, NaN for one without room
 };

@@ -5,33 +5,69 @@
 
 namespace icecache::gpu {
 
+// Shared memory of a block that gives tokens their sketches.
+template <int D>
+struct SketchMemory {
+  static constexpr int kMaxRank = 64;
+  float key[D];
+  float slices[kBlock];
+  float projected[kMaxRank];
+};
+
+// A token joins the index of pair x: its row goes to its host page, and it gets a sketch. All
+// threads of the block call it.
+template <typename T, int D>
+__device__ __forceinline__ void index_token(const StepShape& s, const LayerState& layer, int x,
+                                            int token, const T* row_key, const T* row_value,
+                                            SketchMemory<D>& shared) {
+  using Shape = RowShape<T, D>;
+  const int thread = threadIdx.x, rank = s.rank;
+  if (thread == 0) row_of(s, layer, x, token) = -1;
+  auto* const page = reinterpret_cast<uint4*>(page_of(s, layer, x, token)) +
+                     (token & (s.page_size - 1)) * Shape::kVectors;
+  if (thread < Shape::kVectors) {
+    page[thread] = vectors_of(row_key)[thread];
+  } else if (thread < 2 * Shape::kVectors) {
+    const int v = thread - Shape::kVectors;
+    page[s.page_size * Shape::kVectors + v] = vectors_of(row_value)[v];
+  }
+  const float* mean_key = layer.mean_key + static_cast<std::int64_t>(x) * D;
+  for (int d = thread; d < D; d += kBlock) shared.key[d] = to_float(row_key[d]) - mean_key[d];
+  __syncthreads();
+  const int per_slice = D * rank / kBlock, r = thread % rank, slice = thread / rank;
+  const float* basis = layer.from_key + static_cast<std::int64_t>(x) * D * rank;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int d = slice * per_slice; d < (slice + 1) * per_slice; ++d) {
+    sum += shared.key[d] * basis[d * rank + r];
+  }
+  shared.slices[thread] = sum;
+  __syncthreads();
+  if (thread < rank) {
+    for (int other = thread + rank; other < kBlock; other += rank) sum += shared.slices[other];
+    shared.projected[thread] = sum;
+  }
+  __syncthreads();
+  if (thread < s.words()) {
+    const std::int64_t first = static_cast<std::int64_t>(x) * rank + thread * kCodesPerWord;
+    codes_of(s, layer, x, token)[thread] = pack_codes(shared.projected + thread * kCodesPerWord,
+                                                      layer.low + first, layer.step + first);
+  }
+}
+
 // The token that leaves the window goes to its host page, and the new one takes its place, and
 // one in the extent of a resident sequence.
 template <typename T, int D>
 __device__ void store_token(const StepParams& p, int x, int input, int length, bool is_resident) {
-  using Shape = RowShape<T, D>;
-  constexpr int kMaxRank = 64;
-  __shared__ float key[D];
-  __shared__ float slices[kBlock];
-  __shared__ float projected[kMaxRank];
+  __shared__ SketchMemory<D> shared;
   const StepShape& s = p.shape;
-  const int thread = threadIdx.x, rank = s.rank, row = near_row(s, length);
+  const int thread = threadIdx.x, row = near_row(s, length);
   const std::int64_t at = (static_cast<std::int64_t>(x) * s.rows() + row) * D;
   T* row_key = static_cast<T*>(p.layer.row_keys) + at;
   T* row_value = static_cast<T*>(p.layer.row_values) + at;
   const int displaced = length - s.near_rows();
   if (displaced >= 0) {
-    if (thread == 0) row_of(s, p.layer, x, displaced) = -1;
-    const float* mean_key = p.layer.mean_key + static_cast<std::int64_t>(x) * D;
-    if (thread < Shape::kVectors) {
-      reinterpret_cast<uint4*>(host_key<T>(p, x, displaced, D))[thread] =
-          vectors_of(row_key)[thread];
-    } else if (thread < 2 * Shape::kVectors) {
-      const int v = thread - Shape::kVectors;
-      reinterpret_cast<uint4*>(host_value<T>(p, x, displaced, D))[v] = vectors_of(row_value)[v];
-    }
     for (int d = thread; d < D; d += kBlock) {
-      key[d] = to_float(row_key[d]) - mean_key[d];
       const int in_node = displaced & (s.far_node_tokens - 1);
       float* open = p.layer.open_sum + static_cast<std::int64_t>(x) * D + d;
       const float sum = (in_node == 0 ? 0.0f : *open) + to_float(row_value[d]);
@@ -39,26 +75,7 @@ __device__ void store_token(const StepParams& p, int x, int input, int length, b
       mean_of<T>(s, p.layer, x, displaced >> s.far_shift(), D)[d] =
           from_float<T>(divide(sum, static_cast<float>(in_node + 1)));
     }
-    __syncthreads();
-    const int per_slice = D * rank / kBlock, r = thread % rank, slice = thread / rank;
-    const float* basis = p.layer.from_key + static_cast<std::int64_t>(x) * D * rank;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int d = slice * per_slice; d < (slice + 1) * per_slice; ++d) {
-      sum += key[d] * basis[d * rank + r];
-    }
-    slices[thread] = sum;
-    __syncthreads();
-    if (thread < rank) {
-      for (int other = thread + rank; other < kBlock; other += rank) sum += slices[other];
-      projected[thread] = sum;
-    }
-    __syncthreads();
-    if (thread < s.words()) {
-      const std::int64_t first = static_cast<std::int64_t>(x) * rank + thread * kCodesPerWord;
-      codes_of(s, p.layer, x, displaced)[thread] =
-          pack_codes(projected + thread * kCodesPerWord, p.layer.low + first, p.layer.step + first);
-    }
+    index_token<T, D>(s, p.layer, x, displaced, row_key, row_value, shared);
   }
   __syncthreads();
   const T* new_key = static_cast<const T*>(p.keys) + static_cast<std::int64_t>(input) * D;
@@ -222,7 +239,9 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
   const int input = row < 0 ? -1 : row * heads + x % heads;
   int length = row < 0 ? -1 : p.layer.lengths[x];
   if (length >= p.shape.near_rows() + p.layer.room[x]) length = kFull;
-  const bool is_resident = p.shape.extents > 0 && !is_idle(length) &&
+  // Of a step of several tokens attend_all has answered those of residents by now.
+  const bool is_taken = p.tokens > 1 && p.shape.extents > 0 && p.token < p.scratch.taken[x];
+  const bool is_resident = p.tokens == 1 && p.shape.extents > 0 && !is_idle(length) &&
                            length == p.layer.resident[x] && length < p.layer.extent_room[x];
   if (blockIdx.y == 0) {
 #pragma unroll 1
@@ -231,14 +250,14 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T>) append_kernel(const S
     }
     if (threadIdx.x == 0) {
       p.scratch.inputs[x] = input;
-      p.scratch.lengths[x] = is_resident ? kResident : length;
+      p.scratch.lengths[x] = is_resident || is_taken ? kResident : length;
       p.scratch.resident_lengths[x] = is_resident ? length : -1;
       p.scratch.found[x] = 0;
       p.scratch.blocks_ranked[x] = 0;
       p.scratch.blocks_done[x] = 0;
     }
   }
-  if (is_idle(length)) return;
+  if (is_taken || is_idle(length)) return;
   switch (blockIdx.y) {
     case 0:
       return store_token<T, D>(p, x, input, length, is_resident);

@@ -20,17 +20,18 @@ struct AttendPart {
   }
 };
 
-// The outputs of a pair [G, D] from the sums of its `blocks` blocks, in a fixed order, each times
-// scale(block, head). `room`: shared, [kAttendBlock]. Four outputs at a time, and as many threads
+// The outputs of a pair [G, D] from the sums of its `blocks` blocks, which begin with that of number
+// `first_sum` of all, in a fixed order, each times scale(block, head). `room`: shared, [kAttendBlock]. Four outputs at a time, and as many threads
 // to them as there are to spare.
 template <typename T, int D, typename Scale>
-__device__ __forceinline__ void merge_blocks(const StepParams& p, int x, int blocks, T* out,
-                                             AttendPart* room, const Scale& scale) {
+__device__ __forceinline__ void merge_blocks(const StepParams& p, std::int64_t first_sum,
+                                             int blocks, T* out, AttendPart* room,
+                                             const Scale& scale) {
   constexpr int kAtOnce = 8;  // parts whose loads are under way at once
   const int thread = threadIdx.x, group = p.shape.group, heads = p.shape.padded_group();
   const int fours = group * D / 4, at_once = min(fours, kAttendBlock);
   const int threads = kAttendBlock / at_once, turn = thread / at_once;
-  const std::int64_t first_block = static_cast<std::int64_t>(x) * gridDim.x * heads;
+  const std::int64_t first_block = first_sum * heads;
   for (int first = 0; first < fours; first += at_once) {
     const int four = first + thread % at_once, head = four * 4 / D;
     const bool works = turn < threads && four < fours;
@@ -316,8 +317,8 @@ __global__ void __launch_bounds__(kAttendBlock, attend_resident(Tiles))
 
   // 4.
   if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
-  merge_blocks<T, D>(p, x, blocks, output(), reinterpret_cast<AttendPart*>(stages_of_warps),
-                     [](int, int) { return 1.0f; });
+  merge_blocks<T, D>(p, static_cast<std::int64_t>(x) * gridDim.x, blocks, output(),
+                     reinterpret_cast<AttendPart*>(stages_of_warps), [](int, int) { return 1.0f; });
   if (thread == 0) p.layer.lengths[x] = length_of(p, x) + 1;
 }
 

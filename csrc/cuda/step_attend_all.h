@@ -204,13 +204,13 @@ struct AttendAllWarp {
 
 // The block's queries, of heads from first_head on; those beyond the group are 0.
 template <typename T, int D, int Tiles>
-__device__ __forceinline__ void load_attend_all_queries(const StepParams& p, int x, int first_head,
-                                                        float* queries) {
+__device__ __forceinline__ void load_attend_all_queries(const StepParams& p, int input,
+                                                        int first_head, float* queries) {
   constexpr int kCount = Vector<T>::kCount, kVectors = D / kCount;
   constexpr float kLog2OfE = 1.44269504f;
   const StepShape& s = p.shape;
-  const uint4* from = vectors_of(static_cast<const T*>(p.queries) +
-                                 static_cast<std::int64_t>(input_of(p, x)) * s.group * D);
+  const uint4* from =
+      vectors_of(static_cast<const T*>(p.queries) + static_cast<std::int64_t>(input) * s.group * D);
   const float scale = s.scale * kLog2OfE;
 #pragma unroll 1
   for (int i = threadIdx.x; i < Tiles * kHeadTile * kVectors; i += kAttendBlock) {
@@ -222,18 +222,17 @@ __device__ __forceinline__ void load_attend_all_queries(const StepParams& p, int
   }
 }
 
-// The warps' sums become the block's, in memory.
+// The warps' sums become the block's, in memory: number `own_sum` of all.
 template <typename T, int D, int Tiles>
 __device__ __forceinline__ void store_attend_all(const StepParams& p,
-                                                 AttendAllMemory<T, D, Tiles>& shared, int x,
-                                                 int first_head) {
+                                                 AttendAllMemory<T, D, Tiles>& shared,
+                                                 std::int64_t own_sum, int first_head) {
   using Memory = AttendAllMemory<T, D, Tiles>;
   using Warp = AttendAllWarp<T, D, Tiles>;
   constexpr int kHeads = Memory::kHeads, kWarps = Memory::kWarps;
   const int thread = threadIdx.x, heads = p.shape.padded_group();
   const int own_heads = min(kHeads, heads - first_head);
-  const std::int64_t at =
-      (static_cast<std::int64_t>(x) * gridDim.x + blockIdx.x) * heads + first_head;
+  const std::int64_t at = own_sum * heads + first_head;
   if (thread < own_heads) {
     float top = -INFINITY, total = 0.0f;
 #pragma unroll
@@ -261,13 +260,13 @@ __device__ __forceinline__ void store_attend_all(const StepParams& p,
   }
 }
 
-// factors [blocks, H]: what the sums of each block of a pair are multiplied by. A warp for each
-// head; all threads of the block call it.
-__device__ __forceinline__ void attend_all_factors(const StepParams& p, int x, int blocks,
-                                                   float* factors) {
+// factors [blocks, H]: what the sums of each block of a pair, from number `first_sum` on, are
+// multiplied by. A warp for each head; all threads of the block call it.
+__device__ __forceinline__ void attend_all_factors(const StepParams& p, std::int64_t first_sum,
+                                                   int blocks, float* factors) {
   static_assert(kAttendAllMost == 2 * kWarp, "two blocks to a lane");
   const int lane = threadIdx.x % kWarp, heads = p.shape.padded_group();
-  const float* largest = p.scratch.partial_max + static_cast<std::int64_t>(x) * gridDim.x * heads;
+  const float* largest = p.scratch.partial_max + first_sum * heads;
 #pragma unroll 1
   for (int g = threadIdx.x / kWarp; g < heads; g += kAttendBlock / kWarp) {
     float of_block[2];
@@ -289,8 +288,12 @@ __device__ __forceinline__ void attend_all_factors(const StepParams& p, int x, i
 // 1. Blocks of sequences that are not resident, and those that have nothing to do, end here.
 // 2. Each warp adds up its tokens, the new one among them.
 // 3. The sums of the warps become the block's, in memory.
-// 4. The last block of the pair merges them, in the order of the blocks, and the pair has one more
-//    token.
+// 4. The last block of the token merges them, in the order of the blocks.
+// 5. That of the step's last token says that the pair has all of them.
+//
+// Tokens of a step differ in their queries and in how many keys they see: blocks that read the same
+// keys for them stand next to each other, so that one of them brings these keys to the second-level
+// cache. Which blocks a token has does not depend on the other tokens.
 template <typename T, int D, int Tiles>
 __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
     attend_all_kernel(const StepParams p) {
@@ -305,13 +308,17 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
   wait_for_earlier_kernel();
   const StepShape& s = p.shape;
   const int x = blockIdx.y, thread = threadIdx.x;
+  const int block = static_cast<int>(blockIdx.x) / p.tokens;
+  const int token = static_cast<int>(blockIdx.x) - block * p.tokens;
+  const int most = static_cast<int>(gridDim.x) / p.tokens;
+  const std::int64_t place = static_cast<std::int64_t>(token) * s.pairs() + x;
 
   // 1.
-  const int length = p.scratch.resident_lengths[x];
+  const int length = p.scratch.resident_lengths[place];
   if (length < 0) return;
   const int tokens = length + 1;
-  const int blocks = min(static_cast<int>(gridDim.x), (tokens + kAttendLeast - 1) / kAttendLeast);
-  const int block = blockIdx.x, first_head = blockIdx.z * Memory::kHeads;
+  const int blocks = min(most, (tokens + kAttendLeast - 1) / kAttendLeast);
+  const int first_head = blockIdx.z * Memory::kHeads;
   if (block >= blocks) return;
 
   // 2. Each block gets a number of whole stages (as many tokens as a warp takes at once), which are
@@ -321,7 +328,7 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
     return static_cast<int>(static_cast<std::int64_t>(stages) * of / blocks) * Stage::kRows;
   };
   const int first = share(block);
-  load_attend_all_queries<T, D, Tiles>(p, x, first_head, shared.queries);
+  load_attend_all_queries<T, D, Tiles>(p, p.scratch.inputs[place], first_head, shared.queries);
   __syncthreads();
   AttendAllWarp<T, D, Tiles> warp{
       p, shared, x, thread % kWarp, thread / kWarp, first, min(share(block + 1), tokens) - first};
@@ -330,22 +337,27 @@ __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
   // 3.
   warp.store();
   __syncthreads();
-  store_attend_all(p, shared, x, first_head);
+  store_attend_all(p, shared, place * most + block, first_head);
 
   // 4.
-  if (!is_last_block(p.scratch.blocks_done + x, blocks * gridDim.z)) return;
+  if (!is_last_block(p.scratch.blocks_done + place, blocks * gridDim.z)) return;
   auto* room = reinterpret_cast<AttendPart*>(shared.stages);
   auto* factors = reinterpret_cast<float*>(room + kAttendBlock);
-  attend_all_factors(p, x, blocks, factors);
+  attend_all_factors(p, place * most, blocks, factors);
   const int heads = s.padded_group();
-  T* out = static_cast<T*>(p.out) + static_cast<std::int64_t>(input_of(p, x)) * s.group * D;
-  merge_blocks<T, D>(p, x, blocks, out, room,
+  T* out =
+      static_cast<T*>(p.out) + static_cast<std::int64_t>(p.scratch.inputs[place]) * s.group * D;
+  merge_blocks<T, D>(p, place * most, blocks, out, room,
                      [&](int of, int head) { return factors[of * heads + head]; });
-  if (thread == 0) {
-    p.layer.lengths[x] = tokens;
-    p.layer.resident[x] = tokens;
-    p.layer.counters[static_cast<std::int64_t>(x) * kCounters + 4] += 1;
+
+  // 5.
+  if (thread != 0) return;
+  for (int later = token + 1; later < p.tokens; ++later) {
+    if (p.scratch.resident_lengths[static_cast<std::int64_t>(later) * s.pairs() + x] >= 0) return;
   }
+  p.layer.counters[static_cast<std::int64_t>(x) * kCounters + 4] += tokens - p.layer.lengths[x];
+  p.layer.lengths[x] = tokens;
+  p.layer.resident[x] = tokens;
 }
 
 }  // namespace icecache::gpu

@@ -1,4 +1,4 @@
-// What a sequence holds, read out and taken back.
+// What a sequence holds, read out, added to and taken back.
 #pragma once
 
 #include "cuda/step.h"
@@ -38,6 +38,24 @@ struct KeepParams {
   std::int64_t key_head = 0, key_token = 0, value_head = 0, value_token = 0;  // strides, elements
 };
 void launch_keep(const KeepParams& params, Stream stream);
+
+// Tokens of one layer, behind those that the sequence holds, whose attention is computed elsewhere:
+// all that steps of one token each would leave behind, to the bit, but for statistics. The sequence
+// has room for them.
+struct ExtendParams {
+  StepShape shape;
+  LayerState layer;
+  int first_pair = 0;
+  int length = 0;              // before
+  int count = 0;               // T, at least 1
+  const void* keys = nullptr;  // [Hkv, T, D]
+  const void* values = nullptr;
+  const void* queries = nullptr;  // [Hq, T', D], those of the last T' <= T tokens
+  int query_tokens = 0;           // T'
+  std::int64_t key_head = 0, key_token = 0, value_head = 0, value_token = 0;  // strides, elements
+  std::int64_t query_head = 0, query_token = 0;
+};
+void launch_extend(const ExtendParams& params, Stream stream);
 
 constexpr int kExtentsAtOnce = 64;
 

@@ -183,9 +183,15 @@ void DeviceCache::wait(int layer_number) {
 }
 
 void DeviceCache::step(int layer_number, const void* queries, const void* keys, const void* values,
-                       void* out, Stream stream, const std::int32_t* rows) {
+                       void* out, Stream stream, const std::int32_t* rows, int tokens) {
+  static_assert(kStepTokens == gpu::kMaxStepTokens);
   Impl& self = *impl_;
   Impl::Layer& layer = self.layer_of(layer_number);
+  const int most = rows == nullptr ? 1 : kStepTokens;
+  if (tokens < 1 || tokens > most) {
+    throw InvalidArgument(message("tokens must be from 1 to ", most,
+                                  rows == nullptr ? " without rows" : "", ", got ", tokens));
+  }
   const gpu::DeviceScope here(self.device);
   wait(layer_number);
   gpu::StepParams params;
@@ -193,6 +199,7 @@ void DeviceCache::step(int layer_number, const void* queries, const void* keys, 
   params.layer = layer.state;
   params.scratch = self.scratch;
   params.rows = rows;
+  params.tokens = tokens;
   params.queries = queries;
   params.keys = keys;
   params.values = values;

@@ -92,6 +92,44 @@ void DeviceCache::make_room(int sequence, std::int64_t tokens, Stream stream) {
   self.give_chunks(sequence, stream);
 }
 
+void DeviceCache::extend(int layer_number, int sequence, const TensorView& keys,
+                         const TensorView& values, const TensorView& queries, Stream stream) {
+  Impl& self = *impl_;
+  const gpu::StepShape& s = self.step;
+  const std::int64_t before = length(layer_number, sequence, stream);
+  self.check_view("keys", keys, s.kv_heads, 0);
+  self.check_view("values", values, s.kv_heads, keys.tokens);
+  self.check_view("queries", queries, s.kv_heads * s.group, 0);
+  if (queries.tokens > keys.tokens) {
+    throw InvalidArgument(message("queries must be of at most the ", keys.tokens,
+                                  " tokens of keys, got ", queries.tokens));
+  }
+  if (before == 0) {
+    throw InvalidArgument(message("sequence must hold tokens in layer ", layer_number, ", got ",
+                                  sequence, "; its first tokens are a prompt"));
+  }
+  reserve(sequence, before + keys.tokens, stream);
+  const gpu::DeviceScope here(self.device);
+  gpu::check_stream(stream, self.device);
+  gpu::ExtendParams p;
+  p.shape = s;
+  p.layer = self.layers[layer_number].state;
+  p.first_pair = sequence * s.kv_heads;
+  p.length = static_cast<int>(before);
+  p.count = static_cast<int>(keys.tokens);
+  p.keys = keys.data;
+  p.values = values.data;
+  p.queries = queries.data;
+  p.query_tokens = static_cast<int>(queries.tokens);
+  p.key_head = keys.head_stride;
+  p.key_token = keys.token_stride;
+  p.value_head = values.head_stride;
+  p.value_token = values.token_stride;
+  p.query_head = queries.head_stride;
+  p.query_token = queries.token_stride;
+  gpu::launch_extend(p, stream);
+}
+
 void DeviceCache::fork(int sequence, int from, Stream stream) {
   Impl& self = *impl_;
   const gpu::StepShape& s = self.step;

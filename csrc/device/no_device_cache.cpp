@@ -30,6 +30,10 @@ void DeviceCache::prefill(int, int, const TensorView&, const TensorView&, const 
                           Stream) {
   refuse();
 }
+void DeviceCache::extend(int, int, const TensorView&, const TensorView&, const TensorView&,
+                         Stream) {
+  refuse();
+}
 bool DeviceCache::built(int) {
   refuse();
 }
@@ -37,7 +41,7 @@ void DeviceCache::wait(int) {
   refuse();
 }
 void DeviceCache::step(int, const void*, const void*, const void*, void*, Stream,
-                       const std::int32_t*) {
+                       const std::int32_t*, int) {
   refuse();
 }
 void DeviceCache::rebuild(int, int, Stream) {

@@ -8,7 +8,7 @@
 //
 // Sequences stand in a batch of fixed size, each with room for what reserve() named, or for
 // max_tokens. A prompt enters whole and once, also while others decode; after that a step adds one
-// token to every sequence of the batch, or to those that it names.
+// token to every sequence of the batch, or to those that it names one or several.
 //
 // With Config::device_tokens sequences are resident while device memory lasts: the device holds the
 // keys and values of all their tokens, too, and a step attends to all of them. Pages and index are
@@ -51,6 +51,7 @@ class DeviceCache {
  public:
   using Stream = void*;                   // a cudaStream_t
   static constexpr int kRoomStep = 1024;  // tokens by which a sequence grows
+  static constexpr int kStepTokens = 16;  // that a step adds to a sequence, at most
 
   // Throws InvalidArgument for what the kernels do not cover (with what they do), Unavailable
   // without CUDA in the build or a device in the machine, OutOfPages where memory does not suffice.
@@ -76,6 +77,14 @@ class DeviceCache {
   // they are until built().
   void prefill(int layer, int sequence, const TensorView& keys, const TensorView& values,
                const TensorView& queries, Stream stream);
+  // Tokens behind those that a sequence holds in this layer, whose attention the caller computed
+  // over these, which gather() gives, and over themselves: a suffix of a forked prompt, a turn of a
+  // conversation. Keys and values [Hkv, T, D], queries [Hq, T', D] of the last T' <= T of them, as
+  // for prefill(); they must stay as they are until the stream is there. Leaves what T steps would
+  // leave, to the bit, and takes room as reserve() does. Waits for the stream. Throws
+  // InvalidArgument for a sequence that holds no token, and beyond max_tokens; OutOfPages.
+  void extend(int layer, int sequence, const TensorView& keys, const TensorView& values,
+              const TensorView& queries, Stream stream);
   // Whether the tensors of every prefill() of this layer may go: its work is done.
   bool built(int layer);
   // Waits on the host until it is; rethrows its first error.
@@ -86,8 +95,14 @@ class DeviceCache {
   // of the batch, -1 for one that sits this step out; null: row b is sequence b, and A = B. Rows of
   // sequences that hold no token become 0; rows of sequences that are full become NaN, and the
   // sequence stays as it is; rows of no sequence are not written.
+  //
+  // With `tokens`, 1..kStepTokens, `rows` is [tokens, B]: a sequence takes up to so many tokens, one
+  // behind the other (drafts, and the token ahead of them), each of which attends to those before
+  // it. What comes out is what as many steps of one token give, to the bit. Residents answer all
+  // of them in two kernels; the others take the kernels of a step once for each of `tokens`. Throws
+  // InvalidArgument.
   void step(int layer, const void* queries, const void* keys, const void* values, void* out,
-            Stream stream, const std::int32_t* rows = nullptr);
+            Stream stream, const std::int32_t* rows = nullptr, int tokens = 1);
 
   // Builds the index of one sequence anew, from all its tokens and its recent queries, and waits
   // for it. For sequences that have grown to some times their prompt: metric, sketches and

@@ -280,6 +280,7 @@ class DeviceCacheMemory:
 
 class DeviceCache:
     room_step: int
+    step_tokens: int
     def __init__(
         self,
         num_layers: SupportsIndex,
@@ -296,6 +297,15 @@ class DeviceCache:
         /,
     ) -> None: ...
     def prefill(
+        self,
+        layer: SupportsIndex,
+        sequence: SupportsIndex,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        queries: torch.Tensor,
+        /,
+    ) -> None: ...
+    def extend(
         self,
         layer: SupportsIndex,
         sequence: SupportsIndex,

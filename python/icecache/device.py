@@ -2,7 +2,7 @@
 
 The device holds sinks, a window, a 16-byte sketch of every key, mean values of far-field nodes and
 recently used rows; pinned host memory holds all keys and values. Dimension letters: B sequences,
-T tokens of a prompt, Hq query heads, Hkv KV heads, D head dim.
+T tokens of a prompt, or of a sequence in a step, Hq query heads, Hkv KV heads, D head dim.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from icecache.shape import CacheShape
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
 ROOM_STEP = _core.DeviceCache.room_step  # tokens by which a sequence's room grows
+STEP_TOKENS = _core.DeviceCache.step_tokens  # that a step adds to a sequence, at most
 KIND = "cuda"  # of torch.device; tests put an emulator on the CPU in its place
 
 
@@ -29,7 +30,7 @@ class DeviceCache:
 
     B sequences of up to `max_tokens` each. A prompt enters whole, layer by layer, also while other
     sequences decode; after that a step adds one token to every sequence that holds a prompt, or to
-    those that it names, and attends. A step is a chain of
+    those that it names one or several, and attends. A step is a chain of
     kernels on torch's current stream: no host decision, no allocation but its output, and it may be
     captured into a CUDA graph. Not thread-safe.
 
@@ -94,8 +95,8 @@ class DeviceCache:
         # Who stands in which row, for steps of some sequences. Not of inference mode: what is made
         # in there cannot be written outside.
         with torch.inference_mode(False):
-            self._rows = torch.full((batch,), -1, dtype=torch.int32, device=where)
-        self._places: tuple[tuple[int, int], ...] = ()
+            self._rows = torch.full((STEP_TOKENS, batch), -1, dtype=torch.int32, device=where)
+        self._places: tuple[tuple[int, int, int], ...] = ()
         self._room = [0] * batch  # tokens that reserve() has named
         # Tensors that index work still reads, by layer.
         self._held: dict[int, list[torch.Tensor]] = {}
@@ -145,6 +146,34 @@ class DeviceCache:
             for row in range(self.batch):
                 self.prefill(layer, queries[row], keys[row], values[row], row)
             return
+        rows = self._rows_to_index(queries, keys, values)
+        for earlier in [n for n in self._held if n != layer]:
+            if self._cache.built(earlier) or len(self._held) > _WAITING:
+                self.wait(earlier)
+        self._held.setdefault(layer, []).extend(rows)
+        self._cache.prefill(layer, sequence, *rows)
+
+    def extend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sequence: int,
+    ) -> None:
+        """Takes tokens behind those of a sequence, whose attention the caller computed itself.
+
+        Tensors as for prefill(), with `sequence`: T tokens that attend to what gather() gives and
+        to one another, as the suffix of a forked prompt, or a turn of a conversation, does.
+        Leaves what T steps would leave, to the bit; takes room as reserve() does. Waits for the
+        current stream. Raises InvalidArgument for a sequence that holds no token in this layer.
+        """
+        self._cache.extend(layer, sequence, *self._rows_to_index(queries, keys, values))
+
+    def _rows_to_index(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Keys, values and the last queries of a prompt or a part of one, as kernels read them."""
         for name, tensor, heads in (
             ("queries", queries, self.num_q_heads),
             ("keys", keys, self.num_kv_heads),
@@ -162,11 +191,7 @@ class DeviceCache:
         ]
         # Queries are part of a larger tensor that need not outlive the layer: a copy.
         rows.append(queries[:, -recent:].clone(memory_format=torch.contiguous_format))
-        for earlier in [n for n in self._held if n != layer]:
-            if self._cache.built(earlier) or len(self._held) > _WAITING:
-                self.wait(earlier)
-        self._held.setdefault(layer, []).extend(rows)
-        self._cache.prefill(layer, sequence, *rows)
+        return rows
 
     def step(
         self,
@@ -187,6 +212,10 @@ class DeviceCache:
         row belongs to one sequence at most (not looked at: a graph may be replayed with other
         rows); rows of none come out as zeros, or as they were in `out`, where that is given: a
         contiguous tensor like the queries, which is returned.
+
+        With `rows` [T, B], T at most STEP_TOKENS, a sequence takes up to T tokens: rows[t, b] is
+        the row of its t-th. Each attends to those before it, and comes out as T steps of one token
+        give it, to the bit: drafts, and the token ahead of them.
         """
         if out is None:
             make = torch.empty if rows is None else torch.zeros
@@ -202,27 +231,30 @@ class DeviceCache:
         )
         return out
 
-    def rows_of(self, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        """`rows` of a step for pairs of a sequence and its row; the others sit it out.
+    def rows_of(self, places: tuple[tuple[int, int, int], ...], tokens: int = 1) -> torch.Tensor:
+        """`rows` [tokens, B] of a step. A place is a sequence, the row of the first of its tokens,
+        and how many of them follow each other, at most `tokens`; other sequences sit the step out.
 
-        Always the same tensor, of -1 at first, written in place where the pairs are not those of
+        Always the same memory, of -1 at first, written in place where the places are not those of
         the last call: steps that were captured with it are replayed with the rows that it holds by
-        then. Does not wait for the device.
+        then, of as many tokens as they were captured with. Does not wait for the device.
         """
         if places != self._places:
             # Pinned memory that torch gives to nobody else before the copy is done.
             rows = torch.full(
-                (self.batch,),
+                (STEP_TOKENS, self.batch),
                 -1,
                 dtype=torch.int32,
                 device="cpu",
                 pin_memory=self.device.type == "cuda",
             )
-            for sequence, row in places:
-                rows[sequence] = row
+            for sequence, row, count in places:
+                rows[:count, sequence] = torch.arange(
+                    row, row + count, dtype=torch.int32, device="cpu"
+                )
             self._rows.copy_(rows, non_blocking=True)
             self._places = places
-        return self._rows
+        return self._rows[:tokens]
 
     def rebuild(self, layer: int, sequence: int) -> None:
         """Builds the index of one sequence anew from all its tokens and its recent queries.
@@ -313,6 +345,8 @@ class DeviceCache:
         out: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
+        if rows is not None and rows.ndim == 1:
+            rows = rows[None]
         self._cache.step(layer, queries, keys, values, out, rows)
         self._held.pop(layer, None)
 

@@ -6,18 +6,20 @@ Dimension letters as in engine.py; N rows of a packed step, A sequences of a ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, NoReturn
 
 import torch
 
 from icecache import HeadStats, MemoryStats
-from icecache.device import ROOM_STEP, DeviceCache
+from icecache.device import ROOM_STEP, STEP_TOKENS, DeviceCache
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument
-from icecache.lanes import Fork, Lanes, decoding, take_memory
-from icecache.prompt_attention import AttendPrompt, attend_prompt
+from icecache.lane_steps import decode, decoding, extend, packed
+from icecache.lanes import Fork, Lanes, take_memory
+from icecache.prompt_attention import AttendPrompt
+from icecache.prompt_attention import attend_prompt as attend_by_torch
 
 _NEW_TOKENS = 32768  # capacity behind a prompt where max_tokens is not given
 _GONE = -1  # in place of what a fork copies: it is no longer what it was
@@ -28,8 +30,11 @@ class DeviceEngine:
     """The verbs of icecache.Engine for sequences on one CUDA device. Not thread-safe.
 
     A prompt enters by append() and observe() as a whole, after the caller has attended it, or by
-    step_packed() in chunks; these stay on the device until the prompt is complete. What follows is
-    taken token by token, each within the budget.
+    step_packed() in chunks; these stay on the device until the prompt is complete. What follows a
+    prompt attends as on the CPU: a token, or up to `decode_tokens` in one call of step(), within
+    the budget, to the bit as token by token; more, and what is to be verified, exactly. For that
+    the keys and values of what the sequence holds come to the device, a layer at a time. So it is
+    with the suffix of a fork in step_packed(), whose pages are its own alone.
 
     With `lanes`, so many sequences share one DeviceCache, and the kernels of a step. Device memory
     is taken at once: what each of the lanes needs whatever its length, and the indexes of `tokens`
@@ -54,17 +59,25 @@ class DeviceEngine:
         lanes: int | None = None,
         max_tokens: int | None = None,
         device_share: float = 1.0,
-        attend_prompt: AttendPrompt = attend_prompt,
+        attend_prompt: AttendPrompt | None = None,
+        step_tokens: int = 1,
         **settings: Any,
     ) -> None:
-        """`settings` are those of DeviceCache; `attend_prompt` is what step_packed() calls.
+        """`settings` are those of DeviceCache; `attend_prompt` attends what is attended exactly.
 
-        With `lanes`, `max_tokens` must be given. Raises as DeviceCache, and OutOfPages where the
-        device does not hold one longest sequence.
+        With `lanes`, `max_tokens` must be given. `step_tokens`: as many tokens of a sequence does
+        step_packed() without sequences have work for, 1..16; drafts, and the token ahead of them.
+        Raises as DeviceCache, and OutOfPages where the device does not hold one longest sequence.
         """
+        if not 1 <= step_tokens <= STEP_TOKENS:
+            raise InvalidArgument(
+                f"step_tokens: expected 1 to {STEP_TOKENS} on a CUDA device, got {step_tokens}"
+            )
         self._settings = {"device": device, **settings}
         self._max_tokens = max_tokens
-        self._attend_prompt = attend_prompt
+        self._step_tokens = step_tokens
+        by_torch = partial(attend_by_torch, scale=settings.get("scale"))
+        self._attend_prompt: AttendPrompt = attend_prompt or by_torch
         self._shared: Lanes | None = None  # those of all sequences; None: each batch has its own
         self._batches: list[Lanes] = []
         self._waiting: list[int] = []  # sequences that get a lane with their prompt
@@ -254,25 +267,27 @@ class DeviceEngine:
         phase: Phase = Phase.AUTO,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Appends T tokens to each of A sequences of one batch, and attends; one token by another.
+        """Appends T tokens to each of A sequences of one batch, and attends, as Engine.step().
 
         Queries [A, Hq, T, D], keys and values [A, Hkv, T, D]; the result is [A, Hq, T, D]. Refuses
-        `lse`.
+        `lse`, and more tokens than there is room for: then none is taken.
         """
         _refuse_lse(lse)
         lanes, places = self._places(seqs)
         self._goes_on(seqs)
-        rows = None
-        if places != list(range(lanes.cache.batch)):
-            rows = lanes.cache.rows_of(tuple((lane, row) for row, lane in enumerate(places)))
-        tokens = zip(queries.split(1, 2), keys.split(1, 2), values.split(1, 2), strict=True)
-        outs = []
-        for query, key, value in tokens:
-            lanes.prepare_token(places, layer)
-            outs.append(lanes.cache.step(layer, query, key, value, rows))
-            for lane in places:
-                lanes.lengths[layer][lane] += 1
-        return torch.cat(outs, dim=2)
+        count = queries.shape[2]
+        lanes.prepare_tokens(places, layer, count)
+        if phase == Phase.VERIFY or count > self.config.decode_tokens:
+            each = zip(places, queries, keys, values, strict=True)
+            outs = [extend(lanes, lane, layer, given, self._attend_prompt) for lane, *given in each]
+            attended = torch.stack(outs).transpose(1, 2)
+        else:
+            parts = (x.split(STEP_TOKENS, 2) for x in (queries, keys, values))
+            steps = (decode(lanes.cache, places, layer, part) for part in zip(*parts, strict=True))
+            attended = torch.cat([*steps], dim=2)
+        for lane in places:
+            lanes.lengths[layer][lane] += count
+        return attended
 
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """What a sequence that takes `count` tokens in the next step_packed() needs before it.
@@ -282,30 +297,38 @@ class DeviceEngine:
         """
         lanes, lane = self._place(seq)
         length, built = lanes.lengths[0][lane], lanes.built[0][lane]
-        if (built > 0) != (phase == Phase.AUTO) or (built > 0 and count != 1):
+        is_prompt = phase != Phase.AUTO
+        if not is_prompt and (built == 0 or count > STEP_TOKENS):
             raise InvalidArgument(
-                f"on a CUDA device a prompt is followed by one token a step, got {count} tokens "
-                f"behind {length}"
+                f"on a CUDA device a step takes up to {STEP_TOKENS} tokens behind a prompt, got "
+                f"{count} tokens behind {length}"
             )
         self._goes_on([seq])
-        if phase == Phase.AUTO:
+        if built > 0:
             lanes.finish_building()
             if lane in lanes.broken:
                 raise Error(lanes.broken[lane])
             lanes.rebuild_if_due(lane, range(self.shape.num_layers))
         lanes.cache.reserve(lane, length + count)
+        (lanes.extending.add if is_prompt and built > 0 else lanes.extending.discard)(lane)
         for lengths, builts in zip(lanes.lengths, lanes.built, strict=True):
             lengths[lane] = length + count
-            if phase == Phase.PROMPT_END:
+            if phase == Phase.PROMPT_END and built == 0:
                 builts[lane] = length + count
 
-    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
-        """Before a packed step of sequences that are prepared: who decodes in which row.
+    def begin(
+        self,
+        seqs: Sequence[int],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        phases: Sequence[Phase],
+    ) -> None:
+        """Before a packed step of sequences that are prepared: who decodes in which rows.
 
         With that a step without prompts is on the device: its layers may be replayed from a graph.
         """
         lanes, places = self._places(seqs)
-        lanes.cache.rows_of(decoding(places, firsts, phases))
+        lanes.cache.rows_of(decoding([*zip(places, firsts, counts, phases, strict=True)]))
 
     def step_packed(
         self,
@@ -320,13 +343,14 @@ class DeviceEngine:
         phases: Sequence[Phase],
         lse: torch.Tensor | None = None,
     ) -> None:
-        """As Engine.step_packed(): chunks of prompts, and sequences that take one more token.
+        """As Engine.step_packed(): chunks of prompts, and sequences that take up to 16 more tokens.
 
         prepare() was called for each sequence that takes a token. If host memory runs out, the call
         raises before any sequence has taken its token; prompts of the same call are written again
         when they come again. A step without prompts only launches work on the device, even a step
         of no sequences: vLLM captures it as a graph, and replays it for the sequences that begin()
-        has placed by then. Refuses `lse`, and to attend without keys and values.
+        has placed by then, with up to `step_tokens` tokens each. Refuses `lse`, and to attend
+        without keys and values.
         """
         _refuse_lse(lse)
         if keys is None or values is None:
@@ -335,35 +359,9 @@ class DeviceEngine:
                 "run the model on the CPU"
             )
         lanes, places = self._places(seqs)
-        prompts: dict[int, tuple[torch.Tensor, torch.Tensor, Phase]] = {}
-        for lane, first, count, phase in zip(places, firsts, counts, phases, strict=True):
-            if phase == Phase.AUTO:
-                continue
-            rows = slice(first, first + count)
-            # Copies: index work reads them when the model is at later layers.
-            chunk = (x[rows].transpose(0, 1).contiguous() for x in (keys, values))
-            key, value = lanes.with_earlier_chunks(layer, lane, *chunk)
-            self._attend_prompt(queries[rows], key, value, outputs[rows])
-            if phase != Phase.PREFILL:
-                lanes.building.add(lane)
-                lanes.cache.prefill(layer, queries[rows].transpose(0, 1), key, value, sequence=lane)
-            prompts[lane] = key, value, phase
-        later = decoding(places, firsts, phases)
-        if later or not prompts:
-            lanes.wait(layer)
-            lanes.cache.step(
-                layer,
-                queries.unsqueeze(2),
-                keys.unsqueeze(2),
-                values.unsqueeze(2),
-                lanes.cache.rows_of(later),
-                outputs.unsqueeze(2),
-            )
-        for lane, (key, value, phase) in prompts.items():
-            if phase == Phase.PREFILL:
-                lanes.prompts[layer, lane] = key, value
-            else:
-                lanes.prompts.pop((layer, lane), None)
+        rows = [*zip(places, firsts, counts, phases, strict=True)]
+        tensors = queries, keys, values, outputs
+        packed(lanes, layer, tensors, rows, self._attend_prompt, self._step_tokens)
 
     def stats(self, layer: int, kv_head: int) -> HeadStats:
         """Sums since the start, over all sequences. Waits for the current stream."""

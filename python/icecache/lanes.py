@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from icecache.device import ROOM_STEP, DeviceCache, rebuild_is_due
-from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument, OutOfPages
 
 
@@ -40,6 +39,7 @@ class Lanes:
         # By layer and lane, keys and values [Hkv, T, D] of a prompt that the cache does not have.
         self.prompts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.building: set[int] = set()  # lanes whose prompt's index may not be done yet
+        self.extending: set[int] = set()  # lanes whose prompt goes on behind an index
         self.broken: dict[int, str] = {}  # lanes whose index could not be built, and why
         self._error = "its index could not be built"  # the last of index work
 
@@ -78,6 +78,7 @@ class Lanes:
         for layer in range(self.cache.num_layers):
             self.prompts.pop((layer, lane), None)
         self.building.discard(lane)
+        self.extending.discard(lane)
         self.broken.pop(lane, None)
 
     def leave(self, seq: int) -> None:
@@ -95,18 +96,28 @@ class Lanes:
                 self.cache.rebuild(layer, lane)
                 self.built[layer][lane] = length
 
-    def prepare_token(self, lanes: Sequence[int], layer: int) -> None:
-        """Each of `lanes` can take one more token in this layer, or InvalidArgument is raised."""
+    def prepare_tokens(self, lanes: Sequence[int], layer: int, count: int) -> None:
+        """Each of `lanes` can take `count` more tokens in this layer; else InvalidArgument."""
         lengths = self.lengths[layer]
         longest = max(lengths[lane] for lane in lanes)
-        if longest >= self.cache.max_tokens:
+        if longest + count > self.cache.max_tokens:
             raise InvalidArgument(
-                f"max_tokens: the sequence has {longest} tokens, and there is room for "
-                f"{self.cache.max_tokens}; give icecache.enable a larger max_tokens"
+                f"max_tokens: the sequence has {longest} tokens and gets {count} more, and there "
+                f"is room for {self.cache.max_tokens}; give icecache.enable a larger max_tokens"
             )
         for lane in lanes:
             self.rebuild_if_due(lane, [layer])
-            self.cache.reserve(lane, lengths[lane] + 1)
+            self.cache.reserve(lane, lengths[lane] + count)
+
+    def with_held(
+        self, layer: int, lane: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A chunk behind the tokens that the lane's sequence holds, for as long as it is attended.
+
+        These come from wherever they are: from host memory, unless they are on the device, too.
+        """
+        held_keys, held_values = self.cache.gather(layer, lane)
+        return torch.cat((held_keys, keys), dim=1), torch.cat((held_values, values), dim=1)
 
     def with_earlier_chunks(
         self, layer: int, lane: int, keys: torch.Tensor, values: torch.Tensor
@@ -153,11 +164,3 @@ def take_memory(cache: DeviceCache, device_share: float) -> int:
     tokens = max(1, min(on_host, cache.batch * longest, on_device))
     cache.limit_tokens(tokens)
     return tokens
-
-
-def decoding(
-    places: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]
-) -> tuple[tuple[int, int], ...]:
-    """Lanes that take a token behind their prompt, each with its row."""
-    given = zip(places, firsts, phases, strict=True)
-    return tuple((lane, first) for lane, first, phase in given if phase == Phase.AUTO)

@@ -29,8 +29,8 @@ def step(engine: DeviceEngine, counts: dict[int, int], *phases: Phase) -> torch.
     firsts = [sum(list(counts.values())[:i]) for i in range(len(counts))]
     for (seq, count), phase in zip(counts.items(), phases, strict=True):
         engine.prepare(seq, count, phase)
-    engine.begin(list(counts), firsts, phases)
     rows = list(counts.values())
+    engine.begin(list(counts), firsts, rows, phases)
     engine.step_packed(list(counts), 0, queries, keys, values, outputs, firsts, rows, phases)
     return outputs
 
@@ -84,13 +84,91 @@ def test_batches_share_what_the_device_holds_whole() -> None:
     assert engine.memory().resident_bytes == 1024 * engine.shape.token_bytes
 
 
-def test_more_than_a_token_behind_a_prompt_is_refused(engine: DeviceEngine) -> None:
+def test_more_tokens_than_a_step_takes_are_refused(engine: DeviceEngine) -> None:
     first = engine.new_sequence()
     step(engine, {first: 20}, Phase.PREFILL)
     step(engine, {first: 10}, Phase.PROMPT_END)
-    with pytest.raises(InvalidArgument, match="got 2 tokens behind 30"):
-        step(engine, {first: 2})
+    with pytest.raises(InvalidArgument, match=r"up to 16 tokens .*got 17 tokens behind 30"):
+        step(engine, {first: 17})
     assert engine.length(first) == 30
+
+
+@pytest.mark.parametrize("device_tokens", [0, 512])
+@pytest.mark.usefixtures("any_device")
+def test_drafts_are_taken_in_one_step_and_taken_back(device_tokens: int) -> None:
+    drafting, plain = (make_engine(host_memory="4M", device_tokens=device_tokens) for _ in range(2))
+    for engine in (drafting, plain):
+        torch.manual_seed(1)
+        seqs = [engine.new_sequence() for _ in range(2)]
+        step(engine, {seqs[0]: 250, seqs[1]: 30}, Phase.PROMPT_END, Phase.PROMPT_END)
+    for counts, kept in (((4, 1), (2, 1)), ((1, 16), (1, 9)), ((7, 3), (7, 1))):
+        queries, keys, values, outputs = random_rows(sum(counts))
+        firsts = [0, counts[0]]
+        for seq, count in zip(seqs, counts, strict=True):
+            drafting.prepare(seq, count, Phase.AUTO)
+        phases = [Phase.AUTO] * 2
+        drafting.begin(seqs, firsts, counts, phases)
+        drafting.step_packed(seqs, 0, queries, keys, values, outputs, firsts, counts, phases)
+        for seq, first, count, stays in zip(seqs, firsts, counts, kept, strict=True):
+            lanes, lane = plain._place(seq)
+            lanes.cache.reserve(lane, plain.length(seq) + count)  # gives way as early
+            for row in range(first, first + count):
+                q, k, v = (x[row : row + 1] for x in (queries, keys, values))
+                out = torch.empty_like(q)
+                plain.prepare(seq, 1, Phase.AUTO)
+                plain.step_packed([seq], 0, q, k, v, out, [0], [1], [Phase.AUTO])
+                assert torch.equal(out[0], outputs[row]), f"row {row} of {counts}"
+            for engine in (drafting, plain):
+                engine.truncate(seq, engine.length(seq) - count + stays)
+    stats = [engine.stats(0, 0) for engine in (drafting, plain)]
+    assert stats[0].steps == stats[1].steps and stats[0].dense_steps == stats[1].dense_steps
+    assert (stats[0].steps > 0, stats[0].dense_steps > 0) == (True, device_tokens > 0)
+
+
+@pytest.mark.parametrize("device_tokens", [0, 1024])
+@pytest.mark.usefixtures("any_device")
+def test_the_suffix_of_a_fork_attends_to_everything(device_tokens: int) -> None:
+    """In chunks, over pages that both hold, and leaves the one that it is forked from."""
+    engine = make_engine(host_memory="4M", device_tokens=device_tokens)
+    first, total = engine.new_sequence(), 300
+    queries, keys, values, outputs = random_rows(total)
+    q, k, v = (x.transpose(0, 1) for x in (queries, keys, values))
+    expected = dense_attention(q, k, v, DIM**-0.5)[0].transpose(0, 1)
+
+    def take(seq: int, begin: int, end: int, phase: Phase) -> None:
+        engine.prepare(seq, end - begin, phase)
+        place = [begin], [end - begin], [phase]
+        engine.step_packed([seq], 0, queries, keys, values, outputs, *place)
+
+    take(first, 0, 210, Phase.PROMPT_END)
+    second = engine.fork(first)
+    step(engine, {first: 15})
+    used = engine.pool_bytes()
+    outputs.zero_()
+    take(second, 210, 250, Phase.PREFILL)
+    take(second, 250, 300, Phase.PROMPT_END)
+    torch.testing.assert_close(outputs[210:], expected[210:], rtol=1e-4, atol=1e-4)
+    assert engine.length(second) == 300 and engine.pool_bytes() == used
+    assert engine.length(first) == 225
+    lanes, lane = engine._place(second)
+    held_keys, held_values = lanes.cache.gather(0, lane)
+    assert torch.equal(held_keys, k) and torch.equal(held_values, v)
+    assert step(engine, {first: 1, second: 3}).isfinite().all()
+
+
+@pytest.mark.usefixtures("any_device")
+def test_what_is_verified_attends_to_everything() -> None:
+    engine = make_engine(host_memory="4M")
+    seqs = [engine.new_sequence() for _ in range(2)]
+    queries, keys, values, _ = (x.transpose(0, 1) for x in random_rows(200))
+    for seq in seqs:
+        engine.append([seq], 0, keys[None, :, :190], values[None, :, :190])
+        engine.observe([seq], 0, queries[None, :, :190])
+    q, k, v = (x[:, 190:].expand(2, -1, -1, -1) for x in (queries, keys, values))
+    found = engine.step(seqs, 0, q, k, v, Phase.VERIFY)
+    expected = dense_attention(queries, keys, values, DIM**-0.5)[0][:, 190:]
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-4)
+    assert [engine.length(seq) for seq in seqs] == [200, 200]
 
 
 def test_what_only_the_cpu_computes_is_refused(engine: DeviceEngine) -> None:

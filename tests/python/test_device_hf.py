@@ -151,6 +151,41 @@ def test_a_turn_of_a_conversation_is_taken_token_by_token(model: LlamaForCausalL
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-4, rtol=2e-4)
 
 
+def test_a_long_turn_attends_to_everything(model: LlamaForCausalLM) -> None:
+    prompt, turn = words(2, 150), words(2, 40, seed=2)
+    expected = model(torch.cat([prompt, turn], dim=1)).logits[:, -40:]
+    icecache.enable(model, token_budget=48, window_tokens=16)
+    cache = model(prompt, use_cache=True).past_key_values
+    found = model(turn, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert icecache.stats(model).total("steps") == 0
+    assert model(words(2, 1), past_key_values=cache).logits.isfinite().all()
+
+
+def test_copies_and_cuts_around_the_switch(model: LlamaForCausalLM) -> None:
+    """Within a budget of everything: what is not exact is wrong."""
+    prompt, turn, steps = words(1, 250), words(1, 20, seed=2), words(1, 12, seed=3)
+    kept = torch.cat([prompt, turn], dim=1)[:, :252]
+    icecache.enable(model, token_budget=400, device_tokens=256, max_tokens=300)
+    cache = model(prompt, use_cache=True).past_key_values
+    parts = turn[:, :6], turn[:, 6:]  # the second outgrows what is held
+    found = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+    stats = icecache.stats(model)
+    assert stats.total("dense_steps") == 6 * 3 * 2 and stats.total("steps") == 14 * 3 * 2
+    cache.crop(-18)  # before the switch
+    again = model(steps[:, :2], past_key_values=cache).logits
+    twin = copy.deepcopy(cache)  # before the switch, and goes on beyond it
+    twin.crop(-1)
+    cache.reset()
+    last = model(steps[:, 1:], past_key_values=twin).logits
+    icecache.disable(model)
+    expected = model(torch.cat([prompt, turn], dim=1)).logits[:, -20:]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    expected = model(torch.cat([kept, steps], dim=1)).logits[:, -12:]
+    torch.testing.assert_close(again, expected[:, :2], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(last, expected[:, 1:], atol=2e-4, rtol=2e-4)
+
+
 def test_beams_come_and_go(model: LlamaForCausalLM) -> None:
     prompt = words(2, 120)
     settings = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False}

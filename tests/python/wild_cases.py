@@ -58,6 +58,7 @@ def engine_cases() -> Iterator[Case]:
 
 DEVICE_METHODS: dict[str, list[str]] = {
     "prefill": ["layer", "sequence", "keys", "values", "queries"],
+    "extend": ["layer", "sequence", "keys", "values", "queries"],
     "limit_tokens": ["tokens"],
     "reserve": ["sequence", "tokens"],
     "built": ["layer"],

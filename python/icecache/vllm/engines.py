@@ -53,7 +53,13 @@ class HostEngine(Engine):
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """Nothing."""
 
-    def begin(self, seqs: Sequence[int], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
+    def begin(
+        self,
+        seqs: Sequence[int],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        phases: Sequence[Phase],
+    ) -> None:
         """Nothing."""
 
 
@@ -127,10 +133,16 @@ class Engines:
         for engine, of in zip(self._engines, seq, strict=True):
             engine.prepare(of, count, phase)
 
-    def begin(self, seqs: Sequence[Ids], firsts: Sequence[int], phases: Sequence[Phase]) -> None:
+    def begin(
+        self,
+        seqs: Sequence[Ids],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        phases: Sequence[Phase],
+    ) -> None:
         """As DeviceEngine.begin()."""
         for index, engine in enumerate(self._engines):
-            engine.begin([seq[index] for seq in seqs], firsts, phases)
+            engine.begin([seq[index] for seq in seqs], firsts, counts, phases)
 
     def step_packed(
         self,

@@ -121,7 +121,7 @@ class Store:
                 drafts.append(behind)
         batch = Batch(rows, drafts)
         for call in batch.calls:
-            self.engine.begin(call.sequences, call.firsts, call.phases)
+            self.engine.begin(call.sequences, call.firsts, call.counts, call.phases)
         return batch
 
     def _place(self, row: ScheduledRow) -> None:

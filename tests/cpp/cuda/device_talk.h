@@ -320,6 +320,23 @@ class DeviceCacheTest : public ::testing::Test {
   }
 };
 
+// What one step brings for a batch.
+struct Words {
+  Rows keys, values, queries;
+};
+
+inline Words words(const CacheShape& shape, int batch, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  const auto rows = [&](int heads) {
+    Rows made(shape.dtype, static_cast<std::size_t>(batch) * heads * shape.head_dim);
+    for (std::size_t i = 0; i < made.size(); ++i) made.set(i, normal(random));
+    return made;
+  };
+  Rows keys = rows(shape.num_kv_heads), values = rows(shape.num_kv_heads);
+  return {std::move(keys), std::move(values), rows(shape.num_q_heads)};
+}
+
 inline double rounding(DType dtype) {
   return dtype == DType::kFloat32 ? 2e-5 : dtype == DType::kFloat16 ? 2e-3 : 1e-2;
 }

@@ -4,23 +4,6 @@
 namespace icecache {
 namespace {
 
-// What one step brings for a batch.
-struct Words {
-  Rows keys, values, queries;
-};
-
-Words words(const CacheShape& shape, int batch, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  const auto rows = [&](int heads) {
-    Rows made(shape.dtype, static_cast<std::size_t>(batch) * heads * shape.head_dim);
-    for (std::size_t i = 0; i < made.size(); ++i) made.set(i, normal(random));
-    return made;
-  };
-  Rows keys = rows(shape.num_kv_heads), values = rows(shape.num_kv_heads);
-  return {std::move(keys), std::move(values), rows(shape.num_q_heads)};
-}
-
 Rows say(Talk& talk, int batch, unsigned seed) {
   const Words next = words(talk.shape, batch, seed);
   talk.queries = next.queries;
