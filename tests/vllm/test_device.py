@@ -20,6 +20,7 @@ from icecache.vllm import prompt_attention, worker
 from icecache.vllm.engines import Layer
 from icecache.vllm.names import FLASH_ATTENTION, FullAttentionSpec
 from icecache.vllm.spec import IceCacheSpec
+from test_drafts import drafting
 from test_engine import prompts
 from test_refusals import config
 
@@ -84,6 +85,16 @@ def test_requests_that_the_device_holds_give_the_tokens_of_stock(
     assert result["steps"] == 0 and result["dense_steps"] == 8 * 11 * 2 * 2
 
 
+def test_drafts_change_no_token(run: Run, model: Path, stock: list[list[int]]) -> None:
+    """With residents, and with requests that the budget holds."""
+    budget = {"token_budget": 512, "device_tokens": 1024}
+    result = serve(run, model, budget, **drafting("ngram", 5))
+    assert result["tokens"] == stock
+    assert 0 < result["drafts"]["accepted"] < result["drafts"]["made"]
+    assert result["steps"] > 0 and result["dense_steps"] > 0
+    assert result["blocks_lost"] == 0 and result["requests"] == 0
+
+
 def test_requests_come_and_go(run: Run, model: Path) -> None:
     result = run(
         "storm",
@@ -116,6 +127,32 @@ def test_requests_grow_and_wait_for_room(run: Run, model: Path) -> None:
     assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
     # A request that was preempted gets an index of all its tokens when it comes again.
     assert len(result["differing"]) <= result["preemptions"]
+
+
+def test_requests_are_preempted_around_the_switch(run: Run, model: Path) -> None:
+    """Residents that outgrow the device, some of them preempted, and with drafts."""
+    result = run(
+        "storm",
+        model=model,
+        count=8,
+        compare=False,  # residents attend to more
+        abort_share=0.02,
+        sizes=[20, 1015, 1020],
+        tokens=24,
+        emulated=True,
+        icecache={"host_memory": "8M", "token_budget": 64, "device_tokens": 1280},
+        llm={
+            **SMALL,
+            **drafting("ngram", 3),
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 4096,
+            "scheduler_reserve_full_isl": False,
+        },
+    )
+    assert result["preemptions"] > 0 and result["answered"] > 6
+    assert result["steps"] > 0 and result["dense_steps"] > 0
+    assert result["requests_left"] == 0 and result["page_bytes_left"] == 0
+    assert result["drafts"]["made"] > 0
 
 
 def test_a_small_pool_is_refused(run: Run, model: Path) -> None:

@@ -156,10 +156,10 @@ class Server:
             layer = SimpleNamespace(layer_name=name)
             impl.forward(layer, query, key, value, query, metadata, output)
 
-    def capture(self) -> None:
+    def capture(self, rows: int = GRAPH_ROWS) -> None:
         """A full graph of a dummy batch."""
-        self.static = [inputs(GRAPH_ROWS) for _ in NAMES]
-        metadata = self.build([*range(GRAPH_ROWS + 1)], [0] * GRAPH_ROWS)
+        self.static = [inputs(rows) for _ in NAMES]
+        metadata = self.build([*range(rows + 1)], [0] * rows)
         self.graph = Recorder()
         with self.graph:
             self.forward(metadata, self.static)
@@ -202,8 +202,9 @@ class Step:
         return all(row.phase == Phase.AUTO for row in self.rows)
 
 
-def traffic(count: int) -> list[Step]:
-    """Requests come with prompts in one piece or two, decode, sit out and go."""
+def traffic(count: int, drafts: int = 0) -> list[Step]:
+    """Requests come with prompts in one piece or two, decode, sit out and go. With `drafts` they
+    decode up to so many tokens more, of which some are taken back."""
     generator, made = random.Random(3), torch.Generator().manual_seed(3)
     position: dict[str, int] = {}
     prompt: dict[str, int] = {}
@@ -224,11 +225,15 @@ def traffic(count: int) -> list[Step]:
                 continue
             tokens = max(1, left if generator.random() < 0.7 else left // 2)
             phase = Phase.AUTO
+            kept = tokens
+            if left <= 0 and drafts:
+                tokens += generator.randint(0, drafts)
+                kept = generator.randint(1, tokens)
             if left > 0:
                 phase = Phase.PROMPT_END if tokens == left else Phase.PREFILL
             number_of = int(request[1:])
             rows.append(ScheduledRow(request, number_of, 1 + number_of, first, tokens, phase))
-            position[request] += tokens
+            position[request] += kept
         total = sum(row.count for row in rows)
         given = [
             [
@@ -287,6 +292,30 @@ def test_replays_go_on_when_residents_give_way(vllm_config: Any) -> None:
     assert stats[0].steps == stats[1].steps > 0
 
 
+def test_replays_with_drafts_give_what_forwards_give(vllm_config: Any) -> None:
+    """One graph serves steps of any number of drafts, with residents and without."""
+    drafting = copy.copy(vllm_config)
+    drafting.additional_config = copy.deepcopy(vllm_config.additional_config)
+    drafting.additional_config[KEY]["device_tokens"] = 512
+    drafting.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
+    plain, graphed = Server(drafting), Server(drafting)
+    graphed.capture(4 * GRAPH_ROWS)
+    numbers = set()
+    for number, step in enumerate(traffic(30, drafts=3)):
+        if number % 7 == 6:
+            for server in (plain, graphed):
+                server.cache.evict(number % SEATS)
+        one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.equal(mine, theirs) and mine.isfinite().all()
+        assert plain.lengths() == graphed.lengths()
+        numbers |= {row.count for row in step.rows if row.phase == Phase.AUTO}
+    assert numbers == {1, 2, 3, 4} and not plain.store.failed
+    stats = [server.cache.stats(0) for server in (plain, graphed)]
+    assert stats[0].dense_steps == stats[1].dense_steps > 0
+    assert stats[0].steps == stats[1].steps > 0
+
+
 def test_a_dummy_batch_between_steps_leaves_all_as_they_are(vllm_config: Any) -> None:
     server = Server(vllm_config)
     server.capture()
@@ -338,16 +367,20 @@ def test_indexes_that_could_not_be_built_fail_their_own_requests(vllm_config: An
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("drafts", [None, SimpleNamespace()])
 def test_full_graphs_are_offered_where_every_step_in_them_decodes(
-    monkeypatch: pytest.MonkeyPatch, kind: str, v2: bool, chunks: bool
+    monkeypatch: pytest.MonkeyPatch, kind: str, v2: bool, chunks: bool, drafts: Any
 ) -> None:
     monkeypatch.setattr(device, "KIND", "cuda")
     config: Any = SimpleNamespace(
         device_config=SimpleNamespace(device_type=kind),
         scheduler_config=SimpleNamespace(enable_chunked_prefill=chunks),
         use_v2_model_runner=v2,
+        speculative_config=drafts,
     )
     expected = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    if drafts is not None:
+        expected = AttentionCGSupport.UNIFORM_BATCH
     if kind == "cpu" or (v2 and chunks):
         expected = AttentionCGSupport.NEVER
     shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": DIM}

@@ -11,7 +11,7 @@ from typing import Any
 import kinds
 import pytest
 import torch
-from icecache import InvalidArgument
+from icecache import Config, InvalidArgument
 from icecache.shape import CacheShape
 from icecache.vllm import engine_args, names, plugin, support
 from icecache.vllm.connector import IceCacheConnector
@@ -136,10 +136,16 @@ def test_drafts_of_a_pipeline(llama: Path) -> None:
 def test_drafts_on_a_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     given = config(llama, speculative_config=drafts)
-    support.check_config(given)
     monkeypatch.setattr(support, "device_of", lambda _: "cuda")
-    with pytest.raises(InvalidArgument, match="on a CUDA device: start without --speculative"):
+    support.check_config(given)
+    given.speculative_config.method = "draft_model"
+    with pytest.raises(InvalidArgument, match=r"by draft_model on a CUDA device: use one of ngram"):
         support.check_config(given)
+    resolved = Config(window_tokens=32, decode_tokens=64)
+    support.check_draft_length(15, resolved, on_device=True)
+    support.check_draft_length(16, resolved, on_device=False)
+    with pytest.raises(InvalidArgument, match="at most 15 on a CUDA device, got 16"):
+        support.check_draft_length(16, resolved, on_device=True)
 
 
 def test_a_vllm_that_did_not_load_the_plugin(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Steps of one token a request, where the cache is on a CUDA device.
+        """Steps of one token a request, or of one and as many drafts, where the cache is on a CUDA
+        device.
 
         vLLM's V2 runner takes the last token of a prompt in chunks for such a step, too, and a
         prompt's attention is not in the graph. In the V1 runner the connector sees to that.
@@ -110,6 +111,8 @@ class IceCacheMetadataBuilder(AttentionMetadataBuilder[IceCacheMetadata]):  # ty
         chunks = vllm_config.scheduler_config.enable_chunked_prefill
         if device_of(vllm_config) is None or (vllm_config.use_v2_model_runner and chunks):
             return AttentionCGSupport.NEVER
+        if vllm_config.speculative_config is not None:
+            return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(

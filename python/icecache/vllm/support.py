@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from icecache import Config, InvalidArgument
+from icecache.device import STEP_TOKENS
 from icecache.machine import usable_memory
 from icecache.shape import CacheShape
 from icecache.vllm.drafts import BY_LAYERS, IN_TEXT, drafts_by_layers
@@ -104,8 +105,11 @@ def _check_drafts(vllm_config: Any) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if device_of(vllm_config) is not None:
-        _refuse("speculative decoding on a CUDA device", "start without --speculative-config")
+    if device_of(vllm_config) is not None and speculative.method not in IN_TEXT:
+        _refuse(
+            f"speculative decoding by {speculative.method} on a CUDA device",
+            f"use one of {', '.join(IN_TEXT)}, or start without --speculative-config",
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         _refuse(
             "speculative decoding and pipeline parallelism",
@@ -135,11 +139,17 @@ def _check_drafts(vllm_config: Any) -> None:
         )
 
 
-def check_draft_length(drafts: int, config: Config) -> None:
-    """Raises InvalidArgument where so many drafted tokens a step change what decoding answers.
+def check_draft_length(drafts: int, config: Config, on_device: bool) -> None:
+    """Raises InvalidArgument where so many drafted tokens a step change what decoding answers, or
+    are more than a step on a CUDA device takes.
 
     `config`: the engine's, resolved.
     """
+    if on_device and 1 + drafts > STEP_TOKENS:
+        raise InvalidArgument(
+            f"num_speculative_tokens: expected at most {STEP_TOKENS - 1} on a CUDA device, got "
+            f"{drafts}; lower it"
+        )
     if config.exact:
         return
     if config.index not in INDEXES_OF_SEGMENTS:

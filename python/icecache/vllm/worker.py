@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from icecache import InvalidArgument, OutOfPages
+from icecache.device import STEP_TOKENS
 from icecache.device_engine import DeviceEngine
 from icecache.shape import CacheShape
 from icecache.vllm.engines import Engines, HostEngine, Layer, Place, place_layers, split_config
@@ -71,7 +72,8 @@ class Worker:
             check_memory(engines.host_memory, engines.token_bytes, longest, engines.room_step, room)
             if self.vllm_config.speculative_config is not None:
                 drafts = self.vllm_config.speculative_config.num_speculative_tokens
-                check_draft_length(drafts, engines.config)
+                on_device = device_of(self.vllm_config) is not None
+                check_draft_length(drafts, engines.config, on_device)
             self.store = Store(engines)
         return self.store
 
@@ -108,6 +110,8 @@ class Worker:
         lanes = self.vllm_config.scheduler_config.max_num_seqs
         longest = self.vllm_config.model_config.max_model_len
         share = self.vllm_config.cache_config.gpu_memory_utilization
+        drafts = self.vllm_config.speculative_config
+        step_tokens = 1 if drafts is None else 1 + drafts.num_speculative_tokens
         try:
             return DeviceEngine(
                 **vars(shape),
@@ -117,6 +121,7 @@ class Worker:
                 max_tokens=longest,
                 device_share=share,
                 attend_prompt=PromptAttention(shape, device),
+                step_tokens=min(step_tokens, STEP_TOKENS),  # more are refused by then, by name
             )
         except OutOfPages as error:
             raise InvalidArgument(
