@@ -184,6 +184,27 @@ void gather(Self self, py::handle layer_number, py::handle sequence_number, py::
   self->gather(layer, sequence, k.element(0), v.element(0), stream);
 }
 
+// Calls of one sequence.
+template <void (DeviceCache::*method)(int, void*)>
+void with_sequence(Self self, py::handle sequence_number) {
+  const int sequence = narrow_integer("sequence", sequence_number);
+  void* const stream = stream_of(self);
+  const Unlocked unlocked;
+  ((*self).*method)(sequence, stream);
+}
+
+// Calls of one sequence and a number of tokens, by the name of the argument.
+template <void (DeviceCache::*method)(int, std::int64_t, void*)>
+auto with_tokens(const char* name) {
+  return [name](Self self, py::handle sequence_number, py::handle number) {
+    const int sequence = narrow_integer("sequence", sequence_number);
+    const std::int64_t tokens = integer(name, number);
+    void* const stream = stream_of(self);
+    const Unlocked unlocked;
+    ((*self).*method)(sequence, tokens, stream);
+  };
+}
+
 void bind_sequences(Class& cache) {
   cache
       .def("limit_tokens",
@@ -192,14 +213,7 @@ void bind_sequences(Class& cache) {
              const Unlocked unlocked;
              self->limit_tokens(most);
            })
-      .def("reserve",
-           [](Self self, py::handle sequence_number, py::handle tokens) {
-             const int sequence = narrow_integer("sequence", sequence_number);
-             const std::int64_t wanted = integer("tokens", tokens);
-             void* const stream = stream_of(self);
-             const Unlocked unlocked;
-             self->reserve(sequence, wanted, stream);
-           })
+      .def("reserve", with_tokens<&DeviceCache::reserve>("tokens"))
       .def("rebuild",
            [](Self self, py::handle layer_number, py::handle sequence_number) {
              const int layer = narrow_integer("layer", layer_number);
@@ -216,28 +230,10 @@ void bind_sequences(Class& cache) {
              const Unlocked unlocked;
              self->fork(sequence, from, stream);
            })
-      .def("truncate",
-           [](Self self, py::handle sequence_number, py::handle length) {
-             const int sequence = narrow_integer("sequence", sequence_number);
-             const std::int64_t kept = integer("length", length);
-             void* const stream = stream_of(self);
-             const Unlocked unlocked;
-             self->truncate(sequence, kept, stream);
-           })
-      .def("evict",
-           [](Self self, py::handle sequence_number) {
-             const int sequence = narrow_integer("sequence", sequence_number);
-             void* const stream = stream_of(self);
-             const Unlocked unlocked;
-             self->evict(sequence, stream);
-           })
-      .def("release",
-           [](Self self, py::handle sequence_number) {
-             const int sequence = narrow_integer("sequence", sequence_number);
-             void* const stream = stream_of(self);
-             const Unlocked unlocked;
-             self->release(sequence, stream);
-           })
+      .def("truncate", with_tokens<&DeviceCache::truncate>("length"))
+      .def("take_back", with_tokens<&DeviceCache::take_back>("length"))
+      .def("evict", &with_sequence<&DeviceCache::evict>)
+      .def("release", &with_sequence<&DeviceCache::release>)
       .def("length", [](Self self, py::handle layer_number, py::handle sequence_number) {
         const int layer = narrow_integer("layer", layer_number);
         const int sequence = narrow_integer("sequence", sequence_number);

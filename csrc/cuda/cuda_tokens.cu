@@ -35,7 +35,8 @@ void launch_give_extents(const ExtentParams& p, Stream stream) {
 void launch_truncate(const TruncateParams& p, Stream stream) {
   with_type(p.shape.dtype, [&](auto type) {
     launch("truncate", truncate_kernel<decltype(type)>,
-           dim3(static_cast<unsigned>(p.shape.kv_heads)), kTokenBlock, stream, p);
+           dim3(static_cast<unsigned>(p.shape.kv_heads), static_cast<unsigned>(p.count)),
+           kTokenBlock, stream, p);
   });
 }
 

@@ -81,24 +81,28 @@ static __global__ void __launch_bounds__(kExtentsAtOnce) give_extents_kernel(con
   if (i == 0) p.layer.extent_room[x] = p.room;
 }
 
-// A block for each head.
+// A block for each head and layer.
 template <typename T>
 __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const TruncateParams p) {
   const StepShape& s = p.shape;
+  const LayerState& layer = p.layers[blockIdx.y];
   const int x = p.first_pair + static_cast<int>(blockIdx.x), thread = threadIdx.x;
   const int d = s.head_dim, vectors = d / Vector<T>::kCount;
+  const int length = layer.lengths[x];
+  if (length <= p.kept) return;
+  __syncthreads();  // all have read it
   const int indexed = max(0, p.kept - s.near_rows());
 
   // The window of then, of which the ring holds what has not been displaced since.
   const int first = max(s.sink_tokens, p.kept - s.window_tokens);
-  const int last = min(p.kept, p.length - s.window_tokens);
+  const int last = min(p.kept, length - s.window_tokens);
   for (int i = thread; i < (last - first) * vectors; i += kTokenBlock) {
     const int position = first + i / vectors, v = i % vectors;
-    const uint4* key = page_row<T>(s, p.layer, x, position - s.sink_tokens);
+    const uint4* key = page_row<T>(s, layer, x, position - s.sink_tokens);
     const std::int64_t to =
         (static_cast<std::int64_t>(x) * s.rows() + near_row(s, position)) * vectors + v;
-    static_cast<uint4*>(p.layer.row_keys)[to] = key[v];
-    static_cast<uint4*>(p.layer.row_values)[to] = key[s.page_size * vectors + v];
+    static_cast<uint4*>(layer.row_keys)[to] = key[v];
+    static_cast<uint4*>(layer.row_values)[to] = key[s.page_size * vectors + v];
   }
 
   // The node that is being filled, its values added up in the order in which they had come.
@@ -107,29 +111,29 @@ __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const Truncate
     float sum = 0.0f;
     for (int token = indexed - in_node; token < indexed; ++token) {
       const auto* value =
-          reinterpret_cast<const T*>(page_row<T>(s, p.layer, x, token) + s.page_size * vectors);
+          reinterpret_cast<const T*>(page_row<T>(s, layer, x, token) + s.page_size * vectors);
       sum += to_float(value[i]);
     }
-    p.layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
-    mean_of<T>(s, p.layer, x, node, d)[i] = from_float<T>(divide(sum, static_cast<float>(in_node)));
+    layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
+    mean_of<T>(s, layer, x, node, d)[i] = from_float<T>(divide(sum, static_cast<float>(in_node)));
   }
 
   // Cached rows of tokens that are gone. Stamps are lengths: none may lie ahead.
   const std::int64_t cached = static_cast<std::int64_t>(x) * s.cached_rows;
   for (int r = thread; r < s.cached_rows; r += kTokenBlock) {
-    std::int32_t& owner = p.layer.owner[cached + r];
-    std::int32_t& stamp = p.layer.stamp[cached + r];
+    std::int32_t& owner = layer.owner[cached + r];
+    std::int32_t& stamp = layer.stamp[cached + r];
     if (owner >= indexed) {
       owner = -1;  // append forgets the token's row when it comes again
       stamp = 0;
-      p.layer.has_value[cached + r] = 0;
+      layer.has_value[cached + r] = 0;
     } else {
       stamp = min(stamp, p.kept);
     }
   }
   if (thread == 0) {
-    p.layer.lengths[x] = p.kept;
-    p.layer.resident[x] = min(p.layer.resident[x], p.kept);
+    layer.lengths[x] = p.kept;
+    layer.resident[x] = min(layer.resident[x], p.kept);
   }
 }
 

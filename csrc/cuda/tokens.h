@@ -72,14 +72,15 @@ struct ExtentParams {
 };
 void launch_give_extents(const ExtentParams& params, Stream stream);
 
-// Takes back the last tokens, so that the sequence is what it was at `kept` tokens: those that left
-// the window since then come back from their pages. Rows of arranged tokens stay where they are:
-// kept >= near rows + arranged tokens, or there are none of those.
+// Takes back the last tokens of a sequence in some layers, so that it is there what it was at `kept`
+// tokens: those that left the window since then come back from their pages. Layers that have no more
+// than these stay as they are. Rows of arranged tokens stay where they are: kept >= near rows +
+// arranged tokens, or there are none of those.
 struct TruncateParams {
   StepShape shape;
-  LayerState layer;
+  const LayerState* layers = nullptr;  // on the device: of the first of them
+  int count = 0;                       // layers
   int first_pair = 0;
-  int length = 0;  // before
   int kept = 0;
 };
 void launch_truncate(const TruncateParams& params, Stream stream);

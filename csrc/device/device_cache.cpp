@@ -74,6 +74,10 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
     layer.order.resize(static_cast<std::size_t>(batch));
     layer.building.resize(static_cast<std::size_t>(batch));
   }
+  std::vector<gpu::LayerState> of_layers;
+  for (const Layer& layer : layers) of_layers.push_back(layer.state);
+  states = gpu::Buffer(of_layers.size() * sizeof(gpu::LayerState), start.get());
+  gpu::copy_to_device(states.data(), of_layers.data(), states.bytes(), start.get());
   const std::int64_t wanted = gpu::extents_of(config.device_tokens);
   if (wanted > 0) {
     extent_pool.limit(static_cast<std::size_t>(

@@ -140,6 +140,26 @@ struct DeviceCache::Impl {
                         table.size() * sizeof(std::byte*), stream);
     gpu::synchronize(stream);  // the table goes
   }
+  // Whether a build, or pages of its own in place of shared ones, are needed before a sequence can
+  // be what it was at `kept` tokens.
+  bool has_to_build(const Layer& layer, int sequence, std::int64_t kept) const {
+    return layer.order[sequence].size() / static_cast<std::size_t>(step.kv_heads) >
+           static_cast<std::size_t>(indexed(kept));
+  }
+  bool shares_what_is_written(const Layer& layer, int sequence, std::int64_t kept) const {
+    return layer.pages[sequence].is_shared(full_pages(indexed(kept)));
+  }
+  // Takes back all but `kept` tokens in `count` layers, which need neither.
+  void launch_truncate(int layer, int count, int sequence, std::int64_t kept,
+                       gpu::Stream stream) const {
+    gpu::TruncateParams p;
+    p.shape = step;
+    p.layers = states.as<gpu::LayerState>() + layer;
+    p.count = count;
+    p.first_pair = sequence * step.kv_heads;
+    p.kept = static_cast<int>(kept);
+    gpu::launch_truncate(p, stream);
+  }
   // Copies the `length` tokens of a sequence [Hkv, length, D] in order of position.
   void fetch(const Layer& layer, int sequence, std::int64_t length, void* keys, void* values,
              gpu::Stream stream) const {
@@ -177,7 +197,8 @@ struct DeviceCache::Impl {
   gpu::Buffer scratch_memory;
   gpu::StepScratch scratch;
   std::vector<Layer> layers;
-  ThreadPool jobs;  // last: its threads use all of the above
+  gpu::Buffer states;  // of all layers: gpu::LayerState
+  ThreadPool jobs;     // last: its threads use all of the above
 };
 
 }  // namespace icecache

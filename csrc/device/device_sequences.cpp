@@ -167,7 +167,6 @@ void DeviceCache::fork(int sequence, int from, Stream stream) {
 
 void DeviceCache::truncate(int sequence, std::int64_t kept, Stream stream) {
   Impl& self = *impl_;
-  const gpu::StepShape& s = self.step;
   std::vector<std::int64_t> lengths;
   for (int number = 0; number < self.shape.num_layers; ++number) {
     lengths.push_back(length(number, sequence, stream));
@@ -182,26 +181,42 @@ void DeviceCache::truncate(int sequence, std::int64_t kept, Stream stream) {
   for (int number = 0; number < self.shape.num_layers; ++number) {
     Impl::Layer& layer = self.layers[number];
     if (lengths[number] <= kept) continue;
-    const std::size_t arranged = layer.order[sequence].size() / s.kv_heads;
-    if (arranged > static_cast<std::size_t>(self.indexed(kept))) {
+    if (self.has_to_build(layer, sequence, kept)) {
       build_anew(number, sequence, lengths[number], kept, stream);
       continue;
     }
     // Pages that will be written again must be the sequence's own.
     const PageSet& pages = layer.pages[sequence];
-    const std::int64_t indexed = self.indexed(kept);
-    const bool is_shared = pages.is_shared(self.full_pages(indexed));
+    const bool is_shared = self.shares_what_is_written(layer, sequence, kept);
     PageSet own;
-    if (is_shared) own = self.pages_from(pages, indexed, {sequence, number, -1});
-    gpu::TruncateParams p;
-    p.shape = s;
-    p.layer = layer.state;
-    p.first_pair = sequence * s.kv_heads;
-    p.length = static_cast<int>(lengths[number]);
-    p.kept = static_cast<int>(kept);
-    gpu::launch_truncate(p, stream);
+    if (is_shared) own = self.pages_from(pages, self.indexed(kept), {sequence, number, -1});
+    self.launch_truncate(number, 1, sequence, kept, stream);
     if (is_shared) self.give_pages(layer, sequence, std::move(own), stream);
   }
+}
+
+void DeviceCache::take_back(int sequence, std::int64_t most, Stream stream) {
+  Impl& self = *impl_;
+  self.check_sequence("sequence", sequence);
+  if (most < 1) throw InvalidArgument(message("length must be at least 1, got ", most));
+  bool waits = false;
+  for (int number = 0; number < self.shape.num_layers; ++number) {
+    wait(number);
+    const Impl::Layer& layer = self.layers[number];
+    waits = waits || self.has_to_build(layer, sequence, most) ||
+            self.shares_what_is_written(layer, sequence, most);
+  }
+  if (!waits) {
+    const gpu::DeviceScope here(self.device);
+    const std::int64_t kept =
+        std::min(most, self.step.near_rows() + std::int64_t{self.step.token_room});
+    return self.launch_truncate(0, self.shape.num_layers, sequence, kept, stream);
+  }
+  std::int64_t longest = 0;
+  for (int number = 0; number < self.shape.num_layers; ++number) {
+    longest = std::max(longest, length(number, sequence, stream));
+  }
+  if (longest > most) truncate(sequence, most, stream);
 }
 
 void DeviceCache::release(int sequence, Stream stream) {

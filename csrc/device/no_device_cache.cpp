@@ -53,6 +53,9 @@ void DeviceCache::fork(int, int, Stream) {
 void DeviceCache::truncate(int, std::int64_t, Stream) {
   refuse();
 }
+void DeviceCache::take_back(int, std::int64_t, Stream) {
+  refuse();
+}
 void DeviceCache::evict(int, Stream) {
   refuse();
 }

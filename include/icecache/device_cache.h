@@ -116,6 +116,11 @@ class DeviceCache {
   // build of what is left. Throws InvalidArgument for a length beyond the longest layer's;
   // OutOfPages may leave some layers longer than others: call it again, or release.
   void truncate(int sequence, std::int64_t length, Stream stream);
+  // As truncate(), but that a sequence which holds fewer tokens stays as it is. Ordered on the
+  // stream, and nothing is waited for, where the tokens came since the last build and no fork shares
+  // their pages: rejected drafts cost one kernel for all layers. Throws InvalidArgument for a length
+  // below 1.
+  void take_back(int sequence, std::int64_t length, Stream stream);
   // Takes the extents of a resident sequence at once: its next step runs within the budget. Ordered
   // on the stream; nothing is waited for.
   void evict(int sequence, Stream stream);

@@ -277,6 +277,14 @@ class DeviceCache:
         """
         self._cache.truncate(sequence, length)
 
+    def take_back(self, sequence: int, length: int) -> None:
+        """As truncate(), but that a sequence which holds fewer tokens stays as it is.
+
+        Rejected drafts cost one kernel for all layers, and nothing is waited for: so it is for
+        tokens that came since the last build, whose pages no fork shares.
+        """
+        self._cache.take_back(sequence, length)
+
     def evict(self, sequence: int) -> None:
         """Takes a sequence's device memory for all its tokens, at once, if it is resident.
 

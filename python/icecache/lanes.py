@@ -61,7 +61,7 @@ class Lanes:
         if length == 0:
             self.empty(lane)
             return True
-        self.cache.truncate(lane, length)
+        self.cache.take_back(lane, length)
         for counts in (*self.lengths, *self.built):
             counts[lane] = min(counts[lane], length)
         return True

@@ -251,13 +251,13 @@ def test_assisted_generation_is_greedy_generation(
     icecache.enable(model, token_budget=400, max_tokens=256)
     expected = model.generate(prompt, **settings)
     rejected = []
-    truncate = icecache.DeviceCache.truncate
+    take_back = icecache.DeviceCache.take_back
 
     def counted(self: icecache.DeviceCache, sequence: int, length: int) -> None:
         rejected.append(length)
-        truncate(self, sequence, length)
+        take_back(self, sequence, length)
 
-    monkeypatch.setattr(icecache.DeviceCache, "truncate", counted)
+    monkeypatch.setattr(icecache.DeviceCache, "take_back", counted)
     found = model.generate(prompt, prompt_lookup_num_tokens=5, **settings)
     assert torch.equal(found, expected)
     assert rejected

@@ -67,6 +67,7 @@ DEVICE_METHODS: dict[str, list[str]] = {
     "rebuild": ["layer", "sequence"],
     "fork": ["sequence", "source"],
     "truncate": ["sequence", "length"],
+    "take_back": ["sequence", "length"],
     "evict": ["sequence"],
     "release": ["sequence"],
     "length": ["layer", "sequence"],
