@@ -47,6 +47,7 @@ DeviceCache::Impl::Impl(const CacheShape& cache_shape, const Config& given, int 
       extents(static_cast<std::size_t>(batch)),
       named(static_cast<std::size_t>(batch)),
       layers(static_cast<std::size_t>(shape.num_layers)),
+      supplier(1, 1),
       jobs(1, static_cast<int>(std::min(config.index_threads, kMaxBuilds))) {
   const std::size_t layer_bytes = gpu::place(step, nullptr, layers.front().state);
   const std::size_t scratch_bytes = gpu::place(step, nullptr, scratch);
@@ -132,6 +133,22 @@ gpu::BuildParams DeviceCache::Impl::build_params(const Layer& layer, int sequenc
   return p;
 }
 
+void DeviceCache::Impl::take_pages_ahead() {
+  std::size_t wanted = spare_pages;
+  for (std::size_t b = 0; b < chunks.size(); ++b) {
+    if (chunks[b].empty()) continue;
+    const std::size_t pages = full_pages(room_of(chunks[b].size()));
+    for (const Layer& layer : layers) wanted += layer.pages[b].size() == 0 ? pages : 0;
+  }
+  pages_ahead = wanted;
+  if (wanted == 0 || !supply.done()) return;  // a job that is under way sees the number
+  supplier.submit(supply, [this] {
+    const gpu::DeviceScope on(device);
+    while (pool.take_ahead(pages_ahead)) {
+    }
+  });
+}
+
 void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, Stream stream) {
   const TensorView &keys = prompt.keys, &values = prompt.values, &queries = prompt.queries;
   Impl& self = *impl_;
@@ -155,6 +172,7 @@ void DeviceCache::build(int layer_number, int sequence, const Prompt& prompt, St
     layer.pages[sequence] =
         PageSet(self.pool, self.full_pages(room), static_cast<std::size_t>(s.kv_heads),
                 {sequence, layer_number, -1});
+    self.take_pages_ahead();
   }
   // Others lose extents when nothing of this call can fail any more.
   self.keep_prompt(layer_number, sequence, prompt, stream);

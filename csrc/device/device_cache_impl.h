@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -28,7 +29,10 @@ struct DeviceCache::Impl {
   static_assert(kRoomStep == gpu::kChunkTokens);
   Impl(const CacheShape& cache_shape, const Config& given, int batch, std::int64_t most, int on);
   // Steps that are under way read the pages.
-  ~Impl() { gpu::synchronize_device(); }
+  ~Impl() {
+    pages_ahead = 0;
+    gpu::synchronize_device();
+  }
 
   struct Layer {
     gpu::Buffer memory;
@@ -95,6 +99,11 @@ struct DeviceCache::Impl {
   void fork_extents(int sequence, int from, gpu::Stream stream);
   // Tells the device of the extents from `first` on.
   void give_extents(int sequence, std::size_t first, gpu::Stream stream) const;
+
+  // Has host memory taken for the pages that layers without a prompt will want, of sequences that
+  // have room, while the model computes: page-locking takes longer than all else in a build. Where
+  // limit_tokens() was called, of one longest sequence besides.
+  void take_pages_ahead();
 
   gpu::BuildParams build_params(const Layer& layer, int sequence, const Prompt& prompt) const;
   // Tells the device what chunks a sequence has, and its room.
@@ -197,8 +206,12 @@ struct DeviceCache::Impl {
   gpu::Buffer scratch_memory;
   gpu::StepScratch scratch;
   std::vector<Layer> layers;
-  gpu::Buffer states;  // of all layers: gpu::LayerState
-  ThreadPool jobs;     // last: its threads use all of the above
+  gpu::Buffer states;                        // of all layers: gpu::LayerState
+  std::size_t spare_pages = 0;               // of that sequence
+  std::atomic<std::size_t> pages_ahead = 0;  // that are to be free
+  JobGroup supply;                           // the job that sees to it
+  ThreadPool supplier;
+  ThreadPool jobs;  // last: the threads of these two use all of the above
 };
 
 }  // namespace icecache

@@ -45,7 +45,10 @@ void DeviceCache::limit_tokens(std::int64_t tokens) {
     throw InvalidArgument(message("tokens must be from 1 to ", kMost, ", got ", tokens));
   }
   const gpu::DeviceScope here(self.device);
-  self.chunk_pool.limit(static_cast<std::size_t>((tokens - 1) / gpu::kChunkTokens + 1));
+  const auto slabs = static_cast<std::size_t>((tokens - 1) / gpu::kChunkTokens + 1);
+  self.chunk_pool.limit(slabs);
+  self.spare_pages = self.full_pages(self.room_of(slabs)) * self.layers.size();
+  self.take_pages_ahead();
 }
 
 void DeviceCache::reserve(int sequence, std::int64_t tokens, Stream stream) {
@@ -90,6 +93,7 @@ void DeviceCache::make_room(int sequence, std::int64_t tokens, Stream stream) {
     self.write_table(self.layers[i], sequence, own, before, stream);
   }
   self.give_chunks(sequence, stream);
+  self.take_pages_ahead();
 }
 
 void DeviceCache::extend(int layer_number, int sequence, const TensorView& keys,

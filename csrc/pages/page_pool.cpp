@@ -76,18 +76,43 @@ PagePool::Slab& PagePool::slab_of(PageId page) const {
   return *slabs_[page >> std::countr_zero(slab_pages_)];
 }
 
-void PagePool::grow_locked() {
-  const std::size_t count = std::min(slab_pages_, capacity_pages_ - taken_pages_);
+std::size_t PagePool::next_slab_locked() const {
+  return std::min(slab_pages_, capacity_pages_ - taken_pages_);
+}
+
+std::unique_ptr<PagePool::Slab> PagePool::make_slab(std::size_t count) const {
   const std::size_t bytes = count * options_.page_bytes;
-  // release() must not throw: the list has room for every page before one is handed out.
-  free_list_.reserve(taken_pages_ + count);
   auto slab = std::make_unique<Slab>(count, bytes, options_.pinned);
   if (options_.poison_freed) std::memset(slab->memory, kPoison, bytes);
+  return slab;
+}
+
+void PagePool::add_locked(std::unique_ptr<Slab> slab, std::size_t count) {
+  // release() must not throw: the list has room for every page before one is handed out.
+  free_list_.reserve(taken_pages_ + count);
   slabs_[taken_pages_ / slab_pages_] = std::move(slab);
   for (std::size_t i = count; i-- > 0;) {
     free_list_.push_back(static_cast<PageId>(taken_pages_ + i));
   }
   taken_pages_ += count;
+}
+
+bool PagePool::take_ahead(std::size_t pages) {
+  const auto next = [&] {
+    const std::lock_guard lock(mutex_);
+    return free_list_.size() < pages ? next_slab_locked() : 0;
+  };
+  const std::size_t count = next();
+  if (count == 0) return false;
+  try {
+    std::unique_ptr<Slab> slab = make_slab(count);
+    const std::lock_guard lock(mutex_);
+    if (next_slab_locked() != count) return false;  // another thread has reached the capacity
+    add_locked(std::move(slab), count);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
 }
 
 PageId PagePool::allocate(const PageOwner& owner) {
@@ -107,7 +132,10 @@ void PagePool::allocate(std::size_t count, const PageOwner& owner, std::vector<P
                              " bytes; set by host_memory)"));
   }
   try {
-    while (free_list_.size() < count) grow_locked();
+    while (free_list_.size() < count) {
+      const std::size_t next = next_slab_locked();
+      add_locked(make_slab(next), next);
+    }
   } catch (const std::bad_alloc&) {
     throw OutOfPages(message("the operating system has no ", options_.pinned ? "page-locked " : "",
                              "memory for more pages: ", taken_pages_ * options_.page_bytes, " of ",

@@ -6,7 +6,8 @@
 //
 // Invariants
 //  1. A page is free or has a reference count >= 1; free pages are on the free list exactly once.
-//  2. Memory never exceeds `capacity_bytes`; slabs are taken on demand and kept until destruction.
+//  2. Memory never exceeds `capacity_bytes`; slabs are taken on demand, or ahead of it where
+//  somebody asks for that, and kept until destruction.
 //  3. A page with reference count > 1 is never written (copy on write is the caller's duty:
 //  unique()).
 //  4. `epoch` strictly increases over all writes of the pool, so (id, epoch) names one content for
@@ -66,6 +67,11 @@ class PagePool {
   PageId allocate(const PageOwner& owner);
   // All or none: appends `count` pages to `out`, or throws OutOfPages and changes nothing.
   void allocate(std::size_t count, const PageOwner& owner, std::vector<PageId>& out);
+  // Takes one more slab, unless `pages` are free by now or the capacity is reached: for a thread that
+  // takes memory before it is needed, since page-locking some is slow. Nobody else waits for it.
+  // False where it took none, also where the system has no memory: allocate() says so to whoever
+  // needs it.
+  bool take_ahead(std::size_t pages);
   void retain(PageId page);
   // Frees the page when the count reaches 0.
   void release(PageId page) noexcept;
@@ -94,7 +100,10 @@ class PagePool {
  private:
   struct Slab;
   Slab& slab_of(PageId page) const;
-  void grow_locked();
+  // Pages of the slab that would come next; 0 where the capacity is reached.
+  std::size_t next_slab_locked() const;
+  std::unique_ptr<Slab> make_slab(std::size_t pages) const;
+  void add_locked(std::unique_ptr<Slab> slab, std::size_t pages);
 
   Options options_;
   std::size_t capacity_pages_ = 0;

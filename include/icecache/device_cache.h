@@ -62,7 +62,8 @@ class DeviceCache {
   DeviceCache& operator=(const DeviceCache&) = delete;
 
   // Takes device memory for the indexes of so many tokens, of all sequences together, at once; from
-  // then on there is no more. Without it memory comes as sequences grow. Throws OutOfPages.
+  // then on there is no more. Without it memory comes as sequences grow. Throws OutOfPages. From then
+  // on, too, a thread keeps host memory for one longest sequence page-locked ahead of need.
   void limit_tokens(std::int64_t tokens);
   // Gives a sequence room for at least `tokens`, on the device and in host memory, in steps of
   // kRoomStep tokens; all or nothing. Waits for the stream where it grows. A sequence that gets its
