@@ -10,7 +10,8 @@
 namespace icecache::gpu {
 
 constexpr int kBuildBlock = 256;
-constexpr int kDirectionRows = 2048;  // that a direction is estimated from
+constexpr int kWideBlock = 1024;
+constexpr int kDirectionRows = 2048;  // that a direction is estimated from, or up to twice as many
 constexpr int kPowerSteps = 4;
 
 // Floats as unsigned integers of the same order.
@@ -151,6 +152,7 @@ __device__ __forceinline__ const float* coordinates_of(const BuildParams& p, int
 
 // The row that is farthest, of those that the warps found, each at its distance; of equal ones the
 // first. `far` and `far_row`: shared, one of each warp. All threads of the block call it.
+template <int Threads>
 __device__ __forceinline__ int farthest_row(float distance, int row, float* far, int* far_row) {
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp == 0) {
@@ -158,7 +160,7 @@ __device__ __forceinline__ int farthest_row(float distance, int row, float* far,
     far_row[warp] = row;
   }
   __syncthreads();
-  for (int w = 0; w < kBuildBlock / kWarp; ++w) {
+  for (int w = 0; w < Threads / kWarp; ++w) {
     if (far[w] > distance || (far[w] == distance && far_row[w] < row)) {
       distance = far[w];
       row = far_row[w];
@@ -171,9 +173,11 @@ __device__ __forceinline__ int farthest_row(float distance, int row, float* far,
 // 1. The mean of the rows.
 // 2. The direction from there to the row farthest from it is the first guess.
 // 3. Each step multiplies the direction by the rows' covariance.
-// A warp takes every kWarps-th row; a lane holds one to three coordinates.
-static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const BuildParams p) {
-  constexpr int kWarps = kBuildBlock / kWarp, kMost = 3;
+// A warp takes every kWarps-th row; a lane holds one to three coordinates. The first levels, whose
+// few parts have many rows, get more warps for each.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) direction_kernel(const BuildParams p) {
+  constexpr int kWarps = Threads / kWarp, kMost = 3;
   __shared__ float rows_sum[kWarps][kMost * kWarp];
   __shared__ float direction[kMost * kWarp], mean[kMost * kWarp];
   __shared__ float totals[kWarps], far[kWarps];
@@ -223,7 +227,7 @@ static __global__ void __launch_bounds__(kBuildBlock) direction_kernel(const Bui
       which = row;
     }
   }
-  which = farthest_row(farthest, which, far, far_row);
+  which = farthest_row<Threads>(farthest, which, far, far_row);
   if (warp == 0) {
     load(which, y);
     for (int j = 0; j < per_lane; ++j) {

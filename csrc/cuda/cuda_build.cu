@@ -59,8 +59,12 @@ void launch_order_start(const BuildParams& p, Stream stream) {
 
 void launch_level(const BuildParams& p, Stream stream) {
   const auto heads = static_cast<unsigned>(p.shape.kv_heads);
-  launch("direction", direction_kernel, dim3(static_cast<unsigned>(p.segment_count), heads),
-         kBuildBlock, stream, p);
+  const dim3 parts(static_cast<unsigned>(p.segment_count), heads);
+  if (p.indexed / p.segment_count >= kDirectionRows) {
+    launch("direction", direction_kernel<kWideBlock>, parts, kWideBlock, stream, p);
+  } else {
+    launch("direction", direction_kernel<kBuildBlock>, parts, kBuildBlock, stream, p);
+  }
   launch("projection", projection_kernel, dim3(blocks_for(p.indexed, kBuildBlock), heads),
          kBuildBlock, stream, p);
 }
