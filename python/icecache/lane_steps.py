@@ -90,11 +90,13 @@ def packed(
             of_heads = queries[of_lane].transpose(0, 1)
             lanes.cache.prefill(layer, of_heads, all_keys, all_values, sequence=lane)
         prompts[lane] = all_keys, all_values, phase
-    for lane, first, count, phase in rows:
-        if phase != Phase.AUTO and lane in lanes.extending:
-            of_lane = slice(first, first + count)
-            given = [x[of_lane].transpose(0, 1) for x in (queries, keys, values)]
-            extend(lanes, lane, layer, given, attend, outputs[of_lane])
+    suffixes = [row for row in rows if row[3] != Phase.AUTO and row[0] in lanes.extending]
+    if suffixes:
+        lanes.wait(layer)
+    for lane, first, count, _ in suffixes:
+        of_lane = slice(first, first + count)
+        given = [x[of_lane].transpose(0, 1) for x in (queries, keys, values)]
+        extend(lanes, lane, layer, given, attend, outputs[of_lane])
     later = decoding(rows)
     if later or not rows:
         lanes.wait(layer)

@@ -61,6 +61,7 @@ class Lanes:
         if length == 0:
             self.empty(lane)
             return True
+        self.finish_building()  # what went wrong there is not this lane's
         self.cache.take_back(lane, length)
         for counts in (*self.lengths, *self.built):
             counts[lane] = min(counts[lane], length)
