@@ -28,6 +28,7 @@ build_all() {
 # A few tests: the tools watch every access.
 watched='DeviceCacheTest.Within*:*FullBudget*/d64bfloat16g3:*FullBudget*/d128bfloat16g16:*FullBudget*/d96float32g4'
 watched+=':*IsFullAttention*/d64bfloat16g3:*IsFullAttention*/d128bfloat16g16:*IsFullAttention*/d96float32g4'
+watched+=':*TheSwitchComes*:*ASuffixOfAFork*:*EndWithTheRoom*'
 sanitize() {
   compute-sanitizer --tool "$1" --error-exitcode 1 "$build/tests/icecache_cuda_tests" \
     --gtest_brief=1 --gtest_filter="$watched"

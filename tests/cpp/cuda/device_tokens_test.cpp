@@ -250,7 +250,7 @@ TEST_F(DeviceCacheTest, TokensAttendedElsewhereAreAsTokensOfSteps) {
 
 // What a prefix is worth: a fork and its suffix take the pages of the suffix, and leave the parent.
 TEST_F(DeviceCacheTest, ASuffixOfAForkTakesItsOwnPages) {
-  Case setup = small_budget(0);
+  Case setup = small_budget(4096);
   Twins twins(setup, 2000);
   for (Talk* talk : {&twins.many, &twins.one}) talk->cache->reserve(0, 1030, nullptr);
   twins.prefill(0, 1020);
@@ -261,6 +261,7 @@ TEST_F(DeviceCacheTest, ASuffixOfAForkTakesItsOwnPages) {
   const std::int64_t page = 2 * 16 * 64 * 4;
   EXPECT_LE(twins.many.cache->memory().host_bytes, forked + 64 * page * setup.kv_heads);
   ASSERT_TRUE(twins.step({2, 2}));
+  for (const int b : {0, 1}) twins.both([b](Talk& talk) { talk.cache->evict(b, nullptr); });
   twins.truncate(0, 1021);  // into pages that the fork has, too
   ASSERT_TRUE(twins.step({2, 2}));
   twins.truncate(0, 900);  // a build
