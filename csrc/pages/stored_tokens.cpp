@@ -1,5 +1,6 @@
 #include "pages/stored_tokens.h"
 
+#include "icecache/error.h"
 #include "simd/kernels.h"
 
 namespace icecache {
@@ -14,6 +15,16 @@ StoredTokens::StoredTokens(const HeadContext& context, std::int32_t count,
   if (context.stored() == context.dtype || context.attends_all) return;
   key_numbers_.resize(static_cast<std::size_t>(count) * context.head_dim);
   value_numbers_.resize(key_numbers_.size());
+}
+
+void StoredTokens::use(const RowFormat& format) {
+  if (format_ && !format_->is(format)) {
+    const PageOwner& owner = context_.owner;
+    throw Error(message("tokens of sequence ", owner.sequence, ", layer ", owner.layer,
+                        ", KV head ", owner.head,
+                        " must all be stored in one format, got rows of another; report a bug"));
+  }
+  format_ = format;
 }
 
 void StoredTokens::decode(std::int32_t n) {

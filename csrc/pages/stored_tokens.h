@@ -7,7 +7,6 @@
 // Threads: none of its own.
 #pragma once
 
-#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -26,11 +25,11 @@ class StoredTokens {
 
   // That of tokens that are in pages already. Before any are added.
   void set_format(const RowFormat& format) { format_ = format; }
-  // n tokens whose rows are in `format`, that of all others; fill(keys, values) writes them.
+  // n tokens whose rows are in `format`; fill(keys, values) writes them. Throws Error where it is
+  // not that of all others: rows would be read as other numbers than they stand for.
   template <typename Fill>
   void add_rows(const RowFormat& format, std::int32_t n, const Fill& fill) {
-    assert(!format_ || format_->is(format));
-    format_ = format;
+    use(format);
     fill(keys_.data() + count_ * row_bytes_, values_.data() + count_ * row_bytes_);
     decode(n);
     count_ += n;
@@ -52,6 +51,8 @@ class StoredTokens {
   }
 
  private:
+  // The rows that follow are in this format.
+  void use(const RowFormat& format);
   // Numbers of the n rows behind the last one.
   void decode(std::int32_t n);
 
