@@ -20,8 +20,10 @@ namespace icecache {
 
 class StoredTokens {
  public:
-  // `count` tokens are to be added, in order of position.
-  StoredTokens(const HeadContext& context, std::int32_t count, std::int32_t first_position);
+  // `count` tokens are to be added, in order of position. `queries`: second moments [D, D] that keys
+  // are rounded by, or nothing.
+  StoredTokens(const HeadContext& context, std::int32_t count, std::int32_t first_position,
+               std::vector<double> queries = {});
 
   // That of tokens that are in pages already. Before any are added.
   void set_format(const RowFormat& format) { format_ = format; }
@@ -59,6 +61,7 @@ class StoredTokens {
   HeadContext context_;
   std::size_t row_bytes_;
   std::int32_t first_position_, count_ = 0;
+  std::vector<double> queries_;
   std::optional<RowFormat> format_;
   std::vector<std::byte> keys_, values_;
   std::vector<float> key_numbers_, value_numbers_;  // [count, D], or empty
