@@ -137,7 +137,9 @@ void HeadCache::pack_segment(std::int32_t due) {
 void HeadCache::build_growing(std::int32_t due) {
   const std::int32_t before = growing_ ? growing_->size() : 0, count = before + due;
   require_pages(count);
-  StoredTokens tokens(context_, count, tail_.first_position() - before);
+  const bool rounds = context_.stored() == DType::kInt8;
+  StoredTokens tokens(context_, count, tail_.first_position() - before,
+                      rounds ? moments_.second() : std::vector<double>());
   if (growing_) {
     tokens.add_rows(growing_->table().format(), before, [&](std::byte* keys, std::byte* values) {
       growing_->table().gather(keys, values);

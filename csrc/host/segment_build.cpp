@@ -29,7 +29,9 @@ std::size_t SegmentBuild::most_pages() const {
 
 std::shared_ptr<const SemanticIndex> SegmentBuild::build() const {
   const simd::FlushSubnormals flush;
-  StoredTokens tokens(context_, count_, first_position_);
+  const bool rounds = context_.stored() == DType::kInt8 && sources_.run;
+  StoredTokens tokens(context_, count_, first_position_,
+                      rounds ? queries_.second() : std::vector<double>());
   if (sources_.format) tokens.set_format(*sources_.format);
   for (const Segment& source : sources_.segments) {
     tokens.add_rows(source.index().table().format(), source.size(),

@@ -1,19 +1,33 @@
 #include "pages/stored_tokens.h"
 
+#include <utility>
+
+#include "icecache/error.h"
 #include "simd/kernels.h"
 
 namespace icecache {
 
 StoredTokens::StoredTokens(const HeadContext& context, std::int32_t count,
-                           std::int32_t first_position)
+                           std::int32_t first_position, std::vector<double> queries)
     : context_(context),
       row_bytes_(context.stored_row_bytes()),
       first_position_(first_position),
+      queries_(std::move(queries)),
       keys_(static_cast<std::size_t>(count) * row_bytes_),
       values_(keys_.size()) {
   if (context.stored() == context.dtype || context.attends_all) return;
   key_numbers_.resize(static_cast<std::size_t>(count) * context.head_dim);
   value_numbers_.resize(key_numbers_.size());
+}
+
+void StoredTokens::use(const RowFormat& format) {
+  if (format_ && !format_->is(format)) {
+    const PageOwner& owner = context_.owner;
+    throw Error(message("tokens of sequence ", owner.sequence, ", layer ", owner.layer,
+                        ", KV head ", owner.head,
+                        " must all be stored in one format, got rows of another; report a bug"));
+  }
+  format_ = format;
 }
 
 void StoredTokens::decode(std::int32_t n) {
@@ -45,9 +59,12 @@ void StoredTokens::add(const TokenBlock& tokens) {
   } else if (context_.stored() == DType::kInt8) {
     format = RowFormat::eight_bits(context_.dtype, context_.head_dim, tokens.keys, tokens.count);
   }
+  std::optional<KeyRounding> rounding;
+  if (format.has_codes() && !queries_.empty()) rounding = format.rounding_for(queries_);
   add_rows(format, tokens.count, [&](std::byte* keys, std::byte* values) {
     for (std::int32_t t = 0; t < tokens.count; ++t) {
-      format.encode_key(tokens.keys + t * row, keys + t * row_bytes_);
+      format.encode_key(tokens.keys + t * row, keys + t * row_bytes_,
+                        rounding ? &*rounding : nullptr);
       format.encode_value(tokens.values + t * row, values + t * row_bytes_);
     }
   });

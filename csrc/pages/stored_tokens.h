@@ -7,7 +7,6 @@
 // Threads: none of its own.
 #pragma once
 
-#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -21,16 +20,18 @@ namespace icecache {
 
 class StoredTokens {
  public:
-  // `count` tokens are to be added, in order of position.
-  StoredTokens(const HeadContext& context, std::int32_t count, std::int32_t first_position);
+  // `count` tokens are to be added, in order of position. `queries`: second moments [D, D] that keys
+  // are rounded by, or nothing.
+  StoredTokens(const HeadContext& context, std::int32_t count, std::int32_t first_position,
+               std::vector<double> queries = {});
 
   // That of tokens that are in pages already. Before any are added.
   void set_format(const RowFormat& format) { format_ = format; }
-  // n tokens whose rows are in `format`, that of all others; fill(keys, values) writes them.
+  // n tokens whose rows are in `format`; fill(keys, values) writes them. Throws Error where it is
+  // not that of all others: rows would be read as other numbers than they stand for.
   template <typename Fill>
   void add_rows(const RowFormat& format, std::int32_t n, const Fill& fill) {
-    assert(!format_ || format_->is(format));
-    format_ = format;
+    use(format);
     fill(keys_.data() + count_ * row_bytes_, values_.data() + count_ * row_bytes_);
     decode(n);
     count_ += n;
@@ -52,12 +53,15 @@ class StoredTokens {
   }
 
  private:
+  // The rows that follow are in this format.
+  void use(const RowFormat& format);
   // Numbers of the n rows behind the last one.
   void decode(std::int32_t n);
 
   HeadContext context_;
   std::size_t row_bytes_;
   std::int32_t first_position_, count_ = 0;
+  std::vector<double> queries_;
   std::optional<RowFormat> format_;
   std::vector<std::byte> keys_, values_;
   std::vector<float> key_numbers_, value_numbers_;  // [count, D], or empty

@@ -6,30 +6,16 @@
 #include <cstring>
 
 #include "simd/kernels.h"
+#include "simd/key_steps.h"
 
 namespace icecache {
 namespace {
 
 constexpr double kMostCode = 127.0;
-// Elements that vary this many times as much as the median, and more, have steps in proportion.
-constexpr double kOutlier = 3.0;
-// An element that hardly varied among the tokens of the fit may vary later: what it then takes of
-// the others' precision is bounded.
-constexpr double kLeastStep = 0.5;
-// Against the root mean square: where most elements do not vary at all.
-constexpr double kLeastUnit = 1e-6;
-
-// To the nearest whole number, ties to even. REQUIRES: |x| < 2^22.
-std::int8_t code_of(double x) {
-  constexpr float kMagic = 0x1.8p23f;  // the lowest bits of a sum with it are a whole number's
-  const float sum = static_cast<float>(std::clamp(x, -kMostCode, kMostCode)) + kMagic;
-  return static_cast<std::int8_t>(std::bit_cast<std::int32_t>(sum) -
-                                  std::bit_cast<std::int32_t>(kMagic));
-}
 
 // Codes and scale of a row of n numbers: number(i) is the i-th.
 template <typename Number>
-void write_row(int n, const Number& number, std::byte* row) {
+void write_row(int n, const Number& number, const KeyRounding* rounding, std::byte* row) {
   double x[kMaxHeadDim], largest = 0.0;
   for (int i = 0; i < n; ++i) {
     x[i] = number(i);
@@ -37,7 +23,13 @@ void write_row(int n, const Number& number, std::byte* row) {
   }
   const auto scale = static_cast<float>(largest / kMostCode);
   const double share = scale > 0.0f ? 1.0 / static_cast<double>(scale) : 0.0;
-  for (int i = 0; i < n; ++i) row[i] = std::bit_cast<std::byte>(code_of(x[i] * share));
+  for (int i = 0; i < n; ++i) x[i] = std::clamp(x[i] * share, -kMostCode, kMostCode);
+  auto* codes = reinterpret_cast<std::int8_t*>(row);
+  if (rounding != nullptr) {
+    rounding->round({x, static_cast<std::size_t>(n)}, kMostCode, codes);
+  } else {
+    for (int i = 0; i < n; ++i) codes[i] = nearest_code(x[i]);
+  }
   std::memcpy(row + n, &scale, sizeof scale);
 }
 
@@ -64,22 +56,19 @@ RowFormat RowFormat::eight_bits(DType model, int head_dim, const std::byte* keys
   const double share = 1.0 / static_cast<double>(n);
   for_each_key([&](int i) { mean[i] += share * key[i]; });
   for_each_key([&](int i) { square[i] += share * (key[i] - mean[i]) * (key[i] - mean[i]); });
-  double all = 0.0;
-  for (double& x : square) {
-    all += x / d;
-    x = std::sqrt(x);
+  for (double& x : square) x = std::sqrt(x);
+  KeySteps steps(square);
+  const std::int64_t stride = std::max<std::int64_t>(1, n / KeySteps::kSample);
+  for (std::int64_t t = 0; t < n; t += stride) {
+    simd::kernels().to_float(keys + static_cast<std::size_t>(t) * row_bytes, model, key.data(),
+                             key.size());
+    steps.add(key, mean);
   }
-  std::vector<double> sorted = square;
-  std::nth_element(sorted.begin(), sorted.begin() + d / 2, sorted.end());
-  const double unit = std::max(sorted[d / 2], kLeastUnit * std::sqrt(all));
   auto codes = std::make_shared<Codes>();
+  codes->step = steps.fit();
   const double most = largest_number(DType::kFloat32);
-  for (int i = 0; i < d; ++i) {
-    codes->centre.push_back(static_cast<float>(std::clamp(mean[i], -most, most)));
-    const double ratio = unit > 0.0 ? square[i] / unit : 1.0;
-    const double step = std::max(std::sqrt(ratio), ratio / kOutlier);
-    codes->step.push_back(static_cast<float>(std::max(step, kLeastStep)));
-  }
+  for (const double x : mean)
+    codes->centre.push_back(static_cast<float>(std::clamp(x, -most, most)));
   RowFormat format(model, head_dim);
   format.codes_ = std::move(codes);
   return format;
@@ -89,7 +78,12 @@ std::size_t RowFormat::memory_bytes() const {
   return codes_ ? (codes_->centre.capacity() + codes_->step.capacity()) * sizeof(float) : 0;
 }
 
-void RowFormat::encode_key(const std::byte* key, std::byte* row) const {
+KeyRounding RowFormat::rounding_for(std::span<const double> second) const {
+  return {second, codes_->step};
+}
+
+void RowFormat::encode_key(const std::byte* key, std::byte* row,
+                           const KeyRounding* rounding) const {
   if (!codes_) {
     std::memcpy(row, key, row_bytes());
     return;
@@ -99,7 +93,7 @@ void RowFormat::encode_key(const std::byte* key, std::byte* row) const {
   const auto number = [&](int i) {
     return (static_cast<double>(given[i]) - codes_->centre[i]) / codes_->step[i];
   };
-  write_row(head_dim_, number, row);
+  write_row(head_dim_, number, rounding, row);
 }
 
 void RowFormat::encode_value(const std::byte* value, std::byte* row) const {
@@ -110,7 +104,7 @@ void RowFormat::encode_value(const std::byte* value, std::byte* row) const {
   float given[kMaxHeadDim];
   simd::kernels().to_float(value, model_, given, static_cast<std::size_t>(head_dim_));
   write_row(
-      head_dim_, [&](int i) { return static_cast<double>(given[i]); }, row);
+      head_dim_, [&](int i) { return static_cast<double>(given[i]); }, nullptr, row);
 }
 
 void RowFormat::decode_key(const std::byte* row, float* key) const {

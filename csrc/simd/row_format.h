@@ -3,18 +3,16 @@
 //
 // Eight bits: a row has a scale t and codes from -127 to 127 (row_bytes_of(DType::kInt8, D)).
 //   key = centre + t step x codes, element by element; value = t x codes
-// t makes the row's largest code 127. `centre` is the mean of keys. `step` follows r, how much an
-// element varies, over the median of all: sqrt(r), or r / 3 where that is more. So a bias of a few
+// t makes the row's largest code 127. `centre` is the mean of keys. `step` makes E[t^2] times the sum
+// of its squares, the mean square of a key's rounding, least (key_steps.h). So a bias of a few
 // elements, or elements that vary far more than the others (a bias that RoPE turns), leave the others
-// their precision. Measured on SmolLM2-135M (4,126 tokens, ten layers), KL of attention weights to
-// those of the keys as they were, without and with a bias of norm 600 in slow pairs: .00028 and
-// .00036; with step r .00039 and .00062, with equal steps .00031 and .0028, without a centre .0007
-// and 1.6. Neither costs anything per token: q . key = t (q step) . codes + q . centre, and a query
-// is turned once.
+// their precision. Neither costs anything per token: q . key = t (q step) . codes + q . centre, and a
+// query is turned once.
 //
 // centre and step are of one head of one sequence, fitted to the tokens that it seals first, and
 // shared by its segments, by what they are merged into and by forks. So a row is rounded once,
-// whatever becomes of it, by at most half of t step in each element of a key, of t in a value.
+// whatever becomes of it, by at most half of t step in each element of a key, of t in a value. Where
+// queries are known, errors of a key's elements are made to cancel instead (key_rounding.h).
 //
 // Threads: a value; copies share what was fitted.
 #pragma once
@@ -23,9 +21,11 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "icecache/types.h"
+#include "simd/key_rounding.h"
 
 namespace icecache {
 
@@ -62,8 +62,11 @@ class RowFormat {
   std::size_t memory_bytes() const;
 
   // A row of the model's type as a row in a page.
-  void encode_key(const std::byte* key, std::byte* row) const;
+  void encode_key(const std::byte* key, std::byte* row,
+                  const KeyRounding* rounding = nullptr) const;
   void encode_value(const std::byte* value, std::byte* row) const;
+  // By the second moments [D, D] of queries. REQUIRES: has_codes().
+  KeyRounding rounding_for(std::span<const double> second) const;
   // A row of a page as floats [D], finite.
   void decode_key(const std::byte* row, float* key) const;
   void decode_value(const std::byte* row, float* value) const;

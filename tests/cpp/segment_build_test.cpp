@@ -88,6 +88,29 @@ TEST_F(SegmentBuildTest, MergesSegmentsAndTokensThatFollow) {
   expect_holds(Segment(build.build()), 0, 170);
 }
 
+// Rows of eight bits mean something by their format alone.
+TEST_F(SegmentBuildTest, SegmentsOfTwoFormatsAreNotMerged) {
+  pool_.config.kv_dtype = "int8";
+  PageRun tail = run(200);
+  const auto sealed = [&](std::optional<RowFormat> format) {
+    return Segment(SegmentBuild(pool_.context, {{}, tail, 80, format}, moments_, 0).build());
+  };
+  const Segment first = sealed({});
+  const RowFormat format = first.index().table().format();
+  tail.pop_front(80);
+  const std::size_t used = pool_.pool->used_pages();
+  for (const std::optional<RowFormat>& of_head :
+       {std::optional(format), std::optional<RowFormat>()}) {
+    const SegmentBuild build(pool_.context, {{first, sealed({})}, std::nullopt, 0, of_head},
+                             moments_, 0);
+    EXPECT_THROW(build.build(), Error);
+  }
+  EXPECT_EQ(pool_.pool->used_pages(), used);
+  const SegmentBuild build(pool_.context, {{first, sealed(format)}, std::nullopt, 0, format},
+                           moments_, 0);
+  EXPECT_TRUE(build.build()->table().format().is(format));
+}
+
 TEST_F(SegmentBuildTest, WithoutPagesThereIsNoSegment) {
   const PageRun tail = run(150);
   SegmentBuild build(pool_.context, {{}, tail, 104, {}}, moments_, 300);

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
-from icecache.bench.step import DENSE, OURS, SDPA, StepCase, StepTimes, measure, synthetic
+from icecache.bench.busy import BusyProcesses
+from icecache.bench.step import (
+    DENSE,
+    OURS,
+    SDPA,
+    SETTLING,
+    TURN,
+    WARM,
+    StepCase,
+    StepTimes,
+    measure,
+    plan,
+    synthetic,
+)
 from icecache.cli import app
 from typer.testing import CliRunner
 
@@ -23,6 +38,41 @@ def test_every_method_is_timed_on_every_step() -> None:
     assert times.bytes_read > 0
     dense_bytes = 2 * 1024 * 32 * 4 * case.kv_heads * case.batch
     assert times.bytes_read < dense_bytes / 2
+
+
+def test_steps_beside_busy_processes_are_told_apart() -> None:
+    planned = plan(TURN + 3, busy=2)
+    for is_busy in (False, True):
+        assert sum(step.counts for step in planned if step.is_busy is is_busy) == TURN + 3
+    turns = [[*turn] for _, turn in groupby(planned[WARM:], lambda step: step.is_busy)]
+    assert [len(turn) for turn in turns] == [SETTLING + TURN] * 2 + [SETTLING + 3] * 2
+    assert not any(step.counts for turn in turns for step in turn[:SETTLING])
+    case = StepCase(512, head_dim=32, dtype=torch.float32, token_budget=64, layers=1)
+    times = measure(case, 3, busy=1)
+    assert {len(seconds) for seconds in times.busy_seconds.values()} == {3}
+    numbers = {result.name: result for result in times.results()}
+    growth = numbers["step_growth_busy_icecache_512"]
+    assert growth.value == pytest.approx(times.growth(OURS)) and growth.params["busy"] == 1
+    assert "step_growth_busy_icecache_512" not in {one.name for one in measure(case, 1).results()}
+
+
+def test_busy_processes_compute_only_when_they_are_to_run() -> None:
+    def states(processes: BusyProcesses) -> list[str]:
+        paths = [Path(f"/proc/{one.pid}/stat") for one in processes._processes]
+        return [path.read_text().rpartition(") ")[2][0] for path in paths]
+
+    def wait_for(processes: BusyProcesses, state: str) -> None:
+        end = time.monotonic() + 10
+        while states(processes) != [state] * 2:
+            assert time.monotonic() < end, states(processes)
+            time.sleep(0.01)
+
+    with BusyProcesses(2) as processes:
+        held = [*processes._processes]
+        for wanted, state in ((False, "T"), (True, "R"), (False, "T")):
+            processes.run(wanted)
+            wait_for(processes, state)
+    assert all(process.returncode is not None for process in held)
 
 
 def test_the_speedup_is_over_the_faster_rival() -> None:

@@ -19,6 +19,7 @@ from icecache.vllm.drafts import is_draft_layer
 from icecache.vllm.engines import Layer, place_layers
 from icecache.vllm.host_memory import slots_needed
 from icecache.vllm.scheduler import IceCacheAsyncScheduler, IceCacheScheduler, make_scheduler
+from icecache.vllm.settings import EIGHT_BITS, engine_config
 from icecache.vllm.spec import (
     DraftingManager,
     DraftingSpec,
@@ -52,7 +53,12 @@ def test_the_plain_configuration_is_served(llama: Path) -> None:
         ({"additional_config": {"icecache": 7}}, "expected .*NAME: VALUE.*got 7"),
         ({"scheduler_cls": None}, "the scheduler of vLLM alone: .*add --scheduler-cls icecache"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: start without it"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: .*set kv_dtype=int8"),
+        ({"kv_cache_dtype": "turboquant_k8v4"}, "-dtype turboquant_k8v4: .*at auto, or set fp8"),
+        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4: leave .* at auto, or set fp8"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window", "1"]},
+            "--kv-cache-dtype-skip-layers 1: .*all layers in eight bits.*name sliding_window alone",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_served(
@@ -61,6 +67,26 @@ def test_a_configuration_that_cannot_be_served(
     given = config(llama, **changes)
     with pytest.raises(InvalidArgument, match=message):
         support.check_config(given)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_a_cache_in_eight_bits_is_the_engines(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    given = config(llama, kv_cache_dtype=dtype)
+    support.check_config(given)
+    assert engine_config(given).kv_dtype == "int8"
+    assert engine_config(config(llama)).kv_dtype == "auto"
+    monkeypatch.setattr(support, "device_of", lambda _: "cuda")
+    with pytest.raises(InvalidArgument, match=f"{dtype} on a CUDA device: .*leave it at auto"):
+        support.check_config(given)
+
+
+def test_layers_that_stay_with_vllm_in_eight_bits() -> None:
+    support.check_stock_layer("a", "fp8", ["auto", "fp8"])
+    support.check_stock_layer("a", "auto", ["auto"])
+    with pytest.raises(InvalidArgument, match=r"which .*\(a\).*at auto and set kv_dtype=int8"):
+        support.check_stock_layer("a", "int8_per_token_head", ["auto", "fp8"])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +192,7 @@ def test_another_connector(llama: Path) -> None:
     ("change", "message"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8"),
+        ({"kv_cache_dtype": "nvfp4"}, "a KV cache in nvfp4: .*or set fp8"),
         ({"others": {"chunk_lookback": 0}}, "chunk_lookback=0"),
     ],
 )

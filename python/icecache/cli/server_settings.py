@@ -65,11 +65,13 @@ def check_settings(
 
     from icecache import Config, Engine
     from icecache.vllm.host_memory import room_of, slots_needed
+    from icecache.vllm.settings import EIGHT_BITS
 
     dtype = _DTYPES.get(flags.value("--dtype") or ("float32" if model == SMOLLM2 else ""))
     # Made and thrown away: it checks all parameters, and takes no memory for tokens yet.
     cache_shape = replace(shape.cache, dtype=getattr(torch, dtype or "bfloat16"))
-    engine = Engine(**vars(cache_shape), config=Config(**fields))
+    eight_bits = {"kv_dtype": "int8"} if flags.value("--kv-cache-dtype") in EIGHT_BITS else {}
+    engine = Engine(**vars(cache_shape), config=Config(**{**fields, **eight_bits}))
     host_memory = int(engine.config.host_memory)
     if host_memory > usable_memory():
         raise InvalidArgument(

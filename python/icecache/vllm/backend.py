@@ -34,8 +34,13 @@ from icecache.vllm.names import (
     get_current_vllm_config,
 )
 from icecache.vllm.plugin import BACKENDS, is_wanted, stock_backend
-from icecache.vllm.settings import device_of
-from icecache.vllm.support import check_attention, check_drafters, check_head_dims
+from icecache.vllm.settings import EIGHT_BITS, device_of
+from icecache.vllm.support import (
+    check_attention,
+    check_drafters,
+    check_head_dims,
+    check_stock_layer,
+)
 from icecache.vllm.worker import Worker, current_worker, worker_for
 
 
@@ -293,6 +298,7 @@ def take_over(worker: Worker) -> None:
         layer = worker.registered[layer_name]
         spec = layer.get_kv_cache_spec(worker.vllm_config)
         if not _is_served(spec):
+            _check_left(layer_name, layer)
             continue
         if layer.impl not in offers:
             raise InvalidArgument(
@@ -301,12 +307,21 @@ def take_over(worker: Worker) -> None:
             )
         check_head_dims(spec.head_size, spec.head_size_v)
         offer = offers[layer.impl]
-        served = replace(offer, name=layer_name, shape=replace(offer.shape, dtype=spec.dtype))
+        # In eight bits the spec has the type of vLLM's blocks, which hold nothing of this layer.
+        eight_bits = layer.kv_cache_dtype in EIGHT_BITS
+        dtype = worker.vllm_config.model_config.dtype if eight_bits else spec.dtype
+        served = replace(offer, name=layer_name, shape=replace(offer.shape, dtype=dtype))
         worker.add_layer(served, spec)
         layer.impl = IceCacheAttention(worker, served, layer.kv_cache_dtype)
         layer.attn_backend = _serving(name)
         if worker.drafters:
             layer.kv_sharing_target_layer_name = worker.drafters[0]
+
+
+def _check_left(layer_name: str, layer: Any) -> None:
+    """Raises InvalidArgument for a layer that vLLM could not compute in its cache's type."""
+    supported = layer.attn_backend.supported_kv_cache_dtypes
+    check_stock_layer(layer_name, layer.kv_cache_dtype, supported)
 
 
 def _take_drafters(worker: Worker, ours: dict[str, str]) -> None:
@@ -326,4 +341,5 @@ def _take_drafters(worker: Worker, ours: dict[str, str]) -> None:
     check_drafters([*ours], [*drafters], all(full) and all(spec == specs[0] for spec in specs))
     worker.seat, worker.drafters = specs[0], [*drafters]
     for name, layer in drafters.items():
+        _check_left(name, layer)
         layer.attn_backend = _drafting(ours.pop(name))

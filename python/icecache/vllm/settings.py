@@ -18,6 +18,8 @@ KV_TRANSFER = {
 }
 # Short contexts, of which a server has many: exact, and no slower.
 DENSE_TOKENS = 1536
+# Of vLLM's --kv-cache-dtype: those of eight bits, in whose place the engine has its own.
+EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
 SCHEDULER = "icecache.vllm.scheduler.make_scheduler"
 
 
@@ -43,7 +45,10 @@ def device_of(vllm_config: Any) -> torch.device | None:
 
 
 def engine_config(vllm_config: Any) -> Config:
-    """The engine's parameters. Raises InvalidArgument for those it does not know or take."""
+    """The engine's parameters. Raises InvalidArgument for those it does not know or take.
+
+    A --kv-cache-dtype of eight bits means kv_dtype=int8.
+    """
     settings = vllm_config.additional_config[KEY] if has_settings(vllm_config) else {}
     if not isinstance(settings, Mapping):
         raise InvalidArgument(
@@ -53,6 +58,8 @@ def engine_config(vllm_config: Any) -> Config:
     derived: dict[str, Any] = {}
     if given.dense_tokens == 0 and device_of(vllm_config) is None:
         derived["dense_tokens"] = max(DENSE_TOKENS, given.token_budget)
+    if vllm_config.cache_config.cache_dtype in EIGHT_BITS:
+        derived["kv_dtype"] = "int8"
     parallel = vllm_config.parallel_config
     workers = parallel.world_size * parallel.data_parallel_size
     if given.host_memory == 0 and workers > 1:

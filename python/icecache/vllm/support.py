@@ -26,12 +26,19 @@ from icecache.vllm.plugin import (
     is_supported_version,
 )
 from icecache.vllm.prompts import check_prompts
-from icecache.vllm.settings import KV_TRANSFER, SCHEDULER, device_of, engine_config
+from icecache.vllm.settings import (
+    EIGHT_BITS,
+    KV_TRANSFER,
+    SCHEDULER,
+    device_of,
+    engine_config,
+)
 
 NAME = "IceCache"
 INDEXES_OF_SEGMENTS = ("tree", "faiss")
 _STOCK = "serve this model with stock vLLM"
-_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", *EIGHT_BITS)
+_OTHER_DTYPES = "leave --kv-cache-dtype at auto, or set fp8, for which the engine has kv_dtype=int8"
 
 
 def check_version() -> None:
@@ -69,12 +76,7 @@ def check_config(vllm_config: Any) -> None:
     if not has_settings(vllm_config):
         _refuse("no settings", f"add --additional-config '{{\"{KEY}\": {{}}}}'")
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if cache.cache_dtype not in _CACHE_DTYPES:
-        _refuse(
-            f"--kv-cache-dtype {cache.cache_dtype}",
-            "leave it at auto, and for eight bits set kv_dtype=int8 among IceCache's settings "
-            "(--additional-config, or icecache serve --set kv_dtype=int8)",
-        )
+    _check_cache_dtype(vllm_config)
     _check_drafts(vllm_config)
     check_prompts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
@@ -82,6 +84,26 @@ def check_config(vllm_config: Any) -> None:
     if cache.kv_sharing_fast_prefill:
         _refuse("--kv-sharing-fast-prefill", "start without it")
     _check_model(vllm_config)
+
+
+def _check_cache_dtype(vllm_config: Any) -> None:
+    """Raises InvalidArgument for a --kv-cache-dtype that says what the engine would not do."""
+    cache = vllm_config.cache_config
+    if cache.cache_dtype not in _CACHE_DTYPES:
+        _refuse(f"--kv-cache-dtype {cache.cache_dtype}", _OTHER_DTYPES)
+    if cache.cache_dtype not in EIGHT_BITS:
+        return
+    if device_of(vllm_config) is not None:
+        _refuse(
+            f"--kv-cache-dtype {cache.cache_dtype} on a CUDA device",
+            "it keeps keys and values in the model's type there; leave it at auto",
+        )
+    others = [name for name in cache.kv_cache_dtype_skip_layers if name != "sliding_window"]
+    if others:
+        _refuse(
+            f"--kv-cache-dtype-skip-layers {' '.join(others)}",
+            "it keeps all layers in eight bits, or none; name sliding_window alone, or none",
+        )
 
 
 def _check_model(vllm_config: Any) -> None:
@@ -250,13 +272,21 @@ def check_attention(*, alibi_slopes: Any, kv_cache_dtype: str, others: Mapping[s
     if alibi_slopes is not None:
         _refuse("ALiBi", _STOCK)
     if kv_cache_dtype not in _CACHE_DTYPES:
-        _refuse(
-            f"a KV cache in {kv_cache_dtype}",
-            "leave --kv-cache-dtype at auto, and for eight bits set kv_dtype=int8",
-        )
+        _refuse(f"a KV cache in {kv_cache_dtype}", _OTHER_DTYPES)
     for name, value in others.items():
         if not (value is None or value is False or value == -1):
             _refuse(f"{name}={value}", _STOCK)
+
+
+def check_stock_layer(name: str, kv_cache_dtype: str, supported: Sequence[str]) -> None:
+    """Raises InvalidArgument for a layer that stays vLLM's, and whose cache would be in eight bits
+    that vLLM's backend does not compute with. `supported`: those that it does."""
+    if kv_cache_dtype in EIGHT_BITS and kv_cache_dtype not in supported:
+        _refuse(
+            f"--kv-cache-dtype {kv_cache_dtype}, which vLLM's own layers ({name}) do not take here",
+            "leave it at auto and set kv_dtype=int8 among IceCache's settings, or use one of "
+            + ", ".join(dtype for dtype in supported if dtype != kv_cache_dtype),
+        )
 
 
 def check_memory(

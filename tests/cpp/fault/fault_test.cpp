@@ -213,6 +213,12 @@ LifeOptions options_of(const char* index, int threads = 1, int index_threads = 1
   return options;
 }
 
+LifeOptions options_of_eight_bits(const char* index = "tree") {
+  LifeOptions options = options_of(index);
+  options.kv_dtype = "int8";
+  return options;
+}
+
 LifeOptions options_of_prompts() {
   LifeOptions options = options_of("tree");
   options.picks_in_prompts = true;
@@ -228,6 +234,9 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"MemoryManyThreads", options_of("tree", 3, 3), Kind::kMemory},
                       Case{"MemoryPrompts", options_of_prompts(), Kind::kMemory},
                       Case{"PagesPrompts", options_of_prompts(), Kind::kPages},
+                      Case{"MemoryEightBits", options_of_eight_bits(), Kind::kMemory},
+                      Case{"PagesEightBits", options_of_eight_bits(), Kind::kPages},
+                      Case{"MemoryEightBitsDci", options_of_eight_bits("dci"), Kind::kMemory},
                       Case{"PagesTree", options_of("tree"), Kind::kPages},
                       Case{"PagesDci", options_of("dci"), Kind::kPages},
                       Case{"PagesPositional", options_of("positional"), Kind::kPages},

@@ -13,7 +13,7 @@
 namespace icecache::fault {
 
 struct LifeOptions {
-  std::string index = "tree", faiss_search = "sketch";
+  std::string index = "tree", faiss_search = "sketch", kv_dtype = "auto";
   int num_threads = 1, index_threads = 1;
   bool picks_in_prompts = false;  // within prefill_budget
   // After a call that threw: checks the sequences at once (true), or does the call again at once,
@@ -48,6 +48,9 @@ class Life {
   bool attempt(const std::string& name, const std::function<void()>& call);
   void fail(const std::string& what);
   void verify(const std::string& when);
+  // True where rows [L, D] that the engine gave back are those that it was given: with kv_dtype =
+  // "int8" near them, but for those of sinks, which never are in eight bits.
+  bool holds(const float* got, const std::vector<float>& given) const;
 
   SeqId create();
   SeqId fork(SeqId from);
