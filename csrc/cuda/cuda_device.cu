@@ -160,7 +160,25 @@ MemoryInfo memory_info() {
 
 namespace icecache {
 
+namespace {
+
+// While it lives, a capture of another thread does not forbid what this thread does, which takes no
+// part in it.
+class BesideCaptures {
+ public:
+  BesideCaptures() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
 std::byte* allocate_pinned(std::size_t bytes) noexcept {
+  const BesideCaptures beside;
   void* memory = nullptr;
   if (cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped) == cudaSuccess) {
     return static_cast<std::byte*>(memory);
@@ -170,7 +188,9 @@ std::byte* allocate_pinned(std::size_t bytes) noexcept {
 }
 
 void free_pinned(std::byte* memory) noexcept {
-  if (memory != nullptr) cudaFreeHost(memory);
+  if (memory == nullptr) return;
+  const BesideCaptures beside;
+  cudaFreeHost(memory);
 }
 
 CudaInfo cuda_info() noexcept {

@@ -61,6 +61,7 @@ std::int64_t BlockSelector::scan(std::span<const Segment* const> segments, const
 
 std::int64_t BlockSelector::prefer(std::span<const Segment* const> segments,
                                    std::int32_t position) {
+  position = std::max(position, 0);  // free slots have none
   std::int64_t count = 0;
   for (std::size_t s = 0; s < segments.size(); ++s) {
     if (segments[s]->end_position() <= position) continue;

@@ -21,8 +21,11 @@ void sum_masses(const float* masses, int pages, int columns, float* out) {
       return simd::sum_columns<2>(masses, pages, out);
     case 3:
       return simd::sum_columns<3>(masses, pages, out);
-    default:
+    case 4:
       return simd::sum_columns<4>(masses, pages, out);
+    default:
+      for (int first = 0; first < columns; first += 4)
+        simd::store_four(out + first, simd::sum_rows(masses + first, pages, columns));
   }
 }
 

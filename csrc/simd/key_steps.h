@@ -4,7 +4,7 @@
 // times the sum of step_i^2 / 12. Larger steps of an element that varies much make t smaller, and
 // its own rounding coarser. fit() makes E[max_i (x_i / step_i)^2] times the sum of squares of steps
 // least: in the optimum an element's share of that sum is its share of the rows' maxima, and steps
-// are moved towards it. Maxima are softened to a norm of order kOrder, so that each row tells of all
+// are moved towards it. Maxima are softened to a norm of high order, so that each row tells of all
 // its large elements.
 //
 // Threads: none of its own.

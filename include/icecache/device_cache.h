@@ -80,9 +80,9 @@ class DeviceCache {
                const TensorView& queries, Stream stream);
   // Tokens behind those that a sequence holds in this layer, whose attention the caller computed
   // over these, which gather() gives, and over themselves: a suffix of a forked prompt, a turn of a
-  // conversation. Keys and values [Hkv, T, D], queries [Hq, T', D] of the last T' <= T of them, as
-  // for prefill(); they must stay as they are until the stream is there. Leaves what T steps would
-  // leave, to the bit, and takes room as reserve() does. Waits for the stream. Throws
+  // conversation. Keys and values [Hkv, T, D], queries [Hq, T', D] of the last T' >= min(T, 64) of
+  // them, as for prefill(); they must stay as they are until the stream is there. Leaves what T
+  // steps would leave, to the bit, and takes room as reserve() does. Waits for the stream. Throws
   // InvalidArgument for a sequence that holds no token, and beyond max_tokens; OutOfPages.
   void extend(int layer, int sequence, const TensorView& keys, const TensorView& values,
               const TensorView& queries, Stream stream);
@@ -100,8 +100,8 @@ class DeviceCache {
   // With `tokens`, 1..kStepTokens, `rows` is [tokens, B]: a sequence takes up to so many tokens, one
   // behind the other (drafts, and the token ahead of them), each of which attends to those before
   // it. What comes out is what as many steps of one token give, to the bit. Residents answer all
-  // of them in two kernels; the others take the kernels of a step once for each of `tokens`. Throws
-  // InvalidArgument.
+  // of them in two kernels; the others take the kernels of a step once for each of `tokens`, which
+  // are launched, and idle, where there are residents alone. Throws InvalidArgument.
   void step(int layer, const void* queries, const void* keys, const void* values, void* out,
             Stream stream, const std::int32_t* rows = nullptr, int tokens = 1);
 

@@ -19,6 +19,7 @@ from icecache.fakes import require_one_device
 from icecache.shape import CacheShape
 
 _QUERIES = 512  # rows of a group that shape the metric; csrc/cuda/build.h
+_RECENT = 64  # tokens whose queries a sequence keeps for that; csrc/cuda/step.h
 _LEAST_BUILT = 512  # tokens from which an index is built anew whenever it has doubled
 ROOM_STEP = _core.DeviceCache.room_step  # tokens by which a sequence's room grows
 STEP_TOKENS = _core.DeviceCache.step_tokens  # that a step adds to a sequence, at most
@@ -184,7 +185,7 @@ class DeviceCache:
                     f"{name} must be [{heads}, T, {self.head_dim}], got {list(tensor.shape)}"
                 )
             self._check(name, tensor)
-        recent = max(1, _QUERIES // (self.num_q_heads // self.num_kv_heads))
+        recent = max(_RECENT, _QUERIES // (self.num_q_heads // self.num_kv_heads))
         rows = [
             row if row.stride(2) == 1 and not _odd(row) else row.contiguous()
             for row in (keys.resolve_neg(), values.resolve_neg())

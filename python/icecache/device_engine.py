@@ -16,7 +16,7 @@ from icecache import HeadStats, MemoryStats
 from icecache.device import ROOM_STEP, STEP_TOKENS, DeviceCache
 from icecache.engine import Phase
 from icecache.errors import Error, InvalidArgument
-from icecache.lane_steps import decode, decoding, extend, packed
+from icecache.lane_steps import attend_suffix, decode, decoding, packed
 from icecache.lanes import Fork, Lanes, take_memory
 from icecache.prompt_attention import AttendPrompt
 from icecache.prompt_attention import attend_prompt as attend_by_torch
@@ -274,20 +274,26 @@ class DeviceEngine:
         """
         _refuse_lse(lse)
         lanes, places = self._places(seqs)
-        self._goes_on(seqs)
         count = queries.shape[2]
         lanes.prepare_tokens(places, layer, count)
+        self._goes_on(seqs)
         if phase == Phase.VERIFY or count > self.config.decode_tokens:
-            each = zip(places, queries, keys, values, strict=True)
-            outs = [extend(lanes, lane, layer, given, self._attend_prompt) for lane, *given in each]
-            attended = torch.stack(outs).transpose(1, 2)
-        else:
-            parts = (x.split(STEP_TOKENS, 2) for x in (queries, keys, values))
-            steps = (decode(lanes.cache, places, layer, part) for part in zip(*parts, strict=True))
-            attended = torch.cat([*steps], dim=2)
-        for lane in places:
-            lanes.lengths[layer][lane] += count
-        return attended
+            each = [*zip(places, queries, keys, values, strict=True)]
+            # All of what may fail comes before the first token is taken.
+            outs = [
+                attend_suffix(lanes, lane, layer, given, self._attend_prompt)
+                for lane, *given in each
+            ]
+            for lane, query, key, value in each:
+                lanes.cache.extend(layer, query, key, value, lane)
+                lanes.lengths[layer][lane] += count
+            return torch.stack(outs).transpose(1, 2)
+        outs = []
+        for part in zip(*(x.split(STEP_TOKENS, 2) for x in (queries, keys, values)), strict=True):
+            outs.append(decode(lanes.cache, places, layer, part))
+            for lane in places:
+                lanes.lengths[layer][lane] += part[0].shape[2]
+        return torch.cat(outs, dim=2)
 
     def prepare(self, seq: int, count: int, phase: Phase) -> None:
         """What a sequence that takes `count` tokens in the next step_packed() needs before it.
@@ -303,13 +309,13 @@ class DeviceEngine:
                 f"on a CUDA device a step takes up to {STEP_TOKENS} tokens behind a prompt, got "
                 f"{count} tokens behind {length}"
             )
-        self._goes_on([seq])
         if built > 0:
             lanes.finish_building()
             if lane in lanes.broken:
                 raise Error(lanes.broken[lane])
             lanes.rebuild_if_due(lane, range(self.shape.num_layers))
         lanes.cache.reserve(lane, length + count)
+        self._goes_on([seq])
         (lanes.extending.add if is_prompt and built > 0 else lanes.extending.discard)(lane)
         for lengths, builts in zip(lanes.lengths, lanes.built, strict=True):
             lengths[lane] = length + count

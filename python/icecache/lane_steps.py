@@ -41,7 +41,7 @@ def decode(
     return out.view(len(places), count, *out.shape[1::2]).transpose(1, 2)
 
 
-def extend(
+def attend_suffix(
     lanes: Lanes,
     lane: int,
     layer: int,
@@ -49,7 +49,7 @@ def extend(
     attend: AttendPrompt,
     outputs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Appends T tokens to a lane, and attends exactly. REQUIRES: there is room for them.
+    """Exact attention of T tokens behind those of a lane, which DeviceCache.extend() appends next.
 
     `given`: queries [Hq, T, D], keys and values [Hkv, T, D]. Returns `outputs` [T, Hq, D].
     """
@@ -58,7 +58,6 @@ def extend(
     if outputs is None:
         outputs = torch.empty_like(rows, memory_format=torch.contiguous_format)
     attend(rows, *lanes.with_held(layer, lane, keys, values), outputs)
-    lanes.cache.extend(layer, queries, keys, values, lane)
     return outputs
 
 
@@ -93,10 +92,14 @@ def packed(
     suffixes = [row for row in rows if row[3] != Phase.AUTO and row[0] in lanes.extending]
     if suffixes:
         lanes.wait(layer)
+    behind = []
     for lane, first, count, _ in suffixes:
         of_lane = slice(first, first + count)
         given = [x[of_lane].transpose(0, 1) for x in (queries, keys, values)]
-        extend(lanes, lane, layer, given, attend, outputs[of_lane])
+        attend_suffix(lanes, lane, layer, given, attend, outputs[of_lane])
+        behind.append((lane, given))
+    for lane, (query, key, value) in behind:  # there is room for them
+        lanes.cache.extend(layer, query, key, value, lane)
     later = decoding(rows)
     if later or not rows:
         lanes.wait(layer)

@@ -65,6 +65,9 @@ class Lanes:
         self.cache.take_back(lane, length)
         for counts in (*self.lengths, *self.built):
             counts[lane] = min(counts[lane], length)
+        for (layer, owner), (keys, values) in [*self.prompts.items()]:
+            if owner == lane:
+                self.prompts[layer, owner] = keys[:, :length], values[:, :length]
         return True
 
     def empty(self, lane: int) -> None:

@@ -214,7 +214,8 @@ TEST_P(SketchScoresForms, ExcludedSlotsWeighNothing) {
 
 INSTANTIATE_TEST_SUITE_P(Forms, SketchScoresForms,
                          ::testing::Values(Form{1, 5, 8}, Form{3, 7, 8}, Form{4, 90, 16},
-                                           Form{5, 60, 32}, Form{16, 130, 8}, Form{2, 4, 32}),
+                                           Form{5, 60, 32}, Form{16, 130, 8}, Form{2, 4, 32},
+                                           Form{17, 9, 16}, Form{71, 40, 32}, Form{128, 5, 8}),
                          [](const auto& info) {
                            const Form& form = info.param;
                            std::string name("group");

@@ -185,6 +185,7 @@ inline std::uint16_t __half_as_ushort(__half x) {
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 constexpr unsigned cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHostAllocPortable = 0,
                    cudaHostAllocMapped = 0;
@@ -227,6 +228,9 @@ inline cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_
 }
 inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
   emulator::release(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
