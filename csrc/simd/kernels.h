@@ -113,8 +113,9 @@ struct ScoreMassArgs {
 };
 
 // rank[slot] = max over g of scores[g, slot] - offset[g], and its maxima: block_max[16 b + j] is
-// that of the slots 256 b + 16 i + j, i < 16. With `joins`, ranks above kNoScore are `higher` by so
-// much, at most kMaxScore, and those that stand in `rank` stay where they are larger.
+// that of the slots 256 b + 16 i + j, i < 16. With `joins`, which wants offsets from 0 on, ranks above
+// kNoScore are `higher` by so much, at most kMaxScore, and those that stand in `rank` stay where they
+// are larger.
 struct ScoreRankArgs {
   const std::int16_t* scores = nullptr;  // [G, score_stride]
   const std::int16_t* offset = nullptr;  // [G] from -kMaxScore to kMaxScore

@@ -100,10 +100,12 @@ ICECACHE_INLINE void rank_slots(const ScoreRankArgs& args) {
         rank = rank > other ? rank : other;
       }
       if (kJoins) {
-        const Vec16S most = Vec16S{} + kMaxScore;
+        const Vec16S none = Vec16S{} + kNoScore, most = Vec16S{} + kMaxScore;
+        const auto is_token = rank > none;
+        rank = is_token ? rank : none;
         other = rank + args.higher;
         other = other < most ? other : most;
-        rank = rank > kNoScore ? other : Vec16S{} + kNoScore;
+        rank = is_token ? other : none;
         load_bytes(&other, args.rank + i);
         rank = rank > other ? rank : other;
       }
