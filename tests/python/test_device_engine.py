@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from device_engines import DIM, KV_HEADS, make_engine, random_rows
-from icecache import Engine, Error, InvalidArgument, Phase
+from icecache import Engine, Error, InvalidArgument, OutOfPages, Phase
 from icecache.device_engine import DeviceEngine
 from icecache.reference import dense_attention
 
@@ -165,6 +165,19 @@ def test_what_is_verified_attends_to_everything() -> None:
         engine.append([seq], 0, keys[None, :, :190], values[None, :, :190])
         engine.observe([seq], 0, queries[None, :, :190])
     q, k, v = (x[:, 190:].expand(2, -1, -1, -1) for x in (queries, keys, values))
+    attend, calls = engine._attend_prompt, 0
+
+    def fails_at_the_second(*tensors: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OutOfPages("no room")
+        attend(*tensors)
+
+    engine._attend_prompt = fails_at_the_second
+    with pytest.raises(OutOfPages):
+        engine.step(seqs, 0, q, k, v, Phase.VERIFY)
+    assert [engine.length(seq) for seq in seqs] == [190, 190]  # none is taken
     found = engine.step(seqs, 0, q, k, v, Phase.VERIFY)
     expected = dense_attention(queries, keys, values, DIM**-0.5)[0][:, 190:]
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-4)
@@ -222,7 +235,11 @@ def test_a_fork_takes_a_free_lane_or_the_next_one() -> None:
 def test_a_prompt_in_chunks_is_attended_as_a_whole(engine: DeviceEngine) -> None:
     seq, first, total = engine.new_sequence(), 0, 100
     queries, keys, values, outputs = random_rows(total)
-    for count, phase in ((60, Phase.PREFILL), (39, Phase.PREFILL), (1, Phase.PROMPT_END)):
+    chunks = ((60, Phase.PREFILL), (39, Phase.PREFILL), (55, Phase.PREFILL), (1, Phase.PROMPT_END))
+    for count, phase in chunks:
+        if count == 55:  # in place of all but the first 44
+            first = 44
+            engine.truncate(seq, first)
         engine.prepare(seq, count, phase)
         engine.step_packed([seq], 0, queries, keys, values, outputs, [first], [count], [phase])
         first += count
