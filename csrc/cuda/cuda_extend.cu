@@ -27,16 +27,9 @@ void launch_extend_of(const ExtendParams& p, Stream stream) {
 void launch_extend(const ExtendParams& p, Stream stream) {
   with_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
-    switch (p.shape.head_dim) {
-      case 64:
-        return launch_extend_of<T, 64>(p, stream);
-      case 96:
-        return launch_extend_of<T, 96>(p, stream);
-      case 128:
-        return launch_extend_of<T, 128>(p, stream);
-      default:
-        return launch_extend_of<T, 256>(p, stream);
-    }
+    with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+      launch_extend_of<T, decltype(head_dim)::value>(p, stream);
+    });
   });
 }
 

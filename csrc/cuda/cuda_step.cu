@@ -132,16 +132,8 @@ void launch_with(const StepParams& p, Stream stream) {
 
 template <typename T>
 void launch_of(const StepParams& p, Stream stream) {
-  switch (p.shape.head_dim) {
-    case 64:
-      return launch_with<T, 64>(p, stream);
-    case 96:
-      return launch_with<T, 96>(p, stream);
-    case 128:
-      return launch_with<T, 128>(p, stream);
-    default:
-      return launch_with<T, 256>(p, stream);
-  }
+  with_head_dim(p.shape.head_dim,
+                [&](auto head_dim) { launch_with<T, decltype(head_dim)::value>(p, stream); });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/gpu.h"
 #include "icecache/types.h"
@@ -32,6 +33,21 @@ void with_type(DType dtype, const Body& body) {
       return body(Float16{});
     case DType::kInt8:  // of pages on the host alone
       return;
+  }
+}
+
+// Calls body with the head dimension, one of those that there are kernels for, as a constant.
+template <typename Body>
+void with_head_dim(int head_dim, const Body& body) {
+  switch (head_dim) {
+    case 64:
+      return body(std::integral_constant<int, 64>{});
+    case 96:
+      return body(std::integral_constant<int, 96>{});
+    case 128:
+      return body(std::integral_constant<int, 128>{});
+    default:
+      return body(std::integral_constant<int, 256>{});
   }
 }
 

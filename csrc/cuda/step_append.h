@@ -14,8 +14,8 @@ struct SketchMemory {
   float projected[kMaxRank];
 };
 
-// A token joins the index of pair x: its row goes to its host page, and it gets a sketch. All
-// threads of the block call it.
+// A token joins the index of pair x, a KV head of one sequence: its key and value go to its host
+// page, and its key gets a sketch. All threads of the block call it.
 template <typename T, int D>
 __device__ __forceinline__ void index_token(const StepShape& s, const LayerState& layer, int x,
                                             int token, const T* row_key, const T* row_value,

@@ -21,8 +21,8 @@ struct AttendPart {
 };
 
 // The outputs of a pair [G, D] from the sums of its `blocks` blocks, which begin with that of number
-// `first_sum` of all, in a fixed order, each times scale(block, head). `room`: shared, [kAttendBlock]. Four outputs at a time, and as many threads
-// to them as there are to spare.
+// `first_sum` of all, in a fixed order, each times scale(block, head). `room`: shared,
+// [kAttendBlock]. Four outputs at a time, and as many threads to them as there are to spare.
 template <typename T, int D, typename Scale>
 __device__ __forceinline__ void merge_blocks(const StepParams& p, std::int64_t first_sum,
                                              int blocks, T* out, AttendPart* room,

@@ -293,7 +293,8 @@ __device__ __forceinline__ void attend_all_factors(const StepParams& p, std::int
 //
 // Tokens of a step differ in their queries and in how many keys they see: blocks that read the same
 // keys for them stand next to each other, so that one of them brings these keys to the second-level
-// cache. Which blocks a token has does not depend on the other tokens.
+// cache. How one token's keys are shared out to blocks depends on that token alone, so that its
+// answer does, too.
 template <typename T, int D, int Tiles>
 __global__ void __launch_bounds__(kAttendBlock, attend_all_resident(Tiles, D))
     attend_all_kernel(const StepParams p) {

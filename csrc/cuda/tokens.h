@@ -1,4 +1,4 @@
-// What a sequence holds, read out, added to and taken back.
+// Reading out the tokens that a sequence holds, adding many at once, and taking the last ones back.
 #pragma once
 
 #include "cuda/step.h"

@@ -122,7 +122,7 @@ void HeadCache::take_picks_out(const Segment& segment, std::span<const BlockSele
                                AttendWorkspace& workspace) const {
   const SemanticIndex& index = segment.index();
   const NodeKeys& keys = index.node_keys();
-  const int d = context_.head_dim, nodes = keys.node_count();
+  const int d = context_.head_dim, nodes = index.node_count();
   const int dims = NodeKeys::dims(index.space().metric.rank);
   workspace.node_counts.resize(nodes);
   workspace.node_values.resize(static_cast<std::size_t>(nodes) * d);
@@ -196,17 +196,18 @@ void HeadCache::add_nodes(std::size_t number, std::span<const BlockSelector::Pic
     float& count = workspace.node_counts[c];
     count = count > 0.0f ? std::log(count) : -INFINITY;
   }
-  for (std::int64_t i = 0; cap > 0.0f && i < rows * nodes;
-       ++i) {  // what the cap leaves of differences
-    const float slope = 1.0f - logits[i] / cap * (logits[i] / cap);
-    spreads[i] *= slope * slope;
+  if (cap > 0.0f) {  // what the cap leaves of differences
+    for (std::int64_t i = 0; i < rows * nodes; ++i) {
+      const float slope = 1.0f - logits[i] / cap * (logits[i] / cap);
+      spreads[i] *= slope * slope;
+    }
   }
   const float* count = workspace.node_counts.data();
   for (std::int64_t r = 0; r < rows; ++r) {
     float* logit = &logits[r * nodes];
     const float* spread = &spreads[r * nodes];
     for (std::int64_t c = 0; c < nodes; ++c)
-      logit[c] += (spread[c] < kMostSpread ? spread[c] : kMostSpread) + count[c];
+      logit[c] += std::min(spread[c], kMostSpread) + count[c];
   }
   attention.add(
       logits, {workspace.node_values.data(), static_cast<std::size_t>(nodes) * context_.head_dim});

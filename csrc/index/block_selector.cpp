@@ -51,10 +51,11 @@ std::int64_t BlockSelector::scan(std::span<const Segment* const> segments, const
         segments[s]->index().sketch().scan(pass.prepared[s], segments[s]->masks(),
                                            static_cast<int>(s), request.logit_softcap, scores_);
   }
+  const float* near_lse = request.near_lse + pass.first;
   if (number == 0) {
-    share_of_one_ = scores_.rank(request.near_lse + pass.first);
+    share_of_one_ = scores_.rank(near_lse);
   } else {
-    scores_.join_ranks(request.near_lse + pass.first, share_of_one_);
+    scores_.rank(near_lse, share_of_one_);
   }
   return bytes;
 }

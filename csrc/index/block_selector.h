@@ -1,5 +1,5 @@
-// BlockSelector: chooses the tokens that a block of neighbouring queries of a prompt attends to
-// exactly, among those that the head has in segments.
+// BlockSelector: chooses which tokens of a head's sealed segments a block of neighbouring queries of
+// a prompt attends to exactly.
 //
 // A block picks together: what is scattered for one query is a matrix product for many, and tokens
 // next to each other want much the same. Every query of the block scans the sketches; a token ranks
@@ -47,7 +47,8 @@ class BlockSelector {
 
  private:
   void prepare(std::span<const Segment* const> segments, const Request& request);
-  // Scans for the rows of a pass; their ranks join those of the passes before.
+  // Scans the sketches for the queries of one pass. Each token keeps the highest rank that a pass so
+  // far has given it. Returns the bytes read.
   std::int64_t scan(std::span<const Segment* const> segments, const Request& request, int number);
 
   // Gives the tokens from `position` on the highest rank. Returns their number.
@@ -64,7 +65,7 @@ class BlockSelector {
   std::vector<int> pages_;
   std::vector<float> basis_;
   std::vector<std::vector<float>> projected_;  // of each segment
-  float share_of_one_ = 0.0f;                  // its rank
+  float share_of_one_ = 0.0f;                  // the rank of a share of 1 in the first pass
   std::vector<std::int32_t> slots_;
 };
 

@@ -9,16 +9,15 @@ namespace icecache {
 
 NodeKeys::NodeKeys(const PageTable& table, const Sketch& sketch, int rank,
                    std::span<const std::vector<int>> pages_of_nodes)
-    : nodes_(static_cast<int>(pages_of_nodes.size())),
-      dims_(dims(rank)),
+    : dims_(dims(rank)),
       means_(pages_of_nodes.size() * table.head_dim()),
       spreads_(pages_of_nodes.size() * dims_),
       sums_(pages_of_nodes.size() * 2 * dims_, 0.0f) {
-  const int d = table.head_dim();
+  const int d = table.head_dim(), nodes = static_cast<int>(pages_of_nodes.size());
   float key[kMaxHeadDim], mean[kMaxHeadDim];
   std::uint8_t codes[kMaxSketchRank];
   float* sum = sums_.data();
-  for (int node = 0; node < nodes_; ++node, sum += 2 * dims_) {
+  for (int node = 0; node < nodes; ++node, sum += 2 * dims_) {
     std::int32_t count = 0;
     for (const int page : pages_of_nodes[node]) count += table.count(page);
     std::fill_n(mean, d, 0.0f);
@@ -36,9 +35,9 @@ NodeKeys::NodeKeys(const PageTable& table, const Sketch& sketch, int rank,
         }
       }
     }
-    for (int i = 0; i < d; ++i) means_[i * nodes_ + node] = mean[i];
+    for (int i = 0; i < d; ++i) means_[i * nodes + node] = mean[i];
     for (int j = 0; j < dims_; ++j) {
-      spreads_[j * nodes_ + node] =
+      spreads_[j * nodes + node] =
           spread(sum[j], sum[dims_ + j], static_cast<float>(std::max(count, 1)));
     }
   }

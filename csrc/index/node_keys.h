@@ -24,7 +24,6 @@ class NodeKeys {
            std::span<const std::vector<int>> pages_of_nodes);
 
   bool empty() const { return means_.empty(); }
-  int node_count() const { return nodes_; }
   // Mean keys [D, C], and half the variance of the codes [dims, C].
   std::span<const float> means() const { return means_; }
   std::span<const float> spreads() const { return spreads_; }
@@ -43,7 +42,7 @@ class NodeKeys {
   }
 
  private:
-  int nodes_ = 0, dims_ = 0;
+  int dims_ = 0;
   std::vector<float> means_, spreads_;
   std::vector<float> sums_;  // [C, 2, dims]
 };

@@ -12,21 +12,13 @@
 namespace icecache {
 namespace {
 
-// out[c] = the sum of column c of masses [pages, columns].
+// out[c] = the sum of column c of masses [pages, columns]; columns: a multiple of four.
 void sum_masses(const float* masses, int pages, int columns, float* out) {
-  switch (columns / 4) {
-    case 1:
-      return simd::store_four(out, simd::sum_rows(masses, pages, columns));
-    case 2:
-      return simd::sum_columns<2>(masses, pages, out);
-    case 3:
-      return simd::sum_columns<3>(masses, pages, out);
-    case 4:
-      return simd::sum_columns<4>(masses, pages, out);
-    default:
-      for (int first = 0; first < columns; first += 4)
-        simd::store_four(out + first, simd::sum_rows(masses + first, pages, columns));
-  }
+  int first = 0;
+  for (; first + 16 <= columns; first += 16)
+    simd::sum_sixteen(masses + first, pages, columns, out + first);
+  for (; first < columns; first += 4)
+    simd::store_four(out + first, simd::sum_rows(masses + first, pages, columns));
 }
 
 }  // namespace
@@ -90,8 +82,7 @@ float SketchScores::log_total(int g) const {
   return totals[g];
 }
 
-template <typename Take>
-float SketchScores::with_offsets(const float* near_lse, Take take) const {
+float SketchScores::rank(const float* near_lse, std::optional<float> share_of_one) {
   float totals[kMaxGroup];
   log_totals(totals);
   for (int g = 0; g < group_; ++g) totals[g] = log_add(totals[g], near_lse[g]);
@@ -103,6 +94,11 @@ float SketchScores::with_offsets(const float* near_lse, Take take) const {
       if (const float units = above(part, g); std::isfinite(units)) least = std::min(least, units);
     }
   }
+  const float higher =
+      share_of_one ? std::clamp<float>(*share_of_one - least, -simd::kMaxScore, simd::kMaxScore)
+                   : 0.0f;
+  rank_.resize(stride_);
+  block_max_.resize(stride_ / simd::kRankBlock * simd::kRankLanes);
   for (int p = 0; p < static_cast<int>(parts_.size()); ++p) {
     std::int16_t offset[kMaxGroup];
     for (int g = 0; g < group_; ++g) {
@@ -110,41 +106,15 @@ float SketchScores::with_offsets(const float* near_lse, Take take) const {
       offset[g] = static_cast<std::int16_t>(
           std::isfinite(units) ? std::min<float>(units - least, simd::kMaxScore) : 0.0f);
     }
-    take(p, offset, least);
+    const std::int64_t first = first_slot(p), slots_of_part = parts_[p].slots;
+    simd::kernels().score_rank({scores_.data() + first, offset, rank_.data() + first,
+                                block_max_.data() + first / simd::kRankBlock * simd::kRankLanes,
+                                stride_, slots_of_part, group_, share_of_one.has_value(),
+                                static_cast<std::int16_t>(std::lrintf(higher))});
+    const std::int64_t end = p + 1 < static_cast<int>(parts_.size()) ? first_slot(p + 1) : stride_;
+    std::fill(rank_.begin() + first + slots_of_part, rank_.begin() + end, simd::kNoScore);
   }
   return least;
-}
-
-simd::ScoreRankArgs SketchScores::rank_args(int part, const std::int16_t* offset) {
-  const std::int64_t first = first_slot(part);
-  return {scores_.data() + first,
-          offset,
-          rank_.data() + first,
-          block_max_.data() + first / simd::kRankBlock * simd::kRankLanes,
-          stride_,
-          parts_[part].slots,
-          group_};
-}
-
-float SketchScores::rank(const float* near_lse) {
-  rank_.resize(stride_);
-  block_max_.resize(stride_ / simd::kRankBlock * simd::kRankLanes);
-  return with_offsets(near_lse, [&](int part, const std::int16_t* offset, float) {
-    simd::kernels().score_rank(rank_args(part, offset));
-    const bool is_last = part + 1 == static_cast<int>(parts_.size());
-    std::fill(rank_.begin() + first_slot(part) + parts_[part].slots,
-              rank_.begin() + (is_last ? stride_ : first_slot(part + 1)), simd::kNoScore);
-  });
-}
-
-void SketchScores::join_ranks(const float* near_lse, float share_of_one) {
-  with_offsets(near_lse, [&](int part, const std::int16_t* offset, float own) {
-    simd::ScoreRankArgs args = rank_args(part, offset);
-    args.joins = true;
-    args.higher = static_cast<std::int16_t>(
-        std::lrintf(std::clamp<float>(share_of_one - own, -simd::kMaxScore, simd::kMaxScore)));
-    simd::kernels().score_rank(args);
-  });
 }
 
 void SketchScores::prefer(std::int64_t slot) {

@@ -10,11 +10,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "icecache/types.h"
-#include "simd/kernels.h"
 
 namespace icecache {
 
@@ -58,11 +58,10 @@ class SketchScores {
   // or below. Returns the logarithm of the largest share that a token beside them may have, by its
   // score; -inf where there is none.
   float top(const float* near_lse, std::int64_t k, float least, std::vector<std::int32_t>& slots);
-  // The same ranks by themselves, in units. Returns what a share of 1 has.
-  float rank(const float* near_lse);
-  // Other rows have scanned since ranks were made: each slot keeps the larger one. `share_of_one`: of
-  // the first ranks.
-  void join_ranks(const float* near_lse, float share_of_one);
+  // The same ranks by themselves, in units. Returns what a share of 1 has. With `share_of_one`, which
+  // an earlier call returned, other queries have scanned since then: each token keeps the higher of
+  // its two ranks.
+  float rank(const float* near_lse, std::optional<float> share_of_one = {});
   // Gives a slot that holds a token the highest rank.
   void prefer(std::int64_t slot);
   // The k slots of highest rank above `floor`, ascending.
@@ -81,10 +80,6 @@ class SketchScores {
     std::int16_t max[kMaxGroup];
     float bias[kMaxGroup];
   };
-  // Calls take(part, offset [G], what a share of 1 has) for every part; returns what a share of 1 has.
-  template <typename Take>
-  float with_offsets(const float* near_lse, Take take) const;
-  simd::ScoreRankArgs rank_args(int part, const std::int16_t* offset);
   std::int64_t first_slot(int part) const {
     return static_cast<std::int64_t>(parts_[part].first_page) * page_size_;
   }

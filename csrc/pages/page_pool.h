@@ -6,9 +6,8 @@
 //
 // Invariants
 //  1. A page is free or has a reference count >= 1; free pages are on the free list exactly once.
-//  2. Memory never exceeds `capacity_bytes`, but for a slab that is taken ahead while another
-//  thread takes the last one, and is given back at once; slabs are taken on demand, or ahead of it where
-//  somebody asks for that, and kept until destruction.
+//  2. Memory never exceeds `capacity_bytes`, but for a slab that take_ahead() makes while another
+//  thread takes the last one, and gives back at once. Slabs are kept until destruction.
 //  3. A page with reference count > 1 is never written (copy on write is the caller's duty:
 //  unique()).
 //  4. `epoch` strictly increases over all writes of the pool, so (id, epoch) names one content for

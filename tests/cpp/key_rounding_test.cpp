@@ -5,24 +5,18 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <random>
 #include <vector>
 
+#include "normal_numbers.h"
 #include "simd/key_steps.h"
 #include "simd/row_format.h"
 
 namespace icecache::key_rounding_test {
 namespace {
 
-constexpr int kDim = 64, kCount = 300;
+using testing::normal;
 
-std::vector<float> normal(int n, unsigned seed, float scale = 1.0f) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> distribution(0.0f, scale);
-  std::vector<float> x(n);
-  for (float& value : x) value = distribution(random);
-  return x;
-}
+constexpr int kDim = 64, kCount = 300;
 
 // Queries [n, D] that differ in `rank` directions.
 std::vector<float> alike(int n, int rank, unsigned seed) {

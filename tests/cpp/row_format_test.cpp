@@ -6,13 +6,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
+#include "normal_numbers.h"
 #include "simd/kernels.h"
 
 namespace icecache::row_format_test {
 namespace {
+
+using testing::normal;
 
 constexpr int kDim = 64, kCount = 300;
 
@@ -32,14 +34,6 @@ struct Rows {
   const float* number(int i) const { return numbers.data() + static_cast<std::size_t>(i) * kDim; }
   RowFormat fit() const { return RowFormat::eight_bits(dtype, kDim, bytes.data(), kCount); }
 };
-
-std::vector<float> normal(int n, unsigned seed, float scale = 1.0f) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> distribution(0.0f, scale);
-  std::vector<float> x(n);
-  for (float& value : x) value = distribution(random);
-  return x;
-}
 
 // Root mean square of the errors of q.k over queries and keys.
 double logit_error(const Rows& keys, const std::vector<float>& queries) {

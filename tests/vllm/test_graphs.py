@@ -246,6 +246,20 @@ def traffic(count: int, drafts: int = 0) -> list[Step]:
     return steps
 
 
+def both_answer(plain: Server, graphed: Server, step: Step) -> None:
+    """A step of forwards, and its replay where it is one, have the same answers."""
+    one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs) and mine.isfinite().all()
+
+
+def with_device_tokens(vllm_config: Any, tokens: int) -> Any:
+    made = copy.copy(vllm_config)
+    made.additional_config = copy.deepcopy(vllm_config.additional_config)
+    made.additional_config[KEY]["device_tokens"] = tokens
+    return made
+
+
 def test_a_capture_is_nothing_but_work_for_the_device(vllm_config: Any) -> None:
     server = Server(vllm_config)
     server.capture()
@@ -260,9 +274,7 @@ def test_replays_give_what_forwards_give(vllm_config: Any) -> None:
     replays = 0
     for step in traffic(40):
         replays += step.decodes
-        one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
-        for mine, theirs in zip(one, other, strict=True):
-            assert torch.equal(mine, theirs) and mine.isfinite().all()
+        both_answer(plain, graphed, step)
         assert plain.lengths() == graphed.lengths()
     assert replays > 20 and not plain.store.failed
     assert plain.cache.rebuilds == graphed.cache.rebuilds
@@ -270,9 +282,7 @@ def test_replays_give_what_forwards_give(vllm_config: Any) -> None:
 
 
 def test_replays_go_on_when_residents_give_way(vllm_config: Any) -> None:
-    holding = copy.copy(vllm_config)
-    holding.additional_config = copy.deepcopy(vllm_config.additional_config)
-    holding.additional_config[KEY]["device_tokens"] = 512  # two requests of three
+    holding = with_device_tokens(vllm_config, 512)  # two requests of three
     plain, graphed = Server(holding), Server(holding)
     graphed.capture()
     kinds = set()
@@ -280,9 +290,7 @@ def test_replays_go_on_when_residents_give_way(vllm_config: Any) -> None:
         if number % 5 == 4:
             for server in (plain, graphed):
                 server.cache.evict(number % SEATS)
-        one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
-        for mine, theirs in zip(one, other, strict=True):
-            assert torch.equal(mine, theirs) and mine.isfinite().all()
+        both_answer(plain, graphed, step)
         held = plain.cache.memory()
         kinds.add((held.resident_sequences, held.sparse_sequences))
     # Both kinds in one batch, and each alone.
@@ -294,9 +302,7 @@ def test_replays_go_on_when_residents_give_way(vllm_config: Any) -> None:
 
 def test_replays_with_drafts_give_what_forwards_give(vllm_config: Any) -> None:
     """One graph serves steps of any number of drafts, with residents and without."""
-    drafting = copy.copy(vllm_config)
-    drafting.additional_config = copy.deepcopy(vllm_config.additional_config)
-    drafting.additional_config[KEY]["device_tokens"] = 512
+    drafting = with_device_tokens(vllm_config, 512)
     drafting.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
     plain, graphed = Server(drafting), Server(drafting)
     graphed.capture(4 * GRAPH_ROWS)
@@ -305,9 +311,7 @@ def test_replays_with_drafts_give_what_forwards_give(vllm_config: Any) -> None:
         if number % 7 == 6:
             for server in (plain, graphed):
                 server.cache.evict(number % SEATS)
-        one, other = plain.step(step), graphed.step(step, replayed=step.decodes)
-        for mine, theirs in zip(one, other, strict=True):
-            assert torch.equal(mine, theirs) and mine.isfinite().all()
+        both_answer(plain, graphed, step)
         assert plain.lengths() == graphed.lengths()
         numbers |= {row.count for row in step.rows if row.phase == Phase.AUTO}
     assert numbers == {1, 2, 3, 4} and not plain.store.failed
