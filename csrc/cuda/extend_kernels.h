@@ -91,15 +91,10 @@ __global__ void __launch_bounds__(kBlock) extend_near_kernel(const ExtendParams 
     static_cast<uint4*>(p.layer.row_keys)[to] = vectors_of(new_key<T>(p, h, token))[v];
     static_cast<uint4*>(p.layer.row_values)[to] = vectors_of(new_value<T>(p, h, token))[v];
   }
-  // As truncate: the values of the node, in the order in which they came.
-  const int in_node = indexed & (s.far_node_tokens - 1);
-  for (int d = thread; d < D && in_node > 0; d += kBlock) {
-    float sum = 0.0f;
-    for (int token = indexed - in_node; token < indexed; ++token) {
-      const auto* page = reinterpret_cast<const T*>(page_of(s, p.layer, x, token));
-      sum += to_float(page[(s.page_size + (token & (s.page_size - 1))) * D + d]);
-    }
-    p.layer.open_sum[static_cast<std::int64_t>(x) * D + d] = sum;
+  const bool is_open = (indexed & (s.far_node_tokens - 1)) > 0;
+  for (int d = thread; d < D && is_open; d += kBlock) {
+    p.layer.open_sum[static_cast<std::int64_t>(x) * D + d] =
+        open_node_sum<T>(s, p.layer, x, indexed, d, D);
   }
   const int kept = min(p.query_tokens, kRecentQueries);
   uint4* recent = static_cast<uint4*>(p.layer.recent_queries) +

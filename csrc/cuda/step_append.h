@@ -23,13 +23,12 @@ __device__ __forceinline__ void index_token(const StepShape& s, const LayerState
   using Shape = RowShape<T, D>;
   const int thread = threadIdx.x, rank = s.rank;
   if (thread == 0) row_of(s, layer, x, token) = -1;
-  auto* const page = reinterpret_cast<uint4*>(page_of(s, layer, x, token)) +
-                     (token & (s.page_size - 1)) * Shape::kVectors;
   if (thread < Shape::kVectors) {
-    page[thread] = vectors_of(row_key)[thread];
+    reinterpret_cast<uint4*>(host_key<T>(s, layer, x, token, D))[thread] =
+        vectors_of(row_key)[thread];
   } else if (thread < 2 * Shape::kVectors) {
     const int v = thread - Shape::kVectors;
-    page[s.page_size * Shape::kVectors + v] = vectors_of(row_value)[v];
+    reinterpret_cast<uint4*>(host_value<T>(s, layer, x, token, D))[v] = vectors_of(row_value)[v];
   }
   const float* mean_key = layer.mean_key + static_cast<std::int64_t>(x) * D;
   for (int d = thread; d < D; d += kBlock) shared.key[d] = to_float(row_key[d]) - mean_key[d];

@@ -174,9 +174,10 @@ struct AttendShare {
     for (int u = 0; u < Stage::kUnroll; ++u) {
       const int row = first + u * Shape::kRows + own;
       const int item = min(row, items - 1), entry = entries[item];
-      const T* from = entry < 0 ? host_value<T>(p, x, p.scratch.entry_sources[entry0 + item], D)
-                      : entry < s.rows() ? row_values + static_cast<std::int64_t>(entry) * D
-                                         : mean_of<T>(s, p.layer, x, entry - s.rows(), D);
+      const T* from =
+          entry < 0 ? host_value<T>(p.shape, p.layer, x, p.scratch.entry_sources[entry0 + item], D)
+          : entry < s.rows() ? row_values + static_cast<std::int64_t>(entry) * D
+                             : mean_of<T>(s, p.layer, x, entry - s.rows(), D);
       copy_row(stage, u, from, row < items);
     }
     copy_weights(stage, first);

@@ -40,14 +40,27 @@ __device__ __forceinline__ int near_row(const StepShape& s, int position) {
                                   : s.sink_tokens + (position - s.sink_tokens) % s.window_tokens;
 }
 
+// Where an index token of pair x has its key, and its value, in its host page; d: the head dimension.
 template <typename T>
-__device__ __forceinline__ T* host_key(const StepParams& p, int x, int token, int d) {
-  return reinterpret_cast<T*>(page_of(p.shape, p.layer, x, token)) +
-         (token & (p.shape.page_size - 1)) * d;
+__device__ __forceinline__ T* host_key(const StepShape& s, const LayerState& layer, int x,
+                                       int token, int d) {
+  return reinterpret_cast<T*>(page_of(s, layer, x, token)) + (token & (s.page_size - 1)) * d;
 }
 template <typename T>
-__device__ __forceinline__ T* host_value(const StepParams& p, int x, int token, int d) {
-  return host_key<T>(p, x, token, d) + p.shape.page_size * d;
+__device__ __forceinline__ T* host_value(const StepShape& s, const LayerState& layer, int x,
+                                         int token, int d) {
+  return host_key<T>(s, layer, x, token, d) + s.page_size * d;
+}
+// Of the far-field node that is being filled, whose last token is ahead of `indexed`: the sum of the
+// i-th elements of its values, added up in the order in which they came.
+template <typename T>
+__device__ __forceinline__ float open_node_sum(const StepShape& s, const LayerState& layer, int x,
+                                               int indexed, int i, int d) {
+  float sum = 0.0f;
+  for (int token = indexed & ~(s.far_node_tokens - 1); token < indexed; ++token) {
+    sum += to_float(host_value<T>(s, layer, x, token, d)[i]);
+  }
+  return sum;
 }
 
 // Whether this block is the last of `blocks` that arrive: then it sees all that the others wrote.

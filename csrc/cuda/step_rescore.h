@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kBlock) rescore_kernel(const StepParams p) {
     if (c < found) {
       row[u] = p.scratch.token_rows[x * kMaxCandidates + c];
       const T* from = row[u] >= 0 ? rows + static_cast<std::int64_t>(row[u]) * D
-                                  : host_key<T>(p, x, p.scratch.tokens[x * kMaxCandidates + c], D);
+                                  : host_key<T>(p.shape, p.layer, x,
+                                                p.scratch.tokens[x * kMaxCandidates + c], D);
 #pragma unroll
       for (int j = 0; j < Shape::kPerLane; ++j) {
         const int v = Shape::vector(within, j);

@@ -13,8 +13,7 @@ constexpr int kTokenBlock = 256;
 template <typename T>
 __device__ __forceinline__ const uint4* page_row(const StepShape& s, const LayerState& layer, int x,
                                                  int token) {
-  return reinterpret_cast<const uint4*>(page_of(s, layer, x, token)) +
-         token % s.page_size * (s.head_dim / Vector<T>::kCount);
+  return vectors_of(host_key<T>(s, layer, x, token, s.head_dim));
 }
 
 template <typename T>
@@ -105,15 +104,9 @@ __global__ void __launch_bounds__(kTokenBlock, 2) truncate_kernel(const Truncate
     static_cast<uint4*>(layer.row_values)[to] = key[s.page_size * vectors + v];
   }
 
-  // The node that is being filled, its values added up in the order in which they had come.
   const int in_node = indexed % s.far_node_tokens, node = indexed / s.far_node_tokens;
   for (int i = thread; i < d && in_node > 0; i += kTokenBlock) {
-    float sum = 0.0f;
-    for (int token = indexed - in_node; token < indexed; ++token) {
-      const auto* value =
-          reinterpret_cast<const T*>(page_row<T>(s, layer, x, token) + s.page_size * vectors);
-      sum += to_float(value[i]);
-    }
+    const float sum = open_node_sum<T>(s, layer, x, indexed, i, d);
     layer.open_sum[static_cast<std::int64_t>(x) * d + i] = sum;
     mean_of<T>(s, layer, x, node, d)[i] = from_float<T>(divide(sum, static_cast<float>(in_node)));
   }
